@@ -1,0 +1,94 @@
+"""Quantization arithmetic in plain PyTorch, on any device: the definition every kernel is compared with.
+
+    Δ = max|X| / 127            q = clamp(round_half_even(X · 1/Δ), -127, 127)            x̂ = q · Δ
+    Y = Δx Δw (X̂ Ŵᵀ)            with the inner product in int32
+
+Symmetric, zero point 0; the divisor is 2^7 - 1 = 127. Scales are float32 whatever the model's dtype. A row with a NaN
+or an infinity has a NaN or infinite scale and comes out as NaN, never as a plausible number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+QMAX = 127  # 2^(8-1) - 1: -128 is never used, so that negation cannot overflow
+ABSMAX_FLOOR = 1e-30  # below it a tensor counts as zero; 127 / floor is still finite in float32
+UINT8_ZERO_POINT = 128
+
+# float32 holds every integer up to 2^24, so a product of int8 over at most this many terms is exact in any order
+_EXACT_TERMS = 2**24 // (127 * 128)
+
+
+def absmax_scale(absmax: Tensor) -> Tensor:
+    """The scale Δ of values up to ``absmax``: float32, same shape."""
+    return absmax.to(torch.float32).clamp_min(ABSMAX_FLOOR) * (1.0 / QMAX)
+
+
+def token_scale(x: Tensor) -> Tensor:
+    """Per-token scale of x [..., K]: float32 [..., 1]; every dim but the last is a token dim."""
+    return absmax_scale(x.abs().amax(dim=-1, keepdim=True))
+
+
+def tensor_scale(x: Tensor) -> Tensor:
+    """Per-tensor scale of x, any shape: float32 []."""
+    return absmax_scale(x.abs().amax())
+
+
+def weight_scale(w: Tensor, per_channel: bool) -> Tensor:
+    """Scale of w [N, K]: float32 [N, 1], one per output channel (a max over dim -1), or one for all as [1, 1]."""
+    per_row = w.abs().amax(dim=-1, keepdim=True)
+    return absmax_scale(per_row if per_channel else per_row.amax(dim=0, keepdim=True))
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: int = 0) -> Tensor:
+    """q = clamp(round_half_even(x · 1/scale), -127, 127) as int8, or as uint8 shifted by a zero point of 128.
+
+    Args:
+        x: any float dtype, any shape.
+        scale: float32, broadcasts against x.
+        zero_point: 0, or 128 for the uint8 activations of oneDNN; the shift is exact.
+    """
+    q = torch.round(x.to(torch.float32) * scale.reciprocal())
+    low, high = zero_point - QMAX, zero_point + QMAX
+    return (q + zero_point).clamp(low, high).to(torch.uint8 if zero_point else torch.int8)
+
+
+def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    """q · scale as float32."""
+    return q.to(torch.float32) * scale
+
+
+def int8_matmul(q: Tensor, w: Tensor) -> Tensor:
+    """q [..., K] int8 times w [N, K] int8, accumulated in int32: [..., N], exact."""
+    acc = None
+    for k in range(0, q.shape[-1], _EXACT_TERMS):
+        part = q[..., k : k + _EXACT_TERMS].to(torch.float32) @ w[:, k : k + _EXACT_TERMS].to(torch.float32).t()
+        acc = part.to(torch.int32) if acc is None else acc + part.to(torch.int32)
+    assert acc is not None
+    return acc
+
+
+def int8_linear(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Y = Δx Δw (q wᵀ) + bias.
+
+    Args:
+        q: int8 [..., K], or uint8 with zero point 128.
+        scale: float32 [..., 1] or [], Δx.
+        w: int8 [N, K].
+        w_scale: float32 [N], Δw.
+        bias: any float dtype [N], or None.
+        dtype: dtype of the result.
+
+    Returns:
+        ``dtype`` [..., N]; the arithmetic after int32 is float32.
+    """
+    if q.dtype == torch.uint8:
+        q = (q.to(torch.int16) - UINT8_ZERO_POINT).to(torch.int8)
+    return scale_output(int8_matmul(q, w).to(torch.float32) * w_scale, scale, bias, dtype)
+
+
+def scale_output(y: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The epilogue after Δw: y · Δx + bias in float32, cast to dtype."""
+    y = y.to(torch.float32) * scale
+    return (y if bias is None else y + bias).to(dtype)

@@ -1,0 +1,203 @@
+"""choose: sites, statistics and a recipe -> Plan. Which linears are quantized, and with which smoothing scales.
+
+    s_j = max|X_j|^α / max|W_:j|^(1-α)                       (SmoothQuant, arXiv 2211.10438, equation 4)
+
+max|W_:j| runs over all balance layers of the activation together. Every candidate (each α, and no smoothing) is tried
+on the calibration sample, with the very arithmetic of the quantized graph, and the one with the smallest error of the
+balance layers' outputs is taken: smoothing can hurt, and a plan never smooths a site where it does.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sqcompile.calibrate import Calibration
+from sqcompile.errors import NothingToQuantizeError
+from sqcompile.kernels.reference import absmax_scale, dequantize, quantize, token_scale, weight_scale
+from sqcompile.passes.graph import Linear, aten, effective_weight, find_linears, nodes_by_name, value
+from sqcompile.passes.match import Refusal, Site, input_sites
+from sqcompile.plan import LayerPlan, Plan
+from sqcompile.recipe import Recipe
+
+# Smoothing must win by this much of the error: a tie is not worth a changed weight.
+MARGIN = 0.995
+
+
+def smoothing_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
+    """The scale s of one site.
+
+    Args:
+        x_absmax: float32 [C], max|X_j| at the balance layers' inputs.
+        w_absmax: float32 [C], max|W_:j| over all balance layers.
+        alpha: migration strength in [0, 1].
+
+    Returns:
+        float32 [C], positive and finite. s is the formula's except for channels that were quiet in calibration: those
+        are bounded from below so that a channel that wakes up to the median channel's level stays within the range
+        that the smoothed tensor had in calibration; the formula alone would divide it by almost nothing. Where every
+        channel is silent, s = 1.
+    """
+    x, w = x_absmax.float(), w_absmax.float()
+    active = x > 0
+    if not bool(active.any()) or not bool((w > 0).any()):
+        return torch.ones_like(x)
+    w = w.clamp_min(w.max() * 1e-5)  # a column of zeros: any s will do, but a finite one
+    s = x.clamp_min(torch.finfo(torch.float32).tiny).pow(alpha) / w.pow(1 - alpha)
+    ceiling = (x[active] / s[active]).max()
+    return s.clamp_min(x[active].median() / ceiling)
+
+
+def choose(
+    gm: fx.GraphModule, sites: list[Site], refusals: list[Refusal], calibration: Calibration, recipe: Recipe, call: Any
+) -> Plan:
+    """Makes the plan for a traced graph.
+
+    Args:
+        gm, sites, refusals: a traced graph and what `match` found in it.
+        calibration: its statistics.
+        recipe: the user's choices.
+        call: spec of the captured call, kept in the plan.
+
+    Raises:
+        NothingToQuantizeError: if no linear would run in INT8; the message gives the reasons.
+    """
+    chooser = _Chooser(gm, calibration, recipe)
+    linears = find_linears(gm)
+    floats = {l.name: reason for l in linears if (reason := _float_reason(gm, l, calibration, recipe))}
+    if len(floats) == len(linears):
+        raise NothingToQuantizeError(_nothing(linears, floats))
+    scales: dict[str, Tensor] = {}
+    notes: dict[str, tuple[str, str, float | None]] = {}
+    for site in sites + input_sites([r for r in refusals if r.linear.name not in floats]):
+        quantized = [l for l, _ in site.balance if l.name not in floats]
+        if not quantized:
+            continue
+        how = "multiplied" if site.kind == "input" else "folded"
+        if not recipe.smooth:
+            note: tuple[str, str, float | None] = ("none", "the recipe does not smooth", None)
+        else:
+            s, alpha, reason = chooser.best(site, floats)
+            if s is not None:
+                scales[site.name] = s
+                chooser.apply(site, s)
+                note = (how, site.reason if how == "folded" else f"x·(1/s) before quantization: {site.reason}", alpha)
+            else:
+                note = ("none", reason, None)
+        notes.update({l.name: note for l in quantized})
+    return Plan(recipe, call, scales, tuple(chooser.layer(l, floats, notes) for l in linears))
+
+
+class _Chooser:
+    """Quantization error of linears on the calibration sample, under the scales chosen so far."""
+
+    def __init__(self, gm: fx.GraphModule, calibration: Calibration, recipe: Recipe) -> None:
+        self.gm, self.calibration, self.recipe = gm, calibration, recipe
+        self.columns: dict[str, Tensor] = {}  # s of a linear's input channels, [K]
+        self.rows: dict[str, Tensor] = {}  # s of its output channels, [N]
+        self.linears = {l.node: l for l in find_linears(gm)}
+
+    def best(self, site: Site, floats: dict[str, str]) -> tuple[Tensor | None, float | None, str]:
+        """The scale with the smallest error, or None where no candidate beats no smoothing."""
+        balance = [(l, m) for l, m in site.balance if l.name not in floats]
+        device = effective_weight(self.gm, balance[0][0]).device
+        x_absmax = torch.zeros(site.channels, device=device)
+        w_absmax = torch.zeros(site.channels, device=device)
+        for l, m in balance:
+            index = m.to(device)
+            x_absmax.scatter_reduce_(0, index, self.calibration.inputs[l.name].absmax, "amax")
+            w_absmax.scatter_reduce_(0, index, effective_weight(self.gm, l).abs().amax(0).float(), "amax")
+        touched = [l for l, _ in balance]
+        producer = self.linears.get(site.producer)
+        if site.kind == "linear" and producer is not None and self.recipe.weight == "per_tensor" and producer.name not in floats:
+            touched.append(producer)  # its rows are divided by s, which one scale for all rows feels
+        none = sum(self.error(l) for l in touched)
+        best, choice, best_alpha = none * MARGIN, None, None
+        for alpha in self.recipe.alphas:
+            s = torch.where(site.free.to(device), smoothing_scale(x_absmax, w_absmax, alpha), 1.0)
+            saved = dict(self.columns), dict(self.rows)
+            self.apply(site, s)
+            error = sum(self.error(l) for l in touched)
+            self.columns, self.rows = saved
+            if error < best:
+                best, choice, best_alpha = error, s, alpha
+        return choice, best_alpha, f"smoothing does not lower the quantization error here ({site.reason})"
+
+    def apply(self, site: Site, s: Tensor) -> None:
+        for l, m in site.balance:
+            self.columns[l.name] = s[m.to(s.device)]
+        if site.kind == "linear":
+            self.rows[self.linears[site.producer].name] = s
+
+    def error(self, l: Linear) -> float:
+        """|Y_quantized - Y|² / |Y|² of one linear on the sample; zero where there is no signal."""
+        stats = self.calibration.inputs[l.name]
+        w, x = effective_weight(self.gm, l).float(), stats.rows.float()
+        y = x @ w.t()
+        if l.name in self.columns:
+            x, w = x / self.columns[l.name], w * self.columns[l.name]
+        if l.name in self.rows:
+            w = w / self.rows[l.name][:, None]
+        x_scale = token_scale(x) if self.recipe.activation == "per_token" else self.input_scale(l)
+        w_scale = weight_scale(w, self.recipe.weight == "per_channel")
+        y_hat = dequantize(quantize(x, x_scale), x_scale) @ dequantize(quantize(w, w_scale), w_scale).t()
+        if l.name in self.rows:
+            y_hat = y_hat * self.rows[l.name]
+        signal = float(y.square().sum())
+        return float((y_hat - y).square().sum()) / signal if signal > 0 else 0.0
+
+    def input_scale(self, l: Linear) -> Tensor:
+        """Static Δx: the largest calibrated |X_j| / s_j over 127. A dynamic scale per tensor is close to it too."""
+        absmax = self.calibration.inputs[l.name].absmax
+        return absmax_scale((absmax / self.columns[l.name] if l.name in self.columns else absmax).max())
+
+    def layer(self, l: Linear, floats: dict[str, str], notes: dict[str, tuple[str, str, float | None]]) -> LayerPlan:
+        if l.name in floats:
+            return LayerPlan(l.name, "linear", False, "none", floats[l.name])
+        how, reason, alpha = notes[l.name]
+        error = self.error(l)
+        static = float(self.input_scale(l)) if self.recipe.activation == "per_tensor_static" else None
+        sqnr = -10 * math.log10(error) if error > 0 else math.inf
+        return LayerPlan(l.name, "linear", True, how, reason, alpha, sqnr, static)  # type: ignore[arg-type]
+
+
+def _float_reason(gm: fx.GraphModule, l: Linear, calibration: Calibration, recipe: Recipe) -> str | None:
+    """Why a linear stays in float, or None."""
+    module = l.name.rpartition(".")[0] or l.name
+    for pattern in recipe.skip:
+        if fnmatch.fnmatch(module, pattern) or fnmatch.fnmatch(l.name, pattern) or f".{pattern}." in f".{l.name}.":
+            return f"skipped by the recipe ({pattern!r})"
+        if pattern == "lm_head" and _is_lm_head(gm, l):
+            return "skipped by the recipe ('lm_head': the projection back to the vocabulary)"
+    if l.name not in calibration.inputs:
+        return "no calibration token reached it"
+    return None
+
+
+def _is_lm_head(gm: fx.GraphModule, l: Linear) -> bool:
+    """Whether a linear has the shape of a token embedding and no other linear reads what it makes."""
+    shape = (l.out_features, l.in_features)
+    if not any(n.target == aten.embedding.default and tuple(value(n.args[0]).shape) == shape for n in gm.graph.nodes):
+        return False
+    others = {k.node for k in find_linears(gm)} - {l.node}
+    todo, seen = [nodes_by_name(gm)[l.node]], set()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name in others:
+            return False
+        todo.extend(node.users)
+    return True
+
+
+def _nothing(linears: list[Linear], floats: dict[str, str]) -> str:
+    if not linears:
+        return "nothing to quantize: the captured graph has no linear with a weight of its own"
+    reasons = ", ".join(f"{name}: {reason}" for name, reason in list(floats.items())[:4])
+    return f"nothing to quantize: all {len(linears)} linears stay in float ({reasons}). Change the recipe's skip="

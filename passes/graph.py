@@ -1,0 +1,241 @@
+"""The graph language the passes share: linears in every spelling, constants, and how a rewrite adds to a graph.
+
+A constant is a tensor computed from parameters and buffers alone. Folding never writes to a parameter: it wraps it
+in arithmetic, so a folded weight is the expression ``to(mul(%w, %s), dtype)``, and a parameter that is tied, shared,
+or still the user's own is safe by construction. `evaluate` turns an expression into a tensor when one is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+# Casts that `fold` adds only so that a folded weight keeps the model's dtype. `evaluate` skips them, so that a weight
+# is quantized from its float32 product and is not rounded to bf16 on the way.
+FOLD_CAST = "sqcompile_fold_cast"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear of a graph: ``y = x Wᵀ + b`` in any spelling.
+
+    Attributes:
+        name: the weight's qualified name; a weight used more than once gets ``#2``, ``#3`` ... after the first use.
+        node: name of the node that computes y.
+        x: name of the input node, [..., K].
+        weight: name of the weight's node, a constant, [N, K], or [K, N] where ``transposed``.
+        transposed: whether the weight node is stored as [K, N] (addmm, mm, matmul).
+        bias: name of the bias's node, [N], or None.
+        out_features: N.
+        in_features: K.
+    """
+
+    name: str
+    node: str
+    x: str
+    weight: str
+    transposed: bool
+    bias: str | None
+    out_features: int
+    in_features: int
+
+
+def nodes_by_name(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    return {n.name: n for n in gm.graph.nodes}
+
+
+def value(node: fx.Node) -> Any:
+    """What the node holds, as export recorded it: a fake tensor, a SymInt, or a tuple of them."""
+    return node.meta.get("val")
+
+
+def constants(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose value depends on parameters and buffers alone."""
+    known: set[fx.Node] = set()
+    for n in gm.graph.nodes:
+        if n.op == "get_attr" or (n.op == "call_function" and n.all_input_nodes and not _stateful(n)):
+            if all(a in known for a in n.all_input_nodes):
+                known.add(n)
+    return known
+
+
+def _stateful(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags or bool(schema and schema.is_mutable and "detach_" not in str(schema))
+
+
+def get_tensor(gm: torch.nn.Module, name: str) -> Tensor:
+    """The tensor stored under a qualified name."""
+    obj: Any = gm
+    for part in name.split("."):
+        obj = getattr(obj, part)
+    return obj
+
+
+def set_tensor(gm: torch.nn.Module, name: str, tensor: Tensor) -> None:
+    """Stores a tensor as a buffer under a qualified name, replacing what is there."""
+    *path, leaf = name.split(".")
+    mod: torch.nn.Module = gm
+    for part in path:
+        if not isinstance(getattr(mod, part, None), torch.nn.Module):
+            mod.add_module(part, torch.nn.Module())
+        mod = getattr(mod, part)
+    if hasattr(mod, leaf):
+        delattr(mod, leaf)
+    # Packed oneDNN weights have no storage, so a state_dict could not be saved with them.
+    mod.register_buffer(leaf, tensor, persistent=not tensor.is_mkldnn)
+
+
+def evaluate(gm: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The value of a constant node, on the device of its parameters; scale arithmetic stays in float32."""
+    known: dict[fx.Node, Any] = {}
+
+    def run(n: fx.Node) -> Any:
+        if n not in known:
+            if n.op == "get_attr":
+                known[n] = get_tensor(gm, str(n.target))
+            elif n.meta.get(FOLD_CAST):
+                known[n] = run(n.args[0])  # type: ignore[arg-type]
+            else:
+                args, kwargs = fx.node.map_arg((n.args, n.kwargs), run)
+                known[n] = n.target(*args, **kwargs)  # type: ignore[operator]
+        return known[n]
+
+    with torch.no_grad():
+        return run(node)
+
+
+def effective_weight(gm: fx.GraphModule, linear: Linear) -> Tensor:
+    """The weight a linear multiplies with, as [N, K] in the dtype of its expression (float32 once folded)."""
+    w = evaluate(gm, nodes_by_name(gm)[linear.weight])
+    return w.t() if linear.transposed else w
+
+
+def clone(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph, with the same node names, over the same tensors."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, env))
+    old_out = next(iter(reversed(gm.graph.nodes)))
+    new_out = next(iter(reversed(graph.nodes)))
+    new_out.meta, new_out.name = dict(old_out.meta), old_out.name
+    graph.set_codegen(gm.graph._codegen)
+    root = torch.nn.Module()
+    for n in gm.graph.find_nodes(op="get_attr"):
+        set_tensor(root, str(n.target), get_tensor(gm, str(n.target)))
+    new = fx.GraphModule(root, graph)
+    new.meta.update(gm.meta)
+    return new
+
+
+def add_tensor(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    """A get_attr node for a new buffer. Call inside ``graph.inserting_before``."""
+    base, k = name, 1
+    while _has(gm, name):
+        k += 1
+        name = f"{base}_{k}"
+    set_tensor(gm, name, tensor)
+    node = gm.graph.get_attr(name)
+    node.meta["val"] = tensor if tensor.is_mkldnn else gm.meta["fake_mode"].from_tensor(tensor, static_shapes=True)
+    return node
+
+
+def _has(gm: torch.nn.Module, name: str) -> bool:
+    try:
+        get_tensor(gm, name)
+    except AttributeError:
+        return False
+    return True
+
+
+def add_op(gm: fx.GraphModule, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """A call node with its value recorded. Call inside ``graph.inserting_before``."""
+    node = gm.graph.call_function(target, args, kwargs)
+    fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), value)
+    with gm.meta["fake_mode"]:
+        node.meta["val"] = target(*fake_args, **fake_kwargs)
+    return node
+
+
+def finish(gm: fx.GraphModule) -> fx.GraphModule:
+    """Removes what a rewrite left unused, tensors included, and regenerates the code."""
+    gm.graph.eliminate_dead_code()
+    gm.delete_all_unused_submodules()
+    used = {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
+    for name in [n for n, _ in gm.named_buffers(remove_duplicate=False)]:
+        if name not in used:
+            path, _, leaf = name.rpartition(".")
+            delattr(gm.get_submodule(path), leaf)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def find_linears(gm: fx.GraphModule) -> list[Linear]:
+    """Every linear with a constant 2-D weight, in graph order."""
+    const = constants(gm)
+    uses: dict[str, int] = {}
+    found = []
+    for n in gm.graph.nodes:
+        parts = _linear_parts(n, const)
+        if parts is None:
+            continue
+        x, w, transposed, bias = parts
+        shape = value(w).shape
+        base = first_leaf(w) or w.name
+        uses[base] = uses.get(base, 0) + 1
+        name = base if uses[base] == 1 else f"{base}#{uses[base]}"
+        n_out, k = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+        found.append(Linear(name, n.name, x.name, w.name, transposed, bias.name if bias else None, int(n_out), int(k)))
+    return found
+
+
+def first_leaf(node: fx.Node) -> str | None:
+    """The qualified name of the first parameter in a constant expression."""
+    while node.op != "get_attr":
+        if not node.all_input_nodes:
+            return None
+        node = node.all_input_nodes[0]
+    return str(node.target)
+
+
+def _linear_parts(n: fx.Node, const: set[fx.Node]) -> tuple[fx.Node, fx.Node, bool, fx.Node | None] | None:
+    if n.op != "call_function" or n in const:
+        return None
+    a = n.args
+    if n.target == aten.linear.default:
+        x, w, transposed, bias = a[0], a[1], False, a[2] if len(a) > 2 else n.kwargs.get("bias")
+    elif n.target == aten.addmm.default and not n.kwargs:
+        bias, x, w, transposed = a[0], a[1], a[2], True
+    elif n.target in (aten.mm.default, aten.matmul.default):
+        x, w, transposed, bias = a[0], a[1], True, None
+    else:
+        return None
+    ok = isinstance(x, fx.Node) and x not in const and isinstance(w, fx.Node) and w in const and value(w).dim() == 2
+    if not ok or not value(w).dtype.is_floating_point or value(x).dim() < 2:
+        return None
+    if bias is not None and (bias not in const or value(bias).dim() != 1 or value(bias).numel() != value(n).shape[-1]):
+        return None
+    return x, w, transposed, bias  # type: ignore[return-value]
+
+
+def is_channel_vector(node: fx.Node, like: Tensor) -> bool:
+    """Whether a constant node broadcasts as one value per channel (last dim) over a tensor shaped as ``like``."""
+    v = value(node)
+    return (
+        isinstance(v, Tensor)
+        and v.dim() >= 1
+        and math.prod(v.shape[:-1]) == 1
+        and v.shape[-1] == like.shape[-1]
+        and v.shape[-1] != 1
+        and v.dim() <= like.dim()
+        and v.dtype.is_floating_point
+    )

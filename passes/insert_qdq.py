@@ -1,0 +1,84 @@
+"""insert_qdq: INT8 values, float arithmetic. The reference for everything below it, on any device.
+
+    %y = linear(%x, %w, %b)
+->
+    %s = sqcompile.token_scale(%x)                    # or tensor_scale(%x), or a calibrated constant
+    %q = sqcompile.quantize(%x, %s)                   # int8, shared by every linear that reads %x
+    %y = linear(dequantize(%q, %s), dequantize(%w_int8, %w_scale), %b)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.kernels.reference import quantize, weight_scale
+from sqcompile.passes.fold import ARGUMENTS
+from sqcompile.passes.graph import FOLD_CAST, Linear, add_op, add_tensor, aten, clone, effective_weight, find_linears, finish, nodes_by_name, value
+from sqcompile.plan import LayerPlan, Plan
+
+
+def insert_qdq(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """Quantizes the plan's linears.
+
+    Weights are quantized from their float32 folded value, one at a time. The result holds int8 [N, K] and float32
+    scales [N, 1] ([1, 1] per tensor) under ``<weight name>.int8`` and ``.scale``, and no float copy of them.
+    """
+    gm = clone(gm)
+    inserter = _Inserter(gm, plan)
+    layers = {l.name: l for l in plan.layers if l.quantized}
+    # Match first: once a weight is quantized, its graph has other linears.
+    for linear in find_linears(gm):
+        if linear.name in layers:
+            inserter.linear(linear, layers[linear.name])
+    return finish(gm)
+
+
+class _Inserter:
+    def __init__(self, gm: fx.GraphModule, plan: Plan) -> None:
+        self.gm, self.plan = gm, plan
+        self.nodes = nodes_by_name(gm)
+        self.inputs: dict[tuple[str, float | None], fx.Node] = {}
+
+    def linear(self, linear: Linear, layer: LayerPlan) -> None:
+        node = self.nodes[linear.node]
+        x_at, _, bias_at = ARGUMENTS[node.target]
+        x = node.args[x_at]
+        bias = node.args[bias_at] if bias_at is not None and len(node.args) > bias_at else None
+        assert isinstance(x, fx.Node)
+        x_float = self._input(x, layer, node)
+        w = effective_weight(self.gm, linear).to(torch.float32)
+        scale = weight_scale(w, self.plan.recipe.weight == "per_channel")
+        name = linear.name.replace("#", "_use")
+        with self.gm.graph.inserting_before(node):
+            q_node = add_tensor(self.gm, f"{name}_int8", quantize(w, scale))
+            w_float = add_op(self.gm, sqcompile_ops.dequantize.default, q_node, add_tensor(self.gm, f"{name}_scale", scale))
+            if isinstance(bias, fx.Node) and value(bias).dtype != torch.float32:
+                bias = add_op(self.gm, aten.to.dtype, bias, torch.float32)
+            y = add_op(self.gm, aten.linear.default, x_float, w_float, bias)
+            if value(node).dtype != torch.float32:
+                y = add_op(self.gm, aten.to.dtype, y, value(node).dtype)
+        node.replace_all_uses_with(y)
+        self.gm.graph.erase_node(node)
+
+    def _input(self, x: fx.Node, layer: LayerPlan, before: fx.Node) -> fx.Node:
+        """The quantized and dequantized input, made once per tensor and scale."""
+        if x.meta.get(FOLD_CAST):  # quantize the float32 product x·(1/s), not its rounding to the model's dtype
+            assert isinstance(x.args[0], fx.Node)
+            x = x.args[0]
+        key = (x.name, layer.input_scale)
+        if key not in self.inputs:
+            after = x.next
+            while after.op == "placeholder":
+                after = after.next
+            with self.gm.graph.inserting_before(after):
+                if layer.input_scale is not None:
+                    scale = add_tensor(self.gm, f"{layer.name}_input_scale", torch.tensor(layer.input_scale, device=value(x).device))
+                elif self.plan.recipe.activation == "per_token":
+                    scale = add_op(self.gm, sqcompile_ops.token_scale.default, x)
+                else:
+                    scale = add_op(self.gm, sqcompile_ops.tensor_scale.default, x)
+                q = add_op(self.gm, sqcompile_ops.quantize.default, x, scale)
+                self.inputs[key] = add_op(self.gm, sqcompile_ops.dequantize.default, q, scale)
+        return self.inputs[key]

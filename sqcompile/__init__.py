@@ -1,0 +1,39 @@
+"""sqcompile: SmoothQuant W8A8 as a graph-rewriting compiler for PyTorch models.
+
+    compiled = sqcompile.compile(model, calib_loader)
+"""
+
+from sqcompile.compile import calibrate, compile
+from sqcompile.emit import CompiledModel
+from sqcompile.errors import (
+    CalibrationError,
+    CaptureError,
+    NothingToQuantizeError,
+    PlanError,
+    RecipeError,
+    SQCompileError,
+    StageError,
+)
+from sqcompile.plan import LayerPlan, Plan
+from sqcompile.recipe import PRESETS, Recipe
+from sqcompile.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "CalibrationError",
+    "CaptureError",
+    "CompiledModel",
+    "LayerPlan",
+    "NothingToQuantizeError",
+    "Plan",
+    "PlanError",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "SQCompileError",
+    "StageError",
+    "calibrate",
+    "compile",
+]

@@ -1,0 +1,119 @@
+"""The pipeline, top to bottom: trace -> calibrate -> match -> plan -> fold -> insert_qdq -> lower -> emit."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sqcompile.calibrate import calibrate as observe
+from sqcompile.emit import BACKENDS, CompiledModel, emit
+from sqcompile.errors import CalibrationError, RecipeError
+from sqcompile.inputs import Call, as_call, first_call, from_spec, to_spec
+from sqcompile.passes.choose import choose
+from sqcompile.passes.fold import fold
+from sqcompile.passes.insert_qdq import insert_qdq
+from sqcompile.passes.lower import lower
+from sqcompile.passes.match import input_sites, match
+from sqcompile.plan import Plan
+from sqcompile.recipe import Recipe, resolve_recipe
+from sqcompile.show import show_stage
+from sqcompile.stages import Stages
+from sqcompile.trace import trace
+from sqcompile.verify import verify
+
+
+def compile(
+    model: nn.Module,
+    calib_loader: Any = None,
+    *,
+    recipe: str | Recipe = "default",
+    plan: Plan | None = None,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = "auto",
+    backend: str = "inductor",
+    progress: bool = True,
+) -> CompiledModel:
+    """Compiles a float model to W8A8 INT8 with SmoothQuant. The model itself is never changed.
+
+    Args:
+        model: an nn.Module in eval mode that torch.export can capture.
+        calib_loader: calibration batches (tensors, tuples of arguments, dicts of keyword arguments), or a callable
+            that runs the model itself. An ``attention_mask`` among the inputs excludes padding.
+        recipe: "default", "O1", "O2", "O3" or a Recipe.
+        plan: from `calibrate` or an earlier compilation, instead of data and recipe.
+        example_inputs: a batch to capture the model with; the first calibration batch by default.
+        dynamic_shapes: "auto" (batch and sequence dynamic), None (static), or as for torch.export.
+        backend: "inductor", or "eager" to run the lowered graph as it is.
+        progress: whether to show a progress bar.
+
+    Returns:
+        A CompiledModel: call it as the model.
+
+    Raises:
+        SQCompileError: RecipeError, CaptureError, CalibrationError, NothingToQuantizeError or PlanError; the message
+            names what to do.
+    """
+    if backend not in BACKENDS:
+        raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+    traced, plan = _analyse(model, calib_loader, resolve_recipe(recipe), plan, example_inputs, dynamic_shapes, progress)
+    stages = Stages(model, traced, plan)
+    lowered = rewrite(traced, plan, until="lowered")
+    return emit(lowered, inspect.signature(model.forward), plan, stages, backend)
+
+
+def calibrate(
+    model: nn.Module, calib_loader: Any, *, recipe: str | Recipe = "default", example_inputs: Any = None, progress: bool = True
+) -> Plan:
+    """Makes the Plan that `compile` would make; ``compile(model, plan=plan)`` then needs no data.
+
+    Args and errors: as `compile`.
+    """
+    return _analyse(model, calib_loader, resolve_recipe(recipe), None, example_inputs, "auto", progress)[1]
+
+
+def rewrite(traced: fx.GraphModule, plan: Plan, until: str) -> fx.GraphModule:
+    """The rewrites in their order, up to a stage: "traced", "folded", "quantized" or "lowered"."""
+    gm = verify(traced, "traced")
+    text = show_stage(gm, "traced", None)
+    if until == "traced":
+        return gm
+    sites, refusals = match(gm)
+    gm = verify(fold(gm, sites + input_sites(refusals), plan), "folded")
+    text = show_stage(gm, "folded", text)
+    if until == "folded":
+        return gm
+    gm = verify(insert_qdq(gm, plan), "quantized")
+    text = show_stage(gm, "quantized", text)
+    if until == "quantized":
+        return gm
+    gm = verify(lower(gm), "lowered")
+    show_stage(gm, "lowered", text)
+    return gm
+
+
+def _analyse(
+    model: nn.Module, loader: Any, recipe: Recipe, plan: Plan | None, example: Any, dynamic_shapes: Any, progress: bool
+) -> tuple[fx.GraphModule, Plan]:
+    """The traced graph, and the plan: the given one, or one made from the data."""
+    if plan is not None:
+        return trace(model, _example(model, example) or from_spec(plan.call, _device(model)), dynamic_shapes), plan
+    if loader is None:
+        raise CalibrationError("pass calib_loader (an iterable of real batches, or a callable), or a plan")
+    first, loader = first_call(model, loader)
+    call = _example(model, example) or first
+    traced = trace(model, call, dynamic_shapes)
+    calibration = observe(traced, model, loader, progress)
+    sites, refusals = match(traced)
+    with torch.no_grad():
+        return traced, choose(traced, sites, refusals, calibration, recipe, to_spec(call))
+
+
+def _example(model: nn.Module, example: Any) -> Call | None:
+    return None if example is None else as_call(model, example)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -1,0 +1,133 @@
+"""emit: a lowered graph becomes a module with the model's own signature and output type."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from sqcompile.errors import CaptureError, StageError
+from sqcompile.inputs import bind, flatten_like
+from sqcompile.passes.graph import clone, get_tensor, set_tensor, value
+from sqcompile.plan import Plan
+from sqcompile.report import Report
+from sqcompile.stages import Stages
+
+BACKENDS = ("inductor", "eager")
+
+
+class CompiledModel(nn.Module):
+    """The compiled model: call it as the model it was made from.
+
+    Attributes:
+        plan: what was decided; ``sqcompile.compile(model, plan=compiled.plan)`` gives the same module without data.
+        report: one line per linear.
+        stages: the graphs "traced", "folded", "quantized" and "lowered".
+    """
+
+    def __init__(self, lowered: fx.GraphModule, signature: inspect.Signature, plan: Plan, stages: Stages, backend: str) -> None:
+        super().__init__()
+        self.lowered = lowered
+        self.plan, self.report, self.stages = plan, Report.of(plan), stages
+        self._signature = signature
+        self._in_spec, self._out_spec = lowered.meta["in_spec"], lowered.meta["out_spec"]
+        flat, self._used = _flat(lowered)
+        self._run: Callable[..., Any] = _inductor(flat) if backend == "inductor" else flat
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own signature and output type; no gradients.
+
+        Raises:
+            CaptureError: for a call with other arguments than the captured ones.
+        """
+        try:
+            call = bind(self._signature, args, kwargs)
+        except TypeError as e:
+            raise CaptureError(f"the call does not fit the model's signature {self._signature}: {e}") from e
+        leaves = flatten_like(call, self._in_spec)
+        with torch.no_grad():
+            out = self._run(*[leaves[i] for i in self._used])
+        return pytree.tree_unflatten(list(out), self._out_spec)
+
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors the compiled model holds; a packed weight counts as its int8 values."""
+        return sum(tensor_bytes(b) for b in self.lowered.buffers())
+
+    def train(self, mode: bool = True) -> CompiledModel:
+        """Only evaluation exists.
+
+        Raises:
+            StageError: for ``train(True)``.
+        """
+        if mode:
+            raise StageError("a compiled model cannot be trained: train the float model and compile it again")
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
+        raise StageError(
+            "a compiled model stays on the device and in the dtype it was compiled for: move the float model, then "
+            "sqcompile.compile(model.to(...), plan=compiled.plan), which needs no data"
+        )
+
+
+def emit(lowered: fx.GraphModule, signature: inspect.Signature, plan: Plan, stages: Stages, backend: str) -> CompiledModel:
+    """Makes the module.
+
+    Args:
+        lowered: the lowered graph. Its remaining float tensors are copied, so that nothing is shared with the model.
+        signature: of the model's forward.
+        plan, stages: for the user.
+        backend: "inductor" compiles the graph once for all shapes; "eager" runs it as it is.
+    """
+    for n in lowered.graph.find_nodes(op="get_attr"):
+        tensor = get_tensor(lowered, str(n.target))
+        if not tensor.is_mkldnn and tensor.dtype.is_floating_point and str(n.target) in stages.shared:
+            set_tensor(lowered, str(n.target), tensor.clone())
+    return CompiledModel(lowered, signature, plan, stages, backend)
+
+
+def tensor_bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+def _flat(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
+    """The graph from flat tensors to a flat tuple, and which leaves of a call it reads."""
+    flat = clone(gm)
+    flat.graph.set_codegen(fx.graph.CodeGen())
+    used = []
+    for i, n in enumerate(flat.graph.find_nodes(op="placeholder")):
+        if isinstance(value(n), (Tensor, torch.SymInt)):
+            used.append(i)
+        elif n.users:
+            raise StageError(f"input {n.name} is a constant of the capture, and yet the graph reads it")
+        else:
+            flat.graph.erase_node(n)
+    flat.recompile()
+    return flat, used
+
+
+def _inductor(flat: fx.GraphModule) -> Callable[..., Any]:
+    """The graph through Inductor, with the symbolic sizes that torch.export gave it.
+
+    Dynamo is not involved, so nothing is ever recompiled: one artifact serves every shape, sizes of 1 included.
+    Freezing makes the packed weights constants, which the oneDNN operators need.
+    """
+    import torch._inductor.config as config
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx
+
+    fakes = [value(n) for n in flat.graph.find_nodes(op="placeholder")]
+    mode = flat.meta["fake_mode"]
+    before = dict(mode.shape_env.replacements) if mode.shape_env else {}
+    with torch.no_grad(), config.patch(freezing=True), tracing(TracingContext(mode)):
+        run = compile_fx(flat, fakes)
+    after = dict(mode.shape_env.replacements) if mode.shape_env else {}
+    fixed = {k: v for k, v in after.items() if k not in before}
+    if fixed:
+        raise StageError(f"Inductor fixed sizes that are dynamic ({fixed}): pass backend='eager' or dynamic_shapes=None")
+    return run

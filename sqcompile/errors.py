@@ -1,0 +1,29 @@
+"""Errors of sqcompile: each message names what went wrong and what to do about it."""
+
+
+class SQCompileError(RuntimeError):
+    """Base class; catching it catches everything sqcompile raises on purpose."""
+
+
+class RecipeError(SQCompileError, ValueError):
+    """A recipe that does not exist or contradicts itself."""
+
+
+class CaptureError(SQCompileError):
+    """The model cannot be captured as a graph, or is called unlike it was captured."""
+
+
+class CalibrationError(SQCompileError):
+    """The calibration data is empty, refused by the model, or gives non-finite activations."""
+
+
+class NothingToQuantizeError(SQCompileError):
+    """No linear of the model can be quantized under the recipe."""
+
+
+class PlanError(SQCompileError):
+    """A plan that does not belong to the model, or a plan file that cannot be read."""
+
+
+class StageError(SQCompileError):
+    """A stage of the pipeline cannot be shown or left the graph language."""

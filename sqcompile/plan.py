@@ -1,0 +1,92 @@
+"""Plan: everything decided about a model, without its weights or its data. Serializable.
+
+Keyed by parameter names, so that a plan applies to any graph captured from the same model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sqcompile.errors import PlanError
+from sqcompile.recipe import Recipe
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is done with one linear, and why.
+
+    Attributes:
+        name: the weight's qualified name.
+        kind: "linear".
+        quantized: whether it runs in INT8.
+        smoothing: "folded" (1/s absorbed by a parameter), "multiplied" (x·(1/s) before quantization) or "none".
+        reason: in words.
+        alpha: migration strength of its site, None without smoothing.
+        sqnr_db: signal to quantization noise ratio of its output on the calibration sample, in dB; None in float.
+        input_scale: Δx where activations are static, else None.
+    """
+
+    name: str
+    kind: Literal["linear"]
+    quantized: bool
+    smoothing: Literal["folded", "multiplied", "none"]
+    reason: str
+    alpha: float | None = None
+    sqnr_db: float | None = None
+    input_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions for one model.
+
+    Attributes:
+        recipe: what was asked for.
+        call: shapes and dtypes of the call the model was captured with.
+        scales: smoothing scale by site name, float32 [C].
+        layers: every linear, in graph order.
+    """
+
+    recipe: Recipe
+    call: Any
+    scales: dict[str, Tensor]
+    layers: tuple[LayerPlan, ...]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as one safetensors file: the scales, and all else as JSON in its header."""
+        meta = {
+            "format": FORMAT,
+            "recipe": dataclasses.asdict(self.recipe),
+            "call": self.call,
+            "layers": [dataclasses.asdict(l) for l in self.layers],
+        }
+        scales = {k: v.contiguous().cpu() for k, v in self.scales.items()}
+        save_file(scales, path, {"sqcompile_plan": json.dumps(meta)})
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        """Reads a plan.
+
+        Raises:
+            PlanError: if the file is no plan, or of a newer format.
+        """
+        try:
+            with safe_open(path, "pt") as f:
+                meta = json.loads((f.metadata() or {})["sqcompile_plan"])
+                scales = {k: f.get_tensor(k) for k in f.keys()}
+        except (OSError, SafetensorError, KeyError, ValueError) as e:
+            raise PlanError(f"{os.fspath(path)} is not a sqcompile plan ({e!r}): make one with Plan.save") from e
+        if meta["format"] != FORMAT:
+            raise PlanError(f"{os.fspath(path)} has plan format {meta['format']}, this version reads {FORMAT}: calibrate again")
+        recipe = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["recipe"].items()}
+        return Plan(Recipe(**recipe), meta["call"], scales, tuple(LayerPlan(**l) for l in meta["layers"]))

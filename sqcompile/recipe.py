@@ -1,0 +1,79 @@
+"""What to quantize and how: the choices a user makes, apart from the model and the data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from sqcompile.errors import RecipeError
+
+Activation = Literal["per_token", "per_tensor", "per_tensor_static"]
+Weight = Literal["per_channel", "per_tensor"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Quantization and smoothing choices of one compilation (SmoothQuant, arXiv 2211.10438, table 2).
+
+    Attributes:
+        alpha: migration strength in [0, 1], ``s_j = max|X_j|^alpha / max|W_:j|^(1-alpha)``. A tuple is a set of
+            candidates: each site takes the one with the smallest quantization error on the calibration sample.
+            "No smoothing" is always a candidate, so that a site where smoothing hurts is left alone.
+        activation: ``"per_token"`` (dynamic, one scale per row, every dim but the last), ``"per_tensor"`` (dynamic,
+            one scale) or ``"per_tensor_static"`` (one scale from calibration).
+        weight: ``"per_channel"`` (one scale per output channel, [N, 1]) or ``"per_tensor"``.
+        smooth: False quantizes without smoothing.
+        skip: qualified module names, or parts or shell patterns of them, that stay in float. ``"lm_head"`` also
+            stands for the projection back to the vocabulary under any other name.
+
+    Raises:
+        RecipeError: if a value is out of range.
+    """
+
+    alpha: float | tuple[float, ...] = 0.5
+    activation: Activation = "per_token"
+    weight: Weight = "per_channel"
+    smooth: bool = True
+    skip: tuple[str, ...] = ("lm_head",)
+
+    def __post_init__(self) -> None:
+        if self.activation not in get_args(Activation):
+            raise RecipeError(f"activation={self.activation!r}: choose one of {', '.join(get_args(Activation))}")
+        if self.weight not in get_args(Weight):
+            raise RecipeError(f"weight={self.weight!r}: choose one of {', '.join(get_args(Weight))}")
+        if isinstance(self.skip, str):
+            raise RecipeError(f"skip={self.skip!r} is a string: pass a tuple of names, skip=({self.skip!r},)")
+        object.__setattr__(self, "skip", tuple(self.skip))
+        if isinstance(self.alpha, (list, tuple)):
+            object.__setattr__(self, "alpha", tuple(float(a) for a in self.alpha))
+        if not self.alphas or not all(math.isfinite(a) and 0.0 <= a <= 1.0 for a in self.alphas):
+            raise RecipeError(f"alpha={self.alpha!r}: a migration strength, or each of a tuple of them, lies in [0, 1]")
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """The candidate migration strengths of a site."""
+        return self.alpha if isinstance(self.alpha, tuple) else (float(self.alpha),)
+
+
+# O1-O3 are the paper's efficiency levels; "default" is per-channel weights with per-token activations, the
+# combination that keeps Llama-class models intact.
+PRESETS: dict[str, Recipe] = {
+    "default": Recipe(),
+    "O1": Recipe(weight="per_tensor", activation="per_token"),
+    "O2": Recipe(weight="per_tensor", activation="per_tensor"),
+    "O3": Recipe(weight="per_tensor", activation="per_tensor_static"),
+}
+
+
+def resolve_recipe(recipe: str | Recipe) -> Recipe:
+    """The Recipe that a name or a Recipe stands for.
+
+    Raises:
+        RecipeError: for an unknown name or type; the message lists the names.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, str) and recipe in PRESETS:
+        return PRESETS[recipe]
+    raise RecipeError(f"unknown recipe {recipe!r}: pass one of {', '.join(PRESETS)}, or a sqcompile.Recipe")

@@ -1,0 +1,179 @@
+"""trace: nn.Module -> GraphModule of ATen ops, whole as torch.export leaves them (linear, layer_norm, attention).
+
+Before:  class Net(nn.Module): forward = lambda self, x: self.fc(x)
+After:   %y = aten.linear(%x, %fc_weight, %fc_bias)
+
+The graph's tensors are detached aliases of the model's own: same storage, never written to by any pass.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from sqcompile.errors import CaptureError
+from sqcompile.inputs import Call
+from sqcompile.passes.graph import aten, clone, finish, set_tensor, value
+
+# What export leaves to check at run time; none of it computes anything.
+_CHECKS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten._assert_async.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+}
+
+
+def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.GraphModule:
+    """Captures the model as called.
+
+    Args:
+        model: any module torch.export can capture, in eval mode.
+        call: an example call; only shapes, dtypes and constants matter.
+        dynamic_shapes: ``"auto"`` makes batch and sequence of every input dynamic where the model allows it, None
+            makes every shape static, anything else goes to torch.export as it is.
+
+    Returns:
+        A GraphModule with the model's own signature and output type. ``meta["fake_mode"]`` is the mode of its fake
+        values, ``meta["in_spec"]`` and ``meta["out_spec"]`` are the pytrees of its call and result.
+
+    Raises:
+        CaptureError: if the model cannot be exported (names the operation, the line and what to try), or if it
+            is in training mode with dropout or batch statistics.
+    """
+    _register_kv_cache_pytree()
+    args, kwargs, shapes = call.args, call.kwargs, dynamic_shapes
+    if dynamic_shapes == "auto":
+        args, kwargs, shapes = _dynamic_example(call)
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as e:
+        raise CaptureError(_explain(model, e)) from e
+    gm = exported.module(check_guards=False)
+    for n in list(gm.graph.nodes):
+        if n.target in _CHECKS:
+            gm.graph.erase_node(n)
+        elif n.target == aten.to.dtype and value(n).dtype == value(n.args[0]).dtype and len(n.args) == 2:
+            n.replace_all_uses_with(n.args[0])  # a cast to the dtype it has
+        elif "wrap_with" in str(n.target) or isinstance(n.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(f"{n.target} is a nested graph, which sqcompile does not enter: remove the context manager or control flow behind it from the model's forward")
+        elif n.op == "get_attr":
+            n.meta.setdefault("val", None)
+    _refuse_training(gm)
+    gm = fx.GraphModule(gm, gm.graph)  # drops export's input checks, which pin what the example had
+    for n in gm.graph.find_nodes(op="get_attr"):
+        obj: Any = gm
+        for part in str(n.target).split("."):
+            obj = getattr(obj, part)
+        set_tensor(gm, str(n.target), obj.detach())
+    fakes = [value(n) for n in gm.graph.find_nodes(op="placeholder") if isinstance(value(n), Tensor)]
+    if not fakes:
+        raise CaptureError("the model takes no tensor: pass example_inputs with at least one")
+    gm.meta["fake_mode"] = fakes[0].fake_mode
+    for n in gm.graph.find_nodes(op="get_attr"):
+        n.meta["val"] = fakes[0].fake_mode.from_tensor(gm.get_buffer(str(n.target)), static_shapes=True)
+    info = gm.graph._codegen.pytree_info
+    gm.meta["in_spec"], gm.meta["out_spec"] = info.in_spec, info.out_spec
+    gm.graph.eliminate_dead_code()
+    return finish(clone(gm))
+
+
+def _dynamic_example(call: Call) -> tuple[tuple[Any, ...], dict[str, Any], ShapesCollection]:
+    """The call with sizes at which batch and sequence can stay symbolic, and which dims are.
+
+    torch.export fixes dims of size 1 and merges dims of equal size, so a batch of 1 grows to 2 and batch, sequence
+    and so on get sizes of their own. Values do not matter: export runs on fake tensors.
+    """
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    axes = {id(x): _dynamic_axes(x) for x in tensors}
+    sizes: dict[tuple[int, int], int] = {}
+    broadcast = {d for d in range(3) if len({x.shape[d] for x in tensors if d in axes[id(x)]}) > 1}
+    for x in tensors:
+        for d in axes[id(x)]:
+            size = x.shape[d]
+            if size == 1 and d in broadcast:
+                continue  # broadcasts against another input: stays 1
+            new = max(size, 2)
+            while (d, size) not in sizes and new in sizes.values():
+                new += 1
+            sizes.setdefault((d, size), new)
+    shapes = ShapesCollection()
+    new_leaves = []
+    for x in leaves:
+        if isinstance(x, Tensor):
+            dims = {d: Dim.AUTO for d in axes[id(x)] if (d, x.shape[d]) in sizes}
+            x = x.new_zeros([sizes.get((d, s), s) if d in dims else s for d, s in enumerate(x.shape)])
+            shapes[x] = dims
+        new_leaves.append(x)
+    args, kwargs = pytree.tree_unflatten(new_leaves, spec)
+    return args, kwargs, shapes
+
+
+def _dynamic_axes(x: Tensor) -> list[int]:
+    if not x.dtype.is_floating_point:
+        return list(range(min(x.dim(), 2)))  # tokens, masks: [batch, sequence]
+    if x.dim() == 3:
+        return [0, 1]  # embeddings: [batch, sequence, channel]
+    return [0] if x.dim() >= 1 else []
+
+
+def _refuse_training(gm: fx.GraphModule) -> None:
+    for n in gm.graph.nodes:
+        name = str(n.target)
+        p = 0.0
+        if n.target == aten.dropout.default and n.args[2]:
+            p = n.args[1]
+        elif n.target == aten.scaled_dot_product_attention.default and len(n.args) > 4:
+            p = n.args[4]
+        elif "batch_norm" in name and True in n.args[5:6]:
+            p = 1.0
+        elif n.target in (aten.bernoulli.default, aten.native_dropout.default, aten.bernoulli_.float):
+            p = 1.0
+        if p:
+            raise CaptureError(f"the model is in training mode ({name} at {_source(n)}): call model.eval() first")
+
+
+def _source(node: fx.Node) -> str:
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")]
+    return lines[-1] if lines else node.name
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    """One message: what failed, where in the user's code, and what to try."""
+    inside = os.path.dirname(torch.__file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((inside, "<"))]
+    frames = [f for f in frames if os.path.dirname(f.filename) != os.path.dirname(__file__)]
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    kind = type(error).__name__
+    if "DataDependent" in kind or "data-dependent" in str(error):
+        hint = "the branch depends on tensor values: rewrite it with torch.where, or compile the submodule below it"
+    elif "pytree" in str(error):
+        hint = "register the type with torch.utils._pytree.register_pytree_node, or return tensors"
+    elif "dynamic" in str(error).lower() or "Constraint" in kind:
+        hint = "pass dynamic_shapes=None for static shapes, or the dynamic_shapes that torch.export should use"
+    else:
+        hint = "run torch.export.export(model, args, kwargs, strict=False) by itself, or compile a submodule"
+    return f"{type(model).__name__} cannot be exported: {kind}: {text}{where}. What to try: {hint}"
+
+
+def _register_kv_cache_pytree() -> None:
+    """Lets a model return transformers' DynamicCache, where transformers is loaded at all."""
+    import sys
+
+    if "transformers.cache_utils" in sys.modules:
+        from transformers.cache_utils import DynamicCache
+        from transformers.integrations.executorch import register_dynamic_cache_export_support
+
+        if DynamicCache not in pytree.SUPPORTED_NODES:
+            register_dynamic_cache_export_support()

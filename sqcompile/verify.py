@@ -1,0 +1,52 @@
+"""verify: the graph language between stages. A rewrite that leaves it is a bug, caught where it happens."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx
+
+from sqcompile.errors import StageError
+from sqcompile.passes.graph import get_tensor, value
+
+STAGES = ("traced", "folded", "quantized", "lowered")
+
+_NAMESPACES = {
+    "traced": ("aten",),
+    "folded": ("aten",),
+    "quantized": ("aten", "sqcompile"),
+    "lowered": ("aten", "sqcompile"),
+}
+# Arithmetic on sizes, and what other libraries put into a graph as an operator of their own.
+_PYTHON = (operator, torch)
+
+
+def verify(gm: fx.GraphModule, stage: str) -> fx.GraphModule:
+    """Checks lint, operators, recorded values and dtypes; returns the graph.
+
+    Raises:
+        StageError: naming the stage, the node and what is wrong with it.
+    """
+    gm.graph.lint()
+    for n in gm.graph.nodes:
+        if n.op == "call_function":
+            namespace = getattr(n.target, "namespace", None)
+            if namespace is None and not _is_python(n.target):
+                raise StageError(f"{stage}: %{n.name} calls {n.target}, which is no operator")
+            if namespace == "sqcompile" and namespace not in _NAMESPACES[stage]:
+                raise StageError(f"{stage}: %{n.name} is {n.target}, which belongs to a later stage")
+        elif n.op not in ("placeholder", "get_attr", "output"):
+            raise StageError(f"{stage}: %{n.name} is a {n.op}, expected ATen operators only")
+        if n.op != "output" and "val" not in n.meta:
+            raise StageError(f"{stage}: %{n.name} has no recorded value")
+        if n.op == "get_attr":
+            tensor, recorded = get_tensor(gm, str(n.target)), value(n)
+            if isinstance(recorded, Tensor) and (tensor.shape, tensor.dtype) != (recorded.shape, recorded.dtype):
+                raise StageError(f"{stage}: {n.target} is {tuple(tensor.shape)} {tensor.dtype}, the graph expects {tuple(recorded.shape)} {recorded.dtype}")
+    return gm
+
+
+def _is_python(target: object) -> bool:
+    module = getattr(target, "__module__", "") or ""
+    return module in ("_operator", "math") or module.startswith(("torch", "builtins"))
