@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sqcompile.kernels.reference import UINT8_ZERO_POINT, scale_output
+from sqcompile.kernels.reference import UINT8_ZERO_POINT
 
 
 def available() -> bool:
@@ -23,12 +23,9 @@ def pack(w: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(w.contiguous(), None)
 
 
-def linear(q: Tensor, scale: Tensor, packed: Tensor, w_scale: Tensor, w_zero: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`reference.int8_linear` for uint8 q [..., K] and a packed weight; w_zero is int64 zeros [N]."""
-    # Δx is applied after oneDNN, as it may be one per row, and the compiler fuses it with what follows.
-    # A bf16 model gets its product in bf16: half the traffic of the largest tensors.
-    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    y = torch.ops.onednn.qlinear_pointwise(
-        q, 1.0, UINT8_ZERO_POINT, packed, w_scale, w_zero, None, 1.0, 0, wide, "none", [], ""
+def matmul(q: Tensor, packed: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """(q - 128) wᵀ · w_scale for uint8 q [..., K], packed w, float32 w_scale [N]: float32 or bfloat16 [..., N]."""
+    zero = torch.zeros(w_scale.numel(), dtype=torch.int64)
+    return torch.ops.onednn.qlinear_pointwise(
+        q, 1.0, UINT8_ZERO_POINT, packed, w_scale, zero, None, 1.0, 0, dtype, "none", [], ""
     )
-    return scale_output(y, scale, bias, dtype)

@@ -24,8 +24,12 @@ from sqcompile.passes.match import Refusal, Site, input_sites
 from sqcompile.plan import LayerPlan, Plan
 from sqcompile.recipe import Recipe
 
-# Smoothing must win by this much of the error: a tie is not worth a changed weight.
-MARGIN = 0.995
+# A site is left unsmoothed only where smoothing makes its error on the sample this much worse. Below that, smoothing is
+# kept even without a gain: the sample holds few tokens, and the absmax it is built from saw them all.
+TOLERANCE = 1.1
+
+# A channel below this fraction of the median absmax says nothing about how large it gets on other text.
+SILENT = 0.1
 
 
 def smoothing_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
@@ -37,10 +41,10 @@ def smoothing_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
         alpha: migration strength in [0, 1].
 
     Returns:
-        float32 [C], positive and finite. s is the formula's except for channels that were quiet in calibration: those
-        are bounded from below so that a channel that wakes up to the median channel's level stays within the range
-        that the smoothed tensor had in calibration; the formula alone would divide it by almost nothing. Where every
-        channel is silent, s = 1.
+        float32 [C], positive and finite. s is the formula's except for channels that were (nearly) silent in
+        calibration: those are bounded from below so that a channel that wakes up to the median channel's level stays
+        within the range that the smoothed tensor had in calibration; the formula alone would divide it by almost
+        nothing. Where every channel is silent, s = 1.
     """
     x, w = x_absmax.float(), w_absmax.float()
     active = x > 0
@@ -48,8 +52,8 @@ def smoothing_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
         return torch.ones_like(x)
     w = w.clamp_min(w.max() * 1e-5)  # a column of zeros: any s will do, but a finite one
     s = x.clamp_min(torch.finfo(torch.float32).tiny).pow(alpha) / w.pow(1 - alpha)
-    ceiling = (x[active] / s[active]).max()
-    return s.clamp_min(x[active].median() / ceiling)
+    median, ceiling = x[active].median(), (x[active] / s[active]).max()
+    return torch.where(x < SILENT * median, s.clamp_min(median / ceiling), s)
 
 
 def choose(
@@ -116,7 +120,7 @@ class _Chooser:
         if site.kind == "linear" and producer is not None and self.recipe.weight == "per_tensor" and producer.name not in floats:
             touched.append(producer)  # its rows are divided by s, which one scale for all rows feels
         none = sum(self.error(l) for l in touched)
-        best, choice, best_alpha = none * MARGIN, None, None
+        best, choice, best_alpha = none * TOLERANCE, None, None
         for alpha in self.recipe.alphas:
             s = torch.where(site.free.to(device), smoothing_scale(x_absmax, w_absmax, alpha), 1.0)
             saved = dict(self.columns), dict(self.rows)
@@ -125,7 +129,7 @@ class _Chooser:
             self.columns, self.rows = saved
             if error < best:
                 best, choice, best_alpha = error, s, alpha
-        return choice, best_alpha, f"smoothing does not lower the quantization error here ({site.reason})"
+        return choice, best_alpha, f"smoothing would raise the quantization error here ({site.reason})"
 
     def apply(self, site: Site, s: Tensor) -> None:
         for l, m in site.balance:

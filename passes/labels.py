@@ -47,6 +47,7 @@ class Flow:
         adds: additions of a constant on the way, which must be scaled along: (node, argument index, int64 labels shaped
             to broadcast like that constant).
         refused: label -> reason, for the labels that must keep s = 1.
+        stops: node -> reason, where labels were refused.
     """
 
     producer: str
@@ -55,6 +56,7 @@ class Flow:
     balance: list[tuple[str, Tensor]] = field(default_factory=list)
     adds: list[tuple[str, int, Tensor]] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
+    stops: dict[str, str] = field(default_factory=dict)
 
     def refuse(self, labels: Any, reason: str) -> None:
         for part in labels if isinstance(labels, (tuple, list)) else [labels]:
@@ -177,6 +179,7 @@ class _Labels(fx.Interpreter):
                 if labels is not None:
                     result[producer] = labels
             except Refused as e:
+                flow.stops[n.name] = str(e)
                 for _, labels in operands:
                     flow.refuse(labels, str(e))
         return result
@@ -253,6 +256,8 @@ def describe(n: fx.Node) -> str:
         return f"passes {name}, which does not commute with a scale"
     if name in ("layer_norm", "rms_norm", "mean", "var", "group_norm"):
         return f"is normalized by {name}"
+    if name == "mul" and n.args[0] is n.args[1]:
+        return "is squared"
     return f"reaches {name}, which scales cannot pass"
 
 
@@ -265,7 +270,7 @@ def _only(operands: dict[fx.Node, Any], n: fx.Node) -> tuple[fx.Node, Any]:
 def _mul(ctx: _Labels, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:
     _, labels = _only(operands, n)
     if n.args[0] is n.args[1]:
-        raise Refused("is squared")
+        raise Refused(describe(n))
     return labels.broadcast_to(out.shape)
 
 

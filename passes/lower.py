@@ -3,7 +3,7 @@
     %y = to(linear(dequantize(%q, %s), dequantize(%w_int8, %w_scale), %b), dtype)
 ->
     %y = sqcompile.int8_linear(%q, %s, %w_int8, %w_scale, %b, dtype)                          # any device
-    %y = sqcompile.int8_linear_packed(%q_u8, %s, %w_packed, %w_scale, %zero, %b, dtype)       # x86 with VNNI
+    %y = sqcompile.int8_linear_packed(%q_u8, %s, %w_packed, %w_scale, %w_sum, %b, dtype)       # x86 with VNNI
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch import fx
 
-from sqcompile.kernels import onednn
+from sqcompile.kernels import onednn, vnni
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import UINT8_ZERO_POINT
 from sqcompile.passes.graph import add_op, add_tensor, aten, clone, constants, evaluate, finish, get_tensor, value
@@ -55,9 +55,12 @@ def _lower_linear(gm: fx.GraphModule, node: fx.Node) -> None:
         columns = add_tensor(gm, f"{name}_columns", per_column)
         if device.type == "cpu" and onednn.available():
             q_u8 = _as_uint8(gm, q)
-            packed = add_tensor(gm, f"{name}_packed", onednn.pack(get_tensor(gm, str(w_int8.target))))
-            zero = add_tensor(gm, f"{name}_zero", torch.zeros(n, dtype=torch.int64))
-            args = (q_u8, scale, packed, columns, zero, bias, dtype)
+            plain = get_tensor(gm, str(w_int8.target))
+            packed = onednn.pack(plain)
+            readable = vnni.readable(packed, plain)
+            row_sum = plain.sum(dim=1, dtype=torch.int32) if readable else torch.empty(0, dtype=torch.int32)
+            w_node, sum_node = add_tensor(gm, f"{name}_packed", packed), add_tensor(gm, f"{name}_sum", row_sum)
+            args = (q_u8, scale, w_node, columns, sum_node, bias, dtype)
             new = gm.graph.call_function(sqcompile_ops.int8_linear_packed.default, args)
         else:
             _warn_reference(device)

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.errors import CaptureError
-from sqcompile.passes.graph import Linear, aten, constants, find_linears, first_leaf, nodes_by_name
+from sqcompile.passes.graph import Linear, constants, find_linears, first_leaf, nodes_by_name
 from sqcompile.passes.labels import (
     HOMOGENEOUS,
     LAYOUT,
-    RESIDUAL,
     Flow,
     describe,
     free_symbols,
@@ -95,7 +94,8 @@ def match(gm: fx.GraphModule) -> tuple[list[Site], list[Refusal]]:
             continue
         taken |= {l.node for l, _ in balance}
         sites.append(_site(gm, flow, balance, by_node))
-    refusals = [Refusal(l, why.get(l.node) or _blocked(gm, l)) for l in linears if l.node not in taken]
+    stops = {node: reason for flow in flows.values() for node, reason in flow.stops.items()}
+    refusals = [Refusal(l, why.get(l.node) or _blocked(gm, l, stops)) for l in linears if l.node not in taken]
     return sorted(sites, key=lambda s: order[s.producer]), refusals
 
 
@@ -180,13 +180,15 @@ def _producer_name(gm: fx.GraphModule, flow: Flow, linears: dict[str, Linear]) -
     return (first_leaf(vector) if isinstance(vector, fx.Node) else None) or flow.producer
 
 
-def _blocked(gm: fx.GraphModule, linear: Linear) -> str:
-    """Why no producer's labels reach a linear: the operation that its input comes from."""
+def _blocked(gm: fx.GraphModule, linear: Linear, stops: dict[str, str]) -> str:
+    """Why no producer's labels reach a linear: what happened to them there, or at the operation its input comes from."""
+    if linear.node in stops:
+        return f"a channel {stops[linear.node]}"
     node = nodes_by_name(gm)[linear.x]
     while node.op == "call_function" and node.target in LAYOUT | HOMOGENEOUS and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     if node.op == "placeholder":
         return "reads an input of the model"
-    if node.target in (aten.add.Tensor, aten.add_.Tensor):
-        return f"reads a tensor that {RESIDUAL}"
-    return f"input {describe(node)}"
+    if node.name in stops:
+        return f"its input {stops[node.name]}"
+    return f"its input {describe(node)}"

@@ -1,0 +1,45 @@
+"""Timing that survives a noisy machine: contenders take turns, and each is judged by its median."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def interleaved(contenders: Mapping[str, Callable[[], Any]], seconds: float = 6.0, least: int = 7) -> dict[str, float]:
+    """Median milliseconds of each contender; they run in turns until the time is over, at least ``least`` rounds."""
+    for run in contenders.values():  # compile and warm up
+        run(), run()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(t) for name, t in times.items()}
+
+
+def sqnr_db(reference: Tensor, y: Tensor) -> float:
+    """Signal to noise ratio of y against a reference of the same shape, in dB."""
+    noise = float((y.double() - reference.double()).square().sum())
+    return 10 * math.log10(float(reference.double().square().sum()) / noise) if noise > 0 else math.inf
+
+
+def machine() -> str:
+    """The processor, its INT8 instructions, threads and versions: what a table must say of itself."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as f:
+            name = next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    isa = "AMX" if torch.cpu._is_amx_tile_supported() else "AVX512-VNNI" if torch.cpu._is_vnni_supported() else "no VNNI"
+    return f"{name}, {isa}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"

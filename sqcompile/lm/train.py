@@ -1,0 +1,196 @@
+"""Train the language model from scratch: ``python -m sqcompile.lm.train --device cuda --compile --out DIR``.
+
+Writes the tokenizer, the configuration and the float16 weights to DIR, where ``load_lm(folder=DIR)`` reads them. The
+shipped weights come from this command on a GPU, with the library of CPython 3.11.7 and no other option; their held-out
+perplexity, by which the options were chosen too, is 10.23. The CPU can run it as well, but needs hours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from .corpus import evaluation_texts, read_texts, training_files
+from .load import BOS, EOS, PAD, encode_stream, load_lm, load_tokenizer, perplexity, token_windows
+
+VOCAB = 2048
+LENGTH = 512
+
+
+def train_tokenizer(texts: list[str], path: Path) -> None:
+    """Fit a byte-level BPE tokenizer on ``texts`` and write it to ``path``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=[PAD, BOS, EOS],
+        # Without all 256 bytes in the vocabulary, unseen characters would be lost.
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    tokenizer.save(str(path))
+
+
+def prepare(out: Path, cache: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write the tokenizer to ``out``; return the training stream (int16 ``[tokens]``) and held-out windows (int64).
+
+    With ``cache``, all three are kept in that file and read from it the next time.
+    """
+    if cache is not None and cache.is_file():
+        with safe_open(cache, framework="pt") as file:
+            (out / "tokenizer.json").write_text(file.metadata()["tokenizer"], encoding="utf-8")
+            return file.get_tensor("stream"), file.get_tensor("held_out")
+    texts = read_texts(training_files())
+    train_tokenizer(texts, out / "tokenizer.json")
+    tokenizer = load_tokenizer(out)
+    stream = encode_stream(texts, tokenizer).to(torch.int16)
+    held_out = token_windows(evaluation_texts(), tokenizer, LENGTH)
+    if cache is not None:
+        metadata = {"tokenizer": (out / "tokenizer.json").read_text(encoding="utf-8")}
+        save_file({"stream": stream, "held_out": held_out}, cache, metadata)
+    return stream, held_out
+
+
+def build_model(folder: Path) -> LlamaForCausalLM:
+    """A freshly initialised model whose special tokens are those of the tokenizer in ``folder``."""
+    tokenizer = load_tokenizer(folder)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        use_cache=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def sample_batch(stream: torch.Tensor, bos: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random inputs and targets, int64 ``[batch, LENGTH]`` each; every input row starts with ``bos``."""
+    starts = torch.randint(len(stream) - LENGTH, (batch, 1), device=stream.device)
+    targets = stream[starts + torch.arange(LENGTH, device=stream.device)].long()
+    return F.pad(targets[:, :-1], (1, 0), value=bos), targets
+
+
+def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+    """AdamW with weight decay on the linear layers only: norm gains and embeddings find their own scale.
+
+    The default decay is strong because the corpus is read about 14 times over; longer runs with 0.1 over-fitted it.
+    """
+    decayed = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=args.device.startswith("cuda"))
+
+
+def fit(model: LlamaForCausalLM, stream: torch.Tensor, args: argparse.Namespace, evaluate: Callable[[], float]) -> None:
+    """Train ``model`` in place on windows of ``stream``, both on ``args.device``."""
+    optimizer = make_optimizer(model, args)
+    bf16 = args.device.startswith("cuda")
+    bos = int(load_tokenizer(args.out).bos_token_id)
+
+    def loss_of(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            logits = model(input_ids=ids).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    step_loss = torch.compile(loss_of, dynamic=False) if args.compile else loss_of
+    model.train()
+    bar = tqdm(total=None if args.minutes else args.steps, desc="training", unit="step", mininterval=2)
+    step, progress, start = 0, 0.0, time.monotonic()
+    next_report = 0.1
+    while progress < 1.0:
+        # Few gradients set the scale early on, and the full rate would follow their noise.
+        warm_up = min(1.0, (step + 1) / args.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
+        loss = step_loss(*sample_batch(stream, bos, args.batch))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step == 0:
+            # Compilation is not training time.
+            loss.item()
+            start = time.monotonic()
+        step += 1
+        bar.update()
+        if step % 20 == 0:
+            # Reading the loss waits for the device, so the clock below sees finished steps only.
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            if args.minutes:
+                progress = (time.monotonic() - start) / (60 * args.minutes)
+        if not args.minutes:
+            progress = step / args.steps
+        if progress >= next_report:
+            next_report = progress + 0.1
+            model.eval()
+            bar.write(f"{progress:4.0%} step {step} loss {loss.item():.3f} held-out perplexity {evaluate():.3f}")
+            model.train()
+    bar.close()
+    model.eval()
+
+
+def save(model: LlamaForCausalLM, out: Path) -> None:
+    """Write ``config.json`` and the float16 weights; the tied output head is left out."""
+    model.config.to_json_file(str(out / "config.json"))
+    weights = {name: p.detach().to("cpu", torch.float16).contiguous() for name, p in model.named_parameters()}
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, made if missing")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=3500, help="number of steps")
+    parser.add_argument("--minutes", type=float, help="train for this time instead of --steps; less repeatable")
+    parser.add_argument("--batch", type=int, default=64, help=f"windows of {LENGTH} tokens per step")
+    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate")
+    parser.add_argument("--beta2", type=float, default=0.95, help="AdamW's second-moment decay")
+    parser.add_argument("--weight-decay", type=float, default=1.0, help="AdamW's, on linear layers")
+    parser.add_argument("--warmup", type=int, default=200, help="steps of rising learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
+    parser.add_argument("--cache", type=Path, help="file that keeps tokenizer and token ids between runs")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the training step")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    stream, held_out = prepare(args.out, args.cache)
+    print(f"{len(stream):,} training tokens, {len(held_out)} held-out windows of {LENGTH}")
+    stream, held_out = stream.to(args.device), held_out.to(args.device)
+    model = build_model(args.out).to(args.device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    fit(model, stream, args, lambda: perplexity(model, held_out[::8]))
+    save(model, args.out)
+    shipped, _ = load_lm(folder=args.out)
+    print(f"held-out perplexity of the saved model: {perplexity(shipped.to(args.device), held_out):.3f}")
+
+
+if __name__ == "__main__":
+    main()

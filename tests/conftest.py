@@ -1,0 +1,70 @@
+"""Small models every test file uses, and how errors are measured."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TINY = dict(
+    hidden_size=64, num_hidden_layers=2, vocab_size=96, num_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": dict(TINY, intermediate_size=112, num_key_value_heads=2),
+    "opt": dict(TINY, ffn_dim=112, word_embed_proj_dim=64),
+}
+
+
+def relative_error(y: Tensor, reference: Tensor) -> float:
+    return float((y.double() - reference.double()).norm() / reference.double().norm())
+
+
+def roughen(model: nn.Module, outlier: float = 20.0) -> nn.Module:
+    """Norms, biases away from their initial ones and zeros, and every seventh norm channel an outlier."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.add_(0.3 * torch.randn(p.shape, generator=generator))
+            if p.dim() == 1 and "norm" in name.lower() and name.endswith("weight"):
+                p[::7] *= outlier
+    return model
+
+
+def tiny_lm(family: str, dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
+    """A tiny causal LM of a transformers family with random weights, norms and outliers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**FAMILIES[family], **config}))
+    return roughen(model.eval()).to(dtype)
+
+
+def token_batches(n: int = 4, shape: tuple[int, int] = (2, 17), seed: int = 3, vocab: int = 96) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(3, vocab, shape, generator=generator)} for _ in range(n)]
+
+
+@pytest.fixture(scope="session")
+def lm() -> tuple[nn.Module, Any]:
+    """The shipped language model and its tokenizer; tests must not change it."""
+    from sqcompile.lm import load_lm
+
+    return load_lm()
+
+
+@pytest.fixture(scope="session")
+def lm_windows(lm: tuple[nn.Module, Any]) -> tuple[Tensor, Tensor]:
+    """Calibration and held-out windows of Python source, int64 [n, 256]."""
+    from sqcompile.lm import calibration_texts, evaluation_texts, token_windows
+
+    return (
+        token_windows(calibration_texts(), lm[1], 256, 16),
+        token_windows(evaluation_texts(), lm[1], 256, 64),
+    )

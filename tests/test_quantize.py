@@ -1,0 +1,114 @@
+"""The quantization arithmetic, and the two mistakes everyone makes with it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sqcompile.kernels import onednn, reference, vnni
+from sqcompile.kernels.ops import sqcompile_ops
+
+W = torch.tensor([[1.0, -2, 3, -4], [5, -6, 7, -8]])
+
+
+def test_divisor_is_127_and_nothing_wraps():
+    scale = reference.weight_scale(W, per_channel=True)
+    assert torch.allclose(scale, torch.tensor([[4 / 127], [8 / 127]]))
+    q = reference.quantize(W, scale)
+    assert q.tolist() == [[32, -64, 95, -127], [79, -95, 111, -127]]
+    # with 2^8 - 1 the largest value would be 255, which int8 turns into -1 without a word
+    wrapped = torch.round(W / (4.0 / 255)).to(torch.int32).to(torch.int8)
+    assert wrapped[0, 3] == 1
+    assert reference.quantize(torch.tensor([4.0]), torch.tensor(4.0 / 127)).item() == 127
+
+
+def test_per_channel_means_one_scale_per_output_channel():
+    w = torch.randn(6, 10)
+    assert reference.weight_scale(w, per_channel=True).shape == (6, 1)
+    assert reference.weight_scale(w, per_channel=False).shape == (1, 1)
+    w[2] *= 100  # an outlier row must not touch the others
+    assert torch.equal(reference.weight_scale(w, True)[:2], reference.weight_scale(w[:2], True))
+
+
+def test_per_token_means_every_dim_but_the_last():
+    x = torch.randn(3, 5, 8)
+    assert reference.token_scale(x).shape == (3, 5, 1)
+    assert torch.equal(reference.token_scale(x).flatten(), reference.token_scale(x.reshape(15, 8)).flatten())
+    assert reference.tensor_scale(x).shape == ()
+
+
+def test_rounds_half_to_even_and_saturates():
+    x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 127.6, -128.4, 1e9])
+    assert reference.quantize(x, torch.tensor(1.0)).tolist() == [0, 2, 2, 0, -2, 127, -127, 127]
+    assert (reference.quantize(x, torch.tensor(1.0), 128).int() - 128).tolist() == [0, 2, 2, 0, -2, 127, -127, 127]
+
+
+def test_zero_rows_and_non_finite_rows():
+    x = torch.randn(4, 8)
+    x[0], x[1, 3], x[2, 5] = 0, float("nan"), float("inf")
+    w = reference.quantize(torch.randn(5, 8), torch.tensor(0.1))
+    scale = reference.token_scale(x)
+    y = reference.int8_linear(reference.quantize(x, scale), scale, w, torch.ones(5), None, torch.float32)
+    assert torch.equal(y[0], torch.zeros(5))
+    assert not y[1].isfinite().any() and not y[2].isfinite().any()
+    assert y[3].isfinite().all()
+
+
+def test_scales_are_float32_for_half_precision():
+    x = torch.full((2, 4), 6e-5, dtype=torch.float16)  # Δ = 4.7e-7 would be 0 or a denormal in float16
+    scale = reference.token_scale(x)
+    assert scale.dtype == torch.float32
+    assert reference.quantize(x, scale).tolist() == [[127] * 4] * 2
+
+
+@given(st.integers(1, 40), st.integers(1, 2500), st.integers(1, 40), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_reference_matmul_is_exact(m, k, n, seed):
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randint(-127, 128, (m, k), generator=g, dtype=torch.int8)
+    w = torch.randint(-127, 128, (n, k), generator=g, dtype=torch.int8)
+    assert torch.equal(reference.int8_matmul(q, w), (q.long() @ w.long().t()).int())
+
+
+def test_reference_matmul_is_exact_at_the_extremes():
+    q = torch.full((2, 8192), 127, dtype=torch.int8)
+    assert reference.int8_matmul(q, -q).eq(-127 * 127 * 8192).all()
+
+
+@pytest.mark.skipif(not onednn.available(), reason="needs AVX512-VNNI")
+@given(st.integers(1, 40), st.integers(1, 700), st.integers(1, 70), st.integers(0, 2**31), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_onednn_and_the_decode_kernel_are_the_reference_bit_for_bit(m, k, n, seed, extreme):
+    g = torch.Generator().manual_seed(seed)
+    low = 127 if extreme else -127
+    q = torch.randint(low, 128, (m, k), generator=g, dtype=torch.int8)
+    w = torch.randint(-127, 128, (n, k), generator=g, dtype=torch.int8)
+    u8, packed = (q.short() + 128).to(torch.uint8), onednn.pack(w)
+    want = reference.int8_matmul(q, w).float()
+    assert torch.equal(onednn.matmul(u8, packed, torch.ones(n), torch.float32), want)
+    assert vnni.readable(packed, w)
+    got = vnni.matmul(u8, packed, torch.ones(n), w.sum(1, dtype=torch.int32), torch.float32)
+    assert torch.equal(got, want)
+    scale = torch.rand(n, generator=g)
+    got = vnni.matmul(u8, packed, scale, w.sum(1, dtype=torch.int32), torch.bfloat16)
+    assert torch.equal(got, (want * scale).to(torch.bfloat16))
+
+
+@pytest.mark.skipif(not onednn.available(), reason="needs AVX512-VNNI")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_onednn_and_reference_agree_with_scales(dtype, per_token, bias):
+    x, w = torch.randn(2, 7, 200), torch.randn(50, 200)
+    w_scale = reference.weight_scale(w, True)
+    w8 = reference.quantize(w, w_scale)
+    scale = reference.token_scale(x) if per_token else reference.tensor_scale(x)
+    b = torch.randn(50) if bias else None
+    q, u8 = reference.quantize(x, scale), reference.quantize(x, scale, 128)
+    want = sqcompile_ops.int8_linear(q, scale, w8, w_scale.flatten(), b, dtype)
+    assert torch.equal(sqcompile_ops.int8_linear(u8, scale, w8, w_scale.flatten(), b, dtype), want)
+    w_sum = w8.sum(1, dtype=torch.int32)
+    for rows in (w_sum, torch.empty(0, dtype=torch.int32)):  # the decode kernel, and oneDNN for any layout
+        got = sqcompile_ops.int8_linear_packed(u8, scale, onednn.pack(w8), w_scale.flatten(), rows, b, dtype)
+        assert got.dtype == dtype and got.shape == (2, 7, 50)
+        assert torch.equal(got, want)
