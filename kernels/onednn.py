@@ -7,6 +7,8 @@ sum again: exactly the sum of `reference.int8_matmul`.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,13 @@ def pack(w: Tensor) -> Tensor:
 
 def matmul(q: Tensor, packed: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """(q - 128) wᵀ · w_scale for uint8 q [..., K], packed w, float32 w_scale [N]: float32 or bfloat16 [..., N]."""
-    zero = torch.zeros(w_scale.numel(), dtype=torch.int64)
+    zero = _zeros(w_scale.numel())
     return torch.ops.onednn.qlinear_pointwise(
         q, 1.0, UINT8_ZERO_POINT, packed, w_scale, zero, None, 1.0, 0, dtype, "none", [], ""
     )
+
+
+@functools.cache
+def _zeros(n: int) -> Tensor:
+    """The weight's zero points, which oneDNN wants spelled out."""
+    return torch.zeros(n, dtype=torch.int64)

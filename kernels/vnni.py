@@ -19,6 +19,8 @@ BLOCK = 64  # output channels per block of the packed weight
 DEPTH = 64  # input channels are padded to a multiple of this
 # Up to here the kernel is faster than oneDNN on every shape measured (README, bench cpu).
 MAX_ROWS = 16
+# From here AMX tiles beat AVX512-VNNI, where the CPU has them.
+AMX_ROWS = 4
 
 
 @functools.cache
@@ -32,9 +34,15 @@ def library() -> Any | None:
     except Exception as e:
         warnings.warn(f"sqcompile's decode kernel does not build here, oneDNN serves all shapes: {e}", stacklevel=2)
         return None
-    function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 6
+    function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 7
     function.restype = None
     return function
+
+
+@functools.cache
+def amx() -> bool:
+    """Whether this process may use AMX tiles."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
 def readable(packed: Tensor, w: Tensor) -> bool:
@@ -53,12 +61,13 @@ def matmul(q: Tensor, packed: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: tor
     """(q - 128) wᵀ · w_scale for uint8 q [..., K]: float32 or bfloat16 [..., N]."""
     q = q.contiguous()
     n, k = w_scale.numel(), q.shape[-1]
+    rows = q.numel() // k
     y = torch.empty((*q.shape[:-1], n), dtype=dtype)
     function = library()
     assert function is not None
     function(
         q.data_ptr(), torch.ops.mkldnn.data_ptr(packed), w_scale.data_ptr(), w_sum.data_ptr(), y.data_ptr(),
-        dtype == torch.bfloat16, q.numel() // k, n, k, _round_up(k, DEPTH), torch.get_num_threads(),
+        dtype == torch.bfloat16, rows, n, k, _round_up(k, DEPTH), torch.get_num_threads(), rows >= AMX_ROWS and amx(),
     )  # fmt: skip
     return y
 
