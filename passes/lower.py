@@ -1,14 +1,20 @@
-"""lower: dequantize -> linear -> cast becomes one INT8 linear. Reads only the graph.
+"""lower: linears that share a quantized input become one INT8 linear. Reads only the graph.
 
-    %y = to(linear(dequantize(%q, %s), dequantize(%w_int8, %w_scale), %b), dtype)
+    %y1 = to(linear(dequantize(%q, %s), dequantize(%w1, %w1_scale), %b1), dtype)
+    %y2 = to(linear(dequantize(%q, %s), dequantize(%w2, %w2_scale), %b2), dtype)
 ->
-    %y = sqcompile.int8_linear(%q, %s, %w_int8, %w_scale, %b, dtype)                          # any device
-    %y = sqcompile.int8_linear_packed(%q_u8, %s, %w_packed, %w_scale, %w_sum, %b, dtype)       # x86 with VNNI
+    %y = sqcompile.int8_linear(%q, %s, %w12, %w12_scale, %b12, dtype)                         # any device
+    %y = sqcompile.int8_linear_packed(%q_u8, %s, %w12_packed, %w12_scale, %w12_sum, %b12, dtype)    # x86 with VNNI
+    %y1, %y2 = %y[..., :n1], %y[..., n1:]
+
+Each output channel has a scale of its own, so merging q, k, v or gate, up changes no value.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -21,16 +27,38 @@ from sqcompile.passes.graph import add_op, add_tensor, aten, clone, constants, e
 _warned: set[str] = set()
 
 
+@dataclass(frozen=True)
+class _Quantized:
+    """One linear of dequantized operands: its nodes, and the cast behind it that the INT8 linear absorbs."""
+
+    linear: fx.Node
+    out: fx.Node
+    dtype: torch.dtype
+    q: fx.Node
+    scale: fx.Node
+    weight: fx.Node
+    weight_scale: fx.Node
+    bias: fx.Node | None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return self.q, self.scale, self.dtype, self.bias is None
+
+
 def lower(gm: fx.GraphModule) -> fx.GraphModule:
     """Lowers every quantized linear, and computes what depends on parameters alone.
 
     On a device without INT8 kernels of its own, the integer reference runs, with a warning once per device type.
-    Weights are packed one at a time and the plain int8 copy is dropped, so no two copies of the model exist.
+    Weights are packed one group at a time and the plain int8 copy is dropped, so no two copies of the model exist.
     """
     gm = clone(gm)
-    for node in list(gm.graph.nodes):
+    groups: dict[tuple[object, ...], list[_Quantized]] = {}
+    for node in gm.graph.nodes:
         if node.target == aten.linear.default and all(_is_dequantize(a) for a in node.args[:2]):
-            _lower_linear(gm, node)
+            found = _parse(node)
+            groups.setdefault(found.key, []).append(found)
+    for group in groups.values():
+        _lower_group(gm, group)
     _materialize(gm)
     return finish(gm)
 
@@ -39,41 +67,64 @@ def _is_dequantize(a: object) -> bool:
     return isinstance(a, fx.Node) and a.target == sqcompile_ops.dequantize.default
 
 
-def _lower_linear(gm: fx.GraphModule, node: fx.Node) -> None:
-    x, w, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
-    assert isinstance(x, fx.Node) and isinstance(w, fx.Node)
-    (q, scale), (w_int8, w_scale) = x.args, w.args
-    assert isinstance(q, fx.Node) and isinstance(w_int8, fx.Node) and isinstance(w_scale, fx.Node)
+def _parse(node: fx.Node) -> _Quantized:
+    x, w = node.args[0], node.args[1]
+    bias = node.args[2] if len(node.args) > 2 else None
     out, dtype = node, torch.float32
     if len(node.users) == 1 and (user := next(iter(node.users))).target == aten.to.dtype and len(user.args) == 2:
         out, dtype = user, user.args[1]  # type: ignore[assignment]
-    n = value(w_int8).shape[0]
-    per_column = get_tensor(gm, str(w_scale.target)).flatten().expand(n).contiguous()
-    name = str(w_int8.target).removesuffix("_int8")
-    device = value(w_int8).device
-    with gm.graph.inserting_before(out):
-        columns = add_tensor(gm, f"{name}_columns", per_column)
+    return _Quantized(node, out, dtype, *x.args, *w.args, bias)  # type: ignore[union-attr, misc, arg-type]
+
+
+def _lower_group(gm: fx.GraphModule, group: list[_Quantized]) -> None:
+    first = group[0]
+    sizes = [value(g.weight).shape[0] for g in group]
+    w_int8 = torch.cat([get_tensor(gm, str(g.weight.target)) for g in group])
+    scales = [get_tensor(gm, str(g.weight_scale.target)).flatten().expand(n) for g, n in zip(group, sizes, strict=True)]
+    bias = None if first.bias is None else torch.cat([evaluate(gm, g.bias) for g in group if g.bias is not None])
+    name = str(first.weight.target).removesuffix("_int8")
+    device = w_int8.device
+    with gm.graph.inserting_before(first.linear):
+        w_scale = add_tensor(gm, f"{name}_columns", torch.cat(scales))
+        b = None if bias is None else add_tensor(gm, f"{name}_bias", bias)
         if device.type == "cpu" and onednn.available():
-            q_u8 = _as_uint8(gm, q)
-            plain = get_tensor(gm, str(w_int8.target))
-            packed = onednn.pack(plain)
-            readable = vnni.readable(packed, plain)
-            row_sum = plain.sum(dim=1, dtype=torch.int32) if readable else torch.empty(0, dtype=torch.int32)
-            w_node, sum_node = add_tensor(gm, f"{name}_packed", packed), add_tensor(gm, f"{name}_sum", row_sum)
-            args = (q_u8, scale, w_node, columns, sum_node, bias, dtype)
-            new = gm.graph.call_function(sqcompile_ops.int8_linear_packed.default, args)
+            packed = onednn.pack(w_int8)
+            row_sum = w_int8.sum(dim=1, dtype=torch.int32) if vnni.readable(packed, w_int8) else torch.empty(0, dtype=torch.int32)
+            w, w_sum = add_tensor(gm, f"{name}_packed", packed), add_tensor(gm, f"{name}_sum", row_sum)
+            new = gm.graph.call_function(
+                sqcompile_ops.int8_linear_packed.default,
+                (_as_uint8(gm, first.q), first.scale, w, w_scale, w_sum, b, first.dtype),
+            )
         else:
             _warn_reference(device)
-            new = gm.graph.call_function(sqcompile_ops.int8_linear.default, (q, scale, w_int8, columns, bias, dtype))
-        new.meta["val"] = value(out)
-    out.replace_all_uses_with(new)
-    gm.graph.erase_node(out)
-    if out is not node:
+            w = add_tensor(gm, f"{name}_merged", w_int8)
+            new = gm.graph.call_function(
+                sqcompile_ops.int8_linear.default, (first.q, first.scale, w, w_scale, b, first.dtype)
+            )
+        like = value(first.out)
+        new.meta["val"] = like.new_empty((*like.shape[:-1], sum(sizes)))
+        parts = [new]
+        if len(group) > 1:
+            ends = list(itertools.accumulate(sizes))
+            parts = [add_op(gm, aten.slice.Tensor, new, -1, e - n, e) for e, n in zip(ends, sizes, strict=True)]
+    for g, part in zip(group, parts, strict=True):
+        _replace(gm, g, part)
+
+
+def _replace(gm: fx.GraphModule, old: _Quantized, new: fx.Node) -> None:
+    """Puts the new node in place of a linear, and drops the linear and its plain int8 weight at once."""
+    for user in old.out.users:
+        if user.target == aten.view.default:  # the new node may be a slice, which not every view accepts
+            user.target = aten.reshape.default
+    old.out.replace_all_uses_with(new)
+    gm.graph.erase_node(old.out)
+    if old.out is not old.linear:
+        gm.graph.erase_node(old.linear)
+    for node in [u for u in old.weight.users if not u.users]:
         gm.graph.erase_node(node)
-    if not w.users and new.target == sqcompile_ops.int8_linear_packed.default:
-        gm.graph.erase_node(w)
-        path, _, leaf = str(w_int8.target).rpartition(".")
-        gm.graph.erase_node(w_int8)
+    if not old.weight.users:
+        path, _, leaf = str(old.weight.target).rpartition(".")
+        gm.graph.erase_node(old.weight)
         delattr(gm.get_submodule(path), leaf)
 
 

@@ -7,11 +7,11 @@ from sqcompile.bench import cpu
 BENCHMARKS = {"cpu": cpu.main}
 
 
-def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in BENCHMARKS:
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in BENCHMARKS:
         sys.exit(f"usage: python -m sqcompile.bench {{{','.join(BENCHMARKS)}}} [options]")
-    BENCHMARKS[name](sys.argv[2:])
+    BENCHMARKS[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":

