@@ -49,7 +49,7 @@ _COMPOSITE = {
     "token_scale(Tensor x) -> Tensor": reference.token_scale,
     "tensor_scale(Tensor x) -> Tensor": reference.tensor_scale,
     "quantize(Tensor x, Tensor scale, int zero_point=0) -> Tensor": reference.quantize,
-    "dequantize(Tensor q, Tensor scale) -> Tensor": reference.dequantize,
+    "dequantize(Tensor acc, Tensor scale, Tensor w_scale, Tensor? bias, ScalarType dtype) -> Tensor": reference.dequantize,
     "int8_linear(Tensor q, Tensor scale, Tensor w, Tensor w_scale, Tensor? bias, ScalarType dtype) -> Tensor": (
         reference.int8_linear
     ),

@@ -1,6 +1,6 @@
 """Quantization arithmetic in plain PyTorch, on any device: the definition every kernel is compared with.
 
-    Δ = max|X| / 127            q = clamp(round_half_even(X · 1/Δ), -127, 127)            x̂ = q · Δ
+    Δ = max|X| / 127            q = clamp(round_half_even(X · 1/Δ), -127, 127)
     Y = Δx Δw (X̂ Ŵᵀ)            with the inner product in int32
 
 Symmetric, zero point 0; the divisor is 2^7 - 1 = 127. Scales are float32 whatever the model's dtype. A row with a NaN
@@ -54,9 +54,19 @@ def quantize(x: Tensor, scale: Tensor, zero_point: int = 0) -> Tensor:
     return (q + zero_point).clamp(low, high).to(torch.uint8 if zero_point else torch.int8)
 
 
-def dequantize(q: Tensor, scale: Tensor) -> Tensor:
-    """q · scale as float32."""
-    return q.to(torch.float32) * scale
+def dequantize(
+    acc: Tensor, scale: Tensor, w_scale: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Y = Δx Δw acc + bias: float32 arithmetic, in this order everywhere, so that results agree bit for bit.
+
+    Args:
+        acc: the integer product, int32 or the same in float32 [..., N].
+        scale: float32 [..., 1] or [], Δx.
+        w_scale: float32 [N] or [1], Δw.
+        bias: any float dtype [N], or None.
+        dtype: dtype of the result.
+    """
+    return scale_output(acc.to(torch.float32) * w_scale, scale, bias, dtype)
 
 
 def int8_matmul(q: Tensor, w: Tensor) -> Tensor:
@@ -85,7 +95,7 @@ def int8_linear(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tens
     """
     if q.dtype == torch.uint8:
         q = (q.to(torch.int16) - UINT8_ZERO_POINT).to(torch.int8)
-    return scale_output(int8_matmul(q, w).to(torch.float32) * w_scale, scale, bias, dtype)
+    return dequantize(int8_matmul(q, w), scale, w_scale, bias, dtype)
 
 
 def scale_output(y: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -41,19 +41,17 @@ def smoothing_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
         alpha: migration strength in [0, 1].
 
     Returns:
-        float32 [C], positive and finite. s is the formula's except for channels that were (nearly) silent in
-        calibration: those are bounded from below so that a channel that wakes up to the median channel's level stays
-        within the range that the smoothed tensor had in calibration; the formula alone would divide it by almost
-        nothing. Where every channel is silent, s = 1.
+        float32 [C], positive and finite. s is the formula's, except that a channel (nearly) silent in calibration
+        counts as one of median absmax: the formula would divide it by almost nothing, and where it wakes up on other
+        text it would drown the rest of its row. Where every channel is silent, s = 1.
     """
     x, w = x_absmax.float(), w_absmax.float()
     active = x > 0
     if not bool(active.any()) or not bool((w > 0).any()):
         return torch.ones_like(x)
     w = w.clamp_min(w.max() * 1e-5)  # a column of zeros: any s will do, but a finite one
-    s = x.clamp_min(torch.finfo(torch.float32).tiny).pow(alpha) / w.pow(1 - alpha)
-    median, ceiling = x[active].median(), (x[active] / s[active]).max()
-    return torch.where(x < SILENT * median, s.clamp_min(median / ceiling), s)
+    median = x[active].median()
+    return torch.where(x < SILENT * median, median, x).pow(alpha) / w.pow(1 - alpha)
 
 
 def choose(
@@ -148,7 +146,7 @@ class _Chooser:
             w = w / self.rows[l.name][:, None]
         x_scale = token_scale(x) if self.recipe.activation == "per_token" else self.input_scale(l)
         w_scale = weight_scale(w, self.recipe.weight == "per_channel")
-        y_hat = dequantize(quantize(x, x_scale), x_scale) @ dequantize(quantize(w, w_scale), w_scale).t()
+        y_hat = dequantize(quantize(x, x_scale).float() @ quantize(w, w_scale).float().t(), x_scale, w_scale.flatten())
         if l.name in self.rows:
             y_hat = y_hat * self.rows[l.name]
         signal = float(y.square().sum())

@@ -4,7 +4,11 @@
 ->
     %s = sqcompile.token_scale(%x)                    # or tensor_scale(%x), or a calibrated constant
     %q = sqcompile.quantize(%x, %s)                   # int8, shared by every linear that reads %x
-    %y = linear(dequantize(%q, %s), dequantize(%w_int8, %w_scale), %b)
+    %acc = linear(to(%q, float32), to(%w_int8, float32))
+    %y = sqcompile.dequantize(%acc, %s, %w_scale, %b, dtype)
+
+The scales come out of the product, Y = Δx Δw (X̂ Ŵᵀ), so that %acc is a sum of integers: exact in float32 up to 2^24,
+and a kernel that sums in int32 gives the same result to the bit, not one that rounds the next quantization elsewhere.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ def insert_qdq(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Quantizes the plan's linears.
 
     Weights are quantized from their float32 folded value, one at a time. The result holds int8 [N, K] and float32
-    scales [N, 1] ([1, 1] per tensor) under ``<weight name>.int8`` and ``.scale``, and no float copy of them.
+    scales [N] ([1] per tensor) under ``<weight name>_int8`` and ``_scale``, and no float copy of them.
     """
     gm = clone(gm)
     inserter = _Inserter(gm, plan)
@@ -39,7 +43,7 @@ class _Inserter:
     def __init__(self, gm: fx.GraphModule, plan: Plan) -> None:
         self.gm, self.plan = gm, plan
         self.nodes = nodes_by_name(gm)
-        self.inputs: dict[tuple[str, float | None], fx.Node] = {}
+        self.inputs: dict[tuple[str, float | None], tuple[fx.Node, fx.Node]] = {}
 
     def linear(self, linear: Linear, layer: LayerPlan) -> None:
         node = self.nodes[linear.node]
@@ -47,23 +51,20 @@ class _Inserter:
         x = node.args[x_at]
         bias = node.args[bias_at] if bias_at is not None and len(node.args) > bias_at else None
         assert isinstance(x, fx.Node)
-        x_float = self._input(x, layer, node)
+        x_float, x_scale = self._input(x, layer)
         w = effective_weight(self.gm, linear).to(torch.float32)
         scale = weight_scale(w, self.plan.recipe.weight == "per_channel")
         name = linear.name.replace("#", "_use")
         with self.gm.graph.inserting_before(node):
-            q_node = add_tensor(self.gm, f"{name}_int8", quantize(w, scale))
-            w_float = add_op(self.gm, sqcompile_ops.dequantize.default, q_node, add_tensor(self.gm, f"{name}_scale", scale))
-            if isinstance(bias, fx.Node) and value(bias).dtype != torch.float32:
-                bias = add_op(self.gm, aten.to.dtype, bias, torch.float32)
-            y = add_op(self.gm, aten.linear.default, x_float, w_float, bias)
-            if value(node).dtype != torch.float32:
-                y = add_op(self.gm, aten.to.dtype, y, value(node).dtype)
+            w_int8 = add_tensor(self.gm, f"{name}_int8", quantize(w, scale))
+            w_scale = add_tensor(self.gm, f"{name}_scale", scale.flatten())
+            acc = add_op(self.gm, aten.linear.default, x_float, add_op(self.gm, aten.to.dtype, w_int8, torch.float32))
+            y = add_op(self.gm, sqcompile_ops.dequantize.default, acc, x_scale, w_scale, bias, value(node).dtype)
         node.replace_all_uses_with(y)
         self.gm.graph.erase_node(node)
 
-    def _input(self, x: fx.Node, layer: LayerPlan, before: fx.Node) -> fx.Node:
-        """The quantized and dequantized input, made once per tensor and scale."""
+    def _input(self, x: fx.Node, layer: LayerPlan) -> tuple[fx.Node, fx.Node]:
+        """The quantized input as float32 integers, and its scale; made once per tensor and scale."""
         if x.meta.get(FOLD_CAST):  # quantize the float32 product x·(1/s), not its rounding to the model's dtype
             assert isinstance(x.args[0], fx.Node)
             x = x.args[0]
@@ -80,5 +81,5 @@ class _Inserter:
                 else:
                     scale = add_op(self.gm, sqcompile_ops.tensor_scale.default, x)
                 q = add_op(self.gm, sqcompile_ops.quantize.default, x, scale)
-                self.inputs[key] = add_op(self.gm, sqcompile_ops.dequantize.default, q, scale)
+                self.inputs[key] = add_op(self.gm, aten.to.dtype, q, torch.float32), scale
         return self.inputs[key]

@@ -1,7 +1,7 @@
 """lower: linears that share a quantized input become one INT8 linear. Reads only the graph.
 
-    %y1 = to(linear(dequantize(%q, %s), dequantize(%w1, %w1_scale), %b1), dtype)
-    %y2 = to(linear(dequantize(%q, %s), dequantize(%w2, %w2_scale), %b2), dtype)
+    %y1 = sqcompile.dequantize(linear(to(%q, float32), to(%w1, float32)), %s, %w1_scale, %b1, dtype)
+    %y2 = sqcompile.dequantize(linear(to(%q, float32), to(%w2, float32)), %s, %w2_scale, %b2, dtype)
 ->
     %y = sqcompile.int8_linear(%q, %s, %w12, %w12_scale, %b12, dtype)                         # any device
     %y = sqcompile.int8_linear_packed(%q_u8, %s, %w12_packed, %w12_scale, %w12_sum, %b12, dtype)    # x86 with VNNI
@@ -29,16 +29,15 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class _Quantized:
-    """One linear of dequantized operands: its nodes, and the cast behind it that the INT8 linear absorbs."""
+    """One linear of int8 operands: the node of its result, and what it is made of."""
 
-    linear: fx.Node
     out: fx.Node
-    dtype: torch.dtype
     q: fx.Node
-    scale: fx.Node
     weight: fx.Node
+    scale: fx.Node
     weight_scale: fx.Node
     bias: fx.Node | None
+    dtype: torch.dtype
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -54,8 +53,10 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
     gm = clone(gm)
     groups: dict[tuple[object, ...], list[_Quantized]] = {}
     for node in gm.graph.nodes:
-        if node.target == aten.linear.default and all(_is_dequantize(a) for a in node.args[:2]):
-            found = _parse(node)
+        if node.target == sqcompile_ops.dequantize.default:
+            acc, scale, weight_scale, bias, dtype = node.args
+            q, weight = (cast.args[0] for cast in acc.args[:2])
+            found = _Quantized(node, q, weight, scale, weight_scale, bias, dtype)
             groups.setdefault(found.key, []).append(found)
     for group in groups.values():
         _lower_group(gm, group)
@@ -63,28 +64,15 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
     return finish(gm)
 
 
-def _is_dequantize(a: object) -> bool:
-    return isinstance(a, fx.Node) and a.target == sqcompile_ops.dequantize.default
-
-
-def _parse(node: fx.Node) -> _Quantized:
-    x, w = node.args[0], node.args[1]
-    bias = node.args[2] if len(node.args) > 2 else None
-    out, dtype = node, torch.float32
-    if len(node.users) == 1 and (user := next(iter(node.users))).target == aten.to.dtype and len(user.args) == 2:
-        out, dtype = user, user.args[1]  # type: ignore[assignment]
-    return _Quantized(node, out, dtype, *x.args, *w.args, bias)  # type: ignore[union-attr, misc, arg-type]
-
-
 def _lower_group(gm: fx.GraphModule, group: list[_Quantized]) -> None:
     first = group[0]
     sizes = [value(g.weight).shape[0] for g in group]
     w_int8 = torch.cat([get_tensor(gm, str(g.weight.target)) for g in group])
-    scales = [get_tensor(gm, str(g.weight_scale.target)).flatten().expand(n) for g, n in zip(group, sizes, strict=True)]
+    scales = [get_tensor(gm, str(g.weight_scale.target)).expand(n) for g, n in zip(group, sizes, strict=True)]
     bias = None if first.bias is None else torch.cat([evaluate(gm, g.bias) for g in group if g.bias is not None])
     name = str(first.weight.target).removesuffix("_int8")
     device = w_int8.device
-    with gm.graph.inserting_before(first.linear):
+    with gm.graph.inserting_before(first.out):
         w_scale = add_tensor(gm, f"{name}_columns", torch.cat(scales))
         b = None if bias is None else add_tensor(gm, f"{name}_bias", bias)
         if device.type == "cpu" and onednn.available():
@@ -117,11 +105,11 @@ def _replace(gm: fx.GraphModule, old: _Quantized, new: fx.Node) -> None:
         if user.target == aten.view.default:  # the new node may be a slice, which not every view accepts
             user.target = aten.reshape.default
     old.out.replace_all_uses_with(new)
-    gm.graph.erase_node(old.out)
-    if old.out is not old.linear:
-        gm.graph.erase_node(old.linear)
-    for node in [u for u in old.weight.users if not u.users]:
-        gm.graph.erase_node(node)
+    acc = old.out.args[0]
+    assert isinstance(acc, fx.Node)
+    weight_cast = acc.args[1]
+    for node in (old.out, acc, weight_cast):
+        gm.graph.erase_node(node)  # type: ignore[arg-type]
     if not old.weight.users:
         path, _, leaf = str(old.weight.target).rpartition(".")
         gm.graph.erase_node(old.weight)

@@ -26,8 +26,7 @@ class Call:
 def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
     """The call in one canonical form, whichever way the user spelled it; arguments left at None are dropped.
 
-    A forward with a ``use_cache`` argument that the call leaves open is called with ``use_cache=False``: a KV cache
-    among the outputs would make every key and value visible to the caller, and no scale could pass through them.
+    So is ``use_cache=False``, with which every model is captured that has such an argument (see `trace`).
 
     Raises:
         TypeError: as Python would for a call that does not fit the signature.
@@ -48,8 +47,8 @@ def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[st
         positional = tuple(named.pop(n) for n in list(named) if n not in kwargs)
         rest = positional + rest
     named = {k: v for k, v in named.items() if v is not None}
-    if "use_cache" in signature.parameters:
-        named.setdefault("use_cache", False)
+    if named.get("use_cache") is False:
+        del named["use_cache"]
     return Call(rest, named)
 
 

@@ -8,6 +8,9 @@ The graph's tensors are detached aliases of the model's own: same storage, never
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 import os
 import traceback
 from typing import Any
@@ -55,7 +58,7 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
         args, kwargs, shapes = _dynamic_example(call)
     try:
         with torch.no_grad():
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(_without_cache(model, call), args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as e:
         raise CaptureError(_explain(model, e)) from e
     gm = exported.module(check_guards=False)
@@ -85,6 +88,18 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     gm.meta["in_spec"], gm.meta["out_spec"] = info.in_spec, info.out_spec
     gm.graph.eliminate_dead_code()
     return finish(clone(gm))
+
+
+def _without_cache(model: nn.Module, call: Call) -> nn.Module:
+    """The model with ``use_cache=False`` as the default of its forward, where it has such an argument.
+
+    A KV cache among the outputs would show every key and value to the caller, and no scale could pass through them.
+    """
+    if "use_cache" not in inspect.signature(model.forward).parameters or "use_cache" in call.kwargs:
+        return model
+    view = copy.copy(model)  # shallow: the same submodules and parameters, under the same names
+    view.forward = functools.partial(model.forward, use_cache=False)
+    return view
 
 
 def _dynamic_example(call: Call) -> tuple[tuple[Any, ...], dict[str, Any], ShapesCollection]:

@@ -54,7 +54,7 @@ def test_lm_fold_is_exact_and_complete(family, norm, scale, linear):
         x = torch.randint(3, 96, shape)
         with torch.no_grad():
             want = model(x, use_cache=False).logits
-            got = folded(input_ids=x, use_cache=False).logits
+            got = folded(input_ids=x).logits
         assert relative_error(got, want) <= 1e-5
 
 
@@ -179,18 +179,16 @@ def test_silent_channels_get_a_bounded_scale():
     x = torch.tensor([0.0, 1e-9, 1.0, 2.0, 4.0, 100.0])
     s = smoothing_scale(x, torch.ones(6), 0.5)
     assert s.isfinite().all() and (s > 0).all()
-    assert torch.allclose(s[3:], x[3:].sqrt())  # the formula, where there is something to go by
-    top = (x / s).max()
-    # a channel that wakes up to the median level stays in the calibrated range
-    assert ((torch.ones(6) * x[x > 0].median()) / s <= top * 1.0001).all()
+    assert torch.allclose(s[2:], x[2:].sqrt())  # the formula, where there is something to go by
+    assert torch.allclose(s[:2], x[x > 0].median().sqrt())  # counted as a typical channel where there is not
     assert torch.equal(smoothing_scale(torch.zeros(4), torch.ones(4), 0.5), torch.ones(4))
     assert torch.equal(smoothing_scale(torch.ones(4), torch.zeros(4), 0.5), torch.ones(4))
 
 
 def test_alpha_moves_the_difficulty():
-    x, w = torch.tensor([1.0, 64.0]), torch.tensor([2.0, 4.0])
+    x, w = torch.tensor([30.0, 64.0]), torch.tensor([2.0, 4.0])
     assert torch.allclose(smoothing_scale(x, w, 1.0), x)
-    assert torch.allclose(smoothing_scale(x, w, 0.0), (1 / w).clamp_min(x.median() / (x * w).max()))
+    assert torch.allclose(smoothing_scale(x, w, 0.0), 1 / w)
 
 
 def test_refused_sites_are_multiplied_where_that_helps():
