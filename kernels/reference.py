@@ -79,7 +79,9 @@ def int8_matmul(q: Tensor, w: Tensor) -> Tensor:
     return acc
 
 
-def int8_linear(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def int8_linear(
+    q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Y = Δx Δw (q wᵀ) + bias.
 
     Args:

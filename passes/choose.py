@@ -115,7 +115,12 @@ class _Chooser:
             w_absmax.scatter_reduce_(0, index, effective_weight(self.gm, l).abs().amax(0).float(), "amax")
         touched = [l for l, _ in balance]
         producer = self.linears.get(site.producer)
-        if site.kind == "linear" and producer is not None and self.recipe.weight == "per_tensor" and producer.name not in floats:
+        if (
+            site.kind == "linear"
+            and producer is not None
+            and self.recipe.weight == "per_tensor"
+            and producer.name not in floats
+        ):
             touched.append(producer)  # its rows are divided by s, which one scale for all rows feels
         none = sum(self.error(l) for l in touched)
         best, choice, best_alpha = none * TOLERANCE, None, None

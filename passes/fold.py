@@ -18,7 +18,18 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.errors import PlanError
-from sqcompile.passes.graph import FOLD_CAST, Linear, add_op, add_tensor, aten, clone, constants, finish, nodes_by_name, value
+from sqcompile.passes.graph import (
+    FOLD_CAST,
+    Linear,
+    add_op,
+    add_tensor,
+    aten,
+    clone,
+    constants,
+    finish,
+    nodes_by_name,
+    value,
+)
 from sqcompile.passes.labels import vector_operand
 from sqcompile.passes.match import Site
 from sqcompile.plan import Plan

@@ -60,16 +60,18 @@ def constants(gm: fx.GraphModule) -> set[fx.Node]:
     """The nodes whose value depends on parameters and buffers alone."""
     known: set[fx.Node] = set()
     for n in gm.graph.nodes:
-        if n.op == "get_attr" or (n.op == "call_function" and n.all_input_nodes and not _stateful(n)):
-            if all(a in known for a in n.all_input_nodes):
-                known.add(n)
+        pure = n.op == "get_attr" or (n.op == "call_function" and n.all_input_nodes and not _stateful(n))
+        if pure and all(a in known for a in n.all_input_nodes):
+            known.add(n)
     return known
 
 
 def _stateful(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags or bool(schema and schema.is_mutable and "detach_" not in str(schema))
+    return torch.Tag.nondeterministic_seeded in tags or bool(
+        schema and schema.is_mutable and "detach_" not in str(schema)
+    )
 
 
 def get_tensor(gm: torch.nn.Module, name: str) -> Tensor:
@@ -210,7 +212,8 @@ def first_leaf(node: fx.Node) -> str | None:
 def _linear_parts(n: fx.Node, const: set[fx.Node]) -> tuple[fx.Node, fx.Node, bool, fx.Node | None] | None:
     if n.op != "call_function" or n in const:
         return None
-    a = n.args
+    a: Any = n.args
+    bias: Any
     if n.target == aten.linear.default:
         x, w, transposed, bias = a[0], a[1], False, a[2] if len(a) > 2 else n.kwargs.get("bias")
     elif n.target == aten.addmm.default and not n.kwargs:
@@ -224,7 +227,7 @@ def _linear_parts(n: fx.Node, const: set[fx.Node]) -> tuple[fx.Node, fx.Node, bo
         return None
     if bias is not None and (bias not in const or value(bias).dim() != 1 or value(bias).numel() != value(n).shape[-1]):
         return None
-    return x, w, transposed, bias  # type: ignore[return-value]
+    return x, w, transposed, bias
 
 
 def is_channel_vector(node: fx.Node, like: Tensor) -> bool:

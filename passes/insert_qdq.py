@@ -19,7 +19,19 @@ from torch import fx
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import quantize, weight_scale
 from sqcompile.passes.fold import ARGUMENTS
-from sqcompile.passes.graph import FOLD_CAST, Linear, add_op, add_tensor, aten, clone, effective_weight, find_linears, finish, nodes_by_name, value
+from sqcompile.passes.graph import (
+    FOLD_CAST,
+    Linear,
+    add_op,
+    add_tensor,
+    aten,
+    clone,
+    effective_weight,
+    find_linears,
+    finish,
+    nodes_by_name,
+    value,
+)
 from sqcompile.plan import LayerPlan, Plan
 
 
@@ -75,7 +87,9 @@ class _Inserter:
                 after = after.next
             with self.gm.graph.inserting_before(after):
                 if layer.input_scale is not None:
-                    scale = add_tensor(self.gm, f"{layer.name}_input_scale", torch.tensor(layer.input_scale, device=value(x).device))
+                    scale = add_tensor(
+                        self.gm, f"{layer.name}_input_scale", torch.tensor(layer.input_scale, device=value(x).device)
+                    )
                 elif self.plan.recipe.activation == "per_token":
                     scale = add_op(self.gm, sqcompile_ops.token_scale.default, x)
                 else:

@@ -105,7 +105,9 @@ def run_labels(gm: fx.GraphModule, linears: list[Linear], symbols: dict[Any, int
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.no_grad():
         interpreter.mode = mode
-        interpreter.run(*[_concrete(value(n), symbols) for n in gm.graph.find_nodes(op="placeholder")], enable_io_processing=False)
+        interpreter.run(
+            *[_concrete(value(n), symbols) for n in gm.graph.find_nodes(op="placeholder")], enable_io_processing=False
+        )
     return interpreter.flows
 
 
@@ -242,7 +244,13 @@ def vector_operand(n: fx.Node, const: set[fx.Node]) -> int | None:
     """Which argument of a multiplication is a constant channel vector, the other being data."""
     for i, j in ((0, 1), (1, 0)):
         a, b = n.args[i], n.args[j]
-        if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a in const and b not in const and is_channel_vector(a, value(n)):
+        if (
+            isinstance(a, fx.Node)
+            and isinstance(b, fx.Node)
+            and a in const
+            and b not in const
+            and is_channel_vector(a, value(n))
+        ):
             return i
     return None
 
@@ -307,7 +315,8 @@ def _add(ctx: _Labels, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.No
 
 
 def _concat(ctx: _Labels, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:
-    parts = [operands[a] if a in operands else torch.full(ctx.env[a].shape, -1) for a in n.args[0]]  # type: ignore[union-attr]
+    inputs: Any = n.args[0]
+    parts = [operands[a] if a in operands else torch.full(ctx.env[a].shape, -1) for a in inputs]
     return n.target(parts, *n.args[1:], **n.kwargs)  # type: ignore[operator]
 
 
@@ -329,7 +338,9 @@ def _matmul(ctx: _Labels, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx
     try:
         return _flat(labels, -2 if node is n.args[1] else -1).broadcast_to(out.shape)
     except Refused:
-        raise Refused(ATTENTION if all(a not in ctx.const for a in n.args[:2]) else "is contracted by a matmul") from None
+        raise Refused(
+            ATTENTION if all(a not in ctx.const for a in n.args[:2]) else "is contracted by a matmul"
+        ) from None
 
 
 def _attention(ctx: _Labels, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:
@@ -347,16 +358,16 @@ def _attention(ctx: _Labels, n: fx.Node, out: Tensor, flow: Flow, operands: dict
 
 def _reduce(ctx: _Labels, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:
     _, labels = _only(operands, n)
-    dims = n.args[1] if len(n.args) > 1 else None
+    dims: Any = n.args[1] if len(n.args) > 1 else None
     if not isinstance(dims, (list, tuple)) or not dims:
         raise Refused(describe(n))
     keep = bool(n.args[2]) if len(n.args) > 2 else bool(n.kwargs.get("keepdim", False))
     try:
         for d in dims:
-            labels = _flat(labels, int(d))  # type: ignore[arg-type]
+            labels = _flat(labels, int(d))
     except Refused:
         raise Refused(describe(n)) from None
-    return labels if keep else labels.squeeze([int(d) for d in dims])  # type: ignore[arg-type]
+    return labels if keep else labels.squeeze([int(d) for d in dims])
 
 
 def _masked_fill(ctx: _Labels, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:

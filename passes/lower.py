@@ -77,7 +77,11 @@ def _lower_group(gm: fx.GraphModule, group: list[_Quantized]) -> None:
         b = None if bias is None else add_tensor(gm, f"{name}_bias", bias)
         if device.type == "cpu" and onednn.available():
             packed = onednn.pack(w_int8)
-            row_sum = w_int8.sum(dim=1, dtype=torch.int32) if vnni.readable(packed, w_int8) else torch.empty(0, dtype=torch.int32)
+            row_sum = (
+                w_int8.sum(dim=1, dtype=torch.int32)
+                if vnni.readable(packed, w_int8)
+                else torch.empty(0, dtype=torch.int32)
+            )
             w, w_sum = add_tensor(gm, f"{name}_packed", packed), add_tensor(gm, f"{name}_sum", row_sum)
             new = gm.graph.call_function(
                 sqcompile_ops.int8_linear_packed.default,

@@ -126,17 +126,22 @@ def _flows(gm: fx.GraphModule, linears: list[Linear]) -> dict[str, Flow]:
             error = e
             continue
         return {name: _agree(flow, second[name]) for name, flow in first.items()}
-    raise CaptureError(f"the captured graph does not run at other batch or sequence sizes: {error}. Pass dynamic_shapes=None to fix them") from error
+    raise CaptureError(
+        f"the captured graph does not run at other batch or sequence sizes: {error}. Pass dynamic_shapes=None to fix them"
+    ) from error
 
 
 def _agree(a: Flow, b: Flow) -> Flow:
     reason = "is routed by batch or sequence size"
     merged = replace(a, refused={**b.refused, **a.refused})
-    same = [n for n, _ in a.balance] == [n for n, _ in b.balance] and [n for n, _, _ in a.adds] == [n for n, _, _ in b.adds]
-    pairs = [(m, n) for (_, m), (_, n) in zip(a.balance, b.balance)] + [(m, n) for (_, _, m), (_, _, n) in zip(a.adds, b.adds)]
+    same = [n for n, _ in a.balance] == [n for n, _ in b.balance] and [n for n, _, _ in a.adds] == [
+        n for n, _, _ in b.adds
+    ]
     if not same:
         merged.refuse(torch.arange(a.channels), reason)
         return merged
+    pairs = [(m, n) for (_, m), (_, n) in zip(a.balance, b.balance, strict=True)]
+    pairs += [(m, n) for (_, _, m), (_, _, n) in zip(a.adds, b.adds, strict=True)]
     for m, n in pairs:
         if m.shape != n.shape:
             merged.refuse((m, n), reason)

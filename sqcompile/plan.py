@@ -83,10 +83,15 @@ class Plan:
         try:
             with safe_open(path, "pt") as f:
                 meta = json.loads((f.metadata() or {})["sqcompile_plan"])
-                scales = {k: f.get_tensor(k) for k in f.keys()}
+                scales = {
+                    k: f.get_tensor(k)
+                    for k in f.keys()  # noqa: SIM118 - a safetensors file is no dict
+                }
         except (OSError, SafetensorError, KeyError, ValueError) as e:
             raise PlanError(f"{os.fspath(path)} is not a sqcompile plan ({e!r}): make one with Plan.save") from e
         if meta["format"] != FORMAT:
-            raise PlanError(f"{os.fspath(path)} has plan format {meta['format']}, this version reads {FORMAT}: calibrate again")
-        recipe = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["recipe"].items()}
+            raise PlanError(
+                f"{os.fspath(path)} has plan format {meta['format']}, this version reads {FORMAT}: calibrate again"
+            )
+        recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["recipe"].items()}
         return Plan(Recipe(**recipe), meta["call"], scales, tuple(LayerPlan(**l) for l in meta["layers"]))

@@ -1,6 +1,6 @@
 """show: a stage as stable text, one line per operation.
 
-    %linear: f32[s0, s1, 96] = aten.linear(%mul_1, %layers.0.up_proj.weight)
+%linear: f32[s0, s1, 96] = aten.linear(%mul_1, %layers.0.up_proj.weight)
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor, fx, nn
 
 from sqcompile.errors import StageError

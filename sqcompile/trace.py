@@ -58,7 +58,9 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
         args, kwargs, shapes = _dynamic_example(call)
     try:
         with torch.no_grad():
-            exported = torch.export.export(_without_cache(model, call), args, kwargs, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(
+                _without_cache(model, call), args, kwargs, dynamic_shapes=shapes, strict=False
+            )
     except Exception as e:
         raise CaptureError(_explain(model, e)) from e
     gm = exported.module(check_guards=False)
@@ -68,7 +70,10 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
         elif n.target == aten.to.dtype and value(n).dtype == value(n.args[0]).dtype and len(n.args) == 2:
             n.replace_all_uses_with(n.args[0])  # a cast to the dtype it has
         elif "wrap_with" in str(n.target) or isinstance(n.target, torch._ops.HigherOrderOperator):
-            raise CaptureError(f"{n.target} is a nested graph, which sqcompile does not enter: remove the context manager or control flow behind it from the model's forward")
+            raise CaptureError(
+                f"{n.target} is a nested graph, which sqcompile does not enter: remove the context manager or the "
+                "control flow behind it from the model's forward"
+            )
         elif n.op == "get_attr":
             n.meta.setdefault("val", None)
     _refuse_training(gm)
@@ -84,7 +89,7 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     gm.meta["fake_mode"] = fakes[0].fake_mode
     for n in gm.graph.find_nodes(op="get_attr"):
         n.meta["val"] = fakes[0].fake_mode.from_tensor(gm.get_buffer(str(n.target)), static_shapes=True)
-    info = gm.graph._codegen.pytree_info
+    info: Any = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
     gm.meta["in_spec"], gm.meta["out_spec"] = info.in_spec, info.out_spec
     gm.graph.eliminate_dead_code()
     return finish(clone(gm))
@@ -150,16 +155,20 @@ def _refuse_training(gm: fx.GraphModule) -> None:
             p = n.args[1]
         elif n.target == aten.scaled_dot_product_attention.default and len(n.args) > 4:
             p = n.args[4]
-        elif "batch_norm" in name and True in n.args[5:6]:
-            p = 1.0
-        elif n.target in (aten.bernoulli.default, aten.native_dropout.default, aten.bernoulli_.float):
+        elif ("batch_norm" in name and True in n.args[5:6]) or n.target in (
+            aten.bernoulli.default,
+            aten.native_dropout.default,
+            aten.bernoulli_.float,
+        ):
             p = 1.0
         if p:
             raise CaptureError(f"the model is in training mode ({name} at {_source(n)}): call model.eval() first")
 
 
 def _source(node: fx.Node) -> str:
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")]
+    lines = [
+        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")
+    ]
     return lines[-1] if lines else node.name
 
 

@@ -43,7 +43,8 @@ def verify(gm: fx.GraphModule, stage: str) -> fx.GraphModule:
         if n.op == "get_attr":
             tensor, recorded = get_tensor(gm, str(n.target)), value(n)
             if isinstance(recorded, Tensor) and (tensor.shape, tensor.dtype) != (recorded.shape, recorded.dtype):
-                raise StageError(f"{stage}: {n.target} is {tuple(tensor.shape)} {tensor.dtype}, the graph expects {tuple(recorded.shape)} {recorded.dtype}")
+                have, want = (f"{t.dtype} {tuple(t.shape)}" for t in (tensor, recorded))
+                raise StageError(f"{stage}: {n.target} is {have}, the graph expects {want}")
     return gm
 
 

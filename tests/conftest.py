@@ -46,7 +46,9 @@ def tiny_lm(family: str, dtype: torch.dtype = torch.float32, **config: Any) -> n
     return roughen(model.eval()).to(dtype)
 
 
-def token_batches(n: int = 4, shape: tuple[int, int] = (2, 17), seed: int = 3, vocab: int = 96) -> list[dict[str, Tensor]]:
+def token_batches(
+    n: int = 4, shape: tuple[int, int] = (2, 17), seed: int = 3, vocab: int = 96
+) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [{"input_ids": torch.randint(3, vocab, shape, generator=generator)} for _ in range(n)]
 

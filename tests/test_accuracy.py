@@ -170,4 +170,6 @@ def test_minilm_keeps_its_embeddings():
     assert len(folded_names) == 6 and all("attention.output.dense" in n for n in folded_names)
     # the rest is multiplied explicitly; the pooler reads the first token of the last norm alone, and may fold or not
     others = [l for l in layers if l.smoothing == "multiplied"]
-    assert len(others) >= 30 and all("residual" in l.reason or "gelu" in l.reason or "output" in l.reason for l in others)
+    assert len(others) >= 30 and all(
+        "residual" in l.reason or "gelu" in l.reason or "output" in l.reason for l in others
+    )

@@ -104,9 +104,9 @@ def test_plan_replaces_the_data(tmp_path):
     loaded = sqcompile.Plan.load(tmp_path / "plan.safetensors")
     assert loaded.recipe == PRESETS["O3"] and loaded.layers == plan.layers
     x = torch.randint(3, 96, (2, 12))
-    outs = [
-        sqcompile.compile(model, plan=p, backend="eager")(x).logits for p in (plan, loaded)
-    ] + [sqcompile.compile(model, token_batches(), recipe="O3", backend="eager", progress=False)(x).logits]
+    outs = [sqcompile.compile(model, plan=p, backend="eager")(x).logits for p in (plan, loaded)] + [
+        sqcompile.compile(model, token_batches(), recipe="O3", backend="eager", progress=False)(x).logits
+    ]
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
@@ -120,7 +120,9 @@ def test_a_plan_fits_the_same_model_with_other_captures():
         assert relative_error(compiled(**masked).logits, model(**masked).logits) < 0.1
 
 
-@pytest.mark.parametrize("kind", ["tensors", "tuples", "lists", "dicts", "encodings", "generator", "callable", "callable0"])
+@pytest.mark.parametrize(
+    "kind", ["tensors", "tuples", "lists", "dicts", "encodings", "generator", "callable", "callable0"]
+)
 def test_batches_of_every_kind_give_the_same_plan(kind):
     from transformers import BatchEncoding
 
@@ -174,7 +176,7 @@ def test_the_sample_is_bounded_and_uniform():
 
 
 def test_stages_read_as_text():
-    model, compiled = compiled_mlp(recipe=Recipe(alpha=0.5))
+    _model, compiled = compiled_mlp(recipe=Recipe(alpha=0.5))
     assert_expected_inline(
         show(compiled.stages["folded"]),
         """\
@@ -192,7 +194,9 @@ def test_stages_read_as_text():
 %add: f32[s0, s1, 64] = aten.add(%x, %linear_1)
 return [%add]""",
     )
-    targets = [str(n.target).split(".")[1] for n in compiled.stages["quantized"].graph.nodes if "sqcompile" in str(n.target)]
+    targets = [
+        str(n.target).split(".")[1] for n in compiled.stages["quantized"].graph.nodes if "sqcompile" in str(n.target)
+    ]
     assert targets == ["token_scale", "quantize", "dequantize"] * 2
     assert not find_linears(compiled.stages["lowered"])
 

@@ -58,9 +58,15 @@ def test_a_loader_that_is_none():
 
 
 def test_a_batch_the_model_refuses():
-    fails(sqcompile.CalibrationError, "batch 0 .* does not fit Net.forward.*unexpected keyword", loader=[{"x": batches()[0], "y": torch.ones(1)}])
+    fails(
+        sqcompile.CalibrationError,
+        "batch 0 .* does not fit Net.forward.*unexpected keyword",
+        loader=[{"x": batches()[0], "y": torch.ones(1)}],
+    )
     fails(sqcompile.CaptureError, "cannot be exported.*test_errors.py", loader=[torch.randn(4, 6, 17)])
-    fails(sqcompile.CalibrationError, "refuses calibration batch 1", loader=[torch.randn(4, 6, 16), torch.randn(4, 6, 17)])
+    fails(
+        sqcompile.CalibrationError, "refuses calibration batch 1", loader=[torch.randn(4, 6, 16), torch.randn(4, 6, 17)]
+    )
     loader = [{"x": torch.randn(4, 6, 16)}, {"x": torch.randn(4, 6, 16), "flag": torch.ones(1)}]
     fails(sqcompile.CalibrationError, "batch 1: .*captured with the arguments \\(x\\)", loader=loader)
 
@@ -86,7 +92,14 @@ def test_unknown_recipe(recipe, match):
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"alpha": 1.5}, {"alpha": ()}, {"alpha": float("nan")}, {"activation": "per_row"}, {"weight": "per_group"}, {"skip": "lm_head"}],
+    [
+        {"alpha": 1.5},
+        {"alpha": ()},
+        {"alpha": float("nan")},
+        {"activation": "per_row"},
+        {"weight": "per_group"},
+        {"skip": "lm_head"},
+    ],
 )
 def test_recipe_values(kwargs):
     with pytest.raises(sqcompile.RecipeError, match=next(iter(kwargs))):
@@ -153,4 +166,6 @@ def test_float16_overflow_is_reported():
     model = Net().eval().half()
     with torch.no_grad():
         model.norm.weight.fill_(60000.0)
-    fails(sqcompile.CalibrationError, "fc1.weight .*float16 overflows", model=model, loader=[torch.randn(4, 6, 16).half()])
+    fails(
+        sqcompile.CalibrationError, "fc1.weight .*float16 overflows", model=model, loader=[torch.randn(4, 6, 16).half()]
+    )

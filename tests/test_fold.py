@@ -31,9 +31,7 @@ def fold_everything(model, *inputs, seed=0):
     gm, sites, refusals = sites_of(model, *inputs)
     generator = torch.Generator().manual_seed(seed)
     every = sites + input_sites(refusals)
-    scales = {
-        s.name: torch.where(s.free, torch.exp(torch.randn(s.channels, generator=generator)), 1.0) for s in every
-    }
+    scales = {s.name: torch.where(s.free, torch.exp(torch.randn(s.channels, generator=generator)), 1.0) for s in every}
     layers = tuple(LayerPlan(l.name, "linear", True, "folded", "") for l in find_linears(gm))
     plan = Plan(Recipe(), to_spec(as_call(model, inputs)), scales, layers)
     return fold(gm, every, plan), sites, refusals
@@ -143,7 +141,7 @@ def test_bodies_fold_or_are_refused_with_the_reason(body):
     for name, word in reasons.items():
         assert any(r.linear.name.split("#")[0] == name and word in r.reason for r in refusals), refusals
     out, want = folded(x), model(x)
-    for y, w in zip(out, want) if isinstance(want, tuple) else [(out, want)]:
+    for y, w in zip(out, want, strict=True) if isinstance(want, tuple) else [(out, want)]:
         assert relative_error(y, w) <= 1e-5
 
 
@@ -202,7 +200,11 @@ def test_refused_sites_are_multiplied_where_that_helps():
     layers = {l.name: l for l in compiled.report.layers}
     assert layers["b.weight"].smoothing == "multiplied" and "gelu" in layers["b.weight"].reason
     plain = sqcompile.compile(
-        model, batches, recipe=Recipe(activation="per_tensor_static", weight="per_tensor", smooth=False), backend="eager", progress=False
+        model,
+        batches,
+        recipe=Recipe(activation="per_tensor_static", weight="per_tensor", smooth=False),
+        backend="eager",
+        progress=False,
     )
     assert layers["b.weight"].sqnr_db > {l.name: l for l in plain.report.layers}["b.weight"].sqnr_db + 6
     x = torch.randn(2, 8, 16)

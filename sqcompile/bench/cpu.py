@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import warnings
 from typing import Any
 
@@ -45,14 +46,16 @@ def main(argv: list[str] | None = None) -> None:
     int8 = sqcompile.compile(bf16, ids, recipe=args.recipe)
     print(f"{machine()}, {datetime.date.today()}")
     print("Llama-3.2-1B-shaped decoder, 2 layers, random weights; milliseconds of a forward pass, medians\n")
-    print("| batch x tokens | fp32 torch.compile | bf16 torch.compile | sqcompile INT8 | vs bf16 | vs fp32 | SQNR of the output |")
+    print(
+        "| batch x tokens | fp32 torch.compile | bf16 torch.compile | sqcompile INT8 | vs bf16 | vs fp32 | SQNR of the output |"
+    )
     print("|---|---|---|---|---|---|---|")
     for shape in SHAPES:
         x = torch.randint(0, 1024, shape, generator=generator)
         torch._dynamo.reset()  # each float contender is compiled for the very shape it is timed at
         rivals: dict[str, Any] = {"fp32": torch.compile(fp32), "bf16": torch.compile(bf16), "int8": int8}
         with torch.no_grad():
-            ms = interleaved({name: (lambda f=f: f(input_ids=x)) for name, f in rivals.items()}, args.seconds)
+            ms = interleaved({name: functools.partial(f, input_ids=x) for name, f in rivals.items()}, args.seconds)
             reference = fp32(input_ids=x).last_hidden_state
             quality = sqnr_db(reference, int8(input_ids=x).last_hidden_state)
         print(

@@ -41,5 +41,7 @@ def machine() -> str:
             name = next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    isa = "AMX" if torch.cpu._is_amx_tile_supported() else "AVX512-VNNI" if torch.cpu._is_vnni_supported() else "no VNNI"
+    isa = (
+        "AMX" if torch.cpu._is_amx_tile_supported() else "AVX512-VNNI" if torch.cpu._is_vnni_supported() else "no VNNI"
+    )
     return f"{name}, {isa}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
