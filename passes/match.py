@@ -19,15 +19,8 @@ from torch import Tensor, fx
 
 from sqcompile.errors import CaptureError
 from sqcompile.passes.graph import Linear, constants, find_linears, first_leaf, nodes_by_name
-from sqcompile.passes.labels import (
-    HOMOGENEOUS,
-    LAYOUT,
-    Flow,
-    describe,
-    free_symbols,
-    run_labels,
-    vector_operand,
-)
+from sqcompile.passes.label_rules import HOMOGENEOUS, LAYOUT, Flow, describe
+from sqcompile.passes.labels import free_symbols, run_labels, vector_operand
 
 
 @dataclass(frozen=True)

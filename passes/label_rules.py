@@ -1,0 +1,230 @@
+"""What each operation does to channel labels; the invariant that every rule keeps stands in `labels`.
+
+A rule sees one producer's labels at an operation's inputs, and gives the labels of its output, or raises `Refused`
+with the reason. An operation in none of the tables is refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sqcompile.passes.graph import aten, value
+
+RESIDUAL = "joins a residual stream"
+OUTPUT = "is an output of the model"
+ROTARY = "is mixed with other channels by an addition (rotary position embedding)"
+ATTENTION = "feeds QKᵀ"
+
+
+class Refused(Exception):
+    """Raised by a rule: these labels cannot pass, and why."""
+
+
+@dataclass
+class Flow:
+    """What became of one producer's labels.
+
+    Attributes:
+        producer: name of the producer's node; its output is [..., C].
+        kind: "norm" (layer_norm, rms_norm), "scale" (multiplication by a channel vector) or "linear".
+        channels: C.
+        balance: the linears that absorb labels, with their index map: int64 [K], the label of each input column, or -1.
+        adds: additions of a constant on the way, which must be scaled along: (node, argument index, int64 labels shaped
+            to broadcast like that constant).
+        refused: label -> reason, for the labels that must keep s = 1.
+        stops: node -> reason, where labels were refused.
+    """
+
+    producer: str
+    kind: str
+    channels: int
+    balance: list[tuple[str, Tensor]] = field(default_factory=list)
+    adds: list[tuple[str, int, Tensor]] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
+    stops: dict[str, str] = field(default_factory=dict)
+
+    def refuse(self, labels: Any, reason: str) -> None:
+        for part in labels if isinstance(labels, (tuple, list)) else [labels]:
+            for label in torch.unique(part).tolist():
+                if label >= 0:
+                    self.refused.setdefault(int(label), reason)
+
+
+# Pure layout: executed on the label tensor itself.
+LAYOUT = {
+    aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.t.default,
+    aten.slice.Tensor, aten.select.int, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.squeeze.default, aten.squeeze.dims, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
+    aten.unbind.int, aten.flatten.using_ints, aten.unflatten.int, aten.repeat.default, aten.narrow.default,
+    aten.repeat_interleave.self_int, aten.index.Tensor, aten.index_select.default, aten.flip.default,
+    aten.movedim.int, aten.swapaxes.default, aten.expand_as.default, aten.view_as.default, aten.roll.default,
+    operator.getitem,
+}  # fmt: skip
+
+# f(x / s) = f(x) / s for every s > 0, element by element, whatever the other arguments are.
+HOMOGENEOUS = {
+    aten.relu.default, aten.leaky_relu.default, aten.neg.default, aten.abs.default, aten.dropout.default,
+    aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default, aten.mul.Scalar,
+    aten.div.Scalar, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default,
+}  # fmt: skip
+
+# The result depends on the operand's shape alone.
+SHAPE_ONLY = {
+    aten.sym_size.int, aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default, aten.full_like.default,
+    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
+}  # fmt: skip
+
+
+def describe(n: fx.Node) -> str:
+    """Why an operation without a rule stops a label, in words."""
+    name = getattr(n.target, "__name__", str(n.target)).split(".")[0]
+    packet = getattr(n.target, "overloadpacket", None)
+    name = packet.__name__ if packet is not None else name
+    if name in ("silu", "gelu", "tanh", "sigmoid", "softmax", "_softmax", "exp", "pow", "relu6", "hardtanh"):
+        return f"passes {name}, which does not commute with a scale"
+    if name in ("layer_norm", "rms_norm", "mean", "var", "group_norm"):
+        return f"is normalized by {name}"
+    if name == "mul" and n.args[0] is n.args[1]:
+        return "is squared"
+    return f"reaches {name}, which scales cannot pass"
+
+
+def _only(operands: dict[fx.Node, Any], n: fx.Node) -> tuple[fx.Node, Any]:
+    if len(operands) != 1:
+        raise Refused(f"meets itself in {describe(n).split()[1].rstrip(',')}")
+    return next(iter(operands.items()))
+
+
+def _mul(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:
+    _, labels = _only(operands, n)
+    if n.args[0] is n.args[1]:
+        raise Refused(describe(n))
+    return labels.broadcast_to(out.shape)
+
+
+def _div(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:
+    node, labels = _only(operands, n)
+    if n.args[0] is not node or n.args[1] is node or n.kwargs.get("rounding_mode"):
+        raise Refused("is a divisor")
+    return labels.broadcast_to(out.shape)
+
+
+def _add(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:
+    """(x + y) / s = x / s + y / s: y carries the same labels, or is a constant that can be divided too."""
+    wide = [l.broadcast_to(out.shape) for l in operands.values()]
+    if len(wide) == 2:
+        if not torch.equal(wide[0], wide[1]):
+            raise Refused(ROTARY if set(wide[0].unique().tolist()) == set(wide[1].unique().tolist()) else RESIDUAL)
+        return wide[0]
+    if n.args[0] is n.args[1]:
+        return wide[0]
+    i = 1 if n.args[0] in operands else 0
+    other = n.args[i]
+    if not isinstance(other, fx.Node) or other not in ctx.const:
+        raise Refused(RESIDUAL if isinstance(other, fx.Node) else "is shifted by a number")
+    # the constant's own shape, padded to the result's rank; labels must not vary where it broadcasts
+    shape = [1] * (out.dim() - value(other).dim()) + list(value(other).shape)
+    narrow = wide[0]
+    for d, size in enumerate(shape):
+        if size == 1:
+            if not bool((narrow == narrow.narrow(d, 0, 1)).all()):
+                raise Refused("is shifted by a constant shared between channels")
+            narrow = narrow.narrow(d, 0, 1)
+    flow.adds.append((n.name, i, narrow.reshape(value(other).shape).clone()))
+    return wide[0]
+
+
+def _concat(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:
+    inputs: Any = n.args[0]
+    parts = [operands[a] if a in operands else torch.full(ctx.env[a].shape, -1) for a in inputs]
+    return n.target(parts, *n.args[1:], **n.kwargs)  # type: ignore[operator]
+
+
+def _flat(labels: Tensor, dim: int) -> Tensor:
+    """One slice of the labels along a dim that is summed away; they must not vary along it."""
+    first = labels.narrow(dim, 0, 1)
+    if not bool((labels == first).all()):
+        raise Refused("is summed with other channels")
+    return first
+
+
+def _matmul(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:
+    """P·V with V's channels scaled: labels pass if they are constant along the contracted dim."""
+    node, labels = _only(operands, n)
+    if n.args[0] is n.args[1]:
+        raise Refused("meets itself in matmul")
+    if labels.dim() < 2 or out.dim() < 2:
+        raise Refused(describe(n))
+    try:
+        return _flat(labels, -2 if node is n.args[1] else -1).broadcast_to(out.shape)
+    except Refused:
+        raise Refused(
+            ATTENTION if all(a not in ctx.const for a in n.args[:2]) else "is contracted by a matmul"
+        ) from None
+
+
+def _attention(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:
+    v = n.args[2]
+    for node, labels in operands.items():  # a fused QKV projection: its q and k channels are refused, v's pass
+        if node is not v or node in (n.args[0], n.args[1]):
+            flow.refuse(labels, ATTENTION)
+    if v not in operands:
+        return None
+    row = _flat(operands[v], -2)  # type: ignore[index]
+    if row.dim() >= 3 and row.shape[-3] != out.shape[-3]:  # enable_gqa: each value head serves a group of query heads
+        row = row.repeat_interleave(out.shape[-3] // row.shape[-3], dim=-3)
+    return row.broadcast_to(out.shape)
+
+
+def _reduce(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:
+    _, labels = _only(operands, n)
+    dims: Any = n.args[1] if len(n.args) > 1 else None
+    if not isinstance(dims, (list, tuple)) or not dims:
+        raise Refused(describe(n))
+    keep = bool(n.args[2]) if len(n.args) > 2 else bool(n.kwargs.get("keepdim", False))
+    try:
+        for d in dims:
+            labels = _flat(labels, int(d))
+    except Refused:
+        raise Refused(describe(n)) from None
+    return labels if keep else labels.squeeze([int(d) for d in dims])
+
+
+def _masked_fill(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:
+    node, labels = _only(operands, n)
+    if node is not n.args[0] or n.args[2] != 0:
+        raise Refused("is filled with a number")
+    return labels.broadcast_to(out.shape)
+
+
+def _clamp(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:
+    low = n.args[1] if len(n.args) > 1 else n.kwargs.get("min")
+    high = n.args[2] if len(n.args) > 2 else n.kwargs.get("max")
+    if low not in (None, 0) or high not in (None, 0):
+        raise Refused("is clamped to a number")
+    return _only(operands, n)[1]
+
+
+RULES: dict[Any, Callable[..., Any]] = {
+    aten.mul.Tensor: _mul,
+    aten.div.Tensor: _div,
+    aten.add.Tensor: _add,
+    aten.sub.Tensor: _add,
+    aten.cat.default: _concat,
+    aten.stack.default: _concat,
+    aten.matmul.default: _matmul,
+    aten.bmm.default: _matmul,
+    aten.mm.default: _matmul,
+    aten.scaled_dot_product_attention.default: _attention,
+    aten.mean.dim: _reduce,
+    aten.sum.dim_IntList: _reduce,
+    aten.masked_fill.Scalar: _masked_fill,
+    aten.clamp.default: _clamp,
+    aten.clamp_min.default: _clamp,
+}
