@@ -25,7 +25,9 @@ def matmul_u8s8(q: Tensor, w: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: tor
         dtype: float32 or bfloat16.
     """
     rows = q.numel() // q.shape[-1]
-    if 0 < rows <= vnni.MAX_ROWS and w_sum.numel() and vnni.library() is not None:
+    if rows == 0:
+        return _matmul_u8s8_fake(q, w, w_scale, w_sum, dtype)
+    if rows <= vnni.MAX_ROWS and w_sum.numel() and vnni.library() is not None:
         return vnni.matmul(q, w, w_scale, w_sum, dtype)
     return onednn.matmul(q, w, w_scale, dtype)
 

@@ -32,7 +32,7 @@ def token_scale(x: Tensor) -> Tensor:
 
 def tensor_scale(x: Tensor) -> Tensor:
     """Per-tensor scale of x, any shape: float32 []."""
-    return absmax_scale(x.abs().amax())
+    return absmax_scale(x.abs().amax() if x.numel() else x.new_zeros(()))
 
 
 def weight_scale(w: Tensor, per_channel: bool) -> Tensor:

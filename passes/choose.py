@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.calibrate import Calibration
-from sqcompile.errors import NothingToQuantizeError
+from sqcompile.errors import NothingToQuantizeError, RecipeError
 from sqcompile.kernels.reference import absmax_scale, dequantize, quantize, token_scale, weight_scale
 from sqcompile.passes.graph import Linear, aten, effective_weight, find_linears, nodes_by_name, value
 from sqcompile.passes.match import Refusal, Site, input_sites
@@ -70,12 +70,13 @@ def choose(
     """
     chooser = _Chooser(gm, calibration, recipe)
     linears = find_linears(gm)
+    _check_skip(gm, linears, recipe)
     floats = {l.name: reason for l in linears if (reason := _float_reason(gm, l, calibration, recipe))}
     if len(floats) == len(linears):
         raise NothingToQuantizeError(_nothing(linears, floats))
     scales: dict[str, Tensor] = {}
     notes: dict[str, tuple[str, str, float | None]] = {}
-    for site in sites + input_sites([r for r in refusals if r.linear.name not in floats]):
+    for site in sites + input_sites(refusals, {l.name for l in linears} - set(floats)):
         quantized = [l for l, _ in site.balance if l.name not in floats]
         if not quantized:
             continue
@@ -163,26 +164,42 @@ class _Chooser:
         return absmax_scale((absmax / self.columns[l.name] if l.name in self.columns else absmax).max())
 
     def layer(self, l: Linear, floats: dict[str, str], notes: dict[str, tuple[str, str, float | None]]) -> LayerPlan:
+        shape = (l.out_features, l.in_features)
         if l.name in floats:
-            return LayerPlan(l.name, "linear", False, "none", floats[l.name])
+            return LayerPlan(l.name, "linear", False, "none", floats[l.name], shape=shape)
         how, reason, alpha = notes[l.name]
         error = self.error(l)
         static = float(self.input_scale(l)) if self.recipe.activation == "per_tensor_static" else None
         sqnr = -10 * math.log10(error) if error > 0 else math.inf
-        return LayerPlan(l.name, "linear", True, how, reason, alpha, sqnr, static)  # type: ignore[arg-type]
+        return LayerPlan(l.name, "linear", True, how, reason, alpha, sqnr, static, shape)  # type: ignore[arg-type]
 
 
 def _float_reason(gm: fx.GraphModule, l: Linear, calibration: Calibration, recipe: Recipe) -> str | None:
     """Why a linear stays in float, or None."""
-    module = l.name.rpartition(".")[0] or l.name
     for pattern in recipe.skip:
-        if fnmatch.fnmatch(module, pattern) or fnmatch.fnmatch(l.name, pattern) or f".{pattern}." in f".{l.name}.":
+        if _matches(gm, l, pattern):
             return f"skipped by the recipe ({pattern!r})"
         if pattern == "lm_head" and _is_lm_head(gm, l):
             return "skipped by the recipe ('lm_head': the projection back to the vocabulary)"
     if l.name not in calibration.inputs:
         return "no calibration token reached it"
     return None
+
+
+def _matches(gm: fx.GraphModule, l: Linear, pattern: str) -> bool:
+    """Whether a pattern names a linear: its module or its weight, by any of the names of a tied weight."""
+    for name in gm.meta["aliases"].get(l.name.partition("#")[0], (l.name,)):
+        module = name.rpartition(".")[0] or name
+        if fnmatch.fnmatch(module, pattern) or fnmatch.fnmatch(name, pattern) or f".{pattern}." in f".{name}.":
+            return True
+    return False
+
+
+def _check_skip(gm: fx.GraphModule, linears: list[Linear], recipe: Recipe) -> None:
+    for pattern in recipe.skip:
+        if pattern != "lm_head" and not any(_matches(gm, l, pattern) for l in linears):
+            names = ", ".join(l.name for l in linears[:4])
+            raise RecipeError(f"skip={pattern!r} names no linear of this model; its linears are {names}, ...")
 
 
 def _is_lm_head(gm: fx.GraphModule, l: Linear) -> bool:

@@ -126,7 +126,7 @@ def _add(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, 
         return wide[0]
     i = 1 if n.args[0] in operands else 0
     other = n.args[i]
-    if not isinstance(other, fx.Node) or other not in ctx.const:
+    if not isinstance(other, fx.Node) or other not in ctx.const or not value(other).dtype.is_floating_point:
         raise Refused(RESIDUAL if isinstance(other, fx.Node) else "is shifted by a number")
     # the constant's own shape, padded to the result's rank; labels must not vary where it broadcasts
     shape = [1] * (out.dim() - value(other).dim()) + list(value(other).shape)
@@ -159,10 +159,13 @@ def _matmul(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Nod
     node, labels = _only(operands, n)
     if n.args[0] is n.args[1]:
         raise Refused("meets itself in matmul")
-    if labels.dim() < 2 or out.dim() < 2:
+    if labels.dim() < 2:
         raise Refused(describe(n))
+    other: Any = n.args[0] if node is n.args[1] else n.args[1]
+    dim = -2 if node is n.args[1] else -1
     try:
-        return _flat(labels, -2 if node is n.args[1] else -1).broadcast_to(out.shape)
+        row = _flat(labels, dim)
+        return row.squeeze(dim) if value(other).dim() == 1 else row.broadcast_to(out.shape)
     except Refused:
         raise Refused(
             ATTENTION if all(a not in ctx.const for a in n.args[:2]) else "is contracted by a matmul"

@@ -116,10 +116,11 @@ class _Labels(fx.Interpreter):
                 labels = self._rule(n, out, flow, operands)
                 if labels is not None:
                     result[producer] = labels
-            except Refused as e:
-                flow.stops[n.name] = str(e)
+            except (Refused, RuntimeError, IndexError, TypeError) as e:
+                # an error is a layout the rule did not foresee, on labels alone: the values were computed before
+                flow.stops[n.name] = reason = str(e) if isinstance(e, Refused) else describe(n)
                 for _, labels in operands:
-                    flow.refuse(labels, str(e))
+                    flow.refuse(labels, reason)
         return result
 
     def _rule(self, n: fx.Node, out: Any, flow: Flow, operands: list[tuple[fx.Node, Any]]) -> Any:
@@ -134,6 +135,9 @@ class _Labels(fx.Interpreter):
             return None
         t = n.target
         if t in HOMOGENEOUS:
+            if n.args[0] not in [a for a, _ in operands]:
+                return None  # type_as: the other operand gives a dtype, no values
+            labels = next(l for a, l in operands if a is n.args[0])
             if not out.dtype.is_floating_point:
                 raise Refused(f"is cast to {out.dtype}")
             return labels

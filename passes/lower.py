@@ -23,6 +23,7 @@ from sqcompile.kernels import onednn, vnni
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import UINT8_ZERO_POINT
 from sqcompile.passes.graph import add_op, add_tensor, aten, clone, constants, evaluate, finish, get_tensor, value
+from sqcompile.passes.label_rules import LAYOUT
 
 _warned: set[str] = set()
 
@@ -60,6 +61,8 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
             groups.setdefault(found.key, []).append(found)
     for group in groups.values():
         _lower_group(gm, group)
+    for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default  # a merged linear's result is a slice, which not every view accepts
     _materialize(gm)
     return finish(gm)
 
@@ -99,15 +102,26 @@ def _lower_group(gm: fx.GraphModule, group: list[_Quantized]) -> None:
         if len(group) > 1:
             ends = list(itertools.accumulate(sizes))
             parts = [add_op(gm, aten.slice.Tensor, new, -1, e - n, e) for e, n in zip(ends, sizes, strict=True)]
+            parts = [
+                add_op(gm, aten.contiguous.default, p) if _shows_strides(g.out) else p
+                for g, p in zip(group, parts, strict=True)
+            ]
     for g, part in zip(group, parts, strict=True):
         _replace(gm, g, part)
 
 
+def _shows_strides(node: fx.Node) -> bool:
+    """Whether the caller, or an operation that looks at memory, sees a tensor through layout operations alone."""
+    return any(
+        u.op == "output"
+        or u.target in (aten.as_strided.default, aten.view_as_complex.default)
+        or (u.target in LAYOUT and _shows_strides(u))
+        for u in node.users
+    )
+
+
 def _replace(gm: fx.GraphModule, old: _Quantized, new: fx.Node) -> None:
     """Puts the new node in place of a linear, and drops the linear and its plain int8 weight at once."""
-    for user in old.out.users:
-        if user.target == aten.view.default:  # the new node may be a slice, which not every view accepts
-            user.target = aten.reshape.default
     old.out.replace_all_uses_with(new)
     acc = old.out.args[0]
     assert isinstance(acc, fx.Node)
@@ -149,6 +163,6 @@ def _materialize(gm: fx.GraphModule) -> None:
             tensor = evaluate(gm, node)
             if isinstance(tensor, torch.Tensor):
                 with gm.graph.inserting_before(node):
-                    new = add_tensor(gm, f"constant_{node.name}", tensor.to(value(node).dtype))
+                    new = add_tensor(gm, f"constant_{node.name}", tensor.to(value(node).dtype).clone())
                 node.replace_all_uses_with(new)
                 gm.graph.erase_node(node)

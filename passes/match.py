@@ -12,6 +12,7 @@ anything but a balance layer is refused, in words.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,10 +93,12 @@ def match(gm: fx.GraphModule) -> tuple[list[Site], list[Refusal]]:
     return sorted(sites, key=lambda s: order[s.producer]), refusals
 
 
-def input_sites(refusals: list[Refusal]) -> list[Site]:
-    """The sites where x·(1/s) is multiplied explicitly: one per tensor that refused linears read."""
+def input_sites(refusals: list[Refusal], quantized: Collection[str]) -> list[Site]:
+    """The sites where x·(1/s) is multiplied explicitly: one per tensor that refused linears to be quantized read."""
     groups: dict[str, list[Refusal]] = {}
     for r in refusals:
+        if r.linear.name not in quantized:
+            continue
         groups.setdefault(r.linear.x, []).append(r)
     sites = []
     for x, group in groups.items():

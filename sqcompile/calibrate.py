@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from sqcompile.errors import CalibrationError, CaptureError
-from sqcompile.inputs import Call, calls, flatten_like, run_callable, token_mask
+from sqcompile.inputs import Call, calls, flatten_like, real_tokens, run_callable, token_mask
 from sqcompile.passes.graph import find_linears
 
 SAMPLE_ROWS = 128
@@ -72,7 +72,10 @@ def calibrate(
         CalibrationError: for a batch the model refuses, or a non-finite activation (names the tensor and the batch).
     """
     observer = _Observer(gm)
-    total = len(loader) if isinstance(loader, Sized) else None
+    try:
+        total = len(loader) if isinstance(loader, Sized) else None
+    except TypeError:  # a DataLoader over an iterable dataset
+        total = None
     bar = tqdm(desc="calibrate", unit="batch", disable=not progress, total=total)
 
     def observe(call: Call) -> None:
@@ -85,13 +88,16 @@ def calibrate(
                 observe(call)
         else:
             run_callable(model, loader, observe)
-    return Calibration({name: observer.stats[x] for name, x in observer.inputs.items()}, observer.batches)
+    if not observer.batches:
+        raise CalibrationError("the calibration callable made no call: it is run twice, first to see what it passes")
+    found = {name: observer.stats[x] for name, x in observer.inputs.items() if x in observer.stats}
+    return Calibration(found, observer.batches)
 
 
 class _Observer(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
-        self.in_spec = gm.meta["in_spec"]
+        self.captured = gm.meta["captured"]
         linears = find_linears(gm)
         self.inputs = {l.name: l.x for l in linears}
         self.reads = {l.x: l.name for l in reversed(linears)}  # the first reader names the tensor in messages
@@ -102,7 +108,7 @@ class _Observer(fx.Interpreter):
 
     def batch(self, call: Call) -> None:
         try:
-            leaves = flatten_like(call, self.in_spec)
+            leaves = flatten_like(call, self.captured)
         except CaptureError as e:
             raise CalibrationError(f"calibration batch {self.batches}: {e}") from e
         self.mask = token_mask(call)
@@ -120,9 +126,7 @@ class _Observer(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         out = super().run_node(n)
         if n.name in self.reads:
-            rows = out.reshape(-1, out.shape[-1])
-            if self.mask is not None and len(self.mask) == len(rows):
-                rows = rows[self.mask.to(rows.device)]
+            rows = real_tokens(out, self.mask)
             if len(rows):
                 self._update(n.name, rows)
         return out

@@ -10,10 +10,11 @@ from torch import fx, nn
 
 from sqcompile.calibrate import calibrate as observe
 from sqcompile.emit import BACKENDS, CompiledModel, emit
-from sqcompile.errors import CalibrationError, RecipeError
+from sqcompile.errors import CalibrationError, PlanError, RecipeError
 from sqcompile.inputs import Call, as_call, first_call, from_spec, to_spec
 from sqcompile.passes.choose import choose
 from sqcompile.passes.fold import fold
+from sqcompile.passes.graph import find_linears
 from sqcompile.passes.insert_qdq import insert_qdq
 from sqcompile.passes.lower import lower
 from sqcompile.passes.match import input_sites, match
@@ -85,8 +86,10 @@ def rewrite(traced: fx.GraphModule, plan: Plan, until: str) -> fx.GraphModule:
     text = show_stage(gm, "traced", None)
     if until == "traced":
         return gm
+    _check_plan(gm, plan)
     sites, refusals = match(gm)
-    gm = verify(fold(gm, sites + input_sites(refusals), plan), "folded")
+    quantized = {l.name for l in plan.layers if l.quantized}
+    gm = verify(fold(gm, sites + input_sites(refusals, quantized), plan), "folded")
     text = show_stage(gm, "folded", text)
     if until == "folded":
         return gm
@@ -99,11 +102,22 @@ def rewrite(traced: fx.GraphModule, plan: Plan, until: str) -> fx.GraphModule:
     return gm
 
 
+def _check_plan(gm: fx.GraphModule, plan: Plan) -> None:
+    planned = {l.name: l.shape for l in plan.layers}
+    for l in find_linears(gm):
+        if planned.get(l.name) != (l.out_features, l.in_features):
+            raise PlanError(
+                f"the plan has no linear {l.name!r} of shape {l.out_features} x {l.in_features}: calibrate this model"
+            )
+
+
 def _analyse(
     model: nn.Module, loader: Any, recipe: Recipe, plan: Plan | None, example: Any, dynamic_shapes: Any, progress: bool
 ) -> tuple[fx.GraphModule, Plan]:
     """The traced graph, and the plan: the given one, or one made from the data."""
     if plan is not None:
+        if recipe not in (resolve_recipe("default"), plan.recipe):
+            raise PlanError("plan and recipe disagree: a plan has a recipe of its own, leave recipe= out")
         return trace(model, _example(model, example) or from_spec(plan.call, _device(model)), dynamic_shapes), plan
     if loader is None:
         raise CalibrationError("pass calib_loader (an iterable of real batches, or a callable), or a plan")

@@ -36,7 +36,7 @@ class CompiledModel(nn.Module):
         self.lowered = lowered
         self.plan, self.report, self.stages = plan, Report.of(plan), stages
         self._signature = signature
-        self._in_spec, self._out_spec = lowered.meta["in_spec"], lowered.meta["out_spec"]
+        self._captured, self._out_spec = lowered.meta["captured"], lowered.meta["out_spec"]
         flat, self._used = _flat(lowered)
         self._run: Callable[..., Any] = _inductor(flat) if backend == "inductor" else flat
         self.eval()
@@ -51,7 +51,7 @@ class CompiledModel(nn.Module):
             call = bind(self._signature, args, kwargs)
         except TypeError as e:
             raise CaptureError(f"the call does not fit the model's signature {self._signature}: {e}") from e
-        leaves = flatten_like(call, self._in_spec)
+        leaves = flatten_like(call, self._captured)
         with torch.no_grad():
             out = self._run(*[leaves[i] for i in self._used])
         return pytree.tree_unflatten(list(out), self._out_spec)
@@ -83,16 +83,25 @@ def emit(
     """Makes the module.
 
     Args:
-        lowered: the lowered graph. Its remaining float tensors are copied, so that nothing is shared with the model.
+        lowered: the lowered graph. The model's own tensors in it are copied, so that nothing is shared with the model.
         signature: of the model's forward.
         plan, stages: for the user.
         backend: "inductor" compiles the graph once for all shapes; "eager" runs it as it is.
     """
+    copies: dict[int, Tensor] = {}  # a tied tensor is copied once
     for n in lowered.graph.find_nodes(op="get_attr"):
-        tensor = get_tensor(lowered, str(n.target))
-        if not tensor.is_mkldnn and tensor.dtype.is_floating_point and str(n.target) in stages.shared:
-            set_tensor(lowered, str(n.target), tensor.clone())
+        name = str(n.target)
+        if name in stages.original:
+            tensor = get_tensor(lowered, name)
+            set_tensor(lowered, name, _copy(tensor, copies))
     return CompiledModel(lowered, signature, plan, stages, backend)
+
+
+def _copy(tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
+    key = tensor.data_ptr()
+    if key not in copies or copies[key].shape != tensor.shape:
+        copies[key] = tensor.clone()
+    return copies[key]
 
 
 def tensor_bytes(t: Tensor) -> int:

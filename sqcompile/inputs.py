@@ -46,10 +46,17 @@ def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[st
     if rest:  # named parameters before *args can only be passed by position
         positional = tuple(named.pop(n) for n in list(named) if n not in kwargs)
         rest = positional + rest
-    named = {k: v for k, v in named.items() if v is not None}
+    # None means "not given" where that is the default; elsewhere it is a value of its own
+    defaults = {n: p.default for n, p in signature.parameters.items()}
+    named = {k: _sorted(v) for k, v in named.items() if v is not None or defaults.get(k) is not None}
     if named.get("use_cache") is False:
         del named["use_cache"]
-    return Call(rest, named)
+    return Call(tuple(_sorted(v) for v in rest), named)
+
+
+def _sorted(x: Any) -> Any:
+    """Plain dicts with their keys in order, so that the order a caller writes them in does not matter."""
+    return {k: _sorted(x[k]) for k in sorted(x, key=str)} if type(x) is dict else x
 
 
 def as_call(model: nn.Module, batch: Any, index: int = 0) -> Call:
@@ -120,24 +127,52 @@ def run_callable(model: nn.Module, loader: Callable[..., Any], observe: Callable
         handle.remove()
 
 
-def flatten_like(call: Call, spec: pytree.TreeSpec) -> list[Any]:
-    """The call's leaves in the order of the captured signature.
+@dataclass(frozen=True)
+class Captured:
+    """What a graph was captured with: the structure of the call, and for each leaf a fake tensor or a constant."""
+
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+
+
+def flatten_like(call: Call, captured: Captured) -> list[Any]:
+    """The call's leaves in the order of the captured call.
 
     Raises:
-        CaptureError: if the call has other arguments than the captured one; the message names both.
+        CaptureError: if the call has other arguments, constants, dtypes or static sizes than the captured one.
     """
-    captured = spec.unflatten([None] * spec.num_leaves)[1]
-    kwargs = {k: v for k, v in call.kwargs.items() if k in captured}
-    extra = [k for k in call.kwargs if k not in captured]
-    missing = [k for k in captured if k not in call.kwargs]
-    leaves, got = pytree.tree_flatten((call.args, {k: kwargs[k] for k in captured if k in kwargs}))
-    if extra or missing or got != spec:
+    spec = captured.spec
+    names = spec.unflatten([None] * spec.num_leaves)[1]
+    ordered = {k: call.kwargs[k] for k in names if k in call.kwargs}
+    leaves, got = pytree.tree_flatten((call.args, ordered))
+    if len(ordered) != len(call.kwargs) or got != spec:
         raise CaptureError(
             f"the model was captured with the arguments ({describe(spec)}), this call has "
             f"({describe(pytree.tree_structure((call.args, call.kwargs)))}): call it with the captured ones, or "
             "compile with example_inputs= that has these"
         )
+    for i, (have, want) in enumerate(zip(leaves, captured.leaves, strict=True)):
+        if not _fits(have, want):
+            path, _ = pytree.tree_flatten_with_path((call.args, ordered))[0][i]
+            raise CaptureError(
+                f"argument {pytree.keystr(path[1:])} was captured as {_spell(want)}, this call has {_spell(have)}: sizes "
+                "that are numbers, dtypes and constants are fixed by the capture; compile with example_inputs= like this"
+            )
     return leaves
+
+
+def _fits(have: Any, want: Any) -> bool:
+    if not isinstance(want, Tensor) or not isinstance(have, Tensor):
+        return type(have) is type(want) and have == want
+    sizes = zip(have.shape, want.shape, strict=False)
+    same = all(isinstance(w, torch.SymInt) or h == w for h, w in sizes)
+    return have.dim() == want.dim() and have.dtype == want.dtype and same
+
+
+def _spell(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return f"{x.dtype} [{', '.join('any' if isinstance(s, torch.SymInt) else str(s) for s in x.shape)}]"
+    return repr(x)
 
 
 def describe(spec: pytree.TreeSpec) -> str:
@@ -147,11 +182,26 @@ def describe(spec: pytree.TreeSpec) -> str:
 
 
 def token_mask(call: Call) -> Tensor | None:
-    """The call's attention mask as bool [batch * tokens]: True where a token is real, None where all are."""
+    """The call's attention mask as bool [batch, tokens]: True where a token is real; None where there is none."""
     mask = call.kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.dtype.is_floating_point:
-        return mask.bool().flatten()
-    return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    if mask.dtype.is_floating_point and not bool(((mask == 0) | (mask == 1)).all()):
+        return None  # an additive mask of some kind
+    return mask.bool()
+
+
+def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows of x [..., K] that are no padding: [T, K]. A tensor without a row per token keeps all its rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is None:
+        return rows
+    mask = mask.to(x.device)
+    if x.shape[:-1] == mask.shape or (x.dim() == 2 and len(x) == mask.numel()):
+        return rows[mask.flatten()]
+    if x.shape[:-1] == mask.t().shape:  # [tokens, batch, K]
+        return rows[mask.t().flatten()]
+    return rows
 
 
 def to_spec(call: Call) -> Any:
@@ -163,7 +213,7 @@ def to_spec(call: Call) -> Any:
         if isinstance(x, Mapping):
             return {"dict": {k: leaf(v) for k, v in x.items()}}
         if isinstance(x, (tuple, list)):
-            return {"list": [leaf(v) for v in x]}
+            return {"tuple" if isinstance(x, tuple) else "list": [leaf(v) for v in x]}
         if x is None or isinstance(x, (bool, int, float, str)):
             return {"const": x}
         raise CaptureError(
@@ -181,6 +231,8 @@ def from_spec(spec: Any, device: torch.device) -> Call:
             return torch.zeros(x["shape"], dtype=getattr(torch, x["dtype"]), device=device)
         if "dict" in x:
             return {k: leaf(v) for k, v in x["dict"].items()}
+        if "tuple" in x:
+            return tuple(leaf(v) for v in x["tuple"])
         if "list" in x:
             return [leaf(v) for v in x["list"]]
         return x["const"]

@@ -34,6 +34,7 @@ class LayerPlan:
         alpha: migration strength of its site, None without smoothing.
         sqnr_db: signal to quantization noise ratio of its output on the calibration sample, in dB; None in float.
         input_scale: Δx where activations are static, else None.
+        shape: of the weight as [N, K].
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerPlan:
     alpha: float | None = None
     sqnr_db: float | None = None
     input_scale: float | None = None
+    shape: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -94,4 +96,9 @@ class Plan:
                 f"{os.fspath(path)} has plan format {meta['format']}, this version reads {FORMAT}: calibrate again"
             )
         recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["recipe"].items()}
-        return Plan(Recipe(**recipe), meta["call"], scales, tuple(LayerPlan(**l) for l in meta["layers"]))
+        return Plan(
+            Recipe(**recipe),
+            meta["call"],
+            scales,
+            tuple(LayerPlan(**{**l, "shape": tuple(l["shape"])}) for l in meta["layers"]),
+        )

@@ -29,6 +29,7 @@ class Stages(Mapping[str, fx.GraphModule]):
         own = _tensors(model)
         names = {str(n.target) for n in traced.graph.find_nodes(op="get_attr")}
         self.shared = frozenset(n for n in names if n in own)
+        self.original = frozenset(names)  # every tensor that came with the capture
         self._constants = {n: get_tensor(traced, n) for n in names - self.shared}
         self._graph, self._meta = traced.graph, dict(traced.meta)
         self._versions = {n: (own[n].data_ptr(), own[n]._version) for n in self.shared}

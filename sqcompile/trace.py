@@ -9,7 +9,6 @@ The graph's tensors are detached aliases of the model's own: same storage, never
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import os
 import traceback
@@ -17,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ShapesCollection
+from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from sqcompile.errors import CaptureError
-from sqcompile.inputs import Call
+from sqcompile.inputs import Call, Captured
 from sqcompile.passes.graph import aten, clone, finish, set_tensor, value
 
 # What export leaves to check at run time; none of it computes anything.
@@ -46,23 +45,15 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
 
     Returns:
         A GraphModule with the model's own signature and output type. ``meta["fake_mode"]`` is the mode of its fake
-        values, ``meta["in_spec"]`` and ``meta["out_spec"]`` are the pytrees of its call and result.
+        values, ``meta["captured"]`` says what calls it serves, ``meta["out_spec"]`` is the pytree of its result.
 
     Raises:
         CaptureError: if the model cannot be exported (names the operation, the line and what to try), or if it
             is in training mode with dropout or batch statistics.
     """
     _register_kv_cache_pytree()
-    args, kwargs, shapes = call.args, call.kwargs, dynamic_shapes
-    if dynamic_shapes == "auto":
-        args, kwargs, shapes = _dynamic_example(call)
-    try:
-        with torch.no_grad():
-            exported = torch.export.export(
-                _without_cache(model, call), args, kwargs, dynamic_shapes=shapes, strict=False
-            )
-    except Exception as e:
-        raise CaptureError(_explain(model, e)) from e
+    _refuse_names(model)
+    exported = _functional(_export(model, call, dynamic_shapes))
     gm = exported.module(check_guards=False)
     for n in list(gm.graph.nodes):
         if n.target in _CHECKS:
@@ -90,36 +81,103 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     for n in gm.graph.find_nodes(op="get_attr"):
         n.meta["val"] = fakes[0].fake_mode.from_tensor(gm.get_buffer(str(n.target)), static_shapes=True)
     info: Any = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
-    gm.meta["in_spec"], gm.meta["out_spec"] = info.in_spec, info.out_spec
+    given = pytree.tree_leaves((call.args, call.kwargs))
+    inputs = [value(n) for n in gm.graph.find_nodes(op="placeholder")]
+    leaves = tuple(v if isinstance(g, Tensor) else g for v, g in zip(inputs, given, strict=True))
+    gm.meta["captured"], gm.meta["out_spec"] = Captured(info.in_spec, leaves), info.out_spec
+    gm.meta["aliases"] = _aliases(model)
     gm.graph.eliminate_dead_code()
     return finish(clone(gm))
 
 
-def _without_cache(model: nn.Module, call: Call) -> nn.Module:
-    """The model with ``use_cache=False`` as the default of its forward, where it has such an argument.
+def _export(model: nn.Module, call: Call, dynamic_shapes: Any) -> torch.export.ExportedProgram:
+    view = _as_called(model, call)
+    attempts: list[tuple[Call, Any]] = [(call, dynamic_shapes)]
+    if dynamic_shapes == "auto":
+        grown = _grown(call)
+        # Sizes of the model's own choosing are tried last: some models accept no other.
+        attempts = [(grown, _auto(view, grown)), (call, _auto(view, call))]
+    error: Exception | None = None
+    for example, shapes in attempts:
+        try:
+            with torch.no_grad():
+                return torch.export.export(view, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as e:
+            error = e
+    assert error is not None
+    raise CaptureError(_explain(model, error)) from error
 
-    A KV cache among the outputs would show every key and value to the caller, and no scale could pass through them.
+
+def _functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without in-place operations, which would change tensors behind the passes' back.
+
+    Raises:
+        CaptureError: if the model writes to its buffers or inputs: a compiled model has no state of its own.
     """
-    if "use_cache" not in inspect.signature(model.forward).parameters or "use_cache" in call.kwargs:
-        return model
+    writes = [n for n in exported.graph.nodes if getattr(getattr(n.target, "_schema", None), "is_mutable", False)]
+    if all(n.target == aten.detach_.default for n in writes):  # of constants, which export lifts
+        return exported
+    exported = exported.run_decompositions({})
+    signature = exported.graph_signature
+    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if written:
+        raise CaptureError(
+            f"the model writes to {', '.join(map(repr, written))} when it runs, and a compiled model keeps no state: "
+            "remove the update from forward, or pass the state in and return it"
+        )
+    return exported
+
+
+def _refuse_names(model: nn.Module) -> None:
+    taken = [
+        n for n in (*model._modules, *model._parameters, *model._buffers) if hasattr(fx.GraphModule, n) or n == "meta"
+    ]
+    if taken:
+        raise CaptureError(f"a submodule or parameter named {taken[0]!r} clashes with torch.fx.GraphModule: rename it")
+
+
+def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """All names of each parameter and buffer: more than one where it is tied."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    groups: dict[int, list[str]] = {}
+    for name, t in tensors:
+        groups.setdefault(id(t), []).append(name)
+    return {name: tuple(groups[id(t)]) for name, t in tensors}
+
+
+def _as_called(model: nn.Module, call: Call) -> nn.Module:
+    """A view of the model whose forward has exactly the call's arguments: export cannot name those in ``**kwargs``.
+
+    A forward with a ``use_cache`` argument that the call leaves open gets False: a KV cache among the outputs would
+    show every key and value to the caller, and no scale could pass through them.
+    """
+    given = {} if "use_cache" in call.kwargs else {"use_cache": False}
+    fixed = {k: v for k, v in given.items() if k in inspect.signature(model.forward).parameters}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return model.forward(*args, **kwargs, **fixed)
+
+    kinds = inspect.Parameter
+    positional = [kinds(f"input_{i}", kinds.POSITIONAL_ONLY) for i in range(len(call.args))]
+    named = [kinds(name, kinds.KEYWORD_ONLY) for name in call.kwargs]
+    forward.__signature__ = inspect.Signature(positional + named)  # type: ignore[attr-defined]
     view = copy.copy(model)  # shallow: the same submodules and parameters, under the same names
-    view.forward = functools.partial(model.forward, use_cache=False)
+    view.forward = forward
     return view
 
 
-def _dynamic_example(call: Call) -> tuple[tuple[Any, ...], dict[str, Any], ShapesCollection]:
-    """The call with sizes at which batch and sequence can stay symbolic, and which dims are.
+def _grown(call: Call) -> Call:
+    """The call with sizes at which batch and sequence can stay symbolic.
 
     torch.export fixes dims of size 1 and merges dims of equal size, so a batch of 1 grows to 2 and batch, sequence
     and so on get sizes of their own. Values do not matter: export runs on fake tensors.
     """
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     tensors = [x for x in leaves if isinstance(x, Tensor)]
-    axes = {id(x): _dynamic_axes(x) for x in tensors}
     sizes: dict[tuple[int, int], int] = {}
-    broadcast = {d for d in range(3) if len({x.shape[d] for x in tensors if d in axes[id(x)]}) > 1}
+    broadcast = {d for d in range(3) if len({x.shape[d] for x in tensors if d in _dynamic_axes(x)}) > 1}
     for x in tensors:
-        for d in axes[id(x)]:
+        for d in _dynamic_axes(x):
             size = x.shape[d]
             if size == 1 and d in broadcast:
                 continue  # broadcasts against another input: stays 1
@@ -127,16 +185,25 @@ def _dynamic_example(call: Call) -> tuple[tuple[Any, ...], dict[str, Any], Shape
             while (d, size) not in sizes and new in sizes.values():
                 new += 1
             sizes.setdefault((d, size), new)
-    shapes = ShapesCollection()
-    new_leaves = []
-    for x in leaves:
-        if isinstance(x, Tensor):
-            dims = {d: Dim.AUTO for d in axes[id(x)] if (d, x.shape[d]) in sizes}
-            x = x.new_zeros([sizes.get((d, s), s) if d in dims else s for d, s in enumerate(x.shape)])
-            shapes[x] = dims
-        new_leaves.append(x)
-    args, kwargs = pytree.tree_unflatten(new_leaves, spec)
-    return args, kwargs, shapes
+
+    def grow(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        axes = _dynamic_axes(x)
+        return x.new_zeros([sizes.get((d, s), s) if d in axes else s for d, s in enumerate(x.shape)])
+
+    args, kwargs = pytree.tree_unflatten([grow(x) for x in leaves], spec)
+    return Call(args, kwargs)
+
+
+def _auto(model: nn.Module, call: Call) -> Any:
+    """dynamic_shapes for torch.export: batch and sequence dynamic wherever the model leaves them so."""
+
+    def dims(x: Any) -> Any:
+        return {d: Dim.AUTO for d in _dynamic_axes(x) if x.shape[d] > 1} if isinstance(x, Tensor) else None
+
+    args, kwargs = pytree.tree_map(dims, (call.args, call.kwargs))
+    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
 
 
 def _dynamic_axes(x: Tensor) -> list[int]:

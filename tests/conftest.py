@@ -63,10 +63,10 @@ def lm() -> tuple[nn.Module, Any]:
 
 @pytest.fixture(scope="session")
 def lm_windows(lm: tuple[nn.Module, Any]) -> tuple[Tensor, Tensor]:
-    """Calibration and held-out windows of Python source, int64 [n, 256]."""
+    """Calibration windows and windows of held-out Python source, int64 [16, 512] and [48, 512]."""
     from sqcompile.lm import calibration_texts, evaluation_texts, token_windows
 
     return (
-        token_windows(calibration_texts(), lm[1], 256, 16),
-        token_windows(evaluation_texts(), lm[1], 256, 64),
+        token_windows(calibration_texts(), lm[1], 512, 16),
+        token_windows(evaluation_texts(), lm[1], 512, 48),
     )

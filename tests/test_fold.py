@@ -30,7 +30,7 @@ def fold_everything(model, *inputs, seed=0):
 
     gm, sites, refusals = sites_of(model, *inputs)
     generator = torch.Generator().manual_seed(seed)
-    every = sites + input_sites(refusals)
+    every = sites + input_sites(refusals, {l.name for l in find_linears(gm)})
     scales = {s.name: torch.where(s.free, torch.exp(torch.randn(s.channels, generator=generator)), 1.0) for s in every}
     layers = tuple(LayerPlan(l.name, "linear", True, "folded", "") for l in find_linears(gm))
     plan = Plan(Recipe(), to_spec(as_call(model, inputs)), scales, layers)
