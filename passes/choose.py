@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from sqcompile.calibrate import Calibration
 from sqcompile.errors import NothingToQuantizeError, RecipeError
 from sqcompile.kernels.reference import absmax_scale, dequantize, quantize, token_scale, weight_scale
-from sqcompile.passes.graph import Linear, aten, effective_weight, find_linears, nodes_by_name, value
+from sqcompile.passes.graph import Linear, aten, effective_weight, find_linears, nodes_by_name, row_parts, value
 from sqcompile.passes.match import Refusal, Site, input_sites
 from sqcompile.plan import LayerPlan, Plan
 from sqcompile.recipe import Recipe
@@ -143,20 +143,31 @@ class _Chooser:
 
     def error(self, l: Linear) -> float:
         """|Y_quantized - Y|² / |Y|² of one linear on the sample; zero where there is no signal."""
-        stats = self.calibration.inputs[l.name]
-        w, x = effective_weight(self.gm, l).float(), stats.rows.float()
-        y = x @ w.t()
-        if l.name in self.columns:
-            x, w = x / self.columns[l.name], w * self.columns[l.name]
-        if l.name in self.rows:
-            w = w / self.rows[l.name][:, None]
-        x_scale = token_scale(x) if self.recipe.activation == "per_token" else self.input_scale(l)
-        w_scale = weight_scale(w, self.recipe.weight == "per_channel")
-        y_hat = dequantize(quantize(x, x_scale).float() @ quantize(w, w_scale).float().t(), x_scale, w_scale.flatten())
-        if l.name in self.rows:
-            y_hat = y_hat * self.rows[l.name]
-        signal = float(y.square().sum())
-        return float((y_hat - y).square().sum()) / signal if signal > 0 else 0.0
+        x = self.calibration.inputs[l.name].rows.float()
+        columns, rows = self.columns.get(l.name), self.rows.get(l.name)
+        smoothed = x if columns is None else x / columns
+        x_scale = token_scale(smoothed) if self.recipe.activation == "per_token" else self.input_scale(l)
+        x_int = quantize(smoothed, x_scale).float()
+
+        def folded(part: slice) -> Tensor:
+            w = weight[part].float() if columns is None else weight[part].float() * columns
+            return w if rows is None else w / rows[part, None]
+
+        weight = effective_weight(self.gm, l)
+        parts = row_parts(weight)
+        per_tensor = self.recipe.weight == "per_tensor"
+        common = torch.cat([weight_scale(folded(p), False) for p in parts]).amax() if per_tensor else None
+        signal = noise = 0.0
+        for part in parts:  # a few rows of the weight at a time: no float copy of it
+            w = folded(part)
+            w_scale = weight_scale(w, True) if common is None else common.view(1, 1)
+            y = x @ weight[part].float().t()
+            y_hat = dequantize(x_int @ quantize(w, w_scale).float().t(), x_scale, w_scale.flatten())
+            if rows is not None:
+                y_hat = y_hat * rows[part]
+            signal += float(y.square().sum())
+            noise += float((y_hat - y).square().sum())
+        return noise / signal if signal > 0 else 0.0
 
     def input_scale(self, l: Linear) -> Tensor:
         """Static Δx: the largest calibrated |X_j| / s_j over 127. A dynamic scale per tensor is close to it too."""

@@ -7,13 +7,16 @@ or still the user's own is safe by construction. `evaluate` turns an expression 
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 
 aten = torch.ops.aten
 
@@ -98,18 +101,14 @@ def set_tensor(gm: torch.nn.Module, name: str, tensor: Tensor) -> None:
 
 def evaluate(gm: fx.GraphModule, node: fx.Node) -> Tensor:
     """The value of a constant node, on the device of its parameters; scale arithmetic stays in float32."""
-    known: dict[fx.Node, Any] = {}
 
-    def run(n: fx.Node) -> Any:
-        if n not in known:
-            if n.op == "get_attr":
-                known[n] = get_tensor(gm, str(n.target))
-            elif n.meta.get(FOLD_CAST):
-                known[n] = run(n.args[0])  # type: ignore[arg-type]
-            else:
-                args, kwargs = fx.node.map_arg((n.args, n.kwargs), run)
-                known[n] = n.target(*args, **kwargs)  # type: ignore[operator]
-        return known[n]
+    def run(n: fx.Node) -> Any:  # nothing is kept: an intermediate of a weight is as large as the weight
+        if n.op == "get_attr":
+            return get_tensor(gm, str(n.target))
+        if n.meta.get(FOLD_CAST):
+            return run(n.args[0])  # type: ignore[arg-type]
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), run)
+        return n.target(*args, **kwargs)  # type: ignore[operator]
 
     with torch.no_grad():
         return run(node)
@@ -119,6 +118,19 @@ def effective_weight(gm: fx.GraphModule, linear: Linear) -> Tensor:
     """The weight a linear multiplies with, as [N, K] in the dtype of its expression (float32 once folded)."""
     w = evaluate(gm, nodes_by_name(gm)[linear.weight])
     return w.t() if linear.transposed else w
+
+
+def row_parts(w: Tensor, elements: int = 2**21) -> list[slice]:
+    """Slices of the rows of w [N, K] with about ``elements`` values each, to bound the memory of float arithmetic."""
+    rows = max(1, elements // w.shape[1])
+    return [slice(i, i + rows) for i in range(0, w.shape[0], rows)]
+
+
+def release_freed_memory() -> None:
+    """Gives freed memory back to the system: glibc keeps freed weights in its heap, and a model is made of them."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def clone(gm: fx.GraphModule) -> fx.GraphModule:
@@ -162,7 +174,8 @@ def add_op(gm: fx.GraphModule, target: Callable[..., Any], *args: Any, **kwargs:
     """A call node with its value recorded. Call inside ``graph.inserting_before``."""
     node = gm.graph.call_function(target, args, kwargs)
     fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), value)
-    with gm.meta["fake_mode"]:
+    # the Python dispatcher: composite operators in C++ do not all take symbolic sizes
+    with gm.meta["fake_mode"], enable_python_dispatcher():
         node.meta["val"] = target(*fake_args, **fake_kwargs)
     return node
 

@@ -30,6 +30,8 @@ from sqcompile.passes.graph import (
     find_linears,
     finish,
     nodes_by_name,
+    release_freed_memory,
+    row_parts,
     value,
 )
 from sqcompile.plan import LayerPlan, Plan
@@ -48,6 +50,7 @@ def insert_qdq(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     for linear in find_linears(gm):
         if linear.name in layers:
             inserter.linear(linear, layers[linear.name])
+            release_freed_memory()
     return finish(gm)
 
 
@@ -64,11 +67,16 @@ class _Inserter:
         bias = node.args[bias_at] if bias_at is not None and len(node.args) > bias_at else None
         assert isinstance(x, fx.Node)
         x_float, x_scale = self._input(x, layer)
-        w = effective_weight(self.gm, linear).to(torch.float32)
-        scale = weight_scale(w, self.plan.recipe.weight == "per_channel")
+        w = effective_weight(self.gm, linear)
+        parts = row_parts(w)
+        scale = torch.cat([weight_scale(w[p].float(), True) for p in parts])
+        if self.plan.recipe.weight == "per_tensor":
+            scale = scale.amax(dim=0, keepdim=True)
+        w_int8_value = torch.cat([quantize(w[p], scale[p] if len(scale) > 1 else scale) for p in parts])
+        del w
         name = linear.name.replace("#", "_use")
         with self.gm.graph.inserting_before(node):
-            w_int8 = add_tensor(self.gm, f"{name}_int8", quantize(w, scale))
+            w_int8 = add_tensor(self.gm, f"{name}_int8", w_int8_value)
             w_scale = add_tensor(self.gm, f"{name}_scale", scale.flatten())
             acc = add_op(self.gm, aten.linear.default, x_float, add_op(self.gm, aten.to.dtype, w_int8, torch.float32))
             y = add_op(self.gm, sqcompile_ops.dequantize.default, acc, x_scale, w_scale, bias, value(node).dtype)

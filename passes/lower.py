@@ -22,7 +22,18 @@ from torch import fx
 from sqcompile.kernels import onednn, vnni
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import UINT8_ZERO_POINT
-from sqcompile.passes.graph import add_op, add_tensor, aten, clone, constants, evaluate, finish, get_tensor, value
+from sqcompile.passes.graph import (
+    add_op,
+    add_tensor,
+    aten,
+    clone,
+    constants,
+    evaluate,
+    finish,
+    get_tensor,
+    release_freed_memory,
+    value,
+)
 from sqcompile.passes.label_rules import LAYOUT
 
 _warned: set[str] = set()
@@ -61,6 +72,7 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
             groups.setdefault(found.key, []).append(found)
     for group in groups.values():
         _lower_group(gm, group)
+        release_freed_memory()
     for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
         node.target = aten.reshape.default  # a merged linear's result is a slice, which not every view accepts
     _materialize(gm)

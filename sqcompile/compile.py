@@ -97,7 +97,9 @@ def rewrite(traced: fx.GraphModule, plan: Plan, until: str) -> fx.GraphModule:
     text = show_stage(gm, "quantized", text)
     if until == "quantized":
         return gm
-    gm = verify(lower(gm), "lowered")
+    handed_over = [gm]
+    del gm  # lower frees each plain int8 weight as it packs it, which no other reference may prevent
+    gm = verify(lower(handed_over.pop()), "lowered")
     show_stage(gm, "lowered", text)
     return gm
 
