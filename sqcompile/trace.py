@@ -65,8 +65,6 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
                 f"{n.target} is a nested graph, which sqcompile does not enter: remove the context manager or the "
                 "control flow behind it from the model's forward"
             )
-        elif n.op == "get_attr":
-            n.meta.setdefault("val", None)
     _refuse_training(gm)
     gm = fx.GraphModule(gm, gm.graph)  # drops export's input checks, which pin what the example had
     for n in gm.graph.find_nodes(op="get_attr"):

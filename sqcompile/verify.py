@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
-import torch
 from torch import Tensor, fx
 
 from sqcompile.errors import StageError
@@ -18,8 +15,6 @@ _NAMESPACES = {
     "quantized": ("aten", "sqcompile"),
     "lowered": ("aten", "sqcompile"),
 }
-# Arithmetic on sizes, and what other libraries put into a graph as an operator of their own.
-_PYTHON = (operator, torch)
 
 
 def verify(gm: fx.GraphModule, stage: str) -> fx.GraphModule:
