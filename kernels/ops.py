@@ -1,35 +1,27 @@
 """The operators of quantized graphs, ``torch.ops.sqcompile.*``. Importing this module registers them.
 
-Each is one node in a graph, so that passes can match it. All but `matmul_u8s8` are composite: a compiler that traces
+Each is one node in a graph, so that passes can match it. Most are composite: a compiler that traces
 through them sees plain arithmetic and fuses it with what surrounds it (a norm before a quantize, an activation after
 a linear). `matmul_u8s8` is opaque: it chooses its kernel by the number of rows when it runs, so that one compiled
-graph serves prefill and decode.
+graph serves prefill and decode; so are the operators of attention on CPUs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sqcompile.kernels import onednn, reference, vnni
+from sqcompile.kernels import attention, reference, x86
 
 
 def matmul_u8s8(q: Tensor, w: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype) -> Tensor:
-    """(q - 128) wᵀ · w_scale on an x86 CPU with VNNI.
-
-    Args:
-        q: uint8 [..., K], zero point 128.
-        w: packed int8 weight (`onednn.pack`).
-        w_scale: float32 [N].
-        w_sum: int32 [N], the sum of each row of w; empty if the weight's layout is not one `vnni` can read.
-        dtype: float32 or bfloat16.
-    """
-    rows = q.numel() // q.shape[-1]
-    if rows == 0:
+    """(q - 128) wᵀ · w_scale on an x86 CPU with VNNI (`x86.matmul`), rows or none."""
+    if q.numel() == 0:
         return _matmul_u8s8_fake(q, w, w_scale, w_sum, dtype)
-    if rows <= vnni.MAX_ROWS and w_sum.numel() and vnni.library() is not None:
-        return vnni.matmul(q, w, w_scale, w_sum, dtype)
-    return onednn.matmul(q, w, w_scale, dtype)
+    return x86.matmul(q, w, w_scale, w_sum, dtype)
 
 
 def _matmul_u8s8_fake(q: Tensor, w: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,9 +56,30 @@ for _schema, _function in _COMPOSITE.items():
     _library.define(_schema)
     _library.impl(_schema.partition("(")[0], _function, "CompositeImplicitAutograd")
 
-_library.define("matmul_u8s8(Tensor q, Tensor w, Tensor w_scale, Tensor w_sum, ScalarType dtype) -> Tensor")
-for _key in ("CPU", "MkldnnCPU"):  # packed weights carry the second key
-    _library.impl("matmul_u8s8", matmul_u8s8, _key)
-torch.library.register_fake("sqcompile::matmul_u8s8", _matmul_u8s8_fake, lib=_library)
+
+def stored(x: Tensor) -> Tensor:
+    """A copy that a compiler does not fuse away: what reads it does not compute x again."""
+    return x.clone()
+
+
+_OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "matmul_u8s8(Tensor q, Tensor w, Tensor w_scale, Tensor w_sum, ScalarType dtype) -> Tensor": (
+        matmul_u8s8,
+        _matmul_u8s8_fake,
+    ),
+    "mask_kind(Tensor mask) -> Tensor": (attention.mask_kind, lambda mask: mask.new_empty((), dtype=torch.int64)),
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? kind, bool is_causal, float? scale) -> Tensor": (
+        attention.attention,
+        attention.attention_fake,
+    ),
+    "stored(Tensor x) -> Tensor": (stored, torch.empty_like),
+}
+
+for _schema, (_function, _fake) in _OPAQUE.items():
+    _name = _schema.partition("(")[0]
+    _library.define(_schema)
+    for _key in ("CPU", "MkldnnCPU"):  # packed weights carry the second key
+        _library.impl(_name, _function, _key)
+    torch.library.register_fake(f"sqcompile::{_name}", _fake, lib=_library)
 
 sqcompile_ops = torch.ops.sqcompile

@@ -180,6 +180,13 @@ def add_op(gm: fx.GraphModule, target: Callable[..., Any], *args: Any, **kwargs:
     return node
 
 
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operator call by the schema's names, defaults filled in."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in schema}
+
+
 def finish(gm: fx.GraphModule) -> fx.GraphModule:
     """Removes what a rewrite left unused, tensors included, and regenerates the code."""
     gm.graph.eliminate_dead_code()

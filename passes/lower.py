@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from sqcompile.kernels import onednn, vnni
+from sqcompile.kernels import x86
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import UINT8_ZERO_POINT
+from sqcompile.passes.attention import lower_attention
 from sqcompile.passes.graph import (
     add_op,
     add_tensor,
@@ -76,6 +77,7 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
         node.target = aten.reshape.default  # a merged linear's result is a slice, which not every view accepts
     _materialize(gm)
+    lower_attention(gm)
     return finish(gm)
 
 
@@ -90,13 +92,9 @@ def _lower_group(gm: fx.GraphModule, group: list[_Quantized]) -> None:
     with gm.graph.inserting_before(first.out):
         w_scale = add_tensor(gm, f"{name}_columns", torch.cat(scales))
         b = None if bias is None else add_tensor(gm, f"{name}_bias", bias)
-        if device.type == "cpu" and onednn.available():
-            packed = onednn.pack(w_int8)
-            row_sum = (
-                w_int8.sum(dim=1, dtype=torch.int32)
-                if vnni.readable(packed, w_int8)
-                else torch.empty(0, dtype=torch.int32)
-            )
+        if device.type == "cpu" and x86.available():
+            packed = x86.pack(w_int8)
+            row_sum = x86.row_sum(w_int8, packed)
             w, w_sum = add_tensor(gm, f"{name}_packed", packed), add_tensor(gm, f"{name}_sum", row_sum)
             new = gm.graph.call_function(
                 sqcompile_ops.int8_linear_packed.default,

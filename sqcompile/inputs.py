@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -134,6 +135,11 @@ class Captured:
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
 
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of the keyword arguments, in the captured order."""
+        return tuple(self.spec.unflatten([None] * self.spec.num_leaves)[1])
+
 
 def flatten_like(call: Call, captured: Captured) -> list[Any]:
     """The call's leaves in the order of the captured call.
@@ -142,8 +148,7 @@ def flatten_like(call: Call, captured: Captured) -> list[Any]:
         CaptureError: if the call has other arguments, constants, dtypes or static sizes than the captured one.
     """
     spec = captured.spec
-    names = spec.unflatten([None] * spec.num_leaves)[1]
-    ordered = {k: call.kwargs[k] for k in names if k in call.kwargs}
+    ordered = {k: call.kwargs[k] for k in captured.names if k in call.kwargs}
     leaves, got = pytree.tree_flatten((call.args, ordered))
     if len(ordered) != len(call.kwargs) or got != spec:
         raise CaptureError(

@@ -9,6 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sqcompile import Recipe
+from sqcompile.inputs import as_call, to_spec
+from sqcompile.passes.fold import fold
+from sqcompile.passes.graph import find_linears
+from sqcompile.passes.match import input_sites, match
+from sqcompile.plan import LayerPlan, Plan
+from sqcompile.trace import trace
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -51,6 +59,23 @@ def token_batches(
 ) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [{"input_ids": torch.randint(3, vocab, shape, generator=generator)} for _ in range(n)]
+
+
+def sites_of(model: nn.Module, *inputs: Any, **named: Any) -> Any:
+    """The traced graph of a call, its sites and its refusals."""
+    gm = trace(model, as_call(model, named or inputs))
+    return gm, *match(gm)
+
+
+def fold_everything(model: nn.Module, *inputs: Any, seed: int = 0, **named: Any) -> Any:
+    """Folds random scales, far from 1, into every site there is; no calibration is involved."""
+    gm, sites, refusals = sites_of(model, *inputs, **named)
+    generator = torch.Generator().manual_seed(seed)
+    every = sites + input_sites(refusals, {l.name for l in find_linears(gm)})
+    scales = {s.name: torch.where(s.free, torch.exp(torch.randn(s.channels, generator=generator)), 1.0) for s in every}
+    layers = tuple(LayerPlan(l.name, "linear", True, "folded", "") for l in find_linears(gm))
+    plan = Plan(Recipe(), to_spec(as_call(model, named or inputs)), scales, layers)
+    return fold(gm, every, plan), sites, refusals
 
 
 @pytest.fixture(scope="session")

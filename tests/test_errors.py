@@ -144,10 +144,10 @@ def test_a_call_unlike_the_captured_one():
 
 
 def test_a_device_without_kernels_falls_to_the_reference_with_one_warning(monkeypatch):
-    from sqcompile.kernels import onednn
+    from sqcompile.kernels import x86
     from sqcompile.passes import lower
 
-    monkeypatch.setattr(onednn, "available", lambda: False)
+    monkeypatch.setattr(x86, "available", lambda: False)
     monkeypatch.setattr(lower, "_warned", set())
     torch.manual_seed(0)
     model = Net().eval()

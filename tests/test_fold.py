@@ -4,37 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import relative_error, tiny_lm, token_batches
+from conftest import fold_everything, relative_error, tiny_lm, token_batches
 from torch import nn
 from torch.nn import functional as F
 
 import sqcompile
 from sqcompile import Recipe
-from sqcompile.inputs import as_call
 from sqcompile.passes.choose import smoothing_scale
 from sqcompile.passes.graph import effective_weight, find_linears
-from sqcompile.passes.match import input_sites, match
-from sqcompile.trace import trace
-
-
-def sites_of(model, *inputs):
-    gm = trace(model, as_call(model, inputs))
-    return gm, *match(gm)
-
-
-def fold_everything(model, *inputs, seed=0):
-    """Folds random scales, far from 1, into every site there is; no calibration is involved."""
-    from sqcompile.inputs import to_spec
-    from sqcompile.passes.fold import fold
-    from sqcompile.plan import LayerPlan, Plan
-
-    gm, sites, refusals = sites_of(model, *inputs)
-    generator = torch.Generator().manual_seed(seed)
-    every = sites + input_sites(refusals, {l.name for l in find_linears(gm)})
-    scales = {s.name: torch.where(s.free, torch.exp(torch.randn(s.channels, generator=generator)), 1.0) for s in every}
-    layers = tuple(LayerPlan(l.name, "linear", True, "folded", "") for l in find_linears(gm))
-    plan = Plan(Recipe(), to_spec(as_call(model, inputs)), scales, layers)
-    return fold(gm, every, plan), sites, refusals
 
 
 def kinds(sites):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sqcompile.kernels import onednn, reference, vnni
+from sqcompile.kernels import reference, x86
 from sqcompile.kernels.ops import sqcompile_ops
 
 W = torch.tensor([[1.0, -2, 3, -4], [5, -6, 7, -8]])
@@ -75,26 +75,77 @@ def test_reference_matmul_is_exact_at_the_extremes():
     assert reference.int8_matmul(q, -q).eq(-127 * 127 * 8192).all()
 
 
-@pytest.mark.skipif(not onednn.available(), reason="needs AVX512-VNNI")
-@given(st.integers(1, 40), st.integers(1, 700), st.integers(1, 70), st.integers(0, 2**31), st.booleans())
+CPU_KERNELS = ["onednn", "vnni", "amx"]
+
+
+def _cpu_matmul(monkeypatch, kernel, u8, w, scale, dtype):
+    """x86.matmul by one of its kernels."""
+    if kernel == "amx" and not x86.amx():
+        pytest.skip("needs AMX")
+    packed = x86.pack(w)
+    w_sum = x86.row_sum(w, packed)
+    assert w_sum.numel() == w.shape[0], "oneDNN packs in a layout that our kernels cannot read"
+    monkeypatch.setattr(x86, "amx", lambda: kernel == "amx")
+    monkeypatch.setattr(x86, "VNNI_ROWS", 1_000_000)
+    monkeypatch.setattr(x86, "AMX_ROWS", 1)
+    if kernel == "onednn":
+        w_sum = w_sum[:0]
+    return x86.matmul(u8, packed, scale, w_sum, dtype)
+
+
+@pytest.mark.skipif(not x86.available(), reason="needs AVX512-VNNI")
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+@given(st.integers(1, 70), st.integers(1, 700), st.integers(1, 140), st.integers(0, 2**31), st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_onednn_and_the_decode_kernel_are_the_reference_bit_for_bit(m, k, n, seed, extreme):
+def test_cpu_kernels_are_the_reference_bit_for_bit(kernel, m, k, n, seed, extreme):
+    _check_cpu_kernel(kernel, m, k, n, seed, extreme)
+
+
+# around every tile, panel, chunk and group of the kernels
+@pytest.mark.skipif(not x86.available(), reason="needs AVX512-VNNI")
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+@pytest.mark.parametrize(
+    ("m", "k", "n"),
+    [
+        (17, 1024, 256),
+        (31, 1025, 257),
+        (33, 1088, 255),
+        (511, 2048, 320),
+        (513, 2111, 64),
+        (1100, 1500, 1),
+        (2, 8192, 70),
+    ],
+)
+def test_cpu_kernels_at_their_boundaries(kernel, m, k, n):
+    _check_cpu_kernel(kernel, m, k, n, m + n, False)
+
+
+@pytest.mark.skipif(not x86.available(), reason="needs AVX512-VNNI")
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_cpu_kernels_with_any_number_of_threads(threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for kernel in ("vnni", "amx") if x86.amx() else ("vnni",):
+            _check_cpu_kernel(kernel, 300, 200, 1000, threads, False)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_cpu_kernel(kernel, m, k, n, seed, extreme):
     g = torch.Generator().manual_seed(seed)
-    low = 127 if extreme else -127
-    q = torch.randint(low, 128, (m, k), generator=g, dtype=torch.int8)
+    q = torch.randint(127 if extreme else -127, 128, (m, k), generator=g, dtype=torch.int8)
     w = torch.randint(-127, 128, (n, k), generator=g, dtype=torch.int8)
-    u8, packed = (q.short() + 128).to(torch.uint8), onednn.pack(w)
+    u8, scale = (q.short() + 128).to(torch.uint8), torch.rand(n, generator=g)
     want = reference.int8_matmul(q, w).float()
-    assert torch.equal(onednn.matmul(u8, packed, torch.ones(n), torch.float32), want)
-    assert vnni.readable(packed, w)
-    got = vnni.matmul(u8, packed, torch.ones(n), w.sum(1, dtype=torch.int32), torch.float32)
-    assert torch.equal(got, want)
-    scale = torch.rand(n, generator=g)
-    got = vnni.matmul(u8, packed, scale, w.sum(1, dtype=torch.int32), torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        assert torch.equal(_cpu_matmul(patch, kernel, u8, w, torch.ones(n), torch.float32), want)
+    with pytest.MonkeyPatch.context() as patch:
+        got = _cpu_matmul(patch, kernel, u8, w, scale, torch.bfloat16)
     assert torch.equal(got, (want * scale).to(torch.bfloat16))
 
 
-@pytest.mark.skipif(not onednn.available(), reason="needs AVX512-VNNI")
+@pytest.mark.skipif(not x86.available(), reason="needs AVX512-VNNI")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
@@ -108,7 +159,7 @@ def test_onednn_and_reference_agree_with_scales(dtype, per_token, bias):
     want = sqcompile_ops.int8_linear(q, scale, w8, w_scale.flatten(), b, dtype)
     assert torch.equal(sqcompile_ops.int8_linear(u8, scale, w8, w_scale.flatten(), b, dtype), want)
     w_sum = w8.sum(1, dtype=torch.int32)
-    for rows in (w_sum, torch.empty(0, dtype=torch.int32)):  # the decode kernel, and oneDNN for any layout
-        got = sqcompile_ops.int8_linear_packed(u8, scale, onednn.pack(w8), w_scale.flatten(), rows, b, dtype)
+    for rows in (w_sum, w_sum[:0]):  # our kernel, and oneDNN for any layout
+        got = sqcompile_ops.int8_linear_packed(u8, scale, x86.pack(w8), w_scale.flatten(), rows, b, dtype)
         assert got.dtype == dtype and got.shape == (2, 7, 50)
         assert torch.equal(got, want)

@@ -1,0 +1,199 @@
+// Attention of bfloat16 with AMX tiles (FlashAttention, arXiv 2205.14135): causal or full, grouped heads.
+//
+// A task is 32 queries of one head. Over key blocks of up to 256: scores in tiles, an online softmax in float32 (base
+// 2), probabilities rounded to bfloat16, and their product with the values added to the output. Key blocks in a
+// query's future are never touched. Keys and values are packed into tiles once per key head.
+
+#define SQ_FLASH __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")))
+
+namespace {
+
+constexpr int64_t kRows = 32;   // queries of a task, keys of a step
+constexpr int64_t kKeys = 256;  // keys of a block
+
+struct Attention {
+  const uint16_t *q, *k, *v;      // bfloat16; the last dimension is dense
+  uint16_t* out;                  // [batch, queries, heads, d]
+  uint16_t *packed_k, *packed_v;  // per key head: [keys / 16][d / 32][16][16][2], [keys / 32][d / 16][16][16][2]
+  int64_t batch, heads, groups, queries, keys, d;
+  int64_t q_stride[3], k_stride[3], v_stride[3];  // of batch, head, position, in elements
+  float scale;                                    // of the scores, positive, times log2(e)
+  bool causal;
+
+  int64_t padded() const { return (keys + kRows - 1) / kRows * kRows; }
+};
+
+// Keys [at, at + 32) of one key head as tiles; zeros past the last key.
+SQ_FLASH void pack_keys(const Attention& a, int64_t head, int64_t at) {
+  const int64_t b = head / a.groups, g = head % a.groups;
+  const uint16_t* k = a.k + b * a.k_stride[0] + g * a.k_stride[1];
+  const uint16_t* v = a.v + b * a.v_stride[0] + g * a.v_stride[1];
+  uint32_t* to_k = reinterpret_cast<uint32_t*>(a.packed_k + (head * a.padded() + at) * a.d);
+  uint16_t* to_v = a.packed_v + (head * a.padded() + at) * a.d;
+  for (int64_t j = 0; j < kRows; ++j) {  // pairs of a key's channels, transposed
+    const uint16_t* row = k + (at + j) * a.k_stride[2];
+    uint32_t* to = to_k + j / 16 * 16 * a.d / 2 + j % 16;
+    for (int64_t i = 0; i < a.d / 2; ++i) {
+      uint32_t pair = 0;
+      if (at + j < a.keys) std::memcpy(&pair, row + 2 * i, 4);
+      to[i * 16] = pair;
+    }
+  }
+  for (int64_t i = 0; i < a.d; i += 16)  // pairs of keys, interleaved
+    for (int64_t j = 0; j < kRows; j += 2, to_v += 32) {
+      __m512i pair[2];
+      for (int t = 0; t < 2; ++t)
+        pair[t] = _mm512_cvtepu16_epi32(at + j + t < a.keys ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(
+                                                                 v + (at + j + t) * a.v_stride[2] + i))
+                                                            : _mm256_setzero_si256());
+      _mm512_storeu_si512(to_v, _mm512_or_si512(pair[0], _mm512_slli_epi32(pair[1], 16)));
+    }
+}
+
+// 2^x to about 3e-6 relative, a thousandth of bfloat16's resolution; 0 where that is no normal number, because
+// subnormal arithmetic is a hundred times slower; nan stays nan.
+SQ_FLASH inline __m512 exp2(__m512 x) {
+  const __m512 least = _mm512_set1_ps(-126.0f);
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
+  x = _mm512_max_ps(least, x);
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(1.3333558e-3f);  // Taylor coefficients ln(2)^i / i!, |f| <= 1/2
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  return _mm512_maskz_scalef_ps(normal, p, n);
+}
+
+// c [32, 32] (row stride ld) = or += a [32, 32 steps] (row stride lda) times `steps` pairs of packed tiles.
+SQ_FLASH void square_bf16(float* c, int64_t ld, bool add, const uint16_t* a, int64_t lda, const uint16_t* b0,
+                          const uint16_t* b1, int64_t steps, int64_t b_step) {
+  if (add) {
+    _tile_loadd(0, c, 4 * ld);
+    _tile_loadd(1, c + 16, 4 * ld);
+    _tile_loadd(2, c + 16 * ld, 4 * ld);
+    _tile_loadd(3, c + 16 * ld + 16, 4 * ld);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t i = 0; i < steps; ++i) {
+    _tile_loadd(4, a + 32 * i, 2 * lda);
+    _tile_loadd(6, b0 + b_step * i, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b1 + b_step * i, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a + 16 * lda + 32 * i, 2 * lda);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, 4 * ld);
+  _tile_stored(1, c + 16, 4 * ld);
+  _tile_stored(2, c + 16 * ld, 4 * ld);
+  _tile_stored(3, c + 16 * ld + 16, 4 * ld);
+}
+
+// One query's scores s of a block become probabilities p, relative to the largest score so far; what was summed before
+// is scaled to that. `sum` has 16 partial sums.
+SQ_FLASH inline void softmax_row(float* s, int64_t keys, int64_t seen, float scale, uint16_t* p, float& top, float* sum,
+                                 float* out, int64_t d) {
+  const __m512 never = _mm512_set1_ps(-__builtin_inff());
+  for (int64_t j = std::max<int64_t>(0, seen) / 16 * 16; j < keys; j += 16) {
+    const __mmask16 kept = static_cast<__mmask16>((1u << std::max<int64_t>(0, seen - j)) - 1);
+    _mm512_store_ps(s + j, _mm512_mask_mov_ps(never, kept, _mm512_load_ps(s + j)));
+  }
+  __m512 m0 = never, m1 = never;
+  for (int64_t j = 0; j < keys; j += 32) {
+    m0 = _mm512_max_ps(m0, _mm512_load_ps(s + j));
+    m1 = _mm512_max_ps(m1, _mm512_load_ps(s + j + 16));
+  }
+  const float now = std::max(top, scale * _mm512_reduce_max_ps(_mm512_max_ps(m0, m1)));
+  // where all scores were -inf so far there is nothing to subtract: 2^-inf is the 0 they deserve
+  const __m512 shift = _mm512_set1_ps(now == -__builtin_inff() ? 0.0f : now), by = _mm512_set1_ps(scale);
+  __m512 total = _mm512_load_ps(sum);
+  if (top != now) {
+    const __m512 keep = exp2(_mm512_sub_ps(_mm512_set1_ps(top), shift));
+    total = _mm512_mul_ps(total, keep);
+    for (int64_t i = 0; i < d; i += 16) _mm512_store_ps(out + i, _mm512_mul_ps(_mm512_load_ps(out + i), keep));
+    top = now;
+  }
+  for (int64_t j = 0; j < keys; j += 16) {
+    const __m512 e = exp2(_mm512_fmsub_ps(_mm512_load_ps(s + j), by, shift));
+    total = _mm512_add_ps(total, e);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p + j), (__m256i)_mm512_cvtneps_pbh(e));
+  }
+  _mm512_store_ps(sum, total);
+}
+
+// Queries [row, row + 32) of one head.
+SQ_FLASH void attend(const Attention& a, int64_t b, int64_t h, int64_t row) {
+  constexpr int64_t kMaxD = 256;
+  alignas(64) float scores[kRows * kKeys], out[kRows * kMaxD], sum[kRows * 16], top[kRows];
+  alignas(64) uint16_t q[kRows * kMaxD], p[kRows * kKeys];
+  const int64_t d = a.d, rows = std::min(kRows, a.queries - row), head = b * a.groups + h / (a.heads / a.groups);
+  const uint16_t* from = a.q + b * a.q_stride[0] + h * a.q_stride[1] + row * a.q_stride[2];
+  std::memset(q, 0, sizeof(uint16_t) * kRows * d);
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(q + r * d, from + r * a.q_stride[2], sizeof(uint16_t) * d);
+  std::memset(out, 0, sizeof(float) * kRows * d);
+  std::fill_n(top, kRows, -__builtin_inff());
+  std::memset(sum, 0, sizeof(sum));
+  const int64_t end = a.causal ? std::min(a.keys, row + rows) : a.keys;
+  const uint16_t* k = a.packed_k + head * a.padded() * d;
+  const uint16_t* v = a.packed_v + head * a.padded() * d;
+
+  for (int64_t at = 0; at < end; at += kKeys) {
+    const int64_t keys = (std::min(kKeys, end - at) + kRows - 1) / kRows * kRows;
+    for (int64_t j = 0; j < keys; j += kRows) {
+      const uint16_t* tiles = k + (at + j) * d;
+      square_bf16(scores + j, kKeys, false, q, d, tiles, tiles + 16 * d, d / 32, 512);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t seen = (a.causal ? std::min(end, row + r + 1) : end) - at;  // keys this query attends to, here
+      softmax_row(scores + r * kKeys, keys, seen, a.scale, p + r * kKeys, top[r], sum + 16 * r, out + r * d, d);
+    }
+    for (int64_t r = rows; r < kRows; ++r) std::memset(p + r * kKeys, 0, sizeof(uint16_t) * keys);
+    for (int64_t i = 0; i < d; i += 32) {
+      const uint16_t* tiles = v + at * d + i / 16 * 512;
+      square_bf16(out + i, d, true, p, kKeys, tiles, tiles + 512, keys / 32, 32 * d);
+    }
+  }
+  uint16_t* to = a.out + ((b * a.queries + row) * a.heads + h) * d;
+  for (int64_t r = 0; r < rows; ++r, to += a.heads * d) {
+    const float total = _mm512_reduce_add_ps(_mm512_load_ps(sum + 16 * r));
+    for (int64_t i = 0; i < d; i += 16) {
+      const __m512 y = _mm512_div_ps(_mm512_load_ps(out + r * d + i), _mm512_set1_ps(total));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)_mm512_cvtneps_pbh(y));
+    }
+  }
+}
+
+}  // namespace
+
+// `sizes`: batch, heads, groups, queries, keys, d (a multiple of 32, at most 256), then three strides each of q, k, v.
+// `packed`: 2 * batch * groups * (keys rounded up to 32) * d elements, 64-byte aligned.
+extern "C" void sqcompile_flash(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* out,
+                                uint16_t* packed, const int64_t* sizes, float scale, int64_t causal, int64_t threads) {
+  Attention a{q, k, v, out, packed, nullptr, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
+  std::copy_n(sizes + 6, 3, a.q_stride);
+  std::copy_n(sizes + 9, 3, a.k_stride);
+  std::copy_n(sizes + 12, 3, a.v_stride);
+  a.scale = scale * 1.44269504f;
+  a.causal = causal != 0;
+  a.packed_v = packed + a.batch * a.groups * a.padded() * a.d;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t head = 0; head < a.batch * a.groups; ++head)
+      for (int64_t at = 0; at < a.padded(); at += kRows) pack_keys(a, head, at);
+    configure();
+#pragma omp for schedule(dynamic) collapse(3)
+    for (int64_t b = 0; b < a.batch; ++b)
+      for (int64_t h = 0; h < a.heads; ++h)
+        for (int64_t row = 0; row < a.queries; row += kRows) attend(a, b, h, row);
+    release();
+  }
+}

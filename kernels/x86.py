@@ -1,0 +1,171 @@
+"""INT8 linears on x86 CPUs: u8 x s8 by oneDNN, and by kernels of our own where they are faster (vnni.cpp, amx.cpp).
+
+oneDNN multiplies uint8 activations by int8 weights; with int8 activations it falls to a reference loop on CPUs without
+AMX, four orders of magnitude slower. So the activations carry a zero point of 128, taken out of the int32 sum again:
+exactly the sum of `reference.int8_matmul`.
+
+oneDNN is written for many rows: for few, its kernels leave more than half of the memory bandwidth unused. Our kernels
+read oneDNN's own packed weight, so that one int8 copy serves prefill and decode.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sqcompile.kernels.reference import UINT8_ZERO_POINT
+
+BLOCK = 64  # output channels per block of the packed weight
+DEPTH = 64  # input channels are padded to a multiple of this
+# Up to here the VNNI kernel is faster than oneDNN on every shape measured (`python -m sqcompile.bench cpu`).
+VNNI_ROWS = 16
+# From here AMX tiles beat AVX512-VNNI, where the CPU has them.
+AMX_ROWS = 4
+# Linux's advice numbers: use huge pages from now on, and for what is there already (Linux 6.1).
+MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
+
+
+def available() -> bool:
+    """Whether this CPU multiplies u8 by s8 without saturating between (VNNI); plain AVX2 does not."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+
+
+def pack(w: Tensor) -> Tensor:
+    """int8 [N, K] in oneDNN's blocked layout. The result is opaque: it has no storage and cannot be saved."""
+    packed = torch.ops.onednn.qlinear_prepack(w.contiguous(), None)
+    _use_huge_pages(torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed))
+    return packed
+
+
+def row_sum(w: Tensor, packed: Tensor) -> Tensor:
+    """int32 [N], the sum of each row of w, int8 [N, K]; empty if ``packed`` has a layout our kernels cannot read."""
+    return w.sum(dim=1, dtype=torch.int32) if _readable(packed, w) else torch.empty(0, dtype=torch.int32)
+
+
+def matmul(q: Tensor, packed: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype) -> Tensor:
+    """(q - 128) wᵀ · w_scale by the fastest kernel for this CPU and number of rows.
+
+    Args:
+        q: uint8 [..., K], at least one row.
+        packed, w_sum: from `pack` and `row_sum`.
+        w_scale: float32 [N].
+        dtype: float32 or bfloat16, of the result [..., N].
+    """
+    rows = q.numel() // q.shape[-1]
+    if w_sum.numel() and (rows <= VNNI_ROWS or amx()) and (kernels := library()) is not None:
+        return _matmul(kernels, q.contiguous(), packed, w_scale, w_sum, dtype, rows)
+    zero = _zeros(w_scale.numel())
+    return torch.ops.onednn.qlinear_pointwise(
+        q, 1.0, UINT8_ZERO_POINT, packed, w_scale, zero, None, 1.0, 0, dtype, "none", [], ""
+    )
+
+
+def _matmul(
+    kernels: Any, q: Tensor, packed: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype, rows: int
+) -> Tensor:
+    n, k = w_scale.numel(), q.shape[-1]
+    depth = _round_up(k, DEPTH)
+    y = torch.empty((*q.shape[:-1], n), dtype=dtype)
+    arguments = (
+        q.data_ptr(), torch.ops.mkldnn.data_ptr(packed), w_scale.data_ptr(), w_sum.data_ptr(), y.data_ptr(),
+        dtype == torch.bfloat16, rows, n, k, depth, torch.get_num_threads(),
+    )  # fmt: skip
+    if rows >= AMX_ROWS and amx():
+        tiles = torch.empty(_round_up(rows, 32) * depth, dtype=torch.uint8)
+        kernels.sqcompile_amx(*arguments, tiles.data_ptr())
+    else:
+        kernels.sqcompile_vnni(*arguments)
+    return y
+
+
+def flash_fits(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> bool:
+    """Whether `flash` takes these: bfloat16, AMX, heads of one size, a multiple of 32 up to 256; a positive scale."""
+    d = q.shape[-1]
+    dense = all(t.dtype == torch.bfloat16 and t.stride(-1) == 1 and t.shape[-1] == d for t in (q, k, v))
+    fits = dense and d % 32 == 0 and 0 < d <= 256 and q.numel() > 0 and k.numel() > 0 and (scale is None or scale > 0)
+    return fits and amx() and library() is not None
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+    """softmax(q kᵀ · scale) v for bfloat16 q [B, H, Sq, D], k and v [B, G, Sk, D] (`flash_fits`).
+
+    Returns:
+        bfloat16 [B, H, Sq, D], laid out as [B, Sq, H, D]. With ``causal``, query i attends to keys 0 to i.
+    """
+    batch, heads, queries, d = q.shape
+    groups, keys = k.shape[1], k.shape[2]
+    out = torch.empty((batch, queries, heads, d), dtype=torch.bfloat16)
+    packed = torch.empty(2 * batch * groups * _round_up(keys, 32) * d, dtype=torch.bfloat16)
+    sizes = (batch, heads, groups, queries, keys, d, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    kernels = library()
+    assert kernels is not None
+    kernels.sqcompile_flash(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), packed.data_ptr(), (ctypes.c_int64 * 15)(*sizes),
+        d**-0.5 if scale is None else scale, causal, torch.get_num_threads(),
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+@functools.cache
+def library() -> Any | None:
+    """The compiled kernels, built once per machine by the compiler that Inductor uses; None where that fails."""
+    from torch._inductor.codecache import CppCodeCache
+
+    folder = Path(__file__).parent
+    try:
+        source = "\n".join((folder / name).read_text() for name in ("u8s8.h", "vnni.cpp", "amx.cpp", "flash.cpp"))
+        lib = CppCodeCache.load(source, device_type="cpu")
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        lib.sqcompile_vnni.argtypes = [pointer] * 5 + [integer] * 6
+        lib.sqcompile_amx.argtypes = [pointer] * 5 + [integer] * 6 + [pointer]
+        lib.sqcompile_flash.argtypes = [pointer] * 6 + [ctypes.c_float, integer, integer]
+        for function in (lib.sqcompile_vnni, lib.sqcompile_amx, lib.sqcompile_flash):
+            function.restype = None
+    except Exception as e:
+        warnings.warn(f"sqcompile's CPU kernels do not build here, oneDNN serves all shapes: {e}", stacklevel=2)
+        return None
+    return lib
+
+
+@functools.cache
+def amx() -> bool:
+    """Whether this process may use AMX tiles."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+
+
+def _readable(packed: Tensor, w: Tensor) -> bool:
+    """Whether a packed weight has the layout our kernels read: compared byte by byte with w, int8 [N, K]."""
+    n, k = w.shape
+    rows, depth = _round_up(n, BLOCK), _round_up(k, DEPTH)
+    if torch.ops.mkldnn._nbytes(packed) < rows * depth:
+        return False
+    raw = (ctypes.c_int8 * (rows * depth)).from_address(torch.ops.mkldnn.data_ptr(packed))
+    blocks = torch.frombuffer(raw, dtype=torch.int8).view(rows // BLOCK, depth // 4, BLOCK, 4)
+    plain = blocks.permute(0, 2, 1, 3).reshape(rows, depth)
+    return bool(torch.equal(plain[:n, :k], w)) and not plain[n:].any() and not plain[:, k:].any()
+
+
+def _use_huge_pages(address: int, size: int) -> None:
+    """Asks the kernel for huge pages behind a buffer: fewer TLB misses when it is streamed. Harmless where refused."""
+    advise = getattr(ctypes.CDLL(None), "madvise", None)
+    start, end = address // mmap.PAGESIZE * mmap.PAGESIZE, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if advise is not None:
+        for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
+            advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+
+
+@functools.cache
+def _zeros(n: int) -> Tensor:
+    """The weight's zero points, which oneDNN wants spelled out."""
+    return torch.zeros(n, dtype=torch.int64)
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple

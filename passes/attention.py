@@ -1,0 +1,110 @@
+"""lower_attention: on CPUs, attention that reads its mask and its shared heads once. Reads only the graph.
+
+    %k4 = reshape(expand(unsqueeze(%k, 2), [B, G, R, S, D]), [B, G R, S, D])      # each key head repeated R times
+    %y = scaled_dot_product_attention(%q, %k4, %v4, %mask)
+->
+    %bias = sqcompile.stored(where(%mask, 0.0, -inf))                             # once for all layers
+    %kind = sqcompile.mask_kind(%bias)
+    %y = sqcompile.attention(%q, %k, %v, %bias, %kind, False, scale)
+
+The angles of a rotary embedding and the mask are read by every head of every layer; Inductor would fuse their
+computation into each of those readers and repeat it. They are stored.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.passes.graph import add_op, arguments, aten, value
+
+RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+
+
+def lower_attention(gm: fx.GraphModule) -> None:
+    """Rewrites the attentions and rotary angles of CPU tensors in place."""
+    masks: dict[tuple[fx.Node, torch.dtype], tuple[fx.Node, fx.Node]] = {}
+    for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        if value(node).device.type == "cpu" and value(node).dim() == 4:
+            _lower_one(gm, node, masks)
+    for target in (aten.cos.default, aten.sin.default):
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            if value(node).device.type == "cpu":
+                with gm.graph.inserting_after(node):
+                    stored = add_op(gm, sqcompile_ops.stored.default, node)
+                node.replace_all_uses_with(stored, delete_user_cb=lambda user, stored=stored: user is not stored)
+
+
+def _lower_one(
+    gm: fx.GraphModule, node: fx.Node, masks: dict[tuple[fx.Node, torch.dtype], tuple[fx.Node, fx.Node]]
+) -> None:
+    args = arguments(node)
+    q, k, v, mask = args["query"], args["key"], args["value"], args["attn_mask"]
+    if args["dropout_p"]:
+        return
+    heads = value(q).shape[1]
+    k_once, v_once = _unrepeated(k), _unrepeated(v)
+    if k_once is not None and v_once is not None and value(k_once).shape[1] == value(v_once).shape[1]:
+        k, v = k_once, v_once
+    elif value(k).shape[1] != heads and not args["enable_gqa"]:
+        return  # heads broadcast: left to torch
+    bias = kind = None
+    if mask is not None:
+        key = mask, value(q).dtype
+        if key not in masks:
+            with gm.graph.inserting_before(node):  # the first attention in graph order
+                masks[key] = _stored_mask(gm, mask, value(q).dtype)
+        bias, kind = masks[key]
+    with gm.graph.inserting_before(node):
+        new = add_op(gm, sqcompile_ops.attention.default, q, k, v, bias, kind, args["is_causal"], args["scale"])
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+
+
+def _stored_mask(gm: fx.GraphModule, mask: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, fx.Node]:
+    """The mask as an additive one, and its kind."""
+    if value(mask).dtype == torch.bool:  # as scaled_dot_product_attention itself does it
+        attend, not_attend = (add_op(gm, aten.scalar_tensor.default, x, dtype=dtype) for x in (0.0, -math.inf))
+        mask = add_op(gm, aten.where.self, mask, attend, not_attend)
+    bias = add_op(gm, sqcompile_ops.stored.default, mask)
+    return bias, add_op(gm, sqcompile_ops.mask_kind.default, bias)
+
+
+def _unrepeated(x: fx.Node) -> fx.Node | None:
+    """The [B, G, S, D] that x [B, G R, S, D] repeats R times head by head, or None."""
+    if x.target not in RESHAPES:
+        return None
+    wide = _source(x)
+    if wide.target != aten.expand.default:
+        return None
+    narrow = _source(wide)
+    old, new = value(narrow).shape, value(wide).shape
+    if len(new) != 5 or not statically_known_true(old[2] == 1):
+        return None
+    kept = (0, 1, 3, 4)
+    same = all(statically_known_true(old[i] == new[i]) for i in kept)
+    merged = (new[0], new[1] * new[2], new[3], new[4])
+    if not same or not all(statically_known_true(a == b) for a, b in zip(value(x).shape, merged, strict=True)):
+        return None
+    narrow = _skip_full_slices(narrow)
+    if narrow.target != aten.unsqueeze.default or narrow.args[1] not in (2, -3):
+        return None
+    return _skip_full_slices(_source(narrow))
+
+
+def _skip_full_slices(x: fx.Node) -> fx.Node:
+    """The input of slices that keep everything, ``x[:, :]``."""
+    while x.target == aten.slice.Tensor and tuple(x.args[2:]) in ((), (None,), (0,), (0, sys.maxsize), (None, None)):
+        x = _source(x)
+    return x
+
+
+def _source(x: fx.Node) -> fx.Node:
+    source = x.args[0]
+    assert isinstance(source, fx.Node)
+    return source

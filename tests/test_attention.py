@@ -1,0 +1,174 @@
+"""Attention on CPUs: masks read by value, shared heads read once, the AMX kernel against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative_error, tiny_lm, token_batches
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import sqcompile
+from sqcompile.kernels import x86
+from sqcompile.kernels.attention import CAUSAL, FULL, GENERAL, attention, mask_kind
+from sqcompile.kernels.ops import sqcompile_ops
+
+NEVER = float("-inf")
+
+
+def additive(allowed, dtype=torch.float32, blocked=NEVER):
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, blocked)
+
+
+def causal(queries, keys):
+    return torch.arange(keys) <= torch.arange(queries)[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(7, 7), (5, 9), (9, 5)])
+def test_a_mask_is_what_its_values_say(dtype, shape):
+    allowed = causal(*shape)
+    full = torch.ones(shape, dtype=torch.bool)
+    assert mask_kind(additive(full, dtype)) == FULL
+    for blocked in (NEVER, torch.finfo(dtype).min):
+        assert mask_kind(additive(allowed, dtype, blocked)) == CAUSAL
+        assert mask_kind(additive(allowed.expand(3, 1, *shape), dtype, blocked)) == CAUSAL
+    assert mask_kind(additive(allowed, dtype, -100.0)) == GENERAL  # a bias, which leaves something of the others
+
+
+def test_masks_that_are_nearly_causal_are_general():
+    n = 12
+    sliding = causal(n, n) & (torch.arange(n) > torch.arange(n)[:, None] - 4)
+    padded = causal(n, n).expand(2, 1, n, n).clone()
+    padded[1, ..., :3] = False
+    one_more = causal(n, n).clone()
+    one_more[5, 6] = True
+    one_less = causal(n, n).clone()
+    one_less[n - 1, 0] = False
+    bottom_right = torch.arange(9) <= torch.arange(5)[:, None] + 4
+    bias = additive(causal(n, n))
+    bias[4, 2] = 0.5
+    for mask in (sliding, padded, one_more, one_less, bottom_right):
+        assert mask_kind(additive(mask)) == GENERAL
+    assert mask_kind(bias) == GENERAL
+
+
+@pytest.mark.skipif(not x86.available() or not x86.amx(), reason="needs AMX")
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(1, 150), st.integers(1, 600),
+    st.sampled_from([32, 64, 96, 128, 256]), st.booleans(), st.booleans(), st.integers(0, 2**31),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_flash_is_as_exact_as_pytorchs_own(batch, groups, repeats, queries, keys, d, is_causal, transposed, seed):
+    g = torch.Generator().manual_seed(seed)
+    heads = groups * repeats
+
+    def tensor(h, s):
+        if transposed:
+            return torch.randn(batch, s, h, d, generator=g).bfloat16().transpose(1, 2)
+        return torch.randn(batch, h, s, d, generator=g).bfloat16()
+
+    q, k, v = 2 * tensor(heads, queries), tensor(groups, keys), tensor(groups, keys)
+    want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=is_causal, enable_gqa=True)
+    torchs = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+    got = x86.flash(q, k, v, is_causal, None)
+    assert got.shape == want.shape and got.dtype == torch.bfloat16
+    assert relative_error(got, want) <= 1.5 * relative_error(torchs, want) + 1e-4
+
+
+@pytest.mark.skipif(not x86.available() or not x86.amx(), reason="needs AMX")
+def test_flash_with_scores_of_every_size():
+    q, k, v = (torch.randn(1, 2, 64, 64).bfloat16() for _ in range(3))
+    want = F.scaled_dot_product_attention((400 * q).double(), k.double(), v.double(), scale=1.0)
+    assert relative_error(x86.flash(400 * q, k, v, False, 1.0), want) < 1e-2  # a softmax of one key
+    k[0, 0, 5] = float("nan")
+    got = x86.flash(q, k, v, True, None)
+    assert got[0, 0, 5:].isnan().all() and got[0, 0, :5].isfinite().all() and got[0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("groups", [2, 6])
+@pytest.mark.parametrize("kind", ["none", "causal", "full", "padding", "per head"])
+def test_the_operator_is_scaled_dot_product_attention(dtype, queries, groups, kind):
+    batch, heads, keys, d = 3, 6, queries + 4 if kind == "per head" else max(queries, 2), 32
+    q = torch.randn(batch, queries, heads, d).to(dtype).transpose(1, 2)
+    k, v = (torch.randn(batch, groups, keys, d).to(dtype) for _ in range(2))
+    mask = {
+        "none": None,
+        "causal": additive(causal(queries, keys), dtype),
+        "full": torch.zeros(1, 1, queries, keys, dtype=dtype),
+        "padding": additive(torch.rand(batch, 1, queries, keys) < 0.7, dtype, -1e4),
+        "per head": torch.randn(1, heads, queries, keys).to(dtype),
+    }[kind]
+    want = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=groups != heads)
+    got = attention(q, k, v, mask, None if mask is None else mask_kind(mask), False, None)
+    fake = torch.library.opcheck(
+        sqcompile_ops.attention.default,
+        (q, k, v, mask, None if mask is None else mask_kind(mask), False, None),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    assert set(fake.values()) == {"SUCCESS"}
+    assert relative_error(got, want) < (1e-6 if dtype == torch.float32 else 6e-3)
+
+
+def attention_nodes(compiled):
+    graph = compiled.stages["lowered"].graph
+    return graph.find_nodes(op="call_function", target=sqcompile_ops.attention.default)
+
+
+def test_repeated_heads_and_masks_reach_attention_once():
+    compiled = sqcompile.compile(tiny_lm("llama"), token_batches(), backend="eager")
+    nodes = attention_nodes(compiled)
+    assert len(nodes) == 2
+    for node in nodes:
+        q, k, v = (a.meta["val"] for a in node.args[:3])
+        assert (q.shape[1], k.shape[1], v.shape[1]) == (4, 2, 2)
+    assert len({(node.args[3], node.args[4]) for node in nodes}) == 1
+
+
+class Sliding(nn.Module):
+    """Attention that sees the last ``window`` tokens, its key heads repeated as models do it."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window, self.qkv, self.out = window, nn.Linear(64, 128), nn.Linear(64, 64)
+
+    def forward(self, x):
+        b, s, _ = x.shape
+        q, k, v = self.qkv(x).split([64, 32, 32], -1)
+        q = q.view(b, s, 4, 16).transpose(1, 2)
+        k, v = (t.view(b, s, 2, 16).transpose(1, 2)[:, :, None].expand(b, 2, 2, s, 16) for t in (k, v))
+        k, v = k.reshape(b, 4, s, 16), v.reshape(b, 4, s, 16)
+        at = torch.arange(s)
+        mask = (at <= at[:, None]) & (at > at[:, None] - self.window)
+        return self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(b, s, 64))
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_sliding_window_is_not_taken_for_causal(backend):
+    """Causal for short inputs, a window for long ones: one compiled module, the right answer for both."""
+    torch.manual_seed(0)
+    model = Sliding(window=20).eval()
+    batches, dynamic = [torch.randn(2, 8, 64) for _ in range(3)], torch.export.Dim.AUTO
+    compiled = sqcompile.compile(model, batches, backend=backend, dynamic_shapes={"x": {0: dynamic, 1: dynamic}})
+    assert attention_nodes(compiled)[0].args[1].meta["val"].shape[1] == 2
+    for s in (1, 8, 20, 21, 50):
+        x = torch.randn(3, s, 64)
+        assert relative_error(compiled(x), compiled.stages["quantized"](x)) < 1e-2, s
+
+
+def test_left_padding_through_a_compiled_model():
+    model = tiny_lm("llama")
+    ids = token_batches(1, (2, 17))[0]["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    compiled = sqcompile.compile(model, [{"input_ids": ids, "attention_mask": mask}], backend="eager")
+    got = compiled(input_ids=ids, attention_mask=mask).logits
+    want = compiled.stages["quantized"](input_ids=ids, attention_mask=mask).logits
+    assert relative_error(got[mask.bool()], want[mask.bool()]) < 1e-5
+    everywhere = torch.ones_like(mask)
+    got = compiled(input_ids=ids, attention_mask=everywhere).logits
+    assert relative_error(got, compiled.stages["quantized"](input_ids=ids, attention_mask=everywhere).logits) < 1e-5
