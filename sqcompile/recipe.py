@@ -57,9 +57,10 @@ class Recipe:
 
 
 # Candidates of the presets: each site takes the best on the calibration sample. No single alpha suits every site: on
-# Llama-style models the inputs of down projections want more than the 0.5 that the paper uses for OPT. Stronger and
-# weaker ones win on the sample at times, but lose on text unlike the calibration text.
-ALPHAS = (0.4, 0.5, 0.6, 0.7)
+# Llama-style models the inputs of down projections want more than the 0.5 that the paper uses for OPT, and where one
+# scale serves a whole weight (O1), sites without outliers want less. Stronger ones win on the sample at times, but
+# lose on text unlike the calibration text.
+ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 # O1-O3 are the paper's efficiency levels; "default" is per-channel weights with per-token activations, the
 # combination that keeps Llama-class models intact.
