@@ -27,20 +27,13 @@ from sqcompile.passes.graph import (
     clone,
     constants,
     finish,
+    linear_operands,
     nodes_by_name,
     value,
 )
 from sqcompile.passes.labels import vector_operand
 from sqcompile.passes.match import Site
 from sqcompile.plan import Plan
-
-# Position of (input, weight, bias) among the arguments of each spelling of a linear.
-ARGUMENTS: dict[Any, tuple[int, int, int | None]] = {
-    aten.linear.default: (0, 1, 2),
-    aten.addmm.default: (1, 2, 0),
-    aten.mm.default: (0, 1, None),
-    aten.matmul.default: (0, 1, None),
-}
 
 
 def fold(gm: fx.GraphModule, sites: list[Site], plan: Plan) -> fx.GraphModule:
@@ -106,16 +99,12 @@ class _Folder:
         return new
 
     def _linear_rows(self, node: fx.Node, s: Tensor, name: str) -> None:
-        _, weight, bias = ARGUMENTS[node.target]
-        transposed = node.target != aten.linear.default
-        self._change(node, weight, aten.div.Tensor, s if transposed else s[:, None], f"{name}_rows")
-        if bias is not None and len(node.args) > bias and node.args[bias] is not None:
-            self._change(node, bias, aten.div.Tensor, s, f"{name}_bias")
+        self._change(node, 1, aten.div.Tensor, s[:, None], f"{name}_rows")
+        if linear_operands(node)[2] is not None:
+            self._change(node, 2, aten.div.Tensor, s, f"{name}_bias")
 
     def _columns(self, linear: Linear, s: Tensor, name: str) -> None:
-        node = self.nodes[linear.node]
-        _, weight, _ = ARGUMENTS[node.target]
-        self._change(node, weight, aten.mul.Tensor, s[:, None] if linear.transposed else s, f"{name}_columns")
+        self._change(self.nodes[linear.node], 1, aten.mul.Tensor, s, f"{name}_columns")
 
     def _norm(self, node: fx.Node, s: Tensor, name: str) -> None:
         """Divides a norm's weight and bias; a norm without a weight gets one."""
@@ -136,7 +125,7 @@ class _Folder:
         with self.gm.graph.inserting_before(min((u for _, u in users), key=list(self.gm.graph.nodes).index)):
             smoothed = self._scaled(x, aten.mul.Tensor, s.reciprocal().to(value(x).device), name)
         for linear, user in users:
-            user.update_arg(ARGUMENTS[user.target][0], smoothed)
+            user.update_arg(0, smoothed)
             self._columns(linear, s, name)
 
 

@@ -27,14 +27,13 @@ FOLD_CAST = "sqcompile_fold_cast"
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear of a graph: ``y = x Wᵀ + b`` in any spelling.
+    """One linear of a graph: ``y = x Wᵀ + b``, in the one spelling that `canonicalize` leaves.
 
     Attributes:
         name: the weight's qualified name; a weight used more than once gets ``#2``, ``#3`` ... after the first use.
         node: name of the node that computes y.
         x: name of the input node, [..., K].
-        weight: name of the weight's node, a constant, [N, K], or [K, N] where ``transposed``.
-        transposed: whether the weight node is stored as [K, N] (addmm, mm, matmul).
+        weight: name of the weight's node, a constant expression, [N, K].
         bias: name of the bias's node, [N], or None.
         out_features: N.
         in_features: K.
@@ -44,7 +43,6 @@ class Linear:
     node: str
     x: str
     weight: str
-    transposed: bool
     bias: str | None
     out_features: int
     in_features: int
@@ -116,8 +114,7 @@ def evaluate(gm: fx.GraphModule, node: fx.Node) -> Tensor:
 
 def effective_weight(gm: fx.GraphModule, linear: Linear) -> Tensor:
     """The weight a linear multiplies with, as [N, K] in the dtype of its expression (float32 once folded)."""
-    w = evaluate(gm, nodes_by_name(gm)[linear.weight])
-    return w.t() if linear.transposed else w
+    return evaluate(gm, nodes_by_name(gm)[linear.weight])
 
 
 def row_parts(w: Tensor, elements: int = 2**21) -> list[slice]:
@@ -206,18 +203,24 @@ def find_linears(gm: fx.GraphModule) -> list[Linear]:
     const = constants(gm)
     uses: dict[str, int] = {}
     found = []
-    for n in gm.graph.nodes:
-        parts = _linear_parts(n, const)
-        if parts is None:
+    for n in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
+        x, w, bias = linear_operands(n)
+        if n in const or x in const or w not in const or not value(w).dtype.is_floating_point or value(x).dim() < 2:
             continue
-        x, w, transposed, bias = parts
-        shape = value(w).shape
+        if bias is not None and bias not in const:
+            continue
         base = first_leaf(w) or w.name
         uses[base] = uses.get(base, 0) + 1
         name = base if uses[base] == 1 else f"{base}#{uses[base]}"
-        n_out, k = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-        found.append(Linear(name, n.name, x.name, w.name, transposed, bias.name if bias else None, int(n_out), int(k)))
+        n_out, k = (int(size) for size in value(w).shape)
+        found.append(Linear(name, n.name, x.name, w.name, bias.name if bias else None, n_out, k))
     return found
+
+
+def linear_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """Input, weight and bias of an ``aten.linear`` node."""
+    x, w, *bias = node.args
+    return x, w, bias[0] if bias else None  # type: ignore[return-value]
 
 
 def first_leaf(node: fx.Node) -> str | None:
@@ -227,27 +230,6 @@ def first_leaf(node: fx.Node) -> str | None:
             return None
         node = node.all_input_nodes[0]
     return str(node.target)
-
-
-def _linear_parts(n: fx.Node, const: set[fx.Node]) -> tuple[fx.Node, fx.Node, bool, fx.Node | None] | None:
-    if n.op != "call_function" or n in const:
-        return None
-    a: Any = n.args
-    bias: Any
-    if n.target == aten.linear.default:
-        x, w, transposed, bias = a[0], a[1], False, a[2] if len(a) > 2 else n.kwargs.get("bias")
-    elif n.target == aten.addmm.default and not n.kwargs:
-        bias, x, w, transposed = a[0], a[1], a[2], True
-    elif n.target in (aten.mm.default, aten.matmul.default):
-        x, w, transposed, bias = a[0], a[1], True, None
-    else:
-        return None
-    ok = isinstance(x, fx.Node) and x not in const and isinstance(w, fx.Node) and w in const and value(w).dim() == 2
-    if not ok or not value(w).dtype.is_floating_point or value(x).dim() < 2:
-        return None
-    if bias is not None and (bias not in const or value(bias).dim() != 1 or value(bias).numel() != value(n).shape[-1]):
-        return None
-    return x, w, transposed, bias
 
 
 def is_channel_vector(node: fx.Node, like: Tensor) -> bool:

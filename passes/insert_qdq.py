@@ -18,7 +18,6 @@ from torch import fx
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import quantize, weight_scale
-from sqcompile.passes.fold import ARGUMENTS
 from sqcompile.passes.graph import (
     FOLD_CAST,
     Linear,
@@ -29,6 +28,7 @@ from sqcompile.passes.graph import (
     effective_weight,
     find_linears,
     finish,
+    linear_operands,
     nodes_by_name,
     release_freed_memory,
     row_parts,
@@ -62,10 +62,7 @@ class _Inserter:
 
     def linear(self, linear: Linear, layer: LayerPlan) -> None:
         node = self.nodes[linear.node]
-        x_at, _, bias_at = ARGUMENTS[node.target]
-        x = node.args[x_at]
-        bias = node.args[bias_at] if bias_at is not None and len(node.args) > bias_at else None
-        assert isinstance(x, fx.Node)
+        x, _, bias = linear_operands(node)
         x_float, x_scale = self._input(x, layer)
         w = effective_weight(self.gm, linear)
         parts = row_parts(w)

@@ -56,9 +56,12 @@ class Flow:
                     self.refused.setdefault(int(label), reason)
 
 
+# Views that a label tensor, with strides of its own, takes as a reshape.
+VIEWS = {aten.view.default, aten._unsafe_view.default}
+
 # Pure layout: executed on the label tensor itself.
 LAYOUT = {
-    aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.t.default,
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.t.default,
     aten.slice.Tensor, aten.select.int, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim,
     aten.squeeze.default, aten.squeeze.dims, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
     aten.unbind.int, aten.flatten.using_ints, aten.unflatten.int, aten.repeat.default, aten.narrow.default,
@@ -146,12 +149,16 @@ def _concat(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Nod
     return n.target(parts, *n.args[1:], **n.kwargs)  # type: ignore[operator]
 
 
+def uniform(labels: Tensor, dim: int) -> bool:
+    """Whether labels do not vary along a dim."""
+    return bool((labels == labels.narrow(dim, 0, 1)).all())
+
+
 def _flat(labels: Tensor, dim: int) -> Tensor:
     """One slice of the labels along a dim that is summed away; they must not vary along it."""
-    first = labels.narrow(dim, 0, 1)
-    if not bool((labels == first).all()):
+    if not uniform(labels, dim):
         raise Refused("is summed with other channels")
-    return first
+    return labels.narrow(dim, 0, 1)
 
 
 def _matmul(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:

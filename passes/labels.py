@@ -22,8 +22,19 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sqcompile.passes.graph import Linear, aten, constants, get_tensor, is_channel_vector, value
-from sqcompile.passes.label_rules import HOMOGENEOUS, LAYOUT, OUTPUT, RULES, SHAPE_ONLY, Flow, Refused, describe
+from sqcompile.passes.graph import Linear, aten, constants, evaluate, get_tensor, is_channel_vector, value
+from sqcompile.passes.label_rules import (
+    HOMOGENEOUS,
+    LAYOUT,
+    OUTPUT,
+    RULES,
+    SHAPE_ONLY,
+    VIEWS,
+    Flow,
+    Refused,
+    describe,
+    uniform,
+)
 
 
 def run_labels(gm: fx.GraphModule, linears: list[Linear], symbols: dict[Any, int]) -> dict[str, Flow]:
@@ -151,21 +162,29 @@ class _Labels(fx.Interpreter):
     def _layout(self, n: fx.Node, node: fx.Node, labels: Any, count: int) -> Any:
         if n.args[0] is not node or count != 1:
             raise Refused(describe(n))
-        args, kwargs = fx.node.map_arg((n.args[1:], n.kwargs), self._real)
+        args, kwargs = fx.node.map_arg((n.args[1:], n.kwargs), lambda a: self._argument(n, a, labels))
         if n.target is operator.getitem:
             return labels[args[0]]
-        target: Callable[..., Any] = aten.reshape.default if n.target is aten.view.default else n.target  # type: ignore[assignment]
+        target: Callable[..., Any] = aten.reshape.default if n.target in VIEWS else n.target  # type: ignore[assignment]
         return target(labels, *args, **kwargs)
 
-    def _real(self, a: fx.Node) -> Any:
-        """An argument of a layout op as data: a size, or a constant index tensor."""
+    def _argument(self, n: fx.Node, a: fx.Node, labels: Any) -> Any:
+        """An argument of a layout op as data: a size, or an index tensor."""
         v = self.env[a]
         if not isinstance(v, Tensor):
             return v
-        if a.op == "get_attr":
-            return get_tensor(self.module, str(a.target))
-        if a.target in (aten.expand_as.default, aten.view_as.default):
+        if a in self.const:
+            return evaluate(self.module, a)  # type: ignore[arg-type]
+        if n.target in (aten.expand_as.default, aten.view_as.default):
             return torch.empty(v.shape, device="meta")
+        # rows picked by data (a router's tokens, the last token): fine if every row has the same labels
+        dims: Any = []
+        if n.target == aten.index.Tensor:
+            dims = [d for d, index in enumerate(n.args[1]) if index is a]  # type: ignore[arg-type]
+        elif n.target == aten.index_select.default:
+            dims = [n.args[1]]
+        if dims and not v.dtype.is_floating_point and v.dtype != torch.bool and all(uniform(labels, d) for d in dims):
+            return torch.zeros(v.shape, dtype=torch.int64)
         raise Refused("is selected by an index that depends on the input")
 
 

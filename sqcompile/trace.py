@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from sqcompile.errors import CaptureError
 from sqcompile.inputs import Call, Captured
+from sqcompile.passes.canonicalize import canonicalize
 from sqcompile.passes.graph import aten, clone, finish, set_tensor, value
 
 # What export leaves to check at run time; none of it computes anything.
@@ -84,6 +85,7 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     leaves = tuple(v if isinstance(g, Tensor) else g for v, g in zip(inputs, given, strict=True))
     gm.meta["captured"], gm.meta["out_spec"] = Captured(info.in_spec, leaves), info.out_spec
     gm.meta["aliases"] = _aliases(model)
+    canonicalize(gm)
     gm.graph.eliminate_dead_code()
     return finish(clone(gm))
 

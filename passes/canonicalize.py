@@ -1,0 +1,133 @@
+"""canonicalize: every linear in one spelling, ``linear(x, w, b)`` with w [N, K]. Every later pass knows that one alone.
+
+    addmm(%b, %x, %w)                       -> linear(%x, t(%w), %b)
+    mm(%x, %w), matmul(%x, %w)              -> linear(%x, t(%w))
+    einsum("bsd,dhe->bshe", %x, %w)         -> unflatten(linear(%x, t(reshape(%w, [D, H E]))), -1, [H, E])
+
+A weight is a constant expression, so that transposing or reshaping it costs nothing and writes to no parameter.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from typing import Any
+
+from torch import Tensor, fx
+
+from sqcompile.passes.graph import add_op, arguments, aten, constants, value
+
+
+def canonicalize(gm: fx.GraphModule) -> None:
+    """Rewrites the linears of a traced graph in place; what only looks like one is left as it is."""
+    const = constants(gm)
+    for node in list(gm.graph.nodes):
+        rewrite = _REWRITES.get(node.target)
+        if rewrite is None or node in const:
+            continue
+        with gm.graph.inserting_before(node):
+            new = rewrite(gm, node, const)
+        if new is not None:
+            node.replace_all_uses_with(new)
+            gm.graph.erase_node(node)
+
+
+def _is_weight(n: Any, const: set[fx.Node], dim: int = 2) -> bool:
+    return n in const and value(n).dim() == dim and value(n).dtype.is_floating_point
+
+
+def _is_data(n: Any, const: set[fx.Node]) -> bool:
+    return isinstance(n, fx.Node) and n not in const and isinstance(value(n), Tensor) and value(n).dim() >= 2
+
+
+def _linear(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node | None:
+    if not node.kwargs:
+        return None
+    args = arguments(node)
+    return add_op(gm, aten.linear.default, args["input"], args["weight"], args["bias"])
+
+
+def _addmm(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node | None:
+    args = arguments(node)
+    b, x, w = args["self"], args["mat1"], args["mat2"]
+    if not _is_data(x, const) or not _is_weight(w, const) or args["beta"] != 1 or args["alpha"] != 1:
+        return None
+    w = add_op(gm, aten.t.default, w)
+    if b in const and tuple(value(b).shape) == (value(w).shape[0],):
+        return add_op(gm, aten.linear.default, x, w, b)
+    return add_op(gm, aten.add.Tensor, add_op(gm, aten.linear.default, x, w), b)
+
+
+def _matmul(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node | None:
+    x, w = node.args[:2]
+    if not _is_data(x, const) or not _is_weight(w, const):
+        return None
+    return add_op(gm, aten.linear.default, x, add_op(gm, aten.t.default, w))
+
+
+def _einsum(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node | None:
+    """A contraction of data with one weight over letters that the result does not have."""
+    args = arguments(node)
+    operands: Any = args["tensors"]
+    if len(operands) != 2:
+        return None
+    names = _letters(args["equation"], [value(t).dim() for t in operands])
+    if names is None:
+        return None
+    inputs, out = names
+    x, w = operands
+    if x in const:
+        (x, w), inputs = (w, x), inputs[::-1]
+    of_x, of_w = inputs
+    if not _is_data(x, const) or not _is_weight(w, const, len(of_w)):
+        return None
+    contracted = [c for c in of_w if c not in out]
+    kept = [c for c in of_w if c in out]
+    rest = [c for c in of_x if c not in contracted]
+    if not contracted or not kept or any(c not in of_x for c in contracted) or any(c in of_x for c in kept):
+        return None
+    if sorted(out) != sorted(rest + kept) or len(set(of_x)) != len(of_x) or len(set(of_w)) != len(of_w):
+        return None
+    sizes = dict(zip(of_w, (int(s) for s in value(w).shape), strict=True))
+    n, k = math.prod(sizes[c] for c in kept), math.prod(sizes[c] for c in contracted)
+    w = _permuted(gm, w, of_w, kept + contracted)
+    if len(of_w) != 2:
+        w = add_op(gm, aten.reshape.default, w, [n, k])
+    x = _permuted(gm, x, of_x, rest + contracted)
+    if len(contracted) > 1:
+        x = add_op(gm, aten.flatten.using_ints, x, len(rest), -1)
+    y = add_op(gm, aten.linear.default, x, w)
+    if len(kept) > 1:
+        y = add_op(gm, aten.unflatten.int, y, -1, [sizes[c] for c in kept])
+    return _permuted(gm, y, rest + kept, out)
+
+
+def _permuted(gm: fx.GraphModule, x: fx.Node, have: list[str], want: list[str]) -> fx.Node:
+    order = [have.index(c) for c in want]
+    return x if order == sorted(order) else add_op(gm, aten.permute.default, x, order)
+
+
+def _letters(equation: str, dims: list[int]) -> tuple[list[list[str]], list[str]] | None:
+    """The letters of each operand and of the result, with an ellipsis spelled out; None for an implicit result."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    inputs = left.split(",")
+    if not arrow or len(inputs) != len(dims):
+        return None
+    free = [c for c in string.ascii_letters if c not in equation]
+    extra = [d - len(s.replace("...", "")) for s, d in zip(inputs, dims, strict=True) if "..." in s]
+    wide = "".join(free[: max(extra)]) if extra else ""
+
+    def spell(s: str, dim: int) -> list[str]:
+        missing = dim - len(s.replace("...", ""))
+        return list(s.replace("...", wide[len(wide) - missing :] if missing else ""))
+
+    return [spell(s, d) for s, d in zip(inputs, dims, strict=True)], list(right.replace("...", wide))
+
+
+_REWRITES: dict[Any, Any] = {
+    aten.linear.default: _linear,
+    aten.addmm.default: _addmm,
+    aten.mm.default: _matmul,
+    aten.matmul.default: _matmul,
+    aten.einsum.default: _einsum,
+}

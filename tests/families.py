@@ -1,0 +1,94 @@
+"""Tiny random models of every architecture family, with random norms and outliers, and a call of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from conftest import roughen
+from torch import Tensor, nn
+
+COMMON = dict(vocab_size=96, hidden_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+DEEP = dict(COMMON, num_hidden_layers=2, num_attention_heads=4)
+GATED = dict(DEEP, intermediate_size=112, num_key_value_heads=2)
+BERT = dict(DEEP, intermediate_size=112)
+
+# name -> (transformers model type, configuration)
+CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("opt", dict(DEEP, ffn_dim=112, word_embed_proj_dim=64)),
+    "opt post-norm": ("opt", dict(DEEP, ffn_dim=112, word_embed_proj_dim=32, do_layer_norm_before=False)),
+    "gpt2": ("gpt2", dict(vocab_size=96, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)),
+    "bloom": ("bloom", dict(COMMON, n_layer=2, n_head=4)),
+    "llama": ("llama", GATED),
+    "mistral": ("mistral", GATED),
+    "qwen2": ("qwen2", GATED),
+    "qwen3": ("qwen3", dict(GATED, head_dim=16)),
+    "mixtral": ("mixtral", dict(GATED, num_local_experts=4, num_experts_per_tok=2)),
+    "qwen2_moe": (
+        "qwen2_moe",
+        dict(GATED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, shared_expert_intermediate_size=80),
+    ),
+    "falcon 7b": ("falcon", dict(DEEP, multi_query=True, parallel_attn=True, bias=False)),
+    "falcon 40b": ("falcon", dict(DEEP, new_decoder_architecture=True, num_kv_heads=2, bias=False)),
+    "falcon alibi": ("falcon", dict(DEEP, alibi=True, multi_query=False, parallel_attn=False, bias=True)),
+    "gpt_neox": ("gpt_neox", dict(DEEP, intermediate_size=112, rotary_pct=0.25)),
+    "gemma": ("gemma", dict(GATED, head_dim=16)),
+    "gemma2": ("gemma2", dict(GATED, head_dim=16, query_pre_attn_scalar=16, sliding_window=8)),
+    "phi3": ("phi3", GATED),
+}  # fmt: skip
+
+
+def _ids(shape: tuple[int, int] = (2, 11), seed: int = 0) -> Tensor:
+    return torch.randint(3, 96, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _floats(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _causal(kind: str, config: dict[str, Any], **kwargs: Any) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config), **kwargs)
+
+
+def _base(kind: str, config: dict[str, Any]) -> nn.Module:
+    from transformers import AutoConfig, AutoModel
+
+    return AutoModel.from_config(AutoConfig.for_model(kind, **config))
+
+
+OTHERS = ["bert", "roberta", "t5", "t5 gated", "whisper", "vit", "clip"]
+FAMILIES = [*CAUSAL, *OTHERS]
+
+
+def build(name: str, outlier: float = 20.0, **kwargs: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model in eval mode and the keyword arguments of a call."""
+    torch.manual_seed(0)
+    if name in CAUSAL:
+        model, call = _causal(*CAUSAL[name], **kwargs), {"input_ids": _ids()}
+    elif name in ("bert", "roberta"):
+        model = _base(name, dict(BERT, max_position_embeddings=64))
+        call = {"input_ids": _ids(), "attention_mask": torch.ones(2, 11, dtype=torch.long)}
+    elif name in ("t5", "t5 gated"):
+        ff = "gated-gelu" if name == "t5 gated" else "relu"
+        sizes = dict(d_model=64, d_kv=16, d_ff=112, num_layers=2, num_heads=4, feed_forward_proj=ff)
+        model = _base("t5", dict(vocab_size=96, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **sizes))
+        call = {"input_ids": _ids(), "decoder_input_ids": _ids((2, 7), 1)}
+    elif name == "whisper":
+        sizes = dict(
+            d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4
+        )
+        ffn = dict(encoder_ffn_dim=112, decoder_ffn_dim=112, num_mel_bins=8, max_source_positions=12)
+        ids = dict(vocab_size=96, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+        model = _base("whisper", {**sizes, **ffn, **ids, "max_target_positions": 32})
+        call = {"input_features": _floats(2, 8, 24), "decoder_input_ids": _ids((2, 7), 1)}
+    elif name == "vit":
+        model = _base("vit", dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=112, image_size=32, patch_size=8))  # fmt: skip
+        call = {"pixel_values": _floats(2, 3, 32, 32)}
+    else:
+        tower = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=112)
+        text = dict(tower, vocab_size=96, eos_token_id=2, bos_token_id=1, pad_token_id=0, max_position_embeddings=32)
+        model = _base("clip", dict(text_config=text, vision_config=dict(tower, image_size=32, patch_size=8), projection_dim=48))  # fmt: skip
+        call = {"input_ids": _ids(), "pixel_values": _floats(2, 3, 32, 32)}
+    return roughen(model.eval(), outlier), call
