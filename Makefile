@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test slow lint bench clean
 
 # torch first: the rest of the requirements must not choose another build of it.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -17,6 +17,9 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m 'slow and not gpu'
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -66,7 +66,8 @@ LAYOUT = {
     aten.squeeze.default, aten.squeeze.dims, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
     aten.unbind.int, aten.flatten.using_ints, aten.unflatten.int, aten.repeat.default, aten.narrow.default,
     aten.repeat_interleave.self_int, aten.index.Tensor, aten.index_select.default, aten.flip.default,
-    aten.movedim.int, aten.swapaxes.default, aten.expand_as.default, aten.view_as.default, aten.roll.default,
+    aten.movedim.int, aten.swapaxes.default, aten.expand_as.default, aten.view_as.default,
+    aten.reshape_as.default, aten.roll.default,
     operator.getitem,
 }  # fmt: skip
 
@@ -76,6 +77,9 @@ HOMOGENEOUS = {
     aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default, aten.mul.Scalar,
     aten.div.Scalar, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default,
 }  # fmt: skip
+
+# The second operand gives a shape or a dtype, no values.
+LIKE_SECOND = {aten.expand_as.default, aten.view_as.default, aten.reshape_as.default, aten.type_as.default}
 
 # The result depends on the operand's shape alone.
 SHAPE_ONLY = {

@@ -26,6 +26,7 @@ from sqcompile.passes.graph import Linear, aten, constants, evaluate, get_tensor
 from sqcompile.passes.label_rules import (
     HOMOGENEOUS,
     LAYOUT,
+    LIKE_SECOND,
     OUTPUT,
     RULES,
     SHAPE_ONLY,
@@ -115,7 +116,8 @@ class _Labels(fx.Interpreter):
 
     def _propagate(self, n: fx.Node, out: Any) -> dict[str, Any]:
         seen: dict[str, list[tuple[fx.Node, Any]]] = {}
-        for a in n.all_input_nodes:
+        inputs = n.all_input_nodes[:1] if n.target in LIKE_SECOND else n.all_input_nodes
+        for a in inputs:
             for producer, labels in self.labels.get(a, {}).items():
                 seen.setdefault(producer, []).append((a, labels))
         result: dict[str, Any] = {}
@@ -146,8 +148,6 @@ class _Labels(fx.Interpreter):
             return None
         t = n.target
         if t in HOMOGENEOUS:
-            if n.args[0] not in [a for a, _ in operands]:
-                return None  # type_as: the other operand gives a dtype, no values
             labels = next(l for a, l in operands if a is n.args[0])
             if not out.dtype.is_floating_point:
                 raise Refused(f"is cast to {out.dtype}")
@@ -175,7 +175,7 @@ class _Labels(fx.Interpreter):
             return v
         if a in self.const:
             return evaluate(self.module, a)  # type: ignore[arg-type]
-        if n.target in (aten.expand_as.default, aten.view_as.default):
+        if n.target in LIKE_SECOND:
             return torch.empty(v.shape, device="meta")
         # rows picked by data (a router's tokens, the last token): fine if every row has the same labels
         dims: Any = []

@@ -72,13 +72,15 @@ def match(gm: fx.GraphModule) -> tuple[list[Site], list[Refusal]]:
     linears = find_linears(gm)
     flows = _flows(gm, linears)
     by_node = {l.node: l for l in linears}
+    nodes, const = nodes_by_name(gm), constants(gm)
+    names = {f.producer: _producer_name(nodes[f.producer], f.kind, by_node, const) for f in flows.values()}
     why: dict[str, str] = {}
     candidates = []
     for flow in flows.values():
-        balance = _balanced(flow, by_node, why)
+        balance = _balanced(flow, names[flow.producer], by_node, why)
         if balance:
             candidates.append((flow, balance))
-    order = {n.name: i for i, n in enumerate(gm.graph.nodes)}
+    order = {name: i for i, name in enumerate(nodes)}
     # The producer that serves most linears first; of two that serve the same ones, the nearer.
     candidates.sort(key=lambda c: (-len(c[1]), -order[c[0].producer]))
     taken: set[str] = set()
@@ -87,9 +89,9 @@ def match(gm: fx.GraphModule) -> tuple[list[Site], list[Refusal]]:
         if any(l.node in taken for l, _ in balance):
             continue
         taken |= {l.node for l, _ in balance}
-        sites.append(_site(gm, flow, balance, by_node))
+        sites.append(_site(flow, names[flow.producer], balance))
     stops = {node: reason for flow in flows.values() for node, reason in flow.stops.items()}
-    refusals = [Refusal(l, why.get(l.node) or _blocked(gm, l, stops)) for l in linears if l.node not in taken]
+    refusals = [Refusal(l, why.get(l.node) or _blocked(nodes, l, stops)) for l in linears if l.node not in taken]
     return sorted(sites, key=lambda s: order[s.producer]), refusals
 
 
@@ -146,7 +148,9 @@ def _agree(a: Flow, b: Flow) -> Flow:
     return merged
 
 
-def _balanced(flow: Flow, linears: dict[str, Linear], why: dict[str, str]) -> list[tuple[Linear, Tensor]]:
+def _balanced(
+    flow: Flow, producer: str, linears: dict[str, Linear], why: dict[str, str]
+) -> list[tuple[Linear, Tensor]]:
     """The linears all of whose columns a flow can scale; labels of any other linear it reaches are refused."""
     balance = list(flow.balance)
     while True:
@@ -156,36 +160,34 @@ def _balanced(flow: Flow, linears: dict[str, Linear], why: dict[str, str]) -> li
         for n, m in open_:
             reasons = [flow.refused[c] for c in m.unique().tolist() if c in flow.refused]
             reason = reasons[0] if reasons else "covers only part of the linear's input"
-            why.setdefault(n, f"{flow.kind} {flow.producer} {reason}")
+            why.setdefault(n, f"{producer} {reason}")
             flow.refuse(m, "shares a linear with channels that cannot be scaled")
             balance.remove((n, m))
 
 
-def _site(gm: fx.GraphModule, flow: Flow, balance: list[tuple[Linear, Tensor]], linears: dict[str, Linear]) -> Site:
+def _site(flow: Flow, producer: str, balance: list[tuple[Linear, Tensor]]) -> Site:
     free = torch.zeros(flow.channels, dtype=torch.bool)
     for _, m in balance:
         free[m] = True
     adds = tuple(a for a in flow.adds if bool(free[a[2][a[2] >= 0]].any()))
-    name = f"{_producer_name(gm, flow, linears)} -> {', '.join(l.name for l, _ in balance)}"
+    name = f"{producer} -> {', '.join(l.name for l, _ in balance)}"
     return Site(name, flow.kind, flow.producer, flow.channels, tuple(balance), adds, free, f"folded into {flow.kind}")
 
 
-def _producer_name(gm: fx.GraphModule, flow: Flow, linears: dict[str, Linear]) -> str:
-    node = nodes_by_name(gm)[flow.producer]
-    if flow.kind == "linear":
-        return linears[flow.producer].name
-    if flow.kind == "scale":
-        vector = node.args[vector_operand(node, constants(gm))]  # type: ignore[index]
-    else:
-        vector = node.args[2] if len(node.args) > 2 else None
-    return (first_leaf(vector) if isinstance(vector, fx.Node) else None) or flow.producer
+def _producer_name(node: fx.Node, kind: str, linears: dict[str, Linear], const: set[fx.Node]) -> str:
+    """The parameter that absorbs 1/s; the node's own name where there is none yet (a norm without a weight)."""
+    if kind == "linear":
+        return linears[node.name].name
+    at = vector_operand(node, const) if kind == "scale" else 2
+    vector = node.args[at] if at is not None and len(node.args) > at else None
+    return (first_leaf(vector) if isinstance(vector, fx.Node) else None) or node.name
 
 
-def _blocked(gm: fx.GraphModule, linear: Linear, stops: dict[str, str]) -> str:
+def _blocked(nodes: dict[str, fx.Node], linear: Linear, stops: dict[str, str]) -> str:
     """Why no producer's labels reach a linear: what happened to them there, or at the operation its input comes from."""
     if linear.node in stops:
         return f"a channel {stops[linear.node]}"
-    node = nodes_by_name(gm)[linear.x]
+    node = nodes[linear.x]
     while node.op == "call_function" and node.target in LAYOUT | HOMOGENEOUS and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     if node.op == "placeholder":

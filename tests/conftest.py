@@ -33,14 +33,18 @@ def relative_error(y: Tensor, reference: Tensor) -> float:
     return float((y.double() - reference.double()).norm() / reference.double().norm())
 
 
-def roughen(model: nn.Module, outlier: float = 20.0) -> nn.Module:
-    """Norms, biases away from their initial ones and zeros, and every seventh norm channel an outlier."""
+def roughen(model: nn.Module, outlier: float = 20.0, inner: tuple[str, ...] = ()) -> nn.Module:
+    """Norms, biases away from their initial ones and zeros, and every seventh norm channel an outlier.
+
+    Norms named in ``inner`` feed no linear but attention scores or a residual: they get no outliers.
+    """
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 1:
                 p.add_(0.3 * torch.randn(p.shape, generator=generator))
-            if p.dim() == 1 and "norm" in name.lower() and name.endswith("weight"):
+            norm = "norm" in name.lower() or "ln_" in name
+            if p.dim() == 1 and norm and name.endswith("weight") and not any(i in name for i in inner):
                 p[::7] *= outlier
     return model
 

@@ -58,6 +58,12 @@ def _base(kind: str, config: dict[str, Any]) -> nn.Module:
     return AutoModel.from_config(AutoConfig.for_model(kind, **config))
 
 
+# Norms that feed attention scores or a residual, not a linear.
+INNER_NORMS = {
+    "qwen3": ("q_norm", "k_norm"),
+    "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
+
 OTHERS = ["bert", "roberta", "t5", "t5 gated", "whisper", "vit", "clip"]
 FAMILIES = [*CAUSAL, *OTHERS]
 
@@ -72,7 +78,9 @@ def build(name: str, outlier: float = 20.0, **kwargs: Any) -> tuple[nn.Module, d
         call = {"input_ids": _ids(), "attention_mask": torch.ones(2, 11, dtype=torch.long)}
     elif name in ("t5", "t5 gated"):
         ff = "gated-gelu" if name == "t5 gated" else "relu"
-        sizes = dict(d_model=64, d_kv=16, d_ff=112, num_layers=2, num_heads=4, feed_forward_proj=ff)
+        sizes = dict(
+            d_model=64, d_kv=16, d_ff=112, num_layers=2, num_heads=4, feed_forward_proj=ff, initializer_factor=0.3
+        )
         model = _base("t5", dict(vocab_size=96, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **sizes))
         call = {"input_ids": _ids(), "decoder_input_ids": _ids((2, 7), 1)}
     elif name == "whisper":
@@ -91,4 +99,4 @@ def build(name: str, outlier: float = 20.0, **kwargs: Any) -> tuple[nn.Module, d
         text = dict(tower, vocab_size=96, eos_token_id=2, bos_token_id=1, pad_token_id=0, max_position_embeddings=32)
         model = _base("clip", dict(text_config=text, vision_config=dict(tower, image_size=32, patch_size=8), projection_dim=48))  # fmt: skip
         call = {"input_ids": _ids(), "pixel_values": _floats(2, 3, 32, 32)}
-    return roughen(model.eval(), outlier), call
+    return roughen(model.eval(), outlier, INNER_NORMS.get(name, ())), call

@@ -120,7 +120,8 @@ def attention_nodes(compiled):
 
 
 def test_repeated_heads_and_masks_reach_attention_once():
-    compiled = sqcompile.compile(tiny_lm("llama"), token_batches(), backend="eager")
+    model = tiny_lm("llama")
+    compiled = sqcompile.compile(model, token_batches(), backend="eager")
     nodes = attention_nodes(compiled)
     assert len(nodes) == 2
     for node in nodes:

@@ -1,0 +1,210 @@
+"""Every architecture family: what is found, folded and refused, in numbers; and that folding changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+
+import pytest
+import torch
+from conftest import fold_everything, relative_error
+from families import CAUSAL, FAMILIES, GATED, build
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import sqcompile
+from sqcompile.inputs import as_call
+from sqcompile.passes.graph import find_linears
+from sqcompile.passes.match import match
+from sqcompile.trace import trace
+
+RESIDUAL, GELU, OUTPUT = "joins a residual stream", "its input passes gelu", "is an output of the model"
+TANH_GELU, EXPERTS = "passes pow, which does not commute", "reaches grouped_mm"
+POST_NORM_BERT = (13, {"linear": 2}, {RESIDUAL: 8, GELU: 2, OUTPUT: 1})
+T5_REFUSED = {OUTPUT: 4}
+
+# name: linears, sites by what absorbs 1/s, refused linears by reason
+COVERAGE: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
+    "opt": (13, {"norm": 5, "linear": 4}, {}),
+    "opt post-norm": (15, {"norm": 1, "linear": 5}, {RESIDUAL: 8, "its input reaches embedding": 1}),
+    "gpt2": (9, {"norm": 5, "linear": 2}, {TANH_GELU: 2}),
+    "bloom": (9, {"norm": 5, "linear": 2}, {"meets itself in mul": 2}),
+    "llama": (15, {"scale": 5, "linear": 4}, {}),
+    "mistral": (15, {"scale": 5, "linear": 4}, {}),
+    "qwen2": (15, {"scale": 5, "linear": 4}, {}),
+    "qwen3": (15, {"scale": 5, "linear": 4}, {}),
+    "mixtral": (11, {"scale": 3, "linear": 2}, {EXPERTS: 2}),
+    "qwen2_moe": (19, {"scale": 3, "linear": 4}, {EXPERTS: 8}),
+    "falcon 7b": (9, {"norm": 3, "linear": 2}, {GELU: 2}),
+    "falcon 40b": (9, {"norm": 5, "linear": 2}, {GELU: 2}),
+    "falcon alibi": (9, {"norm": 5, "linear": 2}, {GELU: 2}),
+    "gpt_neox": (9, {"norm": 5, "linear": 2}, {GELU: 2}),
+    "gemma": (15, {"scale": 5, "linear": 4}, {}),
+    "gemma2": (15, {"scale": 5, "linear": 4}, {}),
+    "phi3": (9, {"scale": 5, "linear": 4}, {}),
+    "bert": POST_NORM_BERT,
+    "roberta": POST_NORM_BERT,
+    "t5": (32, {"scale": 10, "linear": 10}, T5_REFUSED),
+    "t5 gated": (36, {"scale": 10, "linear": 10}, T5_REFUSED),
+    "whisper": (32, {"norm": 10, "linear": 6}, {GELU: 4, OUTPUT: 4}),
+    "vit": (13, {"norm": 4, "linear": 2}, {GELU: 2, OUTPUT: 1}),
+    "clip": (26, {"norm": 9, "linear": 4}, {"passes sigmoid": 4, OUTPUT: 1}),
+}
+
+
+def outputs(out):
+    return [t for t in pytree.tree_leaves(dict(out)) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def run(model, call):
+    with torch.no_grad():
+        return outputs(model(**call, **({"use_cache": False} if getattr(model.config, "use_cache", None) else {})))
+
+
+def resized(call):
+    """The call with another batch, and token inputs of another length."""
+    batch = {k: torch.cat([v, v[:1].flip(-1)]) for k, v in call.items()}
+    return {k: torch.cat([v, v[:, :4]], 1) if v.dtype == torch.int64 else v for k, v in batch.items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_folding_is_exact_and_covers(name):
+    model, call = build(name)
+    folded, sites, refusals = fold_everything(model, **call)
+    for x in (call, resized(call)):
+        got, want = outputs(folded(**x)), run(model, x)
+        assert len(got) >= 1
+        for a, b in zip(got, want, strict=False):
+            assert relative_error(a, b) <= 1e-5
+    linears, kinds, refused = COVERAGE[name]
+    assert len(find_linears(folded)) == linears
+    assert Counter(s.kind for s in sites) == kinds
+    assert sum(len(s.balance) for s in sites) + len(refusals) == linears
+    found = Counter(next((r for r in refused if r in x.reason), x.reason) for x in refusals)
+    assert found == refused
+
+
+@pytest.mark.parametrize(("dtype", "eps"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_folding_is_exact_within_half_precision(name, dtype, eps):
+    """No further from the float32 function than a few times the half-precision model is itself."""
+    model, call = build(name, outlier=4.0)
+    want = run(model, call)
+    half = model.to(dtype)
+    call = {k: v.to(dtype) if v.is_floating_point() else v for k, v in call.items()}
+    own = run(half, call)
+    folded, _, _ = fold_everything(half, **call)
+    for a, b, w in zip(outputs(folded(**call)), own, want, strict=False):
+        assert relative_error(a, w) <= 3 * relative_error(b, w) + 4 * eps
+
+
+QUICK = ("opt", "llama", "phi3", "bert", "vit")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
+def test_quantized_outputs_are_close_and_closer_than_without_smoothing(name):
+    model, call = build(name)
+    generator = torch.Generator().manual_seed(5)
+    calls = [call]
+    for _ in range(3):
+        calls.append({
+            k: torch.randint(3, 96, v.shape, generator=generator) if k.endswith("ids")
+            else torch.randn(v.shape, generator=generator) if v.is_floating_point() else v
+            for k, v in call.items()
+        })  # fmt: skip
+    want = run(model, call)[0].double()
+    sqnr = {}
+    for smooth in (True, False):
+        recipe = dataclasses.replace(sqcompile.PRESETS["default"], smooth=smooth)
+        compiled = sqcompile.compile(model, calls[1:], recipe=recipe, backend="eager", progress=False)
+        noise = outputs(compiled(**call))[0].double() - want
+        sqnr[smooth] = float(10 * torch.log10(want.square().sum() / noise.square().sum()))
+    assert sqnr[True] >= 25 and sqnr[True] > sqnr[False]
+
+
+class LogitsOnly(nn.Module):
+    """An encoder-decoder that does not show its encoder's output to the caller."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, features, decoder_input_ids):
+        name = "input_features" if features.is_floating_point() else "input_ids"
+        call = {name: features, "decoder_input_ids": decoder_input_ids}
+        return self.model(**call, use_cache=False).last_hidden_state
+
+
+@pytest.mark.parametrize("name", ["t5", "whisper"])
+def test_an_encoders_last_norm_serves_every_cross_attention(name):
+    model, call = build(name)
+    model = LogitsOnly(model).eval()
+    x = tuple(call.values())
+    folded, sites, refusals = fold_everything(model, *x)
+    assert max(len(s.balance) for s in sites) == 4  # keys and values of both decoder layers
+    assert not any(OUTPUT in r.reason for r in refusals)
+    with torch.no_grad():
+        assert relative_error(folded(*x), model(*x)) <= 1e-5
+
+
+def test_only_the_value_and_up_rows_of_fused_projections_are_smoothed():
+    model, call = build("phi3")
+    _, sites, _ = fold_everything(model, **call)
+    by_balance = {s.balance[0][0].name.split(".")[-2]: s for s in sites if s.kind == "linear"}
+    v_rows, up_rows = by_balance["o_proj"].free, by_balance["down_proj"].free
+    assert v_rows.nonzero().flatten().tolist() == list(range(64 + 32, 128))  # q 64, k 32, v 32
+    assert up_rows.nonzero().flatten().tolist() == list(range(112, 224))  # gate 112, up 112
+
+
+def test_labels_that_pass_rotary_embeddings_are_refused_with_that_reason():
+    from sqcompile.passes.match import _flows
+
+    model, call = build("phi3")
+    gm = trace(model, as_call(model, call))
+    flows = [f for f in _flows(gm, find_linears(gm)).values() if f.kind == "linear" and f.channels == 128]
+    assert len(flows) == 2
+    for flow in flows:
+        assert set(flow.refused) == set(range(96))
+        assert all("rotary" in flow.refused[c] for c in range(64))
+
+
+def test_matching_time_grows_linearly():
+    import families
+
+    seconds = {}
+    for layers in (8, 32):
+        torch.manual_seed(0)
+        model = families._causal(*CAUSAL["llama"][:1], dict(GATED, num_hidden_layers=layers)).eval()
+        gm = trace(model, as_call(model, {"input_ids": families._ids()}))
+        start = time.perf_counter()
+        sites, refusals = match(gm)
+        seconds[layers] = time.perf_counter() - start
+        assert len(sites) == 4 * layers + 1 and refusals == []
+    assert seconds[32] < 5 * 2  # under 5 s where nothing else runs
+    assert seconds[32] < 8 * seconds[8]
+
+
+def test_labels_live_no_longer_than_their_values():
+    from sqcompile.passes import labels
+
+    peak = {}
+    for layers in (2, 6):
+        import families
+
+        model = families._causal("llama", dict(GATED, num_hidden_layers=layers)).eval()
+        gm = trace(model, as_call(model, {"input_ids": families._ids()}))
+        most = 0
+
+        class Counting(labels._Labels):
+            def run_node(self, n):
+                nonlocal most
+                out = super().run_node(n)
+                most = max(most, sum(len(per_value) for per_value in self.labels.values()))
+                return out
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(labels, "_Labels", Counting)
+            match(gm)
+        peak[layers] = most
+    assert peak[6] == peak[2]
