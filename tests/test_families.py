@@ -85,7 +85,9 @@ def test_folding_is_exact_and_covers(name):
     assert found == refused
 
 
-@pytest.mark.parametrize(("dtype", "eps"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize(
+    ("dtype", "eps"), [(torch.bfloat16, 2**-8), pytest.param(torch.float16, 2**-11, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_folding_is_exact_within_half_precision(name, dtype, eps):
     """No further from the float32 function than a few times the half-precision model is itself."""
