@@ -32,6 +32,30 @@ SQ_AMX void configure() {
 
 SQ_AMX void release() { _tile_release(); }
 
+SQ_AMX inline void zero_tiles() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// Tiles 0-3 from and to a square of 32 x 32 values of 4 bytes, rows `ld` values apart.
+template <class T>
+SQ_AMX inline void load_square(const T* c, int64_t ld) {
+  _tile_loadd(0, c, 4 * ld);
+  _tile_loadd(1, c + 16, 4 * ld);
+  _tile_loadd(2, c + 16 * ld, 4 * ld);
+  _tile_loadd(3, c + 16 * ld + 16, 4 * ld);
+}
+
+template <class T>
+SQ_AMX inline void store_square(T* c, int64_t ld) {
+  _tile_stored(0, c, 4 * ld);
+  _tile_stored(1, c + 16, 4 * ld);
+  _tile_stored(2, c + 16 * ld, 4 * ld);
+  _tile_stored(3, c + 16 * ld + 16, 4 * ld);
+}
+
 // The tiles of rows [row, row + rows) and input channels [i, i + 64).
 SQ_VNNI void pack(const Problem& p, int64_t row, int64_t rows, int64_t i, uint8_t* tiles) {
   uint8_t* out = tiles + row * p.padded_k + i * rows;
@@ -50,10 +74,7 @@ SQ_AMX void store_rows(const Problem& p, int64_t row, int64_t end, int64_t at, c
 
 // One block of 64 outputs for up to 16 rows.
 SQ_AMX void block_amx(const Problem& p, const uint8_t* a, int64_t at) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_tiles();
   const int8_t* w = p.w + at * p.padded_k;
   for (int64_t i = 0; i < p.padded_k; i += kDepth, w += kDepth * kBlock, a += kTile * kDepth) {
     for (int64_t line = 0; line < kDepth * kBlock; line += 64)
@@ -78,17 +99,10 @@ SQ_AMX void block_amx(const Problem& p, const uint8_t* a, int64_t at) {
 
 // c [32, 32 of 64] += the product of two tiles of rows by 32 outputs over input channels [i0, i1).
 SQ_AMX void square(const uint8_t* a, const int8_t* w, int64_t i0, int64_t i1, int32_t* c) {
-  if (i0) {
-    _tile_loadd(0, c, 4 * kBlock);
-    _tile_loadd(1, c + 16, 4 * kBlock);
-    _tile_loadd(2, c + 16 * kBlock, 4 * kBlock);
-    _tile_loadd(3, c + 16 * kBlock + 16, 4 * kBlock);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  if (i0)
+    load_square(c, kBlock);
+  else
+    zero_tiles();
   for (int64_t i = i0; i < i1; i += kDepth) {
     const uint8_t* tile = a + i * 2 * kTile;
     _tile_loadd(6, w + i * kBlock, 4 * kBlock);
@@ -100,10 +114,7 @@ SQ_AMX void square(const uint8_t* a, const int8_t* w, int64_t i0, int64_t i1, in
     _tile_dpbusd(2, 5, 6);
     _tile_dpbusd(3, 5, 7);
   }
-  _tile_stored(0, c, 4 * kBlock);
-  _tile_stored(1, c + 16, 4 * kBlock);
-  _tile_stored(2, c + 16 * kBlock, 4 * kBlock);
-  _tile_stored(3, c + 16 * kBlock + 16, 4 * kBlock);
+  store_square(c, kBlock);
 }
 
 // Blocks [j0, j1) of 64 outputs for rows [row, end); row is a multiple of 32.

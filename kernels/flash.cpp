@@ -4,8 +4,6 @@
 // 2), probabilities rounded to bfloat16, and their product with the values added to the output. Key blocks in a
 // query's future are never touched. Keys and values are packed into tiles once per key head.
 
-#define SQ_FLASH __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")))
-
 namespace {
 
 constexpr int64_t kRows = 32;   // queries of a task, keys of a step
@@ -24,7 +22,7 @@ struct Attention {
 };
 
 // Keys [at, at + 32) of one key head as tiles; zeros past the last key.
-SQ_FLASH void pack_keys(const Attention& a, int64_t head, int64_t at) {
+SQ_AMX void pack_keys(const Attention& a, int64_t head, int64_t at) {
   const int64_t b = head / a.groups, g = head % a.groups;
   const uint16_t* k = a.k + b * a.k_stride[0] + g * a.k_stride[1];
   const uint16_t* v = a.v + b * a.v_stride[0] + g * a.v_stride[1];
@@ -52,7 +50,7 @@ SQ_FLASH void pack_keys(const Attention& a, int64_t head, int64_t at) {
 
 // 2^x to about 3e-6 relative, a thousandth of bfloat16's resolution; 0 where that is no normal number, because
 // subnormal arithmetic is a hundred times slower; nan stays nan.
-SQ_FLASH inline __m512 exp2(__m512 x) {
+SQ_AMX inline __m512 exp2(__m512 x) {
   const __m512 least = _mm512_set1_ps(-126.0f);
   const __mmask16 normal = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
   x = _mm512_max_ps(least, x);
@@ -68,19 +66,12 @@ SQ_FLASH inline __m512 exp2(__m512 x) {
 }
 
 // c [32, 32] (row stride ld) = or += a [32, 32 steps] (row stride lda) times `steps` pairs of packed tiles.
-SQ_FLASH void square_bf16(float* c, int64_t ld, bool add, const uint16_t* a, int64_t lda, const uint16_t* b0,
+SQ_AMX void square_bf16(float* c, int64_t ld, bool add, const uint16_t* a, int64_t lda, const uint16_t* b0,
                           const uint16_t* b1, int64_t steps, int64_t b_step) {
-  if (add) {
-    _tile_loadd(0, c, 4 * ld);
-    _tile_loadd(1, c + 16, 4 * ld);
-    _tile_loadd(2, c + 16 * ld, 4 * ld);
-    _tile_loadd(3, c + 16 * ld + 16, 4 * ld);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  if (add)
+    load_square(c, ld);
+  else
+    zero_tiles();
   for (int64_t i = 0; i < steps; ++i) {
     _tile_loadd(4, a + 32 * i, 2 * lda);
     _tile_loadd(6, b0 + b_step * i, 64);
@@ -91,15 +82,12 @@ SQ_FLASH void square_bf16(float* c, int64_t ld, bool add, const uint16_t* a, int
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, c, 4 * ld);
-  _tile_stored(1, c + 16, 4 * ld);
-  _tile_stored(2, c + 16 * ld, 4 * ld);
-  _tile_stored(3, c + 16 * ld + 16, 4 * ld);
+  store_square(c, ld);
 }
 
 // One query's scores s of a block become probabilities p, relative to the largest score so far; what was summed before
 // is scaled to that. `sum` has 16 partial sums.
-SQ_FLASH inline void softmax_row(float* s, int64_t keys, int64_t seen, float scale, uint16_t* p, float& top, float* sum,
+SQ_AMX inline void softmax_row(float* s, int64_t keys, int64_t seen, float scale, uint16_t* p, float& top, float* sum,
                                  float* out, int64_t d) {
   const __m512 never = _mm512_set1_ps(-__builtin_inff());
   for (int64_t j = std::max<int64_t>(0, seen) / 16 * 16; j < keys; j += 16) {
@@ -130,7 +118,7 @@ SQ_FLASH inline void softmax_row(float* s, int64_t keys, int64_t seen, float sca
 }
 
 // Queries [row, row + 32) of one head.
-SQ_FLASH void attend(const Attention& a, int64_t b, int64_t h, int64_t row) {
+SQ_AMX void attend(const Attention& a, int64_t b, int64_t h, int64_t row) {
   constexpr int64_t kMaxD = 256;
   alignas(64) float scores[kRows * kKeys], out[kRows * kMaxD], sum[kRows * 16], top[kRows];
   alignas(64) uint16_t q[kRows * kMaxD], p[kRows * kKeys];

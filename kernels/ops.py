@@ -1,9 +1,9 @@
 """The operators of quantized graphs, ``torch.ops.sqcompile.*``. Importing this module registers them.
 
-Each is one node in a graph, so that passes can match it. Most are composite: a compiler that traces
-through them sees plain arithmetic and fuses it with what surrounds it (a norm before a quantize, an activation after
-a linear). `matmul_u8s8` is opaque: it chooses its kernel by the number of rows when it runs, so that one compiled
-graph serves prefill and decode; so are the operators of attention on CPUs.
+Each is one node in a graph, so that passes can match it. Most are composite: a compiler that traces through them sees
+plain arithmetic and fuses it with what surrounds it (a norm before a quantize, an activation after a linear).
+`matmul_u8s8` is opaque: it chooses its kernel by the number of rows when it runs, so that one compiled graph serves
+prefill and decode; so are the operators of attention on CPUs.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@
 #include <cstring>
 
 #define SQ_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
-#define SQ_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,amx-tile,amx-int8")))
+// every CPU with AMX has all of these
+#define SQ_AMX \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16")))
 
 namespace {
 

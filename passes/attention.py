@@ -23,8 +23,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.graph import add_op, arguments, aten, value
 
-RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
-
 
 def lower_attention(gm: fx.GraphModule) -> None:
     """Rewrites the attentions and rotary angles of CPU tensors in place."""
@@ -77,7 +75,7 @@ def _stored_mask(gm: fx.GraphModule, mask: fx.Node, dtype: torch.dtype) -> tuple
 
 def _unrepeated(x: fx.Node) -> fx.Node | None:
     """The [B, G, S, D] that x [B, G R, S, D] repeats R times head by head, or None."""
-    if x.target not in RESHAPES:
+    if x.target != aten.reshape.default:
         return None
     wide = _source(x)
     if wide.target != aten.expand.default:

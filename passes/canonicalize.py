@@ -1,10 +1,12 @@
-"""canonicalize: every linear in one spelling, ``linear(x, w, b)`` with w [N, K]. Every later pass knows that one alone.
+"""canonicalize: every linear and every view in one spelling. The later passes know that one alone.
 
     addmm(%b, %x, %w)                       -> linear(%x, t(%w), %b)
     mm(%x, %w), matmul(%x, %w)              -> linear(%x, t(%w))
     einsum("bsd,dhe->bshe", %x, %w)         -> unflatten(linear(%x, t(reshape(%w, [D, H E]))), -1, [H, E])
+    view(%x, size), _unsafe_view(%x, size)  -> reshape(%x, size)
 
-A weight is a constant expression, so that transposing or reshaping it costs nothing and writes to no parameter.
+A linear is ``linear(x, w, b)`` with w [N, K]. A weight is a constant expression, so that transposing or reshaping it costs
+nothing and writes to no parameter. A view looks at memory, whose layout a rewrite may change; a reshape does not.
 """
 
 from __future__ import annotations
@@ -19,9 +21,12 @@ from sqcompile.passes.graph import add_op, arguments, aten, constants, value
 
 
 def canonicalize(gm: fx.GraphModule) -> None:
-    """Rewrites the linears of a traced graph in place; what only looks like one is left as it is."""
+    """Rewrites a traced graph in place; what only looks like a linear is left as it is."""
     const = constants(gm)
     for node in list(gm.graph.nodes):
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+            continue
         rewrite = _REWRITES.get(node.target)
         if rewrite is None or node in const:
             continue

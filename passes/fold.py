@@ -122,7 +122,7 @@ class _Folder:
     def _multiply(self, site: Site, s: Tensor, name: str, quantized: set[str]) -> None:
         users = [(l, self.nodes[l.node]) for l, _ in site.balance if l.name in quantized]
         x = self.nodes[site.producer]
-        with self.gm.graph.inserting_before(min((u for _, u in users), key=list(self.gm.graph.nodes).index)):
+        with self.gm.graph.inserting_before(min(u for _, u in users)):
             smoothed = self._scaled(x, aten.mul.Tensor, s.reciprocal().to(value(x).device), name)
         for linear, user in users:
             user.update_arg(0, smoothed)

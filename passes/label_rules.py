@@ -56,19 +56,15 @@ class Flow:
                     self.refused.setdefault(int(label), reason)
 
 
-# Views that a label tensor, with strides of its own, takes as a reshape.
-VIEWS = {aten.view.default, aten._unsafe_view.default}
-
 # Pure layout: executed on the label tensor itself.
 LAYOUT = {
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.t.default,
+    aten.reshape.default, aten.transpose.int, aten.permute.default, aten.t.default,
     aten.slice.Tensor, aten.select.int, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim,
     aten.squeeze.default, aten.squeeze.dims, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
     aten.unbind.int, aten.flatten.using_ints, aten.unflatten.int, aten.repeat.default, aten.narrow.default,
     aten.repeat_interleave.self_int, aten.index.Tensor, aten.index_select.default, aten.flip.default,
-    aten.movedim.int, aten.swapaxes.default, aten.expand_as.default, aten.view_as.default,
-    aten.reshape_as.default, aten.roll.default,
-    operator.getitem,
+    aten.movedim.int, aten.swapaxes.default, aten.expand_as.default, aten.view_as.default, aten.reshape_as.default,
+    aten.roll.default, operator.getitem,
 }  # fmt: skip
 
 # f(x / s) = f(x) / s for every s > 0, element by element, whatever the other arguments are.
@@ -140,7 +136,7 @@ def _add(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, 
     narrow = wide[0]
     for d, size in enumerate(shape):
         if size == 1:
-            if not bool((narrow == narrow.narrow(d, 0, 1)).all()):
+            if not uniform(narrow, d):
                 raise Refused("is shifted by a constant shared between channels")
             narrow = narrow.narrow(d, 0, 1)
     flow.adds.append((n.name, i, narrow.reshape(value(other).shape).clone()))

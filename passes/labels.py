@@ -15,7 +15,6 @@ A linear whose input columns carry one label each absorbs them: a balance layer.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from sqcompile.passes.label_rules import (
     OUTPUT,
     RULES,
     SHAPE_ONLY,
-    VIEWS,
     Flow,
     Refused,
     describe,
@@ -165,8 +163,7 @@ class _Labels(fx.Interpreter):
         args, kwargs = fx.node.map_arg((n.args[1:], n.kwargs), lambda a: self._argument(n, a, labels))
         if n.target is operator.getitem:
             return labels[args[0]]
-        target: Callable[..., Any] = aten.reshape.default if n.target in VIEWS else n.target  # type: ignore[assignment]
-        return target(labels, *args, **kwargs)
+        return n.target(labels, *args, **kwargs)  # type: ignore[operator]
 
     def _argument(self, n: fx.Node, a: fx.Node, labels: Any) -> Any:
         """An argument of a layout op as data: a size, or an index tensor."""

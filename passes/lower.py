@@ -74,8 +74,6 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
     for group in groups.values():
         _lower_group(gm, group)
         release_freed_memory()
-    for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
-        node.target = aten.reshape.default  # a merged linear's result is a slice, which not every view accepts
     _materialize(gm)
     lower_attention(gm)
     return finish(gm)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import CAUSAL, causal_lm, roughen
 from torch import Tensor, nn
 
 from sqcompile import Recipe
@@ -20,42 +21,16 @@ from sqcompile.trace import trace
 torch.set_num_threads(min(2, torch.get_num_threads()))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-TINY = dict(
-    hidden_size=64, num_hidden_layers=2, vocab_size=96, num_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": dict(TINY, intermediate_size=112, num_key_value_heads=2),
-    "opt": dict(TINY, ffn_dim=112, word_embed_proj_dim=64),
-}
-
 
 def relative_error(y: Tensor, reference: Tensor) -> float:
     return float((y.double() - reference.double()).norm() / reference.double().norm())
 
 
-def roughen(model: nn.Module, outlier: float = 20.0, inner: tuple[str, ...] = ()) -> nn.Module:
-    """Norms, biases away from their initial ones and zeros, and every seventh norm channel an outlier.
-
-    Norms named in ``inner`` feed no linear but attention scores or a residual: they get no outliers.
-    """
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() == 1:
-                p.add_(0.3 * torch.randn(p.shape, generator=generator))
-            norm = "norm" in name.lower() or "ln_" in name
-            if p.dim() == 1 and norm and name.endswith("weight") and not any(i in name for i in inner):
-                p[::7] *= outlier
-    return model
-
-
 def tiny_lm(family: str, dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
     """A tiny causal LM of a transformers family with random weights, norms and outliers."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    kind, sizes = CAUSAL[family]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**FAMILIES[family], **config}))
-    return roughen(model.eval()).to(dtype)
+    return roughen(causal_lm(kind, {**sizes, **config}).eval()).to(dtype)
 
 
 def token_batches(

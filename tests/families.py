@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from conftest import roughen
 from torch import Tensor, nn
 
 COMMON = dict(vocab_size=96, hidden_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -38,7 +37,7 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def _ids(shape: tuple[int, int] = (2, 11), seed: int = 0) -> Tensor:
+def token_ids(shape: tuple[int, int] = (2, 11), seed: int = 0) -> Tensor:
     return torch.randint(3, 96, shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -46,7 +45,7 @@ def _floats(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _causal(kind: str, config: dict[str, Any], **kwargs: Any) -> nn.Module:
+def causal_lm(kind: str, config: dict[str, Any], **kwargs: Any) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config), **kwargs)
@@ -68,21 +67,37 @@ OTHERS = ["bert", "roberta", "t5", "t5 gated", "whisper", "vit", "clip"]
 FAMILIES = [*CAUSAL, *OTHERS]
 
 
+def roughen(model: nn.Module, outlier: float = 20.0, inner: tuple[str, ...] = ()) -> nn.Module:
+    """Norms, biases away from their initial ones and zeros, and every seventh norm channel an outlier.
+
+    Norms named in ``inner`` feed no linear but attention scores or a residual: they get no outliers.
+    """
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.add_(0.3 * torch.randn(p.shape, generator=generator))
+            norm = "norm" in name.lower() or "ln_" in name
+            if p.dim() == 1 and norm and name.endswith("weight") and not any(i in name for i in inner):
+                p[::7] *= outlier
+    return model
+
+
 def build(name: str, outlier: float = 20.0, **kwargs: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model in eval mode and the keyword arguments of a call."""
     torch.manual_seed(0)
     if name in CAUSAL:
-        model, call = _causal(*CAUSAL[name], **kwargs), {"input_ids": _ids()}
+        model, call = causal_lm(*CAUSAL[name], **kwargs), {"input_ids": token_ids()}
     elif name in ("bert", "roberta"):
         model = _base(name, dict(BERT, max_position_embeddings=64))
-        call = {"input_ids": _ids(), "attention_mask": torch.ones(2, 11, dtype=torch.long)}
+        call = {"input_ids": token_ids(), "attention_mask": torch.ones(2, 11, dtype=torch.long)}
     elif name in ("t5", "t5 gated"):
         ff = "gated-gelu" if name == "t5 gated" else "relu"
         sizes = dict(
             d_model=64, d_kv=16, d_ff=112, num_layers=2, num_heads=4, feed_forward_proj=ff, initializer_factor=0.3
         )
         model = _base("t5", dict(vocab_size=96, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **sizes))
-        call = {"input_ids": _ids(), "decoder_input_ids": _ids((2, 7), 1)}
+        call = {"input_ids": token_ids(), "decoder_input_ids": token_ids((2, 7), 1)}
     elif name == "whisper":
         sizes = dict(
             d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4
@@ -90,7 +105,7 @@ def build(name: str, outlier: float = 20.0, **kwargs: Any) -> tuple[nn.Module, d
         ffn = dict(encoder_ffn_dim=112, decoder_ffn_dim=112, num_mel_bins=8, max_source_positions=12)
         ids = dict(vocab_size=96, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
         model = _base("whisper", {**sizes, **ffn, **ids, "max_target_positions": 32})
-        call = {"input_features": _floats(2, 8, 24), "decoder_input_ids": _ids((2, 7), 1)}
+        call = {"input_features": _floats(2, 8, 24), "decoder_input_ids": token_ids((2, 7), 1)}
     elif name == "vit":
         model = _base("vit", dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=112, image_size=32, patch_size=8))  # fmt: skip
         call = {"pixel_values": _floats(2, 3, 32, 32)}
@@ -98,5 +113,5 @@ def build(name: str, outlier: float = 20.0, **kwargs: Any) -> tuple[nn.Module, d
         tower = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=112)
         text = dict(tower, vocab_size=96, eos_token_id=2, bos_token_id=1, pad_token_id=0, max_position_embeddings=32)
         model = _base("clip", dict(text_config=text, vision_config=dict(tower, image_size=32, patch_size=8), projection_dim=48))  # fmt: skip
-        call = {"input_ids": _ids(), "pixel_values": _floats(2, 3, 32, 32)}
+        call = {"input_ids": token_ids(), "pixel_values": _floats(2, 3, 32, 32)}
     return roughen(model.eval(), outlier, INNER_NORMS.get(name, ())), call

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import fold_everything, relative_error
-from families import CAUSAL, FAMILIES, GATED, build
+from families import FAMILIES, GATED, build, causal_lm, token_ids
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -172,18 +172,16 @@ def test_labels_that_pass_rotary_embeddings_are_refused_with_that_reason():
 
 
 def test_matching_time_grows_linearly():
-    import families
-
     seconds = {}
     for layers in (8, 32):
         torch.manual_seed(0)
-        model = families._causal(*CAUSAL["llama"][:1], dict(GATED, num_hidden_layers=layers)).eval()
-        gm = trace(model, as_call(model, {"input_ids": families._ids()}))
-        start = time.perf_counter()
+        model = causal_lm("llama", dict(GATED, num_hidden_layers=layers)).eval()
+        gm = trace(model, as_call(model, {"input_ids": token_ids()}))
+        start = time.process_time()
         sites, refusals = match(gm)
-        seconds[layers] = time.perf_counter() - start
+        seconds[layers] = time.process_time() - start
         assert len(sites) == 4 * layers + 1 and refusals == []
-    assert seconds[32] < 5 * 2  # under 5 s where nothing else runs
+    assert seconds[32] < 5
     assert seconds[32] < 8 * seconds[8]
 
 
@@ -192,10 +190,8 @@ def test_labels_live_no_longer_than_their_values():
 
     peak = {}
     for layers in (2, 6):
-        import families
-
-        model = families._causal("llama", dict(GATED, num_hidden_layers=layers)).eval()
-        gm = trace(model, as_call(model, {"input_ids": families._ids()}))
+        model = causal_lm("llama", dict(GATED, num_hidden_layers=layers)).eval()
+        gm = trace(model, as_call(model, {"input_ids": token_ids()}))
         most = 0
 
         class Counting(labels._Labels):
