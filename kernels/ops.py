@@ -39,16 +39,47 @@ def int8_linear_packed(
     return reference.scale_output(y, scale, bias, dtype)
 
 
+def grouped_matmul_u8s8(
+    q: Tensor, w: list[Tensor], w_scale: Tensor, w_sum: Tensor, offsets: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`matmul_u8s8` of each row of q [T, K] with its expert's packed weight; w_scale and w_sum are [E, N]."""
+    out = torch.zeros(q.shape[0], w_scale.shape[1], dtype=dtype)
+    for e, rows in enumerate(reference.expert_rows(offsets)):
+        if rows.stop > rows.start:
+            out[rows] = x86.matmul(q[rows], w[e], w_scale[e], w_sum[e], dtype)
+    return out
+
+
+def _grouped_matmul_u8s8_fake(
+    q: Tensor, w: list[Tensor], w_scale: Tensor, w_sum: Tensor, offsets: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return q.new_empty((q.shape[0], w_scale.shape[1]), dtype=dtype)
+
+
+def int8_grouped_linear_packed(
+    q: Tensor, scale: Tensor, w: list[Tensor], w_scale: Tensor, w_sum: Tensor, offsets: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`reference.int8_grouped_linear` for uint8 q [T, K] and one packed weight per expert."""
+    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    y = torch.ops.sqcompile.grouped_matmul_u8s8(q, w, w_scale, w_sum, offsets, wide)
+    return reference.scale_output(y, scale, None, dtype)
+
+
 _COMPOSITE = {
     "token_scale(Tensor x) -> Tensor": reference.token_scale,
     "tensor_scale(Tensor x) -> Tensor": reference.tensor_scale,
     "quantize(Tensor x, Tensor scale, int zero_point=0) -> Tensor": reference.quantize,
     "dequantize(Tensor acc, Tensor scale, Tensor w_scale, Tensor? bias, ScalarType dtype) -> Tensor": reference.dequantize,
+    "grouped_dequantize(Tensor acc, Tensor scale, Tensor w_scale, Tensor offsets, ScalarType dtype) -> Tensor": (
+        reference.grouped_dequantize
+    ),
     "int8_linear(Tensor q, Tensor scale, Tensor w, Tensor w_scale, Tensor? bias, ScalarType dtype) -> Tensor": (
         reference.int8_linear
     ),
     "int8_linear_packed(Tensor q, Tensor scale, Tensor w, Tensor w_scale, Tensor w_sum, Tensor? bias, ScalarType dtype)"
     " -> Tensor": int8_linear_packed,
+    "int8_grouped_linear_packed(Tensor q, Tensor scale, Tensor[] w, Tensor w_scale, Tensor w_sum, Tensor offsets,"
+    " ScalarType dtype) -> Tensor": int8_grouped_linear_packed,
 }
 
 _library = torch.library.Library("sqcompile", "DEF")
@@ -63,6 +94,17 @@ def stored(x: Tensor) -> Tensor:
 
 
 _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "grouped_linear(Tensor x, Tensor w, Tensor offsets) -> Tensor": (
+        reference.grouped_linear,
+        lambda x, w, offsets: x.new_empty(x.shape[0], w.shape[1]),
+    ),
+    "int8_grouped_linear(Tensor q, Tensor scale, Tensor w, Tensor w_scale, Tensor offsets, ScalarType dtype)"
+    " -> Tensor": (
+        reference.int8_grouped_linear,
+        lambda q, scale, w, w_scale, offsets, dtype: q.new_empty((q.shape[0], w.shape[1]), dtype=dtype),
+    ),
+    "grouped_matmul_u8s8(Tensor q, Tensor[] w, Tensor w_scale, Tensor w_sum, Tensor offsets, ScalarType dtype)"
+    " -> Tensor": (grouped_matmul_u8s8, _grouped_matmul_u8s8_fake),
     "matmul_u8s8(Tensor q, Tensor w, Tensor w_scale, Tensor w_sum, ScalarType dtype) -> Tensor": (
         matmul_u8s8,
         _matmul_u8s8_fake,
@@ -78,7 +120,7 @@ _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 for _schema, (_function, _fake) in _OPAQUE.items():
     _name = _schema.partition("(")[0]
     _library.define(_schema)
-    for _key in ("CPU", "MkldnnCPU"):  # packed weights carry the second key
+    for _key in ("CPU", "CUDA", "MkldnnCPU"):  # packed weights carry the last key
         _library.impl(_name, _function, _key)
     torch.library.register_fake(f"sqcompile::{_name}", _fake, lib=_library)
 

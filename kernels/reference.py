@@ -100,6 +100,46 @@ def int8_linear(
     return dequantize(int8_matmul(q, w), scale, w_scale, bias, dtype)
 
 
+def expert_rows(offsets: Tensor) -> list[slice]:
+    """The rows of each expert, from where they end: int32 [E], not decreasing."""
+    ends = offsets.tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def grouped_linear(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """Each row of x times the matrix of its expert.
+
+    Args:
+        x: any float dtype [T, K], rows sorted by expert.
+        w: same dtype [E, N, K].
+        offsets: int32 [E], where the rows of each expert end; an expert without rows repeats the end before it.
+
+    Returns:
+        x's dtype [T, N]; rows past the last offset are zeros.
+    """
+    out = x.new_zeros(x.shape[0], w.shape[1])
+    for rows, matrix in zip(expert_rows(offsets), w, strict=True):
+        out[rows] = x[rows] @ matrix.t()
+    return out
+
+
+def grouped_dequantize(acc: Tensor, scale: Tensor, w_scale: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """`dequantize` of acc [T, N] with the scales w_scale, float32 [E, N] or [E, 1], of each row's expert."""
+    row = torch.arange(acc.shape[0], device=acc.device, dtype=offsets.dtype)
+    expert = torch.searchsorted(offsets, row, right=True).clamp_max(w_scale.shape[0] - 1)
+    return dequantize(acc, scale, w_scale[expert], None, dtype)
+
+
+def int8_grouped_linear(
+    q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, offsets: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`int8_linear` of each row with the matrix of its expert: q int8 [T, K], w int8 [E, N, K], w_scale float32 [E, N]."""
+    acc = torch.zeros(q.shape[0], w.shape[1], dtype=torch.int32, device=q.device)
+    for rows, matrix in zip(expert_rows(offsets), w, strict=True):
+        acc[rows] = int8_matmul(q[rows], matrix)
+    return grouped_dequantize(acc, scale, w_scale, offsets, dtype)
+
+
 def scale_output(y: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The epilogue after Δw: y · Δx + bias in float32, cast to dtype."""
     y = y.to(torch.float32) * scale

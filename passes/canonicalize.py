@@ -3,9 +3,10 @@
     addmm(%b, %x, %w)                       -> linear(%x, t(%w), %b)
     mm(%x, %w), matmul(%x, %w)              -> linear(%x, t(%w))
     einsum("bsd,dhe->bshe", %x, %w)         -> unflatten(linear(%x, t(reshape(%w, [D, H E]))), -1, [H, E])
+    _grouped_mm(%x, %w, %offsets)           -> sqcompile.grouped_linear(%x, transpose(%w), %offsets)
     view(%x, size), _unsafe_view(%x, size)  -> reshape(%x, size)
 
-A linear is ``linear(x, w, b)`` with w [N, K]. A weight is a constant expression, so that transposing or reshaping it costs
+A linear is ``linear(x, w, b)`` with w [N, K], or [E, N, K] for experts over rows sorted by expert. A weight is a constant expression, so that transposing or reshaping it costs
 nothing and writes to no parameter. A view looks at memory, whose layout a rewrite may change; a reshape does not.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.graph import add_op, arguments, aten, constants, value
 
 
@@ -27,7 +29,7 @@ def canonicalize(gm: fx.GraphModule) -> None:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
             continue
-        rewrite = _REWRITES.get(node.target)
+        rewrite = _grouped if _is_grouped(node) else _REWRITES.get(node.target)
         if rewrite is None or node in const:
             continue
         with gm.graph.inserting_before(node):
@@ -68,6 +70,24 @@ def _matmul(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node |
     if not _is_data(x, const) or not _is_weight(w, const):
         return None
     return add_op(gm, aten.linear.default, x, add_op(gm, aten.t.default, w))
+
+
+def _is_grouped(node: fx.Node) -> bool:
+    """PyTorch's grouped product, or the operator that transformers puts in its place where PyTorch has no kernel."""
+    return node.target == aten._grouped_mm.default or str(node.target) == "transformers.grouped_mm_fallback.default"
+
+
+def _grouped(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node | None:
+    """Rows of x [T, K], sorted by expert, times w [E, K, N]: int32 offsets [E] say where each expert's rows end."""
+    args = arguments(node)
+    x, w = (a for a in node.args[:2] if isinstance(a, fx.Node))
+    offsets = args["offs"]
+    if not _is_data(x, const) or value(x).dim() != 2 or not _is_weight(w, const, 3) or not isinstance(offsets, fx.Node):
+        return None
+    if args.get("bias") is not None or value(node).dtype != value(x).dtype:
+        return None
+    w = add_op(gm, aten.transpose.int, w, -2, -1)
+    return add_op(gm, sqcompile_ops.grouped_linear.default, x, w, offsets)
 
 
 def _einsum(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node | None:

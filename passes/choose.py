@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -21,8 +21,10 @@ from sqcompile.errors import NothingToQuantizeError, RecipeError
 from sqcompile.kernels.reference import absmax_scale, dequantize, quantize, token_scale, weight_scale
 from sqcompile.passes.graph import Linear, aten, effective_weight, find_linears, nodes_by_name, row_parts, value
 from sqcompile.passes.match import Refusal, Site, input_sites
-from sqcompile.plan import LayerPlan, Plan
+from sqcompile.plan import LayerPlan, Plan, Smoothing
 from sqcompile.recipe import Recipe
+
+_Note = tuple[Smoothing, str, float | None]  # what was done with a linear's input, why, and the site's alpha
 
 # A site is left unsmoothed only where smoothing makes its error on the sample this much worse. Below that, smoothing is
 # kept even without a gain: the sample holds few tokens, and the absmax it is built from saw them all.
@@ -71,18 +73,19 @@ def choose(
     chooser = _Chooser(gm, calibration, recipe)
     linears = find_linears(gm)
     _check_skip(gm, linears, recipe)
-    floats = {l.name: reason for l in linears if (reason := _float_reason(gm, l, calibration, recipe))}
+    routers = _routers(gm, linears)
+    floats = {l.name: reason for l in linears if (reason := _float_reason(gm, l, routers, calibration, recipe))}
     if len(floats) == len(linears):
         raise NothingToQuantizeError(_nothing(linears, floats))
     scales: dict[str, Tensor] = {}
-    notes: dict[str, tuple[str, str, float | None]] = {}
+    notes: dict[str, _Note] = {}
     for site in sites + input_sites(refusals, {l.name for l in linears} - set(floats)):
         quantized = [l for l, _ in site.balance if l.name not in floats]
         if not quantized:
             continue
-        how = "multiplied" if site.kind == "input" else "folded"
+        how: Smoothing = "multiplied" if site.kind == "input" else "folded"
         if not recipe.smooth:
-            note: tuple[str, str, float | None] = ("none", "the recipe does not smooth", None)
+            note: _Note = ("none", "the recipe does not smooth", None)
         else:
             s, alpha, reason = chooser.best(site, floats)
             if s is not None:
@@ -113,7 +116,7 @@ class _Chooser:
         for l, m in balance:
             index = m.to(device)
             x_absmax.scatter_reduce_(0, index, self.calibration.inputs[l.name].absmax, "amax")
-            w_absmax.scatter_reduce_(0, index, effective_weight(self.gm, l).abs().amax(0).float(), "amax")
+            w_absmax.scatter_reduce_(0, index, _column_absmax(effective_weight(self.gm, l)), "amax")
         touched = [l for l, _ in balance]
         producer = self.linears.get(site.producer)
         if (
@@ -143,17 +146,30 @@ class _Chooser:
 
     def error(self, l: Linear) -> float:
         """|Y_quantized - Y|² / |Y|² of one linear on the sample; zero where there is no signal."""
-        x = self.calibration.inputs[l.name].rows.float()
-        columns, rows = self.columns.get(l.name), self.rows.get(l.name)
-        smoothed = x if columns is None else x / columns
+        stats, weight = self.calibration.inputs[l.name], effective_weight(self.gm, l)
+        x = stats.rows.float()
+        smoothed = x / self.columns[l.name] if l.name in self.columns else x
         x_scale = token_scale(smoothed) if self.recipe.activation == "per_token" else self.input_scale(l)
         x_int = quantize(smoothed, x_scale).float()
+        if not l.experts:
+            signal, noise = self._products(l, weight, x, x_int, x_scale)
+            return noise / signal if signal > 0 else 0.0
+        signal = noise = 0.0
+        for e in stats.experts.unique().tolist():
+            mine = stats.experts == e
+            scale = x_scale[mine] if x_scale.dim() else x_scale
+            more = self._products(l, weight[e], x[mine], x_int[mine], scale)
+            signal, noise = signal + more[0], noise + more[1]
+        return noise / signal if signal > 0 else 0.0
+
+    def _products(self, l: Linear, weight: Tensor, x: Tensor, x_int: Tensor, x_scale: Tensor) -> tuple[float, float]:
+        """|Y|² and |Y_quantized - Y|² for one weight [N, K] and rows x [R, K]."""
+        columns, rows = self.columns.get(l.name), self.rows.get(l.name)
 
         def folded(part: slice) -> Tensor:
             w = weight[part].float() if columns is None else weight[part].float() * columns
             return w if rows is None else w / rows[part, None]
 
-        weight = effective_weight(self.gm, l)
         parts = row_parts(weight)
         per_tensor = self.recipe.weight == "per_tensor"
         common = torch.cat([weight_scale(folded(p), False) for p in parts]).amax() if per_tensor else None
@@ -167,26 +183,56 @@ class _Chooser:
                 y_hat = y_hat * rows[part]
             signal += float(y.square().sum())
             noise += float((y_hat - y).square().sum())
-        return noise / signal if signal > 0 else 0.0
+        return signal, noise
 
     def input_scale(self, l: Linear) -> Tensor:
         """Static Δx: the largest calibrated |X_j| / s_j over 127. A dynamic scale per tensor is close to it too."""
         absmax = self.calibration.inputs[l.name].absmax
         return absmax_scale((absmax / self.columns[l.name] if l.name in self.columns else absmax).max())
 
-    def layer(self, l: Linear, floats: dict[str, str], notes: dict[str, tuple[str, str, float | None]]) -> LayerPlan:
-        shape = (l.out_features, l.in_features)
+    def layer(self, l: Linear, floats: dict[str, str], notes: dict[str, _Note]) -> LayerPlan:
+        kind: Literal["linear", "experts"] = "experts" if l.experts else "linear"
         if l.name in floats:
-            return LayerPlan(l.name, "linear", False, "none", floats[l.name], shape=shape)
+            return LayerPlan(l.name, kind, False, "none", floats[l.name], shape=l.shape)
         how, reason, alpha = notes[l.name]
+        idle = (self.calibration.inputs[l.name].tokens == 0).nonzero().flatten().tolist() if l.experts else []
+        if idle:
+            which = f"{', '.join(map(str, idle))} of {l.experts} experts"
+            reason += f"; no calibration token reached {which}, whose scales come from the other experts' tokens"
         error = self.error(l)
         static = float(self.input_scale(l)) if self.recipe.activation == "per_tensor_static" else None
         sqnr = -10 * math.log10(error) if error > 0 else math.inf
-        return LayerPlan(l.name, "linear", True, how, reason, alpha, sqnr, static, shape)  # type: ignore[arg-type]
+        return LayerPlan(l.name, kind, True, how, reason, alpha, sqnr, static, l.shape)
 
 
-def _float_reason(gm: fx.GraphModule, l: Linear, calibration: Calibration, recipe: Recipe) -> str | None:
+def _column_absmax(w: Tensor) -> Tensor:
+    """max|W_:j| of w [N, K] or [E, N, K]: float32 [K]; a few rows at a time, no copy of w."""
+    rows = w.flatten(0, -2)
+    return torch.stack([rows[p].abs().amax(0).float() for p in row_parts(rows)]).amax(0)
+
+
+def _routers(gm: fx.GraphModule, linears: list[Linear]) -> set[str]:
+    """Nodes of the linears whose output decides which expert a row goes to: the nearest above experts' offsets."""
+    nodes, by_node = nodes_by_name(gm), {l.node for l in linears}
+    todo, seen, routers = [nodes[l.offsets] for l in linears if l.offsets], set(), set()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name in by_node:
+            routers.add(node.name)
+        else:
+            todo.extend(node.all_input_nodes)
+    return routers
+
+
+def _float_reason(
+    gm: fx.GraphModule, l: Linear, routers: set[str], calibration: Calibration, recipe: Recipe
+) -> str | None:
     """Why a linear stays in float, or None."""
+    if l.node in routers:
+        return "routes tokens to experts, and a rounding there would change the expert"
     for pattern in recipe.skip:
         if _matches(gm, l, pattern):
             return f"skipped by the recipe ({pattern!r})"

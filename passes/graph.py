@@ -18,7 +18,12 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
+from sqcompile.kernels.ops import sqcompile_ops
+
 aten = torch.ops.aten
+
+# The spellings of a linear that `canonicalize` leaves: linear(x, w, b), and grouped_linear(x, w, offsets) for experts.
+LINEARS = (aten.linear.default, sqcompile_ops.grouped_linear.default)
 
 # Casts that `fold` adds only so that a folded weight keeps the model's dtype. `evaluate` skips them, so that a weight
 # is quantized from its float32 product and is not rounded to bf16 on the way.
@@ -29,14 +34,18 @@ FOLD_CAST = "sqcompile_fold_cast"
 class Linear:
     """One linear of a graph: ``y = x Wᵀ + b``, in the one spelling that `canonicalize` leaves.
 
+    Routed experts are one linear with a weight [E, N, K]: rows of x are sorted by expert, and each meets its own matrix.
+
     Attributes:
         name: the weight's qualified name; a weight used more than once gets ``#2``, ``#3`` ... after the first use.
         node: name of the node that computes y.
         x: name of the input node, [..., K].
-        weight: name of the weight's node, a constant expression, [N, K].
+        weight: name of the weight's node, a constant expression, [N, K] or [E, N, K].
         bias: name of the bias's node, [N], or None.
         out_features: N.
         in_features: K.
+        experts: E, or None.
+        offsets: name of the node that holds where each expert's rows end, int32 [E], or None.
     """
 
     name: str
@@ -46,6 +55,14 @@ class Linear:
     bias: str | None
     out_features: int
     in_features: int
+    experts: int | None = None
+    offsets: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight: (N, K) or (E, N, K)."""
+        sizes = (self.out_features, self.in_features)
+        return sizes if self.experts is None else (self.experts, *sizes)
 
 
 def nodes_by_name(gm: fx.GraphModule) -> dict[str, fx.Node]:
@@ -113,7 +130,7 @@ def evaluate(gm: fx.GraphModule, node: fx.Node) -> Tensor:
 
 
 def effective_weight(gm: fx.GraphModule, linear: Linear) -> Tensor:
-    """The weight a linear multiplies with, as [N, K] in the dtype of its expression (float32 once folded)."""
+    """The weight a linear multiplies with, as `Linear.shape` in the dtype of its expression (float32 once folded)."""
     return evaluate(gm, nodes_by_name(gm)[linear.weight])
 
 
@@ -199,11 +216,13 @@ def finish(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def find_linears(gm: fx.GraphModule) -> list[Linear]:
-    """Every linear with a constant 2-D weight, in graph order."""
+    """Every linear with a constant weight, routed experts among them, in graph order."""
     const = constants(gm)
     uses: dict[str, int] = {}
     found = []
-    for n in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
+    for n in gm.graph.nodes:
+        if n.target not in LINEARS:
+            continue
         x, w, bias = linear_operands(n)
         if n in const or x in const or w not in const or not value(w).dtype.is_floating_point or value(x).dim() < 2:
             continue
@@ -212,15 +231,16 @@ def find_linears(gm: fx.GraphModule) -> list[Linear]:
         base = first_leaf(w) or w.name
         uses[base] = uses.get(base, 0) + 1
         name = base if uses[base] == 1 else f"{base}#{uses[base]}"
-        n_out, k = (int(size) for size in value(w).shape)
-        found.append(Linear(name, n.name, x.name, w.name, bias.name if bias else None, n_out, k))
+        *experts, n_out, k = (int(size) for size in value(w).shape)
+        routed = (experts[0], n.args[2].name) if experts else (None, None)
+        found.append(Linear(name, n.name, x.name, w.name, bias.name if bias else None, n_out, k, *routed))
     return found
 
 
 def linear_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-    """Input, weight and bias of an ``aten.linear`` node."""
-    x, w, *bias = node.args
-    return x, w, bias[0] if bias else None  # type: ignore[return-value]
+    """Input, weight and bias of one of `LINEARS`; routed experts have no bias."""
+    x, w, *rest = node.args
+    return x, w, rest[0] if rest and node.target == aten.linear.default else None  # type: ignore[return-value]
 
 
 def first_leaf(node: fx.Node) -> str | None:

@@ -14,7 +14,7 @@ and a kernel that sums in int32 gives the same result to the bit, not one that r
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import quantize, weight_scale
@@ -41,7 +41,8 @@ def insert_qdq(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Quantizes the plan's linears.
 
     Weights are quantized from their float32 folded value, one at a time. The result holds int8 [N, K] and float32
-    scales [N] ([1] per tensor) under ``<weight name>_int8`` and ``_scale``, and no float copy of them.
+    scales [N] ([1] per tensor) under ``<weight name>_int8`` and ``_scale``, and no float copy of them. Experts have a
+    scale per expert and output channel: int8 [E, N, K] and float32 [E, N] ([E, 1] per tensor).
     """
     gm = clone(gm)
     inserter = _Inserter(gm, plan)
@@ -64,21 +65,34 @@ class _Inserter:
         node = self.nodes[linear.node]
         x, _, bias = linear_operands(node)
         x_float, x_scale = self._input(x, layer)
-        w = effective_weight(self.gm, linear)
-        parts = row_parts(w)
-        scale = torch.cat([weight_scale(w[p].float(), True) for p in parts])
-        if self.plan.recipe.weight == "per_tensor":
-            scale = scale.amax(dim=0, keepdim=True)
-        w_int8_value = torch.cat([quantize(w[p], scale[p] if len(scale) > 1 else scale) for p in parts])
-        del w
+        w_int8_value, scale = self._weight(linear)
         name = linear.name.replace("#", "_use")
         with self.gm.graph.inserting_before(node):
             w_int8 = add_tensor(self.gm, f"{name}_int8", w_int8_value)
-            w_scale = add_tensor(self.gm, f"{name}_scale", scale.flatten())
-            acc = add_op(self.gm, aten.linear.default, x_float, add_op(self.gm, aten.to.dtype, w_int8, torch.float32))
-            y = add_op(self.gm, sqcompile_ops.dequantize.default, acc, x_scale, w_scale, bias, value(node).dtype)
+            w_scale = add_tensor(self.gm, f"{name}_scale", scale)
+            w_float = add_op(self.gm, aten.to.dtype, w_int8, torch.float32)
+            if linear.experts:
+                offsets, dequantize = node.args[2], sqcompile_ops.grouped_dequantize.default
+                acc = add_op(self.gm, sqcompile_ops.grouped_linear.default, x_float, w_float, offsets)
+                y = add_op(self.gm, dequantize, acc, x_scale, w_scale, offsets, value(node).dtype)
+            else:
+                acc = add_op(self.gm, aten.linear.default, x_float, w_float)
+                y = add_op(self.gm, sqcompile_ops.dequantize.default, acc, x_scale, w_scale, bias, value(node).dtype)
         node.replace_all_uses_with(y)
         self.gm.graph.erase_node(node)
+
+    def _weight(self, linear: Linear) -> tuple[Tensor, Tensor]:
+        """int8 [N, K] and float32 [N], or [1] per tensor; for experts, each a tensor of its own, with a leading [E]."""
+        w = effective_weight(self.gm, linear)
+        per_channel = self.plan.recipe.weight == "per_channel"
+        if not linear.experts:
+            return _quantize_weight(w, per_channel)
+        q, scales = torch.empty(w.shape, dtype=torch.int8, device=w.device), []
+        for out, matrix in zip(q, w, strict=True):
+            values, scale = _quantize_weight(matrix, per_channel)
+            out.copy_(values)
+            scales.append(scale)
+        return q, torch.stack(scales)
 
     def _input(self, x: fx.Node, layer: LayerPlan) -> tuple[fx.Node, fx.Node]:
         """The quantized input as float32 integers, and its scale; made once per tensor and scale."""
@@ -102,3 +116,11 @@ class _Inserter:
                 q = add_op(self.gm, sqcompile_ops.quantize.default, x, scale)
                 self.inputs[key] = add_op(self.gm, aten.to.dtype, q, torch.float32), scale
         return self.inputs[key]
+
+
+def _quantize_weight(w: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
+    parts = row_parts(w)  # no float copy of the weight
+    scale = torch.cat([weight_scale(w[p].float(), True) for p in parts])
+    if not per_channel:
+        scale = scale.amax(dim=0, keepdim=True)
+    return torch.cat([quantize(w[p], scale[p] if per_channel else scale) for p in parts]), scale.flatten()

@@ -139,6 +139,8 @@ class _Labels(fx.Interpreter):
             raise Refused(OUTPUT)
         node, labels = operands[0]
         if n.name in self.linears:
+            if node is not n.args[0] or len(operands) != 1:
+                raise Refused(describe(n))
             columns = labels.reshape(-1, labels.shape[-1])
             if not bool((columns == columns[:1]).all()):
                 raise Refused("is not one column of the linear it reaches")

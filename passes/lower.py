@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -51,10 +52,13 @@ class _Quantized:
     weight_scale: fx.Node
     bias: fx.Node | None
     dtype: torch.dtype
+    offsets: fx.Node | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
-        return self.q, self.scale, self.dtype, self.bias is None
+        """Linears of one key become one."""
+        alone = self.out if self.offsets else None  # experts are not merged: each is a product of its own anyway
+        return self.q, self.scale, self.dtype, self.bias is None, alone
 
 
 def lower(gm: fx.GraphModule) -> fx.GraphModule:
@@ -71,8 +75,16 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
             q, weight = (cast.args[0] for cast in acc.args[:2])
             found = _Quantized(node, q, weight, scale, weight_scale, bias, dtype)
             groups.setdefault(found.key, []).append(found)
+        elif node.target == sqcompile_ops.grouped_dequantize.default:
+            acc, scale, weight_scale, offsets, dtype = node.args
+            q, weight = (cast.args[0] for cast in acc.args[:2])
+            found = _Quantized(node, q, weight, scale, weight_scale, None, dtype, offsets)
+            groups.setdefault(found.key, []).append(found)
     for group in groups.values():
-        _lower_group(gm, group)
+        if group[0].offsets:
+            _lower_experts(gm, group[0])
+        else:
+            _lower_group(gm, group)
         release_freed_memory()
     _materialize(gm)
     lower_attention(gm)
@@ -116,6 +128,35 @@ def _lower_group(gm: fx.GraphModule, group: list[_Quantized]) -> None:
             ]
     for g, part in zip(group, parts, strict=True):
         _replace(gm, g, part)
+
+
+def _lower_experts(gm: fx.GraphModule, g: _Quantized) -> None:
+    w_int8 = get_tensor(gm, str(g.weight.target))
+    scales = get_tensor(gm, str(g.weight_scale.target)).expand(w_int8.shape[:2]).contiguous()
+    name = str(g.weight.target).removesuffix("_int8")
+    with gm.graph.inserting_before(g.out):
+        w_scale = add_tensor(gm, f"{name}_columns", scales)
+        if w_int8.device.type == "cpu" and x86.available():
+            packed = [x86.pack(matrix) for matrix in w_int8]
+            sums = torch.stack([x86.row_sum(m, p) for m, p in zip(w_int8, packed, strict=True)])
+            w = [add_tensor(gm, f"{name}_packed_{e}", p) for e, p in enumerate(packed)]
+            arguments: tuple[Any, ...] = (
+                _as_uint8(gm, g.q),
+                g.scale,
+                w,
+                w_scale,
+                add_tensor(gm, f"{name}_sum", sums),
+                g.offsets,
+                g.dtype,
+            )
+            target = sqcompile_ops.int8_grouped_linear_packed.default
+        else:
+            _warn_reference(w_int8.device)
+            arguments = (g.q, g.scale, add_tensor(gm, f"{name}_all", w_int8), w_scale, g.offsets, g.dtype)
+            target = sqcompile_ops.int8_grouped_linear.default
+        new = gm.graph.call_function(target, arguments)
+        new.meta["val"] = value(g.out)
+    _replace(gm, g, new)
 
 
 def _shows_strides(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sqcompile.errors import CalibrationError, CaptureError
 from sqcompile.inputs import Call, calls, flatten_like, real_tokens, run_callable, token_mask
-from sqcompile.passes.graph import find_linears
+from sqcompile.passes.graph import Linear, aten, find_linears
 
 SAMPLE_ROWS = 128
 
@@ -29,15 +29,30 @@ class InputStats:
         absmax: float32 [K], max|X_j| per channel.
         rows: [R, K] in the input's dtype, a uniform sample of at most 128 tokens.
         count: number of tokens seen.
+        experts: int64 [R], the expert of each sampled row; zeros where there are no experts.
+        tokens: int64 [E], tokens seen by each expert; [1] where there are no experts.
     """
 
     absmax: Tensor
     rows: Tensor
+    experts: Tensor
+    tokens: Tensor
     count: int = 0
     keys: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
 
-    def update(self, x: Tensor, generator: torch.Generator) -> None:
-        """Adds tokens x [T, K]. Each token draws a random key, and the sample is the tokens with the largest."""
+    @staticmethod
+    def empty(like: Tensor, experts: int | None) -> InputStats:
+        """No tokens yet of an input [T, K]."""
+        k = like.shape[-1]
+        counts = torch.zeros(experts or 1, dtype=torch.int64, device=like.device)
+        return InputStats(torch.zeros(k, device=like.device), like.new_empty(0, k), counts[:0], counts)
+
+    def update(self, x: Tensor, experts: Tensor, generator: torch.Generator) -> None:
+        """Adds tokens x [T, K] of ``experts``, int64 [T].
+
+        Each token draws a random key, and the sample is the tokens with the largest.
+        """
+        self.tokens = self.tokens + experts.bincount(minlength=len(self.tokens))
         self.absmax = torch.maximum(self.absmax, x.abs().amax(dim=0).float())
         self.count += x.shape[0]
         keys = torch.cat([self.keys, torch.rand(x.shape[0], generator=generator)])
@@ -46,6 +61,7 @@ class InputStats:
         new = best[best >= len(self.rows)].to(x.device) - len(self.rows)
         self.keys = torch.cat([self.keys[best < len(self.rows)], self.keys[best >= len(self.rows)]])
         self.rows = torch.cat([self.rows[old], x[new]])
+        self.experts = torch.cat([self.experts[old], experts[new]])
 
 
 @dataclass(frozen=True)
@@ -90,18 +106,24 @@ def calibrate(
             run_callable(model, loader, observe)
     if not observer.batches:
         raise CalibrationError("the calibration callable made no call: it is run twice, first to see what it passes")
-    found = {name: observer.stats[x] for name, x in observer.inputs.items() if x in observer.stats}
+    found = {l.name: observer.stats[_key(l)] for l in observer.linears if _key(l) in observer.stats}
     return Calibration(found, observer.batches)
+
+
+def _key(l: Linear) -> tuple[str, str | None]:
+    """What statistics belong to: an input, and how its rows are dealt out to experts."""
+    return l.x, l.offsets
 
 
 class _Observer(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
         self.captured = gm.meta["captured"]
-        linears = find_linears(gm)
-        self.inputs = {l.name: l.x for l in linears}
-        self.reads = {l.x: l.name for l in reversed(linears)}  # the first reader names the tensor in messages
-        self.stats: dict[str, InputStats] = {}
+        self.linears = find_linears(gm)
+        self.reads = {_key(l): l for l in reversed(self.linears)}  # the first reader names the tensor in messages
+        self.readers = {l.node: l for l in self.reads.values()}
+        self.routed = {l.x: l.offsets for l in self.linears if l.offsets}
+        self.stats: dict[tuple[str, str | None], InputStats] = {}
         self.generator = torch.Generator().manual_seed(0)
         self.batches = 0
         self.mask: Tensor | None = None
@@ -112,6 +134,7 @@ class _Observer(fx.Interpreter):
         except CaptureError as e:
             raise CalibrationError(f"calibration batch {self.batches}: {e}") from e
         self.mask = token_mask(call)
+        self.routed_masks: dict[str | None, Tensor] = {}
         try:
             with torch.no_grad():
                 self.run(*leaves, enable_io_processing=False)
@@ -124,21 +147,42 @@ class _Observer(fx.Interpreter):
         self.batches += 1
 
     def run_node(self, n: fx.Node) -> Any:
-        out = super().run_node(n)
-        if n.name in self.reads:
-            rows = real_tokens(out, self.mask)
-            if len(rows):
-                self._update(n.name, rows)
-        return out
+        if n.name in self.routed and self.mask is not None:
+            self._follow_mask(n, self.mask.flatten())
+        if n.name in self.readers:
+            self._read(n, self.readers[n.name])
+        return super().run_node(n)
 
-    def _update(self, name: str, rows: Tensor) -> None:
-        if name not in self.stats:
-            k = rows.shape[-1]
-            self.stats[name] = InputStats(torch.zeros(k, device=rows.device), rows.new_empty(0, k))
-        stats = self.stats[name]
-        stats.update(rows, self.generator)
+    def _follow_mask(self, n: fx.Node, mask: Tensor) -> None:
+        """Experts read picked rows: padding is picked with them, and every input with the same offsets is in that order."""
+        indices = n.args[1] if n.target == aten.index.Tensor else None
+        if not isinstance(indices, (list, tuple)) or not isinstance(indices[0], fx.Node):
+            return
+        picked, source = self.env[indices[0]], self.env[n.args[0]]  # type: ignore[index]
+        if source.dim() == 2 and len(source) == len(mask):
+            self.routed_masks[self.routed[n.name]] = mask.to(picked.device)[picked]
+
+    def _read(self, n: fx.Node, l: Linear) -> None:
+        x = self.env[n.args[0]]  # type: ignore[index]
+        if l.offsets:
+            rows = x
+            offsets = self.env[n.args[2]].long()  # type: ignore[index]
+            row = torch.arange(len(x), device=x.device)
+            experts = torch.searchsorted(offsets, row, right=True)
+            keep = self.routed_masks.get(l.offsets)
+            if keep is not None:
+                rows, experts = rows[keep], experts[keep]
+        else:
+            rows = real_tokens(x, self.mask)
+            experts = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        if len(rows):
+            self._update(l, rows, experts)
+
+    def _update(self, l: Linear, rows: Tensor, experts: Tensor) -> None:
+        stats = self.stats.setdefault(_key(l), InputStats.empty(rows, l.experts))
+        stats.update(rows, experts, self.generator)
         if not bool(stats.absmax.isfinite().all()):
             raise CalibrationError(
-                f"the input of {self.reads[name]} (node {name}) is not finite in calibration batch {self.batches}: "
+                f"the input of {l.name} (node {l.x}) is not finite in calibration batch {self.batches}: "
                 "check the batch and the model's dtype (float16 overflows at 65504; try bfloat16)"
             )

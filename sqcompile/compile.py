@@ -107,10 +107,9 @@ def rewrite(traced: fx.GraphModule, plan: Plan, until: str) -> fx.GraphModule:
 def _check_plan(gm: fx.GraphModule, plan: Plan) -> None:
     planned = {l.name: l.shape for l in plan.layers}
     for l in find_linears(gm):
-        if planned.get(l.name) != (l.out_features, l.in_features):
-            raise PlanError(
-                f"the plan has no linear {l.name!r} of shape {l.out_features} x {l.in_features}: calibrate this model"
-            )
+        if planned.get(l.name) != l.shape:
+            shape = " x ".join(map(str, l.shape))
+            raise PlanError(f"the plan has no linear {l.name!r} of shape {shape}: calibrate this model")
 
 
 def _analyse(

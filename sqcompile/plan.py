@@ -20,6 +20,8 @@ from sqcompile.recipe import Recipe
 
 FORMAT = 1
 
+Smoothing = Literal["folded", "multiplied", "none"]
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -27,25 +29,25 @@ class LayerPlan:
 
     Attributes:
         name: the weight's qualified name.
-        kind: "linear".
+        kind: "linear", or "experts": routed experts, whose weights are one tensor.
         quantized: whether it runs in INT8.
         smoothing: "folded" (1/s absorbed by a parameter), "multiplied" (x·(1/s) before quantization) or "none".
         reason: in words.
         alpha: migration strength of its site, None without smoothing.
         sqnr_db: signal to quantization noise ratio of its output on the calibration sample, in dB; None in float.
         input_scale: Δx where activations are static, else None.
-        shape: of the weight as [N, K].
+        shape: of the weight, (N, K) or (E, N, K).
     """
 
     name: str
-    kind: Literal["linear"]
+    kind: Literal["linear", "experts"]
     quantized: bool
-    smoothing: Literal["folded", "multiplied", "none"]
+    smoothing: Smoothing
     reason: str
     alpha: float | None = None
     sqnr_db: float | None = None
     input_scale: float | None = None
-    shape: tuple[int, int] = (0, 0)
+    shape: tuple[int, ...] = (0, 0)
 
 
 @dataclass(frozen=True)

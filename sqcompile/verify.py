@@ -5,16 +5,9 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from sqcompile.errors import StageError
-from sqcompile.passes.graph import get_tensor, value
+from sqcompile.passes.graph import LINEARS, get_tensor, value
 
 STAGES = ("traced", "folded", "quantized", "lowered")
-
-_NAMESPACES = {
-    "traced": ("aten",),
-    "folded": ("aten",),
-    "quantized": ("aten", "sqcompile"),
-    "lowered": ("aten", "sqcompile"),
-}
 
 
 def verify(gm: fx.GraphModule, stage: str) -> fx.GraphModule:
@@ -29,7 +22,7 @@ def verify(gm: fx.GraphModule, stage: str) -> fx.GraphModule:
             namespace = getattr(n.target, "namespace", None)
             if namespace is None and not _is_python(n.target):
                 raise StageError(f"{stage}: %{n.name} calls {n.target}, which is no operator")
-            if namespace == "sqcompile" and namespace not in _NAMESPACES[stage]:
+            if namespace == "sqcompile" and stage in ("traced", "folded") and n.target not in LINEARS:
                 raise StageError(f"{stage}: %{n.name} is {n.target}, which belongs to a later stage")
         elif n.op not in ("placeholder", "get_attr", "output"):
             raise StageError(f"{stage}: %{n.name} is a {n.op}, expected ATen operators only")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections import Counter
 
@@ -20,7 +21,7 @@ from sqcompile.passes.match import match
 from sqcompile.trace import trace
 
 RESIDUAL, GELU, OUTPUT = "joins a residual stream", "its input passes gelu", "is an output of the model"
-TANH_GELU, EXPERTS = "passes pow, which does not commute", "reaches grouped_mm"
+TANH_GELU = "passes pow, which does not commute"
 POST_NORM_BERT = (13, {"linear": 2}, {RESIDUAL: 8, GELU: 2, OUTPUT: 1})
 T5_REFUSED = {OUTPUT: 4}
 
@@ -34,8 +35,8 @@ COVERAGE: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
     "mistral": (15, {"scale": 5, "linear": 4}, {}),
     "qwen2": (15, {"scale": 5, "linear": 4}, {}),
     "qwen3": (15, {"scale": 5, "linear": 4}, {}),
-    "mixtral": (11, {"scale": 3, "linear": 2}, {EXPERTS: 2}),
-    "qwen2_moe": (19, {"scale": 3, "linear": 4}, {EXPERTS: 8}),
+    "mixtral": (15, {"scale": 5, "linear": 4}, {}),
+    "qwen2_moe": (23, {"scale": 5, "linear": 6}, {}),
     "falcon 7b": (9, {"norm": 3, "linear": 2}, {GELU: 2}),
     "falcon 40b": (9, {"norm": 5, "linear": 2}, {GELU: 2}),
     "falcon alibi": (9, {"norm": 5, "linear": 2}, {GELU: 2}),
@@ -171,18 +172,39 @@ def test_labels_that_pass_rotary_embeddings_are_refused_with_that_reason():
         assert all("rotary" in flow.refused[c] for c in range(64))
 
 
+def llama_graph(layers):
+    torch.manual_seed(0)
+    model = causal_lm("llama", dict(GATED, num_hidden_layers=layers)).eval()
+    return trace(model, as_call(model, {"input_ids": token_ids()}))
+
+
 def test_matching_time_grows_linearly():
-    seconds = {}
-    for layers in (8, 32):
-        torch.manual_seed(0)
-        model = causal_lm("llama", dict(GATED, num_hidden_layers=layers)).eval()
-        gm = trace(model, as_call(model, {"input_ids": token_ids()}))
-        start = time.process_time()
-        sites, refusals = match(gm)
-        seconds[layers] = time.process_time() - start
-        assert len(sites) == 4 * layers + 1 and refusals == []
-    assert seconds[32] < 5
-    assert seconds[32] < 8 * seconds[8]
+    def calls(layers):
+        """Function calls of a matching: what time is made of, and the same on a busy machine."""
+        gm, count = llama_graph(layers), 0
+
+        def profile(frame, event, arg):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        match(gm)  # fills PyTorch's caches
+        sys.setprofile(profile)
+        try:
+            match(gm)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    at = {layers: calls(layers) for layers in (3, 6, 12)}
+    assert at[12] - at[6] == pytest.approx(2 * (at[6] - at[3]), rel=0.05)
+
+
+def test_thirty_two_layers_match_in_seconds():
+    gm = llama_graph(32)
+    start = time.process_time()
+    sites, refusals = match(gm)
+    assert time.process_time() - start < 5
+    assert len(sites) == 4 * 32 + 1 and refusals == []
 
 
 def test_labels_live_no_longer_than_their_values():
@@ -190,8 +212,7 @@ def test_labels_live_no_longer_than_their_values():
 
     peak = {}
     for layers in (2, 6):
-        model = causal_lm("llama", dict(GATED, num_hidden_layers=layers)).eval()
-        gm = trace(model, as_call(model, {"input_ids": token_ids()}))
+        gm = llama_graph(layers)
         most = 0
 
         class Counting(labels._Labels):
