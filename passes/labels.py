@@ -84,6 +84,7 @@ class _Labels(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, linears: list[Linear]) -> None:
         super().__init__(gm)
+        self.extra_traceback = False
         self.linears = {l.node: l for l in linears}
         self.const = constants(gm)
         self.flows: dict[str, Flow] = {}

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from sqcompile.errors import CalibrationError, CaptureError
+from sqcompile.explain import first_line, operation, source
 from sqcompile.inputs import Call, calls, flatten_like, real_tokens, run_callable, token_mask
 from sqcompile.passes.graph import Linear, aten, find_linears
 
@@ -118,6 +119,7 @@ def _key(l: Linear) -> tuple[str, str | None]:
 class _Observer(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
+        self.extra_traceback = False  # errors name the operation and the user's line themselves
         self.captured = gm.meta["captured"]
         self.linears = find_linears(gm)
         self.reads = {_key(l): l for l in reversed(self.linears)}  # the first reader names the tensor in messages
@@ -141,12 +143,12 @@ class _Observer(fx.Interpreter):
         except CalibrationError:
             raise
         except Exception as e:
-            raise CalibrationError(
-                f"the model refuses calibration batch {self.batches}: {type(e).__name__}: {e}"
-            ) from e
+            what = f"{type(e).__name__}: {first_line(e)}, in {operation(self.at)} at {source(self.at)}"
+            raise CalibrationError(f"the model refuses calibration batch {self.batches}: {what}") from e
         self.batches += 1
 
     def run_node(self, n: fx.Node) -> Any:
+        self.at = n
         if n.name in self.routed and self.mask is not None:
             self._follow_mask(n, self.mask.flatten())
         if n.name in self.readers:

@@ -71,13 +71,14 @@ def calibrate(
     *,
     recipe: str | Recipe = "default",
     example_inputs: Any = None,
+    dynamic_shapes: Any = "auto",
     progress: bool = True,
 ) -> Plan:
     """Makes the Plan that `compile` would make; ``compile(model, plan=plan)`` then needs no data.
 
     Args and errors: as `compile`.
     """
-    return _analyse(model, calib_loader, resolve_recipe(recipe), None, example_inputs, "auto", progress)[1]
+    return _analyse(model, calib_loader, resolve_recipe(recipe), None, example_inputs, dynamic_shapes, progress)[1]
 
 
 def rewrite(traced: fx.GraphModule, plan: Plan, until: str) -> fx.GraphModule:

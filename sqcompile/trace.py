@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
-import traceback
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from sqcompile.errors import CaptureError
+from sqcompile.explain import check_shapes, export_error, one_error, source
 from sqcompile.inputs import Call, Captured
 from sqcompile.passes.canonicalize import canonicalize
 from sqcompile.passes.graph import aten, clone, finish, set_tensor, value
@@ -63,9 +62,10 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
             n.replace_all_uses_with(n.args[0])  # a cast to the dtype it has
         elif "wrap_with" in str(n.target) or isinstance(n.target, torch._ops.HigherOrderOperator):
             raise CaptureError(
-                f"{n.target} is a nested graph, which sqcompile does not enter: remove the context manager or the "
-                "control flow behind it from the model's forward"
+                f"{n.target} is a nested graph, which sqcompile does not enter, at {source(n)}. What to try: remove the "
+                "context manager or the control flow behind it from the model's forward"
             )
+    check_shapes(gm)
     _refuse_training(gm)
     gm = fx.GraphModule(gm, gm.graph)  # drops export's input checks, which pin what the example had
     for n in gm.graph.find_nodes(op="get_attr"):
@@ -100,12 +100,12 @@ def _export(model: nn.Module, call: Call, dynamic_shapes: Any) -> torch.export.E
     error: Exception | None = None
     for example, shapes in attempts:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), one_error():
                 return torch.export.export(view, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as e:
             error = e
     assert error is not None
-    raise CaptureError(_explain(model, error)) from error
+    raise export_error(model, error) from error
 
 
 def _functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -229,33 +229,7 @@ def _refuse_training(gm: fx.GraphModule) -> None:
         ):
             p = 1.0
         if p:
-            raise CaptureError(f"the model is in training mode ({name} at {_source(n)}): call model.eval() first")
-
-
-def _source(node: fx.Node) -> str:
-    lines = [
-        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")
-    ]
-    return lines[-1] if lines else node.name
-
-
-def _explain(model: nn.Module, error: Exception) -> str:
-    """One message: what failed, where in the user's code, and what to try."""
-    inside = os.path.dirname(torch.__file__)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((inside, "<"))]
-    frames = [f for f in frames if os.path.dirname(f.filename) != os.path.dirname(__file__)]
-    where = f" at {frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    kind = type(error).__name__
-    if "DataDependent" in kind or "data-dependent" in str(error):
-        hint = "the branch depends on tensor values: rewrite it with torch.where, or compile the submodule below it"
-    elif "pytree" in str(error):
-        hint = "register the type with torch.utils._pytree.register_pytree_node, or return tensors"
-    elif "dynamic" in str(error).lower() or "Constraint" in kind:
-        hint = "pass dynamic_shapes=None for static shapes, or the dynamic_shapes that torch.export should use"
-    else:
-        hint = "run torch.export.export(model, args, kwargs, strict=False) by itself, or compile a submodule"
-    return f"{type(model).__name__} cannot be exported: {kind}: {text}{where}. What to try: {hint}"
+            raise CaptureError(f"the model is in training mode ({name} at {source(n)}): call model.eval() first")
 
 
 def _register_kv_cache_pytree() -> None:

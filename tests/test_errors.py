@@ -113,12 +113,65 @@ def test_unknown_backend():
         sqcompile.compile(Net().eval(), batches(), backend="tensorrt")
 
 
-def test_a_model_that_cannot_be_exported_names_the_line():
-    def branch(x):
-        return x * 2 if x.sum() > 0 else x
+class Wrapped:
+    """A type that torch.utils._pytree does not know."""
 
-    message = fails(sqcompile.CaptureError, "torch.where", model=Net(branch).eval())
-    assert "test_errors.py" in message and "x.sum() > 0" in message
+    def __init__(self, value):
+        self.value = value
+
+
+_library = torch.library.Library("sqcompile_test_errors", "DEF")
+_library.define("no_fake(Tensor x) -> Tensor")
+_library.impl("no_fake", lambda x: x.clone(), "CPU")
+
+# forward's body, what fails, the line, what to try
+NOT_EXPORTABLE = {
+    "a branch on values": (lambda x: x * 2 if x.sum() > 0 else x, "Eq|>", "x.sum() > 0", "torch.where"),
+    "a size from values": (lambda x: x[:, : int(x.sum())], "TruncToInt", "int(x.sum())", "pass it to forward"),
+    "a loop over values": (lambda x: sum(x for _ in range(int(x.sum()))), "data-dependent", "range", "pass it to forward"),
+    "rows picked by values": (lambda x: x[x > 0].reshape(-1, 16), "size of what index gives depends on tensor values", "self.body(x)", "a mask"),
+    "nonzero": (lambda x: torch.nonzero(x)[:, :1].expand(-1, 16).float(), "size of what nonzero gives", "", "compile a submodule"),
+    "unique": (lambda x: torch.unique(x)[:, None].expand(-1, 16), "size of what _unique2 gives", "", "compile a submodule"),
+    "numpy": (lambda x: torch.from_numpy(x.numpy() * 2), r"\.numpy\(\)", "x.numpy()", "torch instead of numpy"),
+    "an operator without a fake": (
+        lambda x: torch.ops.sqcompile_test_errors.no_fake(x), "sqcompile_test_errors.no_fake", "no_fake(x)", "register_fake",
+    ),
+    "wrong shapes": (lambda x: x @ torch.ones(3, 16), "same reduction dim", "torch.ones(3, 16)", "run the model itself"),
+    "control flow": (
+        lambda x: torch.cond(x.sum() > 0, torch.neg, torch.abs, (x,)), "cond is a nested graph", "self.body(x)", "control flow",
+    ),
+    "an output of an unknown type": (Wrapped, "Wrapped", "", "register_pytree_node"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_EXPORTABLE)
+def test_a_model_that_cannot_be_exported_names_operation_line_and_remedy(name, capfd):
+    body, what, line, remedy = NOT_EXPORTABLE[name]
+    model = Net(body).eval()
+    model.forward = (
+        (lambda x: body(x)) if name in ("an output of an unknown type", "nonzero", "unique") else model.forward
+    )
+    message = fails(sqcompile.CaptureError, what, model=model)
+    assert "What to try: " in message and remedy in message.split("What to try: ")[1]
+    assert line in message and ("test_errors.py" in message or not line)
+    assert "\n" not in message
+    assert capfd.readouterr().err == ""  # one message, not PyTorch's graphs and traces beside it
+
+
+def test_an_operation_that_fails_on_one_batch_is_named():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.fc = nn.Embedding(10, 16), nn.Linear(16, 16)
+
+        def forward(self, ids):
+            return self.fc(self.embed(ids))
+
+    loader = [torch.tensor([[1, 2]]), torch.tensor([[1, 12]])]
+    message = fails(
+        sqcompile.CalibrationError, "batch 1: IndexError: .* in embedding at ", model=Table().eval(), loader=loader
+    )
+    assert "test_errors.py" in message and "self.embed(ids)" in message and "\n" not in message
 
 
 def test_training_mode_with_dropout():

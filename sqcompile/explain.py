@@ -1,0 +1,122 @@
+"""explain: one message for a model that cannot be captured: what failed, where in the user's code, what to try."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from sqcompile.errors import CaptureError
+
+_VALUES = (
+    "keep it a tensor (torch.where, a mask), pass it to forward as an argument, or compile a submodule without it: "
+    "a graph has one shape for all values"
+)
+
+# (what the error is or says, what to try), the first that fits
+_HINTS: tuple[tuple[str, str], ...] = (
+    ("UnsupportedOperator", "register what it does to shapes with torch.library.register_fake, or compile a submodule"),
+    (".numpy() is not supported", "compute with torch instead of numpy in forward, or compile a submodule"),
+    ("pytree", "register the type with torch.utils._pytree.register_pytree_node, or return tensors"),
+    ("Constraint", "pass dynamic_shapes=None for static shapes, or the dynamic_shapes that torch.export should use"),
+    ("dynamic", "pass dynamic_shapes=None for static shapes, or the dynamic_shapes that torch.export should use"),
+    ("has no attribute", "capture runs forward on fake tensors: use their public methods, or compile a submodule"),
+    ("", "run the model itself on this batch, then torch.export.export(model, args, kwargs, strict=False)"),
+)
+
+
+def export_error(model: nn.Module, error: Exception) -> CaptureError:
+    """What to raise for an error of torch.export."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(f.filename)]
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
+    what = f"{type(error).__name__}: {first_line(error)}"
+    return CaptureError(f"{type(model).__name__} cannot be exported: {what}{where}. What to try: {_hint(error, what)}")
+
+
+def check_shapes(gm: fx.GraphModule) -> None:
+    """Raises CaptureError for an operation whose result has a size that depends on values: labels need shapes."""
+    for n in gm.graph.nodes:
+        v: Any = n.meta.get("val")
+        tensors = [t for t in (v if isinstance(v, (tuple, list)) else [v]) if isinstance(t, torch.Tensor)]
+        if n.op == "call_function" and any(free_unbacked_symbols(t) for t in tensors):
+            raise CaptureError(
+                f"the size of what {operation(n)} gives depends on tensor values, at {source(n)}. What to try: {_VALUES}"
+            )
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+
+
+def operation(node: fx.Node) -> str:
+    """An operator as a user knows it: ``nonzero`` for aten.nonzero.default."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return getattr(packet, "__name__", str(packet))
+
+
+def source(node: fx.Node) -> str:
+    """The line of the user's code that a node comes from, or the next one downstream that is known, or its name."""
+    at: fx.Node | None = node
+    while at is not None:
+        if line := _users_line(at.meta.get("stack_trace") or ""):
+            return line
+        at = next(iter(at.users), None)
+    return node.name
+
+
+def _users_line(stack_trace: str) -> str | None:
+    lines = [line.strip() for line in stack_trace.splitlines()]
+    found = [i for i, line in enumerate(lines) if line.startswith("File") and _is_users(line.split('"')[1])]
+    if not found:
+        return None
+    _, path, rest = lines[found[-1]].split('"')
+    code = lines[found[-1] + 1] if found[-1] + 1 < len(lines) else ""
+    return f"{path}:{rest.split('line ')[1].split(',')[0]}" + (f": `{code}`" if code else "")
+
+
+@contextlib.contextmanager
+def one_error() -> Iterator[None]:
+    """Keeps PyTorch from showing a failure that we report ourselves: a trace per attempt, and whole graphs."""
+    names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export")
+    loggers = [logging.getLogger(name) for name in names]
+    disabled = [l.disabled for l in loggers]
+    for l in loggers:
+        l.disabled = True
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())  # the model's own words
+    finally:
+        for l, was in zip(loggers, disabled, strict=True):
+            l.disabled = was
+
+
+def _is_users(filename: str) -> bool:
+    inside = (os.path.dirname(torch.__file__), os.path.dirname(__file__), "<")
+    return not filename.startswith(inside)
+
+
+def _hint(error: Exception, what: str) -> str:
+    cond = getattr(error, "cond", None)
+    if cond is not None:  # GuardOnDataDependentSymNode: a comparison decides a branch, a number is a size or an index
+        branch = getattr(cond, "is_Relational", False)
+        decides = (
+            "the branch depends on tensor values" if branch else "a size or an index is read from a tensor's values"
+        )
+        return (
+            f"{decides}: rewrite it with torch.where, or compile the submodule below it"
+            if branch
+            else f"{decides}: {_VALUES}"
+        )
+    return next(hint for pattern, hint in _HINTS if pattern in what)
