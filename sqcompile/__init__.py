@@ -8,6 +8,7 @@ from sqcompile.emit import CompiledModel
 from sqcompile.errors import (
     CalibrationError,
     CaptureError,
+    DrawError,
     NothingToQuantizeError,
     PlanError,
     RecipeError,
@@ -25,6 +26,7 @@ __all__ = [
     "CalibrationError",
     "CaptureError",
     "CompiledModel",
+    "DrawError",
     "LayerPlan",
     "NothingToQuantizeError",
     "Plan",

@@ -1,4 +1,4 @@
-"""``sqcompile demo`` and ``sqcompile bench``, also as ``python -m sqcompile``."""
+"""``sqcompile demo``, ``sqcompile show`` and ``sqcompile bench``, also as ``python -m sqcompile``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ def main() -> None:
         from sqcompile.demo import main as demo
 
         demo(rest)
+    elif name == "show":
+        from sqcompile.show.__main__ import main as show
+
+        show(rest)
     elif name == "bench":
         from sqcompile.bench.__main__ import main as bench
 
         bench(rest)
     else:
-        sys.exit("usage: sqcompile {demo,bench} [options]")
+        sys.exit("usage: sqcompile {demo,show,bench} [options]")
 
 
 if __name__ == "__main__":

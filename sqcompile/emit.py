@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,22 @@ class CompiledModel(nn.Module):
         with torch.no_grad():
             out = self._run(*[leaves[i] for i in self._used])
         return pytree.tree_unflatten(list(out), self._out_spec)
+
+    def draw(self, path: str | os.PathLike[str], stage: str = "traced", full: bool = False) -> None:
+        """Draws a stage to a .svg or .html file: what absorbs 1/s, what absorbs s, INT8 GEMMs, refusals.
+
+        Args:
+            path: where to; the page shows each node's text and reason where the pointer is.
+            stage: "traced", "folded", "quantized" or "lowered".
+            full: draws every block; otherwise of four and more equal blocks in a row, one.
+
+        Raises:
+            DrawError: for another suffix, or a path that cannot be written.
+            StageError: if the float model is gone, from which stages are rebuilt, or its parameters changed.
+        """
+        from sqcompile.draw import draw
+
+        draw(path, self.stages["traced"], self.plan, self.stages[stage], full)
 
     def weight_bytes(self) -> int:
         """Bytes of all tensors the compiled model holds; a packed weight counts as its int8 values."""

@@ -27,3 +27,7 @@ class PlanError(SQCompileError):
 
 class StageError(SQCompileError):
     """A stage of the pipeline cannot be shown or left the graph language."""
+
+
+class DrawError(SQCompileError, ValueError):
+    """A drawing in a format there is none for, or at a path that cannot be written."""

@@ -1,0 +1,97 @@
+"""``python -m sqcompile.show MODEL``: where smoothing can go in a model and where not, as text and as a drawing.
+
+MODEL is ``lm`` (the shipped language model), a transformers model type such as ``llama`` (tiny, random weights), or
+``module:callable``, which returns a model or (model, example call). No calibration data is needed: a later stage is
+made from the example call, so that its structure is what data would give and its numbers are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+
+from torch import fx, nn
+
+import sqcompile
+from sqcompile.compile import rewrite
+from sqcompile.draw import draw
+from sqcompile.errors import SQCompileError
+from sqcompile.inputs import as_call
+from sqcompile.names import collapse, refusal_lines, site_labels
+from sqcompile.passes.graph import find_linears
+from sqcompile.passes.match import match
+from sqcompile.plan import Plan
+from sqcompile.show import show
+from sqcompile.show.load import load
+from sqcompile.trace import trace
+from sqcompile.verify import STAGES
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line.
+
+    Raises:
+        SystemExit: with the message of what went wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m sqcompile.show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="lm, a transformers model type, or module:callable")
+    parser.add_argument("--stage", choices=STAGES, help="print this stage, too; also the stage that is drawn")
+    parser.add_argument("--draw", metavar="FILE", help="draw to a .svg or .html file")
+    parser.add_argument("--full", action="store_true", help="draw every block, even where many are equal")
+    parser.add_argument("--plan", metavar="FILE", help="a plan from Plan.save, for later stages and for the drawing")
+    parser.add_argument("--input", metavar="[NAME=]DTYPE[SHAPE]", action="append", default=[], help="i64[2, 16]")
+    parser.add_argument("--layers", type=int, default=2, help="layers of a transformers model (default 2)")
+    args = parser.parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of torch about itself
+        try:
+            _show(args)
+        except SQCompileError as e:
+            sys.exit(f"{type(e).__name__}: {e}")
+
+
+def _show(args: argparse.Namespace) -> None:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # module:callable from the folder one stands in, also through the `sqcompile` command
+    model, example = load(args.model, args.input, args.layers)
+    traced = trace(model, as_call(model, example))
+    print(summary(traced))
+    plan = _plan(args, model, example)
+    stage = traced
+    if args.stage and plan is not None:
+        stage = rewrite(traced, plan, until=args.stage)
+    if args.stage:
+        print(f"\n{show(stage)}")
+    if args.draw:
+        draw(args.draw, traced, plan, stage, args.full)
+        print(f"\ndrawn to {args.draw}")
+
+
+def _plan(args: argparse.Namespace, model: nn.Module, example: object) -> Plan | None:
+    if args.plan:
+        return Plan.load(args.plan)
+    if args.stage in (None, "traced"):
+        return None
+    return sqcompile.calibrate(model, [example], progress=False)
+
+
+def summary(traced: fx.GraphModule) -> str:
+    """The sites that `match` finds in a traced graph, and what it refuses, with the reasons."""
+    sites, refusals = match(traced)
+    names = [l.name for l in find_linears(traced)]
+    found = collapse(map(str, site_labels([s.name for s in sites], names)))
+    refused = refusal_lines([(r.linear.name, r.reason) for r in refusals], names)
+    lines = [
+        f"{len(names)} linears, {len(names) - len(refusals)} of them at {len(sites)} sites where a parameter absorbs 1/s"
+    ]
+    lines += [f"  {line}" for line in found]
+    if refused:
+        lines += [f"{len(refusals)} refused: x·(1/s) is multiplied before quantization", *(f"  {r}" for r in refused)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
