@@ -1,10 +1,10 @@
-"""``python -m sqcompile.bench cpu``."""
+"""``python -m sqcompile.bench cpu`` or ``gpu``."""
 
 import sys
 
-from sqcompile.bench import cpu
+from sqcompile.bench import cpu, gpu
 
-BENCHMARKS = {"cpu": cpu.main}
+BENCHMARKS = {"cpu": cpu.main, "gpu": gpu.main}
 
 
 def main(argv: list[str] | None = None) -> None:

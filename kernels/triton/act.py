@@ -1,0 +1,103 @@
+"""act(gate) · up + quantize in one read of both.
+
+    y = cast(cast(act(gate)) · up),  q = round(y · multiplier / Δ)
+
+`cast` is to the model's dtype, after the activation and after the product, as eager PyTorch rounds; the arithmetic
+between is float32. gate and up may be the halves of one [M, 2N] tensor, as a merged GEMM leaves them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sqcompile.kernels.triton.common import absmax_bits, activate, as_rows, block_of, on, reciprocal, scale_of, to_int8
+
+
+@triton.jit
+def _value(g_ptr, u_ptr, m_ptr, g_base, u_base, cols, K, ACT: tl.constexpr):
+    """y · multiplier in float32; zero outside."""
+    mask = cols < K
+    dtype: tl.constexpr = g_ptr.dtype.element_ty
+    y = activate(tl.load(g_ptr + g_base + cols, mask=mask, other=0.0).to(tl.float32), ACT)
+    if u_ptr is not None:
+        u = tl.load(u_ptr + u_base + cols, mask=mask, other=0.0).to(tl.float32)
+        y = y.to(dtype).to(tl.float32) * u
+    y = y.to(dtype).to(tl.float32)
+    if m_ptr is not None:
+        y = y * tl.load(m_ptr + cols, mask=mask, other=0.0)
+    return y
+
+
+@triton.jit
+def _act_quantize(
+    g_ptr, u_ptr, m_ptr, q_ptr, scale_ptr, K, g_stride, u_stride,
+    BLOCK: tl.constexpr, ONE: tl.constexpr, ACT: tl.constexpr, STATIC: tl.constexpr,
+):  # fmt: skip
+    """One program per row; rows that do not fit (ONE is false) are computed twice, the second time from L2."""
+    row = tl.program_id(0).to(tl.int64)
+    g_base = row * g_stride
+    u_base = row * u_stride
+    if ONE:
+        cols = tl.arange(0, BLOCK)
+        y = _value(g_ptr, u_ptr, m_ptr, g_base, u_base, cols, K, ACT)
+        if STATIC:
+            scale = tl.load(scale_ptr)
+        else:
+            scale = scale_of(tl.max(absmax_bits(y), 0))
+            tl.store(scale_ptr + row, scale)
+        tl.store(q_ptr + row * K + cols, to_int8(y, reciprocal(scale)), mask=cols < K)
+    else:
+        if STATIC:
+            scale = tl.load(scale_ptr)
+        else:
+            best = tl.zeros((BLOCK,), dtype=tl.int32)
+            for k in range(0, K, BLOCK):
+                y = _value(g_ptr, u_ptr, m_ptr, g_base, u_base, k + tl.arange(0, BLOCK), K, ACT)
+                best = tl.maximum(best, absmax_bits(y))
+            scale = scale_of(tl.max(best, 0))
+            tl.store(scale_ptr + row, scale)
+        inverse = reciprocal(scale)
+        for k in range(0, K, BLOCK):
+            cols = k + tl.arange(0, BLOCK)
+            y = _value(g_ptr, u_ptr, m_ptr, g_base, u_base, cols, K, ACT)
+            tl.store(q_ptr + row * K + cols, to_int8(y, inverse), mask=cols < K)
+
+
+def act_quantize(
+    gate: Tensor,
+    up: Tensor | None = None,
+    activation: str = "silu",
+    *,
+    scale: Tensor | None = None,
+    multiplier: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Activation, product and quantization.
+
+    Args:
+        gate: float16, bfloat16 or float32 [..., K]; rows may be strided.
+        up: of gate's dtype and shape, or None for the activation alone.
+        activation: "none", "relu", "silu", "gelu" (erf) or "gelu_tanh".
+        scale: static Δ, float32 of one element, or None for one per token.
+        multiplier: float32 [K], applied in float32 before quantization.
+
+    Returns:
+        int8 [..., K] contiguous, and Δ float32: [..., 1], or ``scale`` if static.
+    """
+    g = as_rows(gate)
+    u = None if up is None else as_rows(up)
+    m, k = g.shape
+    q = torch.empty(gate.shape, dtype=torch.int8, device=gate.device)
+    static = scale is not None
+    if scale is None:
+        scale = torch.empty((*gate.shape[:-1], 1), dtype=torch.float32, device=gate.device)
+    if m:
+        block, warps = block_of(k)
+        with on(gate.device):
+            _act_quantize[(m,)](
+                g, u, multiplier, q, scale, k, g.stride(0), 0 if u is None else u.stride(0),
+                BLOCK=block, ONE=block >= k, ACT=activation, STATIC=static, num_warps=warps,
+            )  # fmt: skip
+    return q, scale

@@ -1,0 +1,97 @@
+"""What the kernels share: scale and rounding arithmetic on the device, rows and launches on the host.
+
+Rounding to the nearest even integer is an addition of 1.5 · 2²³: a float32 there has no fraction bits left, so the
+addition rounds, and the low byte of the sum is the integer in two's complement. It holds for |x| <= 2²², so values are
+clamped first (round and clamp to integers commute), and the clamp also keeps the compiler from contracting the
+multiplication before it with the addition into one fma, which would round once instead of twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sqcompile.kernels import reference
+
+QMAX = tl.constexpr(float(reference.QMAX))
+INVERSE_QMAX = tl.constexpr(1.0 / reference.QMAX)
+ABSMAX_FLOOR = tl.constexpr(reference.ABSMAX_FLOOR)
+ROUND = tl.constexpr(1.5 * 2**23)
+FINITE_BITS = tl.constexpr(0x7FFFFFFF)
+
+ONE_BLOCK = 16384  # up to this many columns a row is read once and kept in registers
+_LOOP_BLOCK = 4096  # wider rows are read in pieces of this size
+
+
+@triton.jit
+def absmax_bits(x):
+    """|x| of float32 as int32 bits: they order like the values, with NaN above infinity, so a max of them keeps NaN.
+
+    A max of the floats would drop it: PTX max.f32 returns the operand that is a number.
+    """
+    return x.to(tl.int32, bitcast=True) & FINITE_BITS
+
+
+@triton.jit
+def scale_of(bits):
+    """Δ float32 of the max of `absmax_bits`, as `reference.absmax_scale`."""
+    absmax = bits.to(tl.float32, bitcast=True)
+    return tl.where(absmax < ABSMAX_FLOOR, ABSMAX_FLOOR, absmax) * INVERSE_QMAX  # NaN is not below the floor
+
+
+@triton.jit
+def reciprocal(scale):
+    """1/Δ correctly rounded, as torch's; plain division would be an approximation of two more ulps."""
+    return tl.div_rn(1.0, scale)
+
+
+@triton.jit
+def to_int8(x, inverse):
+    """clamp(round_half_even(x · 1/Δ), -127, 127); NaN, which is inf · 0 or comes with a NaN scale, becomes 0."""
+    y = x * inverse
+    y = tl.where(y == y, y, 0.0)  # so that 0 · Δ is NaN in the rows whose Δ is not finite, and never ±inf
+    y = tl.minimum(tl.maximum(y, -QMAX), QMAX)
+    return (y + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr):
+    """An activation of float32 x: "none", "relu", "silu", "gelu" (erf) or "gelu_tanh"."""
+    if ACT == "relu":
+        x = tl.where(x < 0, 0.0, x)  # keeps NaN
+    elif ACT == "silu":
+        x = x / (1.0 + tl.exp(-x))
+    elif ACT == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        # 0.5 (1 + tanh u) = 1 / (1 + e^-2u)
+        x = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    else:
+        tl.static_assert(ACT == "none", "unknown activation")
+    return x
+
+
+INTERPRETED = not isinstance(activate, triton.JITFunction)  # TRITON_INTERPRET=1: NumPy runs the kernels, without PTX
+
+
+def block_of(k: int) -> tuple[int, int]:
+    """(columns per block, warps) for rows of k elements: about 8 elements a thread, which is a 16-byte access of bf16."""
+    block = triton.next_power_of_2(k) if k <= ONE_BLOCK else _LOOP_BLOCK
+    return block, min(16, max(1, block // 256))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K] with contiguous columns; rows may be strided. A view where there is one."""
+    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The context to launch in: Triton launches on the current device, whatever device its arguments are on."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

@@ -1,0 +1,128 @@
+"""Quantization of rows: x [..., K] float -> int8 [..., K] and Δ float32, bit for bit `reference.quantize`.
+
+Bound by memory: x is read once (per token, K <= 16384; static) and int8 written. Per tensor takes two kernels, as no
+value can be quantized before the last one is seen: partial maxima, then every program reduces those and quantizes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sqcompile.kernels import reference
+from sqcompile.kernels.triton.common import absmax_bits, as_rows, block_of, on, reciprocal, scale_of, to_int8
+
+_PARTIALS = 512  # programs of the first per-tensor kernel; a few per multiprocessor, and cheap to reduce again
+
+
+@triton.jit
+def _load(x_ptr, m_ptr, rows, cols, stride, M, K):
+    """x · multiplier in float32, [ROWS, BLOCK]; zero outside."""
+    mask = (rows < M)[:, None] & (cols < K)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    if m_ptr is not None:
+        x = x * tl.load(m_ptr + cols, mask=cols < K, other=0.0)[None, :]
+    return x, mask
+
+
+@triton.jit
+def _absmax(x_ptr, m_ptr, partial_ptr, M, K, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """partial[program] = bits of max|x| over the rows of the program, int32."""
+    best = tl.zeros((ROWS, BLOCK), dtype=tl.int32)
+    for row in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
+        rows = (row + tl.arange(0, ROWS)).to(tl.int64)
+        for k in range(0, K, BLOCK):
+            x, _ = _load(x_ptr, m_ptr, rows, k + tl.arange(0, BLOCK), stride, M, K)
+            best = tl.maximum(best, absmax_bits(x))
+    tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(best, 1), 0))
+
+
+@triton.jit
+def _quantize(
+    x_ptr, m_ptr, q_ptr, scale_ptr, partial_ptr, M, K, stride, partials,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr, MODE: tl.constexpr, PARTIALS: tl.constexpr,
+):  # fmt: skip
+    """MODE "token" writes a scale per row, "tensor" writes one from the partial maxima, "static" reads one."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    if MODE == "tensor":
+        p = tl.arange(0, PARTIALS)
+        scale = scale_of(tl.max(tl.load(partial_ptr + p, mask=p < partials, other=0), 0))
+        tl.store(scale_ptr, scale, mask=tl.program_id(0) == 0)
+        inverse = reciprocal(scale)
+    elif MODE == "static":
+        inverse = reciprocal(tl.load(scale_ptr))
+    if ONE:
+        cols = tl.arange(0, BLOCK)
+        x, mask = _load(x_ptr, m_ptr, rows, cols, stride, M, K)
+        if MODE == "token":
+            scale = scale_of(tl.max(absmax_bits(x), 1))
+            tl.store(scale_ptr + rows, scale, mask=rows < M)
+            inverse = reciprocal(scale)[:, None]
+        tl.store(q_ptr + rows[:, None] * K + cols[None, :], to_int8(x, inverse), mask=mask)
+    else:
+        if MODE == "token":
+            best = tl.zeros((ROWS, BLOCK), dtype=tl.int32)
+            for k in range(0, K, BLOCK):
+                x, _ = _load(x_ptr, m_ptr, rows, k + tl.arange(0, BLOCK), stride, M, K)
+                best = tl.maximum(best, absmax_bits(x))
+            scale = scale_of(tl.max(best, 1))
+            tl.store(scale_ptr + rows, scale, mask=rows < M)
+            inverse = reciprocal(scale)[:, None]
+        for k in range(0, K, BLOCK):
+            cols = k + tl.arange(0, BLOCK)
+            x, mask = _load(x_ptr, m_ptr, rows, cols, stride, M, K)
+            tl.store(q_ptr + rows[:, None] * K + cols[None, :], to_int8(x, inverse), mask=mask)
+
+
+def quantize_rows(
+    x: Tensor, granularity: str = "token", scale: Tensor | None = None, multiplier: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantizes x, times a channel multiplier if there is one.
+
+    Args:
+        x: float16, bfloat16 or float32 [..., K]; rows may be strided.
+        granularity: "token", one Δ per row, or "tensor", one for all; ignored with a static scale.
+        scale: static Δ, float32 of one element, or None.
+        multiplier: float32 [K]; x · multiplier is float32 and not rounded to x's dtype.
+
+    Returns:
+        int8 [..., K] contiguous, and Δ float32: [..., 1] per token, [] per tensor, ``scale`` itself if static.
+    """
+    mode = "static" if scale is not None else granularity
+    if mode not in ("token", "tensor", "static"):
+        raise ValueError(f"granularity must be token or tensor, not {granularity!r}")
+    rows = as_rows(x)
+    m, k = rows.shape
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    if scale is None:
+        scale = torch.empty((*x.shape[:-1], 1) if mode == "token" else (), dtype=torch.float32, device=x.device)
+    if m == 0 or k == 0:
+        if mode != "static":
+            scale.fill_(reference.ABSMAX_FLOOR / reference.QMAX)
+        return q, scale
+    block, warps = block_of(k)
+    per_program = max(1, 1024 // block)
+    programs = triton.cdiv(m, per_program)
+    partial, partials = None, 0
+    with on(x.device):
+        if mode == "tensor":
+            partials = min(programs, _PARTIALS)
+            partial = torch.empty(partials, dtype=torch.int32, device=x.device)
+            _absmax[(partials,)](
+                rows,
+                multiplier,
+                partial,
+                m,
+                k,
+                rows.stride(0),
+                ROWS=per_program,
+                BLOCK=min(block, 4096),
+                num_warps=warps,
+            )
+        _quantize[(programs,)](
+            rows, multiplier, q, scale, partial, m, k, rows.stride(0), partials,
+            ROWS=per_program, BLOCK=block, ONE=block >= k, MODE=mode, PARTIALS=_PARTIALS, num_warps=warps,
+        )  # fmt: skip
+    return q, scale
