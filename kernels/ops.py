@@ -3,7 +3,7 @@
 Each is one node in a graph, so that passes can match it. Most are composite: a compiler that traces through them sees
 plain arithmetic and fuses it with what surrounds it (a norm before a quantize, an activation after a linear).
 `matmul_u8s8` is opaque: it chooses its kernel by the number of rows when it runs, so that one compiled graph serves
-prefill and decode; so are the operators of attention on CPUs.
+prefill and decode; so are the operators of attention on CPUs and the fused ones of GPUs (fused.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqcompile.kernels import attention, reference, x86
+from sqcompile.kernels import attention, fused, reference, x86
 
 
 def matmul_u8s8(q: Tensor, w: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,11 +98,6 @@ _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         reference.grouped_linear,
         lambda x, w, offsets: x.new_empty(x.shape[0], w.shape[1]),
     ),
-    "int8_grouped_linear(Tensor q, Tensor scale, Tensor w, Tensor w_scale, Tensor offsets, ScalarType dtype)"
-    " -> Tensor": (
-        reference.int8_grouped_linear,
-        lambda q, scale, w, w_scale, offsets, dtype: q.new_empty((q.shape[0], w.shape[1]), dtype=dtype),
-    ),
     "grouped_matmul_u8s8(Tensor q, Tensor[] w, Tensor w_scale, Tensor w_sum, Tensor offsets, ScalarType dtype)"
     " -> Tensor": (grouped_matmul_u8s8, _grouped_matmul_u8s8_fake),
     "matmul_u8s8(Tensor q, Tensor w, Tensor w_scale, Tensor w_sum, ScalarType dtype) -> Tensor": (
@@ -117,10 +112,12 @@ _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "stored(Tensor x) -> Tensor": (stored, torch.empty_like),
 }
 
-for _schema, (_function, _fake) in _OPAQUE.items():
+_KERNELS = {schema: ({"CPU": f, "CUDA": f, "MkldnnCPU": f}, fake) for schema, (f, fake) in _OPAQUE.items()}
+_KERNELS |= {s: ({"CPU": f, "CUDA": fused.on_cuda(f, kernel)}, fake) for s, (f, kernel, fake) in fused.FUSED.items()}
+for _schema, (_functions, _fake) in _KERNELS.items():
     _name = _schema.partition("(")[0]
     _library.define(_schema)
-    for _key in ("CPU", "CUDA", "MkldnnCPU"):  # packed weights carry the last key
+    for _key, _function in _functions.items():  # packed weights carry the key MkldnnCPU
         _library.impl(_name, _function, _key)
     torch.library.register_fake(f"sqcompile::{_name}", _fake, lib=_library)
 

@@ -5,6 +5,7 @@
     einsum("bsd,dhe->bshe", %x, %w)         -> unflatten(linear(%x, t(reshape(%w, [D, H E]))), -1, [H, E])
     _grouped_mm(%x, %w, %offsets)           -> sqcompile.grouped_linear(%x, transpose(%w), %offsets)
     view(%x, size), _unsafe_view(%x, size)  -> reshape(%x, size)
+    dropout(%x, p, False)                   -> %x
 
 A linear is ``linear(x, w, b)`` with w [N, K], or [E, N, K] for experts over rows sorted by expert. A weight is a constant expression, so that transposing or reshaping it costs
 nothing and writes to no parameter. A view looks at memory, whose layout a rewrite may change; a reshape does not.
@@ -28,6 +29,10 @@ def canonicalize(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
+            continue
+        if node.target == aten.dropout.default and not arguments(node)["train"]:
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
             continue
         rewrite = _grouped if _is_grouped(node) else _REWRITES.get(node.target)
         if rewrite is None or node in const:

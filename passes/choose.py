@@ -20,6 +20,7 @@ from sqcompile.calibrate import Calibration
 from sqcompile.errors import NothingToQuantizeError, RecipeError
 from sqcompile.kernels.reference import absmax_scale, dequantize, quantize, token_scale, weight_scale
 from sqcompile.passes.graph import Linear, aten, effective_weight, find_linears, nodes_by_name, row_parts, value
+from sqcompile.passes.label_rules import LAYOUT
 from sqcompile.passes.match import Refusal, Site, input_sites
 from sqcompile.plan import LayerPlan, Plan, Smoothing
 from sqcompile.recipe import Recipe
@@ -261,8 +262,8 @@ def _check_skip(gm: fx.GraphModule, linears: list[Linear], recipe: Recipe) -> No
 
 def _is_lm_head(gm: fx.GraphModule, l: Linear) -> bool:
     """Whether a linear has the shape of a token embedding and no other linear reads what it makes."""
-    shape = (l.out_features, l.in_features)
-    if not any(n.target == aten.embedding.default and tuple(value(n.args[0]).shape) == shape for n in gm.graph.nodes):
+    tables = [n.args for n in gm.graph.find_nodes(op="call_function", target=aten.embedding.default)]
+    if not any(tuple(value(table).shape) == l.shape and _is_input(ids) for table, ids, *_ in tables):
         return False
     others = {k.node for k in find_linears(gm)} - {l.node}
     todo, seen = [nodes_by_name(gm)[l.node]], set()
@@ -275,6 +276,13 @@ def _is_lm_head(gm: fx.GraphModule, l: Linear) -> bool:
             return False
         todo.extend(node.users)
     return True
+
+
+def _is_input(node: fx.Node) -> bool:
+    """Whether a node is an input of the model in some layout: token ids, not positions, which a model counts itself."""
+    while node.target in LAYOUT:
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op == "placeholder"
 
 
 def _nothing(linears: list[Linear], floats: dict[str, str]) -> str:

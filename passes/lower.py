@@ -4,6 +4,7 @@
     %y2 = sqcompile.dequantize(linear(to(%q, float32), to(%w2, float32)), %s, %w2_scale, %b2, dtype)
 ->
     %y = sqcompile.int8_linear(%q, %s, %w12, %w12_scale, %b12, dtype)                         # any device
+    %y = sqcompile.int8_gemm(%q, %s, %w12, %w12_scale, %b12, dtype, "none", None, None)       # CUDA (see `fuse`)
     %y = sqcompile.int8_linear_packed(%q_u8, %s, %w12_packed, %w12_scale, %w12_sum, %b12, dtype)    # x86 with VNNI
     %y1, %y2 = %y[..., :n1], %y[..., n1:]
 
@@ -20,10 +21,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from sqcompile.kernels import x86
+from sqcompile.kernels import fused, x86
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import UINT8_ZERO_POINT
 from sqcompile.passes.attention import lower_attention
+from sqcompile.passes.fuse import fuse
 from sqcompile.passes.graph import (
     add_op,
     add_tensor,
@@ -88,6 +90,8 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
         release_freed_memory()
     _materialize(gm)
     lower_attention(gm)
+    if gm.graph.find_nodes(op="call_function", target=sqcompile_ops.int8_gemm.default):
+        fuse(gm)
     return finish(gm)
 
 
@@ -111,11 +115,13 @@ def _lower_group(gm: fx.GraphModule, group: list[_Quantized]) -> None:
                 (_as_uint8(gm, first.q), first.scale, w, w_scale, w_sum, b, first.dtype),
             )
         else:
-            _warn_reference(device)
             w = add_tensor(gm, f"{name}_merged", w_int8)
-            new = gm.graph.call_function(
-                sqcompile_ops.int8_linear.default, (first.q, first.scale, w, w_scale, b, first.dtype)
-            )
+            arguments: tuple[Any, ...] = (first.q, first.scale, w, w_scale, b, first.dtype)
+            if fused.available(device):
+                new = gm.graph.call_function(sqcompile_ops.int8_gemm.default, (*arguments, "none", None, None))
+            else:
+                _warn_reference(device)
+                new = gm.graph.call_function(sqcompile_ops.int8_linear.default, arguments)
         like = value(first.out)
         new.meta["val"] = like.new_empty((*like.shape[:-1], sum(sizes)))
         parts = [new]
@@ -151,7 +157,8 @@ def _lower_experts(gm: fx.GraphModule, g: _Quantized) -> None:
             )
             target = sqcompile_ops.int8_grouped_linear_packed.default
         else:
-            _warn_reference(w_int8.device)
+            if not fused.available(w_int8.device):
+                _warn_reference(w_int8.device)
             arguments = (g.q, g.scale, add_tensor(gm, f"{name}_all", w_int8), w_scale, g.offsets, g.dtype)
             target = sqcompile_ops.int8_grouped_linear.default
         new = gm.graph.call_function(target, arguments)

@@ -1,29 +1,79 @@
-"""On a GPU, which has no INT8 kernels yet: the integer reference runs, says so, and agrees with the CPU."""
+"""On a GPU: the compiled model agrees with the CPU's, runs Triton kernels, and replays in CUDA graphs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from conftest import relative_error, tiny_lm, token_batches
+from test_fuse import CALLS
 
 import sqcompile
+from sqcompile.kernels import fused
+from sqcompile.kernels.ops import sqcompile_ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_the_reference_serves_a_gpu(backend, monkeypatch):
-    from sqcompile.passes import lower
-
-    monkeypatch.setattr(lower, "_warned", set())
+@pytest.mark.parametrize(("family", "recipe"), [("llama", "default"), ("opt", "O3"), ("mixtral", "O1")])
+def test_a_gpu_gives_the_cpus_result(family, recipe, backend):
     batches = token_batches()
-    plan = sqcompile.calibrate(tiny_lm("llama"), batches, progress=False)
-    cpu = sqcompile.compile(tiny_lm("llama"), plan=plan, backend="eager")
-    with pytest.warns(UserWarning, match="no INT8 kernels for cuda"):
-        gpu = sqcompile.compile(tiny_lm("llama").cuda(), plan=plan, backend=backend)
-    for shape in ((3, 40), (1, 1)):
+    plan = sqcompile.calibrate(tiny_lm(family), batches, recipe=recipe, progress=False)
+    cpu = sqcompile.compile(tiny_lm(family), plan=plan, backend="eager")
+    gpu = sqcompile.compile(tiny_lm(family).cuda(), plan=plan, backend=backend)
+    names = {str(n.target) for n in gpu.lowered.graph.nodes}
+    assert "sqcompile.int8_gemm.default" in names and "sqcompile.norm_quantize.default" in names
+    for shape in ((3, 40), (1, 1), (2, 700)):
         x = torch.randint(3, 96, shape)
         assert relative_error(gpu(x.cuda()).logits.cpu(), cpu(x).logits) < 2e-2  # rounding moves single int8 values
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_stay_close_to_their_float_outputs(dtype):
+    model = tiny_lm("llama", dtype=dtype).cuda()
+    cuda = [{k: v.cuda() for k, v in b.items()} for b in token_batches()]
+    gpu = sqcompile.compile(model, cuda, progress=False)
+    x = torch.randint(3, 96, (2, 50), device="cuda")
+    with torch.no_grad():
+        want = model(x, use_cache=False).logits
+    assert gpu(x).logits.dtype == dtype
+    assert relative_error(gpu(x).logits, want) < 0.05
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 33)])
+def test_cuda_graphs_replay_with_new_inputs(shape):
+    model = tiny_lm("llama", dtype=torch.bfloat16).cuda()
+    gpu = sqcompile.compile(model, [{k: v.cuda() for k, v in b.items()} for b in token_batches()], progress=False)
+    static = torch.randint(3, 96, shape, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        gpu(static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = gpu(static).logits
+    for seed in (1, 2):
+        new = torch.randint(3, 96, shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
+        static.copy_(new)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, gpu(new).logits)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_triton_operators_agree_with_the_plain_ones_and_pass_opcheck(name):
+    op, args = CALLS[name]
+    cuda = tuple(a.cuda() if isinstance(a, torch.Tensor) else a for a in args)
+    assert fused.available(torch.device("cuda", 0))
+    function = getattr(sqcompile_ops, op).default
+    got, want = function(*cuda), function(*args)
+    for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (got, want)), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        if a.dtype == torch.int8:
+            assert int((a.cpu().int() - b.int()).abs().max()) <= 1
+        elif a.numel():
+            assert relative_error(a.cpu(), b) < (1e-5 if a.dtype == torch.float32 else 1e-2)
+    torch.library.opcheck(function, cuda)
 
 
 def test_calibration_on_a_gpu_gives_the_cpus_plan():
@@ -33,3 +83,17 @@ def test_calibration_on_a_gpu_gives_the_cpus_plan():
     b = sqcompile.calibrate(tiny_lm("opt").cuda(), cuda, progress=False)
     assert [l.smoothing for l in a.layers] == [l.smoothing for l in b.layers]
     assert all(relative_error(b.scales[k].cpu(), s) < 1e-3 for k, s in a.scales.items())
+
+
+def test_without_triton_the_reference_serves_with_a_warning(monkeypatch):
+    from sqcompile.passes import lower
+
+    monkeypatch.setattr(lower, "_warned", set())
+    monkeypatch.setattr(fused, "available", lambda device: False)
+    batches = token_batches()
+    plan = sqcompile.calibrate(tiny_lm("llama"), batches, progress=False)
+    cpu = sqcompile.compile(tiny_lm("llama"), plan=plan, backend="eager")
+    with pytest.warns(UserWarning, match="no INT8 kernels for cuda"):
+        gpu = sqcompile.compile(tiny_lm("llama").cuda(), plan=plan, backend="eager")
+    x = torch.randint(3, 96, (3, 40))
+    assert relative_error(gpu(x.cuda()).logits.cpu(), cpu(x).logits) < 2e-2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import itertools
 import json
 import multiprocessing
@@ -223,6 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=BUCKETS, help="M, rounded up to powers of two")
     parser.add_argument("--shapes", nargs="*", help="N,K of other layers than Llama-3-8B's")
     parser.add_argument("--rep", type=float, default=3.0, help="milliseconds of one graph; ten are timed")
+    parser.add_argument("--log", type=Path, help="write every candidate's time there, JSON lines")
     args = parser.parse_args(argv)
     torch.backends.cuda.matmul.allow_tf32 = False  # the reference multiplies integers in float32
     gpu = gpu_of(torch.device("cuda", torch.cuda.current_device()))
@@ -235,18 +237,27 @@ def main(argv: list[str] | None = None) -> None:
     compile_all(gpu, [(*shape, c) for shape, found in plan.items() for c in found])
     versions = f"{gpu.name}, torch {torch.__version__}, triton {triton.__version__}"
     rows: list[dict[str, Any]] = []
-    print("| M | K -> N | us | TOPS | weights GB/s | second | configuration |\n|---|---|---|---|---|---|---|")
+    gc.freeze()  # every graph begins with a garbage collection
+    print(
+        "| M | K -> N | us | TOPS | weights GB/s | second | rule | configuration |\n|---|---|---|---|---|---|---|---|"
+    )
     for (m, n, k), found in plan.items():
         times = time_one(gpu, m, n, k, found, args.rep)
         if not times:
             continue
         us, best = times[0]
         rows.append({"m": m, "n": n, "k": k, "us": round(us, 2), "config": best.to_json()})
-        second = f"{times[1][0]:.1f}" if len(times) > 1 else ""
+        second = f"{times[1][0] / us:.2f}x" if len(times) > 1 else ""
+        rule = default_config(gpu, m, n, k, aligned=True)
+        without = "".join(f"{t / us:.2f}x" for t, c in times if c == rule)  # what a missing table costs
         print(
-            f"| {m} | {k} -> {n} | {us:.1f} | {2e-6 * m * n * k / us:.0f} | {1e-3 * n * k / us:.0f} | {second} | {best.to_json()} |",
+            f"| {m} | {k} -> {n} | {us:.1f} | {2e-6 * m * n * k / us:.0f} | {1e-3 * n * k / us:.0f} "
+            f"| {second} | {without} | {best.to_json()} |",
             flush=True,
         )
+        if args.log:
+            with args.log.open("a") as log:
+                log.writelines(json.dumps({"m": m, "n": n, "k": k, "us": t, **c.to_json()}) + "\n" for t, c in times)
         head = {"name": args.name or gpu.name, "capability": gpu.capability, "measured": versions}
         lines = ",\n  ".join(json.dumps(r) for r in rows)
         args.out.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n  {lines}\n ]\n}}\n')

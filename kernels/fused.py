@@ -1,0 +1,228 @@
+"""Fused operators of lowered graphs on GPUs: ``torch.ops.sqcompile.*``. Triton on CUDA, plain PyTorch elsewhere.
+
+The plain versions are the definition: what a quantize node and its neighbours compute one after the other. They run
+where there is no Triton, and every lowered graph can be checked with them on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sqcompile.kernels import reference
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+@functools.cache
+def available(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a device: CUDA with INT8 tensor cores that Triton serves (sm_80 and later)."""
+    found = device.type == "cuda" and torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+    return found and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def quantize_rows(x: Tensor, granularity: str, multiplier: Tensor | None) -> tuple[Tensor, Tensor]:
+    """int8 and Δ of x · multiplier, any float dtype [..., K]; one Δ per "token" [..., 1] or per "tensor" []."""
+    x = _scaled(x, multiplier)
+    scale = reference.token_scale(x) if granularity == "token" else reference.tensor_scale(x)
+    return reference.quantize(x, scale), scale
+
+
+def norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    round_first: bool,
+    scale: Tensor | None,
+    multiplier: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm or LayerNorm of x [..., K] and its quantization.
+
+    Args:
+        x: any float dtype [..., K].
+        weight, bias: [K] or None.
+        rms: RMSNorm, else LayerNorm.
+        round_first: the RMSNorm of transformers, which rounds to x's dtype before the weight, too.
+        scale: static Δ, or None for one per token.
+        multiplier: float32 [K] before quantization, or None.
+        keep: whether the norm's own output is wanted.
+
+    Returns:
+        int8 [..., K], Δ ([..., 1], or ``scale``), and the norm's output in x's dtype, [0] unless kept.
+    """
+    k = x.shape[-1]
+    if not rms:
+        y = F.layer_norm(x, (k,), weight, bias, eps)
+    else:
+        h = x.float()
+        y = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+        y = y.to(x.dtype) if round_first else y
+        y = (y if weight is None else weight * y).to(x.dtype)
+    q, scale = _quantized(_scaled(y, multiplier), scale)
+    return q, scale, y if keep else x.new_empty(0)
+
+
+def act_quantize(
+    gate: Tensor, up: Tensor | None, activation: str, scale: Tensor | None, multiplier: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """int8 and Δ of act(gate) · up · multiplier, [..., K]; static with ``scale``, else one Δ per token."""
+    y = ACTIVATIONS[activation](gate)
+    return _quantized(_scaled(y if up is None else y * up, multiplier), scale)
+
+
+def int8_gemm(
+    q: Tensor,
+    scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    activation: str,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+) -> Tensor:
+    """act(`reference.int8_linear`) + residual, rounded once to dtype; int8 with the static Δ ``out_scale``."""
+    y = reference.int8_linear(q, scale, w, w_scale, bias, torch.float32)
+    y = ACTIVATIONS[activation](y)
+    y = (y if residual is None else y + residual.float()).to(dtype)
+    return y if out_scale is None else reference.quantize(y, out_scale)
+
+
+def _scaled(x: Tensor, multiplier: Tensor | None) -> Tensor:
+    return x if multiplier is None else x.float() * multiplier
+
+
+def _quantized(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    scale = reference.token_scale(x) if scale is None else scale.clone()  # an operator returns no input of its own
+    return reference.quantize(x, scale), scale
+
+
+def _quantize_rows_triton(x: Tensor, granularity: str, multiplier: Tensor | None) -> tuple[Tensor, Tensor]:
+    from sqcompile.kernels.triton.quantize import quantize_rows as kernel
+
+    return kernel(x, granularity, None, multiplier)
+
+
+def _norm_quantize_triton(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    round_first: bool,
+    scale: Tensor | None,
+    multiplier: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from sqcompile.kernels.triton.norm import norm_quantize as kernel
+
+    kind = "rms" if rms else "layer"
+    _, q, out, y = kernel(
+        x, weight, eps, kind=kind, bias=bias, round_first=round_first, scale=scale, multiplier=multiplier, keep=keep
+    )
+    return q, out if scale is None else out.clone(), x.new_empty(0) if y is None else y
+
+
+def _act_quantize_triton(
+    gate: Tensor, up: Tensor | None, activation: str, scale: Tensor | None, multiplier: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from sqcompile.kernels.triton.act import act_quantize as kernel
+
+    q, out = kernel(gate, up, activation, scale=scale, multiplier=multiplier)
+    return q, out if scale is None else out.clone()
+
+
+def _int8_gemm_triton(
+    q: Tensor,
+    scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    activation: str,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+) -> Tensor:
+    from sqcompile.kernels.triton.gemm import int8_gemm as kernel
+
+    return kernel(q, w, scale, w_scale, bias, dtype, activation=activation, residual=residual, out_scale=out_scale)
+
+
+def _int8_grouped_linear_triton(
+    q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, offsets: Tensor, dtype: torch.dtype
+) -> Tensor:
+    from sqcompile.kernels.triton.grouped import grouped_int8_gemm as kernel
+
+    return kernel(q, w, scale, w_scale, offsets, None, dtype)
+
+
+def _row_scales(x: Tensor, scale: Tensor | None) -> Tensor:
+    shape = (*x.shape[:-1], 1) if scale is None else scale.shape
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def _quantize_rows_fake(x: Tensor, granularity: str, multiplier: Tensor | None) -> tuple[Tensor, Tensor]:
+    scale = _row_scales(x, None) if granularity == "token" else x.new_empty((), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.int8), scale
+
+
+def _norm_quantize_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, scale, _, keep = args
+    return x.new_empty(x.shape, dtype=torch.int8), _row_scales(x, scale), x.new_empty(x.shape if keep else 0)
+
+
+def _act_quantize_fake(
+    gate: Tensor, up: Tensor | None, activation: str, scale: Tensor | None, multiplier: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape, dtype=torch.int8), _row_scales(gate, scale)
+
+
+def _int8_gemm_fake(q: Tensor, scale: Tensor, w: Tensor, *args: Any) -> Tensor:
+    _, _, dtype, _, _, out_scale = args
+    return q.new_empty((*q.shape[:-1], w.shape[0]), dtype=dtype if out_scale is None else torch.int8)
+
+
+_TAIL = "Tensor? scale, Tensor? multiplier"
+# schema: (plain PyTorch, Triton, fake)
+FUSED: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+    "quantize_rows(Tensor x, str granularity, Tensor? multiplier) -> (Tensor, Tensor)": (
+        quantize_rows, _quantize_rows_triton, _quantize_rows_fake,
+    ),
+    "norm_quantize(Tensor x, Tensor? weight, Tensor? bias, float eps, bool rms, bool round_first, "
+    f"{_TAIL}, bool keep) -> (Tensor, Tensor, Tensor)": (norm_quantize, _norm_quantize_triton, _norm_quantize_fake),
+    f"act_quantize(Tensor gate, Tensor? up, str activation, {_TAIL}) -> (Tensor, Tensor)": (
+        act_quantize, _act_quantize_triton, _act_quantize_fake,
+    ),
+    "int8_gemm(Tensor q, Tensor scale, Tensor w, Tensor w_scale, Tensor? bias, ScalarType dtype, str activation, "
+    "Tensor? residual, Tensor? out_scale) -> Tensor": (int8_gemm, _int8_gemm_triton, _int8_gemm_fake),
+    "int8_grouped_linear(Tensor q, Tensor scale, Tensor w, Tensor w_scale, Tensor offsets, ScalarType dtype)"
+    " -> Tensor": (
+        reference.int8_grouped_linear,
+        _int8_grouped_linear_triton,
+        lambda q, scale, w, w_scale, offsets, dtype: q.new_empty((q.shape[0], w.shape[1]), dtype=dtype),
+    ),
+}  # fmt: skip
+
+
+def on_cuda(plain: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The Triton version where Triton serves the device, else the plain one."""
+
+    def run(x: Tensor, *args: Any) -> Any:
+        return (kernel if available(x.device) else plain)(x, *args)
+
+    return run

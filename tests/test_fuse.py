@@ -1,0 +1,133 @@
+"""Fusing for GPUs, on a CPU: the fused operators' plain versions give what the unfused graph gives, to the bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from conftest import relative_error, tiny_lm, token_batches
+from families import build, token_ids
+from torch import nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+import sqcompile
+from sqcompile.kernels import fused, x86
+from sqcompile.kernels.ops import sqcompile_ops
+
+
+@pytest.fixture
+def lowered_for_gpu(monkeypatch):
+    """Compiles a model as for a GPU, and without fusing, from one plan."""
+
+    def both(model, batches, recipe="default", **kwargs):
+        monkeypatch.setattr(x86, "available", lambda: False)
+        plain = sqcompile.compile(model, batches, recipe=recipe, backend="eager", progress=False)
+        monkeypatch.setattr(fused, "available", lambda device: True)
+        return sqcompile.compile(model, plan=plain.plan, backend="eager", **kwargs), plain
+
+    return both
+
+
+def operators(compiled):
+    names = (str(n.target) for n in compiled.lowered.graph.nodes)
+    ours = (name.split(".")[1] for name in names if name.startswith("sqcompile."))
+    return Counter(name for name in ours if name not in ("attention", "mask_kind", "stored"))
+
+
+def outputs(out):
+    return [t for t in pytree.tree_leaves(dict(out)) if isinstance(t, torch.Tensor)]
+
+
+# family, recipe -> operators of the lowered graph of two layers
+FUSED = {
+    ("llama", "default"): {"int8_gemm": 8, "norm_quantize": 4, "act_quantize": 2, "quantize_rows": 2},
+    ("llama", "O2"): {"int8_gemm": 8, "quantize_rows": 8},
+    ("llama", "O3"): {"int8_gemm": 8, "norm_quantize": 4, "act_quantize": 2, "quantize": 2},
+    ("opt", "O3"): {"int8_gemm": 8, "norm_quantize": 4, "quantize": 2},  # fc1 -> relu -> fc2 never leaves int8
+    ("gemma", "default"): {"int8_gemm": 8, "norm_quantize": 4, "act_quantize": 2, "quantize_rows": 2},
+    ("phi3", "default"): {"int8_gemm": 8, "norm_quantize": 4, "act_quantize": 2, "quantize_rows": 2},
+    ("mixtral", "default"): {
+        "int8_gemm": 4, "int8_grouped_linear": 4, "norm_quantize": 2, "act_quantize": 2, "quantize_rows": 4,
+    },
+    ("bert", "default"): {"int8_gemm": 9, "norm_quantize": 4, "act_quantize": 2, "quantize_rows": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "recipe"), FUSED, ids=map(" ".join, FUSED))
+def test_fused_graphs_give_the_unfused_result(lowered_for_gpu, name, recipe):
+    model, call = build(name)
+    batches = [call, {**call, "input_ids": token_ids(seed=4)}]
+    gpu, plain = lowered_for_gpu(model, batches, recipe)
+    assert operators(gpu) == FUSED[name, recipe]
+    x = {**call, "input_ids": token_ids(seed=5)}
+    for a, b in zip(outputs(gpu(**x)), outputs(plain(**x)), strict=True):
+        assert relative_error(a, b) <= 1e-6
+
+
+def test_residuals_and_static_chains_are_in_the_gemm(lowered_for_gpu):
+    gpu, _ = lowered_for_gpu(tiny_lm("opt"), token_batches(), "O3")
+    gemms = gpu.lowered.graph.find_nodes(op="call_function", target=sqcompile_ops.int8_gemm.default)
+    kinds = Counter((g.args[6], g.args[7] is not None, g.args[8] is not None) for g in gemms)
+    # per layer: qkv; out_proj and fc2 with the residual; fc1 with relu and int8 out
+    assert kinds == {("none", False, False): 2, ("none", True, False): 4, ("relu", False, True): 2}
+
+
+def test_half_precision_differs_by_the_roundings_it_leaves_out(lowered_for_gpu):
+    model = tiny_lm("llama", dtype=torch.bfloat16)
+    gpu, plain = lowered_for_gpu(model, token_batches())
+    ids = token_ids((2, 20), seed=3)
+    with torch.no_grad():
+        exact = tiny_lm("llama")(input_ids=ids, use_cache=False).logits
+    assert relative_error(gpu(input_ids=ids).logits, exact) <= 1.1 * relative_error(plain(input_ids=ids).logits, exact)
+
+
+class Explicit(nn.Module):
+    """gelu -> fc2: the scale is multiplied explicitly; a post-norm whose output is a residual, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return h + self.fc2(F.gelu(self.fc1(h)))
+
+
+def test_an_explicit_scale_is_the_kernels_multiplier(lowered_for_gpu):
+    torch.manual_seed(0)
+    gpu, plain = lowered_for_gpu(Explicit().eval(), [torch.randn(4, 6, 32) for _ in range(3)])
+    assert operators(gpu) == {"int8_gemm": 2, "norm_quantize": 1, "act_quantize": 1}
+    (norm,) = gpu.lowered.graph.find_nodes(op="call_function", target=sqcompile_ops.norm_quantize.default)
+    (act,) = gpu.lowered.graph.find_nodes(op="call_function", target=sqcompile_ops.act_quantize.default)
+    assert norm.args[7] is not None and norm.args[8] is True  # a multiplier, and the norm's output kept
+    assert act.args[2] == "gelu" and act.args[4] is not None
+    x = torch.randn(2, 5, 32)
+    assert relative_error(gpu(x), plain(x)) <= 1e-6
+
+
+X = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
+ONES, STATIC = torch.ones(16), torch.tensor(0.05)
+Q, S = torch.randint(-127, 128, (6, 16), dtype=torch.int8), torch.rand(6, 1)
+W, WS = torch.randint(-127, 128, (8, 16), dtype=torch.int8), torch.rand(8)
+CALLS = {
+    "quantize per token": ("quantize_rows", (X, "token", None)),
+    "quantize per tensor": ("quantize_rows", (X, "tensor", ONES)),
+    "rms norm": ("norm_quantize", (X, ONES, None, 1e-5, True, True, None, None, False)),
+    "layer norm, static": ("norm_quantize", (X, ONES, ONES, 1e-5, False, False, STATIC, ONES, True)),
+    "gate": ("act_quantize", (X, X, "silu", None, None)),
+    "relu, static": ("act_quantize", (X, None, "relu", STATIC, ONES)),
+    "gemm": ("int8_gemm", (Q, S, W, WS, None, torch.bfloat16, "gelu", torch.ones(6, 8, dtype=torch.bfloat16), None)),
+    "gemm to int8": ("int8_gemm", (Q, S, W, WS, torch.ones(8), torch.float32, "relu", None, STATIC)),
+    "grouped": (
+        "int8_grouped_linear",
+        (Q, S, W.view(2, 4, 16), WS.view(2, 4), torch.tensor([2, 6], dtype=torch.int32), torch.float32),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_operators_pass_opcheck(name):
+    op, args = CALLS[name]
+    torch.library.opcheck(getattr(sqcompile_ops, op).default, args)
