@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
@@ -158,7 +159,7 @@ def test_colours_say_what_was_done(llama: tuple[nn.Module, sqcompile.CompiledMod
     head, q = (next(g for g in boxes if _label(g) == name) for name in ("lm_head", "q_proj"))
     assert "skipped by the recipe ('lm_head')" in title(head)
     assert "absorbs s of  model.layers.0: input_layernorm -> q_proj, k_proj, v_proj" in title(q)
-    assert "aten.linear(%mul_4, %model.layers.0.self_attn.q_proj.weight)" in title(q)
+    assert re.search(r"aten.linear\(%\w+, %model.layers.0.self_attn.q_proj.weight\)", title(q))
     legend = [str(t.text) for t in ET.parse(tmp_path / "g.svg").iter(f"{SVG}text")]
     assert "lm_head: stays in float: skipped by the recipe ('lm_head')" in legend
 

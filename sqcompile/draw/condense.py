@@ -105,7 +105,7 @@ def condense(gm: fx.GraphModule, roles: Roles) -> nx.DiGraph:
         flat = list(dict.fromkeys(s for part in sources for s in part))
         other = list(dict.fromkeys(s for a in read for s in loose.get(a, [])))
         kind = boxes.kind(n, len({frozenset(s) for s in sources}) > 1)
-        if kind is None or (kind == "norm" and not flat):  # a table of positions is scaled too
+        if kind is None or (kind in ("norm", "product") and not flat):  # tables of positions are made of such, too
             data[n], loose[n] = flat, other
             continue
         g.add_node(n.name, **boxes.describe(n, kind))
