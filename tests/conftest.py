@@ -18,7 +18,8 @@ from sqcompile.passes.match import input_sites, match
 from sqcompile.plan import LayerPlan, Plan
 from sqcompile.trace import trace
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# as many threads as `make test` has cores, over its processes
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
