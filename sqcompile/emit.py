@@ -35,7 +35,7 @@ class CompiledModel(nn.Module):
     ) -> None:
         super().__init__()
         self.lowered = lowered
-        self.plan, self.report, self.stages = plan, Report.of(plan), stages
+        self.plan, self.report, self.stages = plan, Report.of(plan, lowered), stages
         self._signature = signature
         self._captured, self._out_spec = lowered.meta["captured"], lowered.meta["out_spec"]
         flat, self._used = _flat(lowered)

@@ -26,6 +26,9 @@ class Recipe:
         smooth: False quantizes without smoothing.
         skip: qualified module names, or parts or shell patterns of them, that stay in float. ``"lm_head"`` also
             stands for the projection back to the vocabulary under any other name.
+        min_speedup: linears whose INT8 GEMM is expected to be less than this times as fast as bfloat16, by the measured
+            table of this GPU (kernels/speedups), with one row or with 2048, stay in float; linears that share an input
+            count as one. 0 keeps none; shapes that no table knows, and CPUs, are not affected.
 
     Raises:
         RecipeError: if a value is out of range.
@@ -36,6 +39,7 @@ class Recipe:
     weight: Weight = "per_channel"
     smooth: bool = True
     skip: tuple[str, ...] = ("lm_head",)
+    min_speedup: float = 0.0
 
     def __post_init__(self) -> None:
         if self.activation not in get_args(Activation):
@@ -44,6 +48,8 @@ class Recipe:
             raise RecipeError(f"weight={self.weight!r}: choose one of {', '.join(get_args(Weight))}")
         if isinstance(self.skip, str):
             raise RecipeError(f"skip={self.skip!r} is a string: pass a tuple of names, skip=({self.skip!r},)")
+        if not (math.isfinite(self.min_speedup) and self.min_speedup >= 0):
+            raise RecipeError(f"min_speedup={self.min_speedup!r}: a factor such as 1.0, or 0 to quantize all")
         object.__setattr__(self, "skip", tuple(self.skip))
         if isinstance(self.alpha, (list, tuple)):
             object.__setattr__(self, "alpha", tuple(float(a) for a in self.alpha))

@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
+from torch import fx
+
+from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.kernels.speedup import FEW_ROWS, MANY_ROWS, expected
 from sqcompile.names import SiteLabel, collapse, site_labels
+from sqcompile.passes.graph import value
 from sqcompile.plan import LayerPlan, Plan
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """INT8 GEMMs of one shape; ``str`` of it is one line.
+
+    Attributes:
+        count: how many.
+        in_features, out_features: K and N, merged linears counted together.
+        few, many: expected speed against bfloat16 with one row and with 2048; None for a shape no table knows.
+    """
+
+    count: int
+    in_features: int
+    out_features: int
+    few: float | None
+    many: float | None
+
+    def __str__(self) -> str:
+        known = [(f, r) for f, r in ((self.few, FEW_ROWS), (self.many, MANY_ROWS)) if f is not None]
+        gain = ", ".join(f"{f:.2f}x with {r} row{'s' if r > 1 else ''}" for f, r in known) or "not measured"
+        return f"{self.count} x {self.in_features} -> {self.out_features}: {gain}"
+
+
+def _gemms(lowered: fx.GraphModule) -> tuple[Gemm, ...]:
+    nodes = lowered.graph.find_nodes(op="call_function", target=sqcompile_ops.int8_gemm.default)
+    shapes = Counter((value(n.args[2]).shape, value(n.args[2]).device) for n in nodes)
+    return tuple(
+        Gemm(count, k, n, expected(device, FEW_ROWS, n, k), expected(device, MANY_ROWS, n, k))
+        for ((n, k), device), count in shapes.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -15,14 +52,16 @@ class Report:
     Attributes:
         layers: name, kind, quantized, smoothing, reason, alpha, sqnr_db (see LayerPlan).
         sites: the smoothed sites as a person would write them; ``key`` is the name in the plan.
+        gemms: on GPUs, the INT8 GEMMs by shape.
     """
 
     layers: tuple[LayerPlan, ...]
     sites: tuple[SiteLabel, ...]
+    gemms: tuple[Gemm, ...] = ()
 
     @staticmethod
-    def of(plan: Plan) -> Report:
-        return Report(plan.layers, site_labels(plan.scales, [l.name for l in plan.layers]))
+    def of(plan: Plan, lowered: fx.GraphModule) -> Report:
+        return Report(plan.layers, site_labels(plan.scales, [l.name for l in plan.layers]), _gemms(lowered))
 
     def __str__(self) -> str:
         width = max((len(l.name) for l in self.layers), default=0)
@@ -34,6 +73,8 @@ class Report:
             lines.append(f"{l.name:{width}}  {kind:5}  {l.smoothing:10}  {alpha:6}  {sqnr:8}  {l.reason}".rstrip())
         if self.sites:
             lines += ["sites:", *(f"  {line}" for line in collapse(map(str, self.sites)))]
+        if self.gemms:
+            lines += ["INT8 GEMMs, expected speed against bf16:", *(f"  {gemm}" for gemm in self.gemms)]
         done = sum(l.quantized for l in self.layers)
         folded = sum(l.smoothing == "folded" for l in self.layers)
         lines.append(f"{done} of {len(self.layers)} linears in INT8, {folded} with smoothing folded into parameters")

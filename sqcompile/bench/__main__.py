@@ -1,10 +1,10 @@
-"""``python -m sqcompile.bench cpu`` or ``gpu``."""
+"""``python -m sqcompile.bench cpu``, ``gpu`` or ``speedup``."""
 
 import sys
 
-from sqcompile.bench import cpu, gpu
+from sqcompile.bench import cpu, gpu, speedup
 
-BENCHMARKS = {"cpu": cpu.main, "gpu": gpu.main}
+BENCHMARKS = {"cpu": cpu.main, "gpu": gpu.main, "speedup": speedup.main}
 
 
 def main(argv: list[str] | None = None) -> None:

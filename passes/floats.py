@@ -1,0 +1,120 @@
+"""floats: which linears stay in float, and why. Everything else is quantized."""
+
+from __future__ import annotations
+
+import fnmatch
+
+from torch import fx
+
+from sqcompile.calibrate import Calibration
+from sqcompile.errors import NothingToQuantizeError, RecipeError
+from sqcompile.kernels import speedup
+from sqcompile.passes.graph import Linear, aten, find_linears, nodes_by_name, value
+from sqcompile.passes.label_rules import LAYOUT
+from sqcompile.recipe import Recipe
+
+
+def stay_float(gm: fx.GraphModule, linears: list[Linear], calibration: Calibration, recipe: Recipe) -> dict[str, str]:
+    """The reason for each linear of a traced graph that stays in float, by name.
+
+    Raises:
+        RecipeError: if the recipe skips a name that no linear has.
+        NothingToQuantizeError: if no linear is left; the message gives the reasons.
+    """
+    _check_skip(gm, linears, recipe)
+    routers = _routers(gm, linears)
+    floats = {l.name: reason for l in linears if (reason := _reason(gm, l, routers, calibration, recipe))}
+    floats |= _slow(gm, [l for l in linears if l.name not in floats], recipe.min_speedup)
+    if len(floats) == len(linears):
+        raise NothingToQuantizeError(_nothing(linears, floats))
+    return floats
+
+
+def _routers(gm: fx.GraphModule, linears: list[Linear]) -> set[str]:
+    """Nodes of the linears whose output decides which expert a row goes to: the nearest above experts' offsets."""
+    nodes, by_node = nodes_by_name(gm), {l.node for l in linears}
+    todo, seen, routers = [nodes[l.offsets] for l in linears if l.offsets], set(), set()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name in by_node:
+            routers.add(node.name)
+        else:
+            todo.extend(node.all_input_nodes)
+    return routers
+
+
+def _reason(gm: fx.GraphModule, l: Linear, routers: set[str], calibration: Calibration, recipe: Recipe) -> str | None:
+    """Why a linear stays in float, or None."""
+    if l.node in routers:
+        return "routes tokens to experts, and a rounding there would change the expert"
+    for pattern in recipe.skip:
+        if _matches(gm, l, pattern):
+            return f"skipped by the recipe ({pattern!r})"
+        if pattern == "lm_head" and _is_lm_head(gm, l):
+            return "skipped by the recipe ('lm_head': the projection back to the vocabulary)"
+    if l.name not in calibration.inputs:
+        return "no calibration token reached it"
+    return None
+
+
+def _slow(gm: fx.GraphModule, linears: list[Linear], least: float) -> dict[str, str]:
+    """Why linears stay in float whose INT8 GEMM is not fast enough; those that read one input become one GEMM."""
+    nodes, slow = nodes_by_name(gm), {}
+    for l in linears if least > 0 else ():
+        device, n = value(nodes[l.weight]).device, sum(o.out_features for o in linears if o.x == l.x)
+        for rows in (speedup.FEW_ROWS, speedup.MANY_ROWS):
+            factor = speedup.expected(device, rows, n, l.in_features)
+            if factor is not None and factor < least:
+                slow[l.name] = f"INT8 is expected to be {factor:.2f}x of bf16 with {rows} rows, less than {least}x"
+    return slow
+
+
+def _matches(gm: fx.GraphModule, l: Linear, pattern: str) -> bool:
+    """Whether a pattern names a linear: its module or its weight, by any of the names of a tied weight."""
+    for name in gm.meta["aliases"].get(l.name.partition("#")[0], (l.name,)):
+        module = name.rpartition(".")[0] or name
+        if fnmatch.fnmatch(module, pattern) or fnmatch.fnmatch(name, pattern) or f".{pattern}." in f".{name}.":
+            return True
+    return False
+
+
+def _check_skip(gm: fx.GraphModule, linears: list[Linear], recipe: Recipe) -> None:
+    for pattern in recipe.skip:
+        if pattern != "lm_head" and not any(_matches(gm, l, pattern) for l in linears):
+            names = ", ".join(l.name for l in linears[:4])
+            raise RecipeError(f"skip={pattern!r} names no linear of this model; its linears are {names}, ...")
+
+
+def _is_lm_head(gm: fx.GraphModule, l: Linear) -> bool:
+    """Whether a linear has the shape of a token embedding and no other linear reads what it makes."""
+    tables = [n.args for n in gm.graph.find_nodes(op="call_function", target=aten.embedding.default)]
+    if not any(tuple(value(table).shape) == l.shape and _is_input(ids) for table, ids, *_ in tables):
+        return False
+    others = {k.node for k in find_linears(gm)} - {l.node}
+    todo, seen = [nodes_by_name(gm)[l.node]], set()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name in others:
+            return False
+        todo.extend(node.users)
+    return True
+
+
+def _is_input(node: fx.Node) -> bool:
+    """Whether a node is an input of the model in some layout: token ids, not positions, which a model counts itself."""
+    while node.target in LAYOUT:
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op == "placeholder"
+
+
+def _nothing(linears: list[Linear], floats: dict[str, str]) -> str:
+    if not linears:
+        return "nothing to quantize: the captured graph has no linear with a weight of its own"
+    reasons = ", ".join(f"{name}: {reason}" for name, reason in list(floats.items())[:4])
+    return f"nothing to quantize: all {len(linears)} linears stay in float ({reasons}). Change the recipe's skip="
