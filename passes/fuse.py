@@ -89,6 +89,7 @@ def _quantize(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> None:
         readers = {u for u in base.users if u is not x} | readers
     with gm.graph.inserting_before(q if not per_token else min(q, scale)):
         if norm is not None and (per_token or static is not None) and (multiplier is None or len(x.users) <= 2):
+            readers = {u for u in readers if u > q}  # who reads it earlier computes the norm by itself
             new = add_op(gm, sqcompile_ops.norm_quantize.default, *norm, static, multiplier, bool(readers))
             if readers:
                 _point(gm, base, new, 2, keep=readers)

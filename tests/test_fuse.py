@@ -108,6 +108,29 @@ def test_an_explicit_scale_is_the_kernels_multiplier(lowered_for_gpu):
     assert relative_error(gpu(x), plain(x)) <= 1e-6
 
 
+class Early(nn.Module):
+    """A float linear reads the norm before the quantized ones do, another after them."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.last = nn.LayerNorm(32), nn.Linear(32, 4), nn.Linear(32, 4)
+        self.fc1, self.fc2 = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        h = self.norm(x)
+        gate = self.first(h).sum(-1, keepdim=True)
+        return h + self.fc2(F.gelu(self.fc1(h)) * gate) + self.last(h).mean()
+
+
+def test_readers_of_a_norm_that_is_quantized_too(lowered_for_gpu):
+    torch.manual_seed(0)
+    recipe = sqcompile.Recipe(skip=("first", "last"))
+    gpu, plain = lowered_for_gpu(Early().eval(), [torch.randn(4, 6, 32) for _ in range(3)], recipe)
+    assert operators(gpu)["norm_quantize"] == 1
+    x = torch.randn(2, 5, 32)
+    assert relative_error(gpu(x), plain(x)) <= 1e-6
+
+
 TABLE = {(1, 64, 64): 1.5, (2048, 64, 64): 0.8, (1, 224, 64): 2.0, (2048, 224, 64): 1.6}
 
 

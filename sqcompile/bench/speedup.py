@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 ROWS = (1, 16, 64, 512, 2048, 8192)
-SIZES = (512, 1024, 2048, 4096, 8192)
+SIZES = (1024, 2048, 4096, 8192)
 LLAMA_3_8B = ((6144, 4096), (28672, 4096), (4096, 14336))
 
 
