@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-FEW_ROWS, MANY_ROWS = 1, 2048  # decoding one sequence, a prefill
+ROWS = (1, 512, 2048)  # what is reported: decoding one sequence, a short and a long prefill
 
 
 def expected(device: torch.device, rows: int, n: int, k: int) -> float | None:

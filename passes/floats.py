@@ -65,7 +65,7 @@ def _slow(gm: fx.GraphModule, linears: list[Linear], least: float) -> dict[str, 
     nodes, slow = nodes_by_name(gm), {}
     for l in linears if least > 0 else ():
         device, n = value(nodes[l.weight]).device, sum(o.out_features for o in linears if o.x == l.x)
-        for rows in (speedup.FEW_ROWS, speedup.MANY_ROWS):
+        for rows in speedup.ROWS:
             factor = speedup.expected(device, rows, n, l.in_features)
             if factor is not None and factor < least:
                 slow[l.name] = f"INT8 is expected to be {factor:.2f}x of bf16 with {rows} rows, less than {least}x"

@@ -27,7 +27,7 @@ class Recipe:
         skip: qualified module names, or parts or shell patterns of them, that stay in float. ``"lm_head"`` also
             stands for the projection back to the vocabulary under any other name.
         min_speedup: linears whose INT8 GEMM is expected to be less than this times as fast as bfloat16, by the measured
-            table of this GPU (kernels/speedups), with one row or with 2048, stay in float; linears that share an input
+            table of this GPU (kernels/speedups), with 1, 512 or 2048 rows, stay in float; linears that share an input
             count as one. 0 keeps none; shapes that no table knows, and CPUs, are not affected.
 
     Raises:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.kernels.speedup import FEW_ROWS, MANY_ROWS, expected
+from sqcompile.kernels.speedup import ROWS, expected
 from sqcompile.names import SiteLabel, collapse, site_labels
 from sqcompile.passes.graph import value
 from sqcompile.plan import LayerPlan, Plan
@@ -21,28 +21,26 @@ class Gemm:
     Attributes:
         count: how many.
         in_features, out_features: K and N, merged linears counted together.
-        few, many: expected speed against bfloat16 with one row and with 2048; None for a shape no table knows.
+        gains: expected speed against bfloat16 by number of rows; empty for a shape no table knows.
     """
 
     count: int
     in_features: int
     out_features: int
-    few: float | None
-    many: float | None
+    gains: dict[int, float]
 
     def __str__(self) -> str:
-        known = [(f, r) for f, r in ((self.few, FEW_ROWS), (self.many, MANY_ROWS)) if f is not None]
-        gain = ", ".join(f"{f:.2f}x with {r} row{'s' if r > 1 else ''}" for f, r in known) or "not measured"
+        parts = [f"{gain:.2f}x with {rows} row{'s' if rows > 1 else ''}" for rows, gain in self.gains.items()]
+        gain = ", ".join(parts) or "not measured"
         return f"{self.count} x {self.in_features} -> {self.out_features}: {gain}"
 
 
 def _gemms(lowered: fx.GraphModule) -> tuple[Gemm, ...]:
     nodes = lowered.graph.find_nodes(op="call_function", target=sqcompile_ops.int8_gemm.default)
     shapes = Counter((value(n.args[2]).shape, value(n.args[2]).device) for n in nodes)
-    return tuple(
-        Gemm(count, k, n, expected(device, FEW_ROWS, n, k), expected(device, MANY_ROWS, n, k))
-        for ((n, k), device), count in shapes.items()
-    )
+    gains = {s: {rows: expected(s[1], rows, *s[0]) for rows in ROWS} for s in shapes}
+    known = {s: {rows: gain for rows, gain in by_rows.items() if gain is not None} for s, by_rows in gains.items()}
+    return tuple(Gemm(count, s[0][1], s[0][0], known[s]) for s, count in shapes.items())
 
 
 @dataclass(frozen=True)

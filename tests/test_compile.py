@@ -168,9 +168,12 @@ def test_the_attention_mask_keeps_padding_out_of_the_statistics():
 def test_the_sample_is_bounded_and_uniform():
     from sqcompile.calibrate import SAMPLE_ROWS, InputStats
 
-    stats, generator = InputStats(torch.zeros(1), torch.empty(0, 1)), torch.Generator().manual_seed(0)
+    stats, generator = InputStats.empty(torch.empty(0, 1), experts=2), torch.Generator().manual_seed(0)
     for i in range(100):
-        stats.update(torch.arange(i * 50.0, (i + 1) * 50)[:, None], generator)
+        rows = torch.arange(i * 50, (i + 1) * 50)
+        stats.update(rows[:, None].float(), (rows >= 3000).long(), generator)
+    assert stats.tokens.tolist() == [3000, 2000]
+    assert torch.equal(stats.experts, (stats.rows.flatten() >= 3000).long())  # rows keep their experts
     assert stats.rows.shape == (SAMPLE_ROWS, 1) and stats.count == 5000 and stats.absmax.item() == 4999
     assert len(stats.rows.unique()) == SAMPLE_ROWS and abs(stats.rows.mean().item() - 2500) < 500
 

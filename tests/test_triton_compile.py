@@ -161,13 +161,19 @@ def test_warp_specialization_compiles(tmp_path):
     assert "setmaxnreg" in kernels[0].asm["ptx"]  # registers move from the loading warps to the multiplying ones
 
 
-@pytest.mark.parametrize("activation", ["gelu", "silu"])
-def test_every_part_of_the_epilogue_fits_the_largest_tile(activation, tmp_path):
-    more = {"activation": activation, "bias": empty(4096), "residual": empty(4096, 4096)}
-    check_resources(compile_for(90, lambda: gemm(4096, 4096, 4096, **more)), 90, tmp_path)
-    del more["residual"]
-    more["out_scale"] = torch.empty(())
-    check_resources(compile_for(90, lambda: gemm(4096, 4096, 4096, **more)), 90, tmp_path)
+# what `fuse` makes of a graph: a residual, or an activation and int8 out; biases or none
+EPILOGUES: dict[str, dict[str, Any]] = {
+    "residual": {"residual": empty(4096, 4096)},
+    "bias, residual": {"bias": empty(4096), "residual": empty(4096, 4096)},
+    "bias, relu, int8": {"bias": empty(4096), "activation": "relu", "out_scale": torch.empty(())},
+    "bias, gelu, int8": {"bias": empty(4096), "activation": "gelu", "out_scale": torch.empty(())},
+    "silu, int8": {"activation": "silu", "out_scale": torch.empty(())},
+}
+
+
+@pytest.mark.parametrize("name", EPILOGUES)
+def test_every_epilogue_fits_the_chosen_tile(name, tmp_path):
+    check_resources(compile_for(90, lambda: gemm(4096, 4096, 4096, **EPILOGUES[name])), 90, tmp_path)
 
 
 def test_importing_the_package_leaves_triton_alone():

@@ -30,7 +30,7 @@ def test_these_kernels_in_the_interpreter():
 
 
 def configs() -> dict[str, Any]:
-    from sqcompile.kernels.triton.tiles import Config
+    from sqcompile.kernels.triton.tiles import Config, gpu_of, specializes
 
     found = {
         "shipped": None,
@@ -47,19 +47,22 @@ def configs() -> dict[str, Any]:
             "persistent quarters": Config("persistent", 64, 128, 64, sub=4, warps=8),
             "tile tma": Config("tile", 32, 64, 64, tma=True, swap=True, split=2),
         }
+    if not INTERPRETED and specializes(gpu_of(torch.device("cuda", 0))):
+        found["persistent specialized"] = Config("persistent", 128, 256, 128, stages=3, warps=4, specialize=True)
     return found
 
 
 CONFIGS = [
     "shipped", "tile", "tile split", "tile swapped", "gemv", "gemv split",
     "persistent", "persistent halves", "persistent quarters", "tile tma",
+    "persistent specialized",
 ]  # fmt: skip
 
 
 def config(name: str) -> Any:
     found = configs()
     if name not in found:
-        pytest.skip("needs sm_90")
+        pytest.skip("not for this GPU, or not for this Triton")
     return found[name]
 
 

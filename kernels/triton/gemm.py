@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sqcompile.kernels.triton import gemm_kernels as kernels
 from sqcompile.kernels.triton.common import INTERPRETED, on
-from sqcompile.kernels.triton.tiles import GEMV_ROWS, Config, bucket, gpu_of, tiles
+from sqcompile.kernels.triton.tiles import GEMV_ROWS, Config, bucket, for_epilogue, gpu_of, tiles
 
 TL_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -82,7 +82,7 @@ def int8_gemm(
         raise ValueError(f"{rows} row scales and {columns} column scales for a product of {m} x {n}")
     if config is None:
         whole = aligned(q) and aligned(w) and n * y.element_size() % _ALIGNED == 0
-        config = tiles(gpu_of(q.device), bucket(m), n, k, whole)
+        config = for_epilogue(tiles(gpu_of(q.device), bucket(m), n, k, whole), activation, residual is not None)
     # the order of the kernels' parameters from w_scale_ptr to DTYPE
     epilogue = (
         w_scale, x_scale, bias, residual, 0 if residual is None else residual.stride(0), out_scale,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 LARGEST_BUCKET = 8192
 GEMV_ROWS = 4
@@ -100,13 +101,26 @@ def bucket(m: int) -> int:
 
 
 @functools.cache
-def table(gpu: Gpu) -> dict[int, dict[tuple[int, int], Config]]:
-    """The rows of the table for a GPU, {m: {(n, k): config}}: by name, else by capability; empty if there is none."""
+def _shipped(gpu: Gpu) -> dict[str, Any]:
+    """The table of a GPU: by name, else by capability; {} if there is none."""
     files = [json.loads(f.read_text()) for f in sorted((Path(__file__).parent / "tuning").glob("*.json"))]
     found = [f for f in files if f["name"] in gpu.name] or [f for f in files if f["capability"] == gpu.capability]
+    return found[0] if found else {}
+
+
+def specializes(gpu: Gpu) -> bool:
+    """Whether warp specialization was seen to run here: it depends on Triton's version, and may hang with others."""
+    return any(triton.__version__.startswith(f"{v}.") for v in _shipped(gpu).get("specialize", ()))
+
+
+@functools.cache
+def table(gpu: Gpu) -> dict[int, dict[tuple[int, int], Config]]:
+    """The rows of the table for a GPU, {m: {(n, k): config}}, but for those that this version of Triton may not run."""
     rows: dict[int, dict[tuple[int, int], Config]] = {}
-    for row in found[0]["rows"] if found else ():
-        rows.setdefault(row["m"], {})[row["n"], row["k"]] = Config(**row["config"])
+    for row in _shipped(gpu).get("rows", ()):
+        c = Config(**row["config"])
+        if not c.specialize or specializes(gpu):
+            rows.setdefault(row["m"], {})[row["n"], row["k"]] = c
     return rows
 
 
@@ -129,39 +143,67 @@ def tiles(gpu: Gpu, m: int, n: int, k: int, aligned: bool = True) -> Config:
     return default_config(gpu, m, n, k, aligned)
 
 
+def for_epilogue(c: Config, activation: str, residual: bool) -> Config:
+    """A choice for a GEMM that does more than scale its result, which is how the choices were measured.
+
+    The erf of gelu takes registers that the large tiles do not have, and warp specialization has fewer of them; a
+    residual takes shared memory.
+    """
+    if c.kind != "persistent" or c.bm * c.bn < 128 * 128:
+        return c
+    if activation == "gelu" or (residual and not c.specialize and c.bm * c.bn > 128 * 128):
+        return Config("persistent", 128, 128, 128, stages=3, warps=4, sub=4, ctas=2)
+    return c
+
+
 def default_config(gpu: Gpu, m: int, n: int, k: int, aligned: bool) -> Config:
     """The rule for shapes without a table.
 
     Few rows: the weight is streamed once, and what counts is enough programs with enough loads in flight. Many rows:
-    the tile that wastes the least of the last wave, larger tiles being faster per element.
+    the tile whose waves take least, a wave being one tile in each slot of the GPU.
     """
     if m <= GEMV_ROWS:
-        bk = min(2048, max(64, _floor_power(k)))
-        return Config("gemv", m, 8 if m < 4 else 4, bk, stages=3, warps=4)
+        bn, bk, stages = (4, 2048, 1) if m <= 2 else (8, 1024, 3)
+        return Config("gemv", m, bn, min(bk, max(64, _floor_power(k))), stages=stages, warps=4)
     few_tiles = m <= 128 or -(-m // 128) * -(-n // 128) < gpu.sms
     if m <= 64:
-        large_l1 = gpu.large or gpu.capability == 80
-        bk = 32 if not aligned else 256 if k >= 2048 and m <= 32 and large_l1 else 128 if k > 64 else 64
+        large_l1 = gpu.large or (gpu.capability == 80 and m <= 32)
+        bk = 32 if not aligned else 256 if k >= 2048 and large_l1 else 128 if k > 64 else 64
+        if gpu.capability == 90 and bk == 256 and -(-n // 64) < 0.7 * gpu.sms:
+            return Config("tile", max(16, m), 32, bk, stages=7, warps=4)
         split = 1
-        while -(-n // 64) * split < gpu.sms and split < 8 and k // (2 * split) >= 1024:
+        while -(-n // 64) * split < 0.7 * gpu.sms and split < 8 and k // (2 * split) >= 1024:
             split *= 2
-        return Config("tile", max(16, m), 64, bk, stages=4 if aligned else 2, warps=4, split=split)
+        swap = aligned and gpu.capability == 90
+        return Config("tile", max(16, m), 64, bk, stages=4 if aligned else 2, warps=4, split=split, swap=swap)
     if not aligned:
         return Config("tile", 64, 64, 32, 2, 4) if few_tiles else Config("tile", 128, 128, 32, 2, 8)
     if not gpu.large:
         return Config("tile", 64, 128, 64, 4, 4) if few_tiles else Config("tile", 128, 128, 64, 4, 8)
-    # a wave of 128x256 tiles runs at about 1.0 of the tensor cores' pace, of 128x128 at 0.85, of 64x128 at 0.6
-    candidates = [
-        (128 * 256, 1.0, Config("persistent", 128, 256, 128, stages=4, warps=8, sub=2)),
-        (128 * 128, 0.85, Config("persistent", 128, 128, 128, stages=4, warps=8)),
-        (64 * 128, 0.6, Config("persistent", 64, 128, 128, stages=5, warps=4)),
-    ]
 
-    def cost(c: tuple[int, float, Config]) -> float:
-        waves = -(-(-(-m // c[2].bm) * -(-n // c[2].bn)) // gpu.sms)
-        return waves * c[0] / c[1]
+    def cost(wave: float, c: Config) -> float:
+        return wave * -(-(-(-m // c.bm) * -(-n // c.bn)) // (c.ctas * gpu.sms))
 
-    return min(candidates, key=cost)[2]
+    return min(_WAVES[specializes(gpu)], key=lambda wave: cost(*wave))[1]
+
+
+# Microseconds of one wave at K = 4096 on an H100, and the tile; without and with warp specialization.
+_WAVES: tuple[tuple[tuple[float, Config], ...], ...]
+_WAVES = (
+    (
+        (12.2, Config("persistent", 64, 64, 128, stages=6, warps=4, ctas=2)),
+        (16.6, Config("persistent", 64, 128, 128, stages=4, warps=4, ctas=2)),
+        (26.0, Config("persistent", 128, 128, 128, stages=3, warps=4, sub=2, ctas=2)),
+        (29.0, Config("persistent", 128, 256, 128, stages=3, warps=8, flatten=True)),
+    ),
+    (
+        (12.2, Config("persistent", 64, 64, 128, stages=6, warps=4, ctas=2)),
+        (15.2, Config("persistent", 128, 128, 128, stages=4, warps=4, specialize=True)),
+        (16.6, Config("persistent", 64, 128, 128, stages=4, warps=4, ctas=2)),
+        (25.0, Config("persistent", 128, 256, 128, stages=3, warps=4, specialize=True)),
+        (26.0, Config("persistent", 128, 128, 128, stages=3, warps=4, sub=2, ctas=2)),
+    ),
+)
 
 
 def _floor_power(x: int) -> int:

@@ -7,6 +7,7 @@ compared with the reference before it is timed; the file is written after every 
 from __future__ import annotations
 
 import argparse
+import datetime
 import functools
 import gc
 import itertools
@@ -76,6 +77,10 @@ def _streams(gpu: Gpu, m: int, n: int, quick: bool) -> Iterator[Config]:
         stages = 6 if bk == 128 and bm + bn <= 256 else 4
         if bn < 128 or bm > 32:
             yield Config("tile", bm, bn, bk, stages=stages, warps=4, split=split)
+        if gpu.large and bn == 32 and not quick:
+            yield Config("tile", bm, bn, bk, stages=7, warps=4, split=split)
+            for deep in (4, 7):
+                yield Config("tile", bm, bn, bk, stages=deep, warps=4, split=split, tma=True)
         if gpu.large and bn >= 64:  # yᵀ: the weight's rows are the 64 rows of a wgmma
             for tma in (True,) if quick else (False, True):
                 yield Config("tile", bm, bn, bk, stages=stages, warps=bn // 16, split=split, swap=True, tma=tma)
@@ -116,10 +121,10 @@ def _persistents(gpu: Gpu, m: int, quick: bool) -> Iterator[Config]:
 
 
 SPECIALIZED = (
-    Config("persistent", 128, 256, 128, stages=3, warps=4, specialize=True),
-    Config("persistent", 256, 128, 128, stages=3, warps=4, specialize=True),
-    Config("persistent", 128, 128, 128, stages=4, warps=4, specialize=True),
-    Config("persistent", 128, 256, 128, stages=3, warps=4, specialize=True, group=16),
+    *(Config("persistent", 128, 256, 128, stages=3, warps=4, specialize=True, group=g) for g in (1, 2, 4, 6, 8, 12)),
+    *(Config("persistent", 256, 128, 128, stages=3, warps=4, specialize=True, group=g) for g in (2, 4, 8)),
+    *(Config("persistent", 128, 128, 128, stages=4, warps=4, specialize=True, group=g) for g in (4, 8)),
+    Config("persistent", 64, 256, 128, stages=4, warps=4, specialize=True),
 )
 
 
@@ -235,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     rows_timed = sorted({bucket(m) for m in args.rows})
     plan = {(m, n, k): candidates(gpu, m, n, k, args.quick, specialize) for n, k in shapes for m in rows_timed}
     compile_all(gpu, [(*shape, c) for shape, found in plan.items() for c in found])
-    versions = f"{gpu.name}, torch {torch.__version__}, triton {triton.__version__}"
+    versions = f"{gpu.name}, torch {torch.__version__}, triton {triton.__version__}, {datetime.date.today()}"
     rows: list[dict[str, Any]] = []
     gc.freeze()  # every graph begins with a garbage collection
     print(
@@ -259,6 +264,8 @@ def main(argv: list[str] | None = None) -> None:
             with args.log.open("a") as log:
                 log.writelines(json.dumps({"m": m, "n": n, "k": k, "us": t, **c.to_json()}) + "\n" for t, c in times)
         head = {"name": args.name or gpu.name, "capability": gpu.capability, "measured": versions}
+        if specialize:
+            head["specialize"] = [".".join(triton.__version__.split(".")[:2])]
         lines = ",\n  ".join(json.dumps(r) for r in rows)
         args.out.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n  {lines}\n ]\n}}\n')
 

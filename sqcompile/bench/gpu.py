@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,10 +128,16 @@ def fused_table(m: int, rep_ms: float) -> list[str]:
     ]
     source = torch.empty(2**30, device="cuda", dtype=torch.int8)
     target = torch.empty_like(source)
-    copy = 2e-3 * source.numel() / timing.median_us([lambda: target.copy_(source)], rep_ms)
+    words = source.view(torch.int64), target.view(torch.int64)
+    # as a node of a graph, a copy may run on a copy engine, which is slower than a kernel
+    engine, kernel = (
+        2e-3 * source.numel() / timing.median_us([call], rep_ms)
+        for call in (lambda: target.copy_(source), lambda: torch.bitwise_not(words[0], out=words[1]))
+    )
+    copy = max(engine, kernel)
     lines = [
-        f"Device copy of 1 GiB: {copy:.0f} GB/s.\n",
-        f"| kernel, {m} rows | columns | us | GB/s | of the copy | error of q Δ |",
+        f"1 GiB from memory to memory: copy_ {engine:.0f} GB/s, an elementwise kernel {kernel:.0f} GB/s.\n",
+        f"| kernel, {m} rows | columns | us | GB/s | of the faster | error of q Δ |",
         "|---|---|---|---|---|---|",
     ]
     for name, call, exact, row_bytes in kernels:
@@ -160,6 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     import triton
 
     torch.manual_seed(0)
+    gc.freeze()  # every graph begins with a garbage collection
     p = torch.cuda.get_device_properties(0)
     lines = [
         f"{p.name}, {p.multi_processor_count} multiprocessors, torch {torch.__version__}, triton {triton.__version__}, "

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 ROWS = (1, 16, 64, 512, 2048, 8192)
-SIZES = (1024, 2048, 4096, 8192)
+SIZES = (1024, 2048, 4096)
 LLAMA_3_8B = ((6144, 4096), (28672, 4096), (4096, 14336))
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     gc.freeze()
     rows = []
-    for (n, k), m in itertools.product((*itertools.product(SIZES, SIZES), *LLAMA_3_8B), ROWS):
+    for (n, k), m in itertools.product((*LLAMA_3_8B, *itertools.product(SIZES, SIZES)), ROWS):
         number = timing.copies(n * k) if m <= 512 else 1
         w = [torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8) for _ in range(number)]
         q = torch.randint(-127, 128, (m, k), device="cuda", dtype=torch.int8)
