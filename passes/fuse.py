@@ -33,9 +33,41 @@ def fuse(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
         _residual(gm, node)
     for q in list(gm.graph.find_nodes(op="call_function", target=sqcompile_ops.quantize.default)):
+        q = _before_views(gm, q)
         if not _into_gemm(gm, q, const):
             _quantize(gm, q, const)
     gm.graph.eliminate_dead_code()
+
+
+def _before_views(gm: fx.GraphModule, q: fx.Node) -> fx.Node:
+    """quantize(reshape(x)) -> reshape(quantize(x)), where tokens stay tokens: what computes x is in sight then."""
+    while True:
+        x, scale = q.args[:2]
+        assert isinstance(x, fx.Node) and isinstance(scale, fx.Node)
+        per_token = scale.target == sqcompile_ops.token_scale.default
+        if x.target in (aten.clone.default, aten.contiguous.default):
+            for node in (q, scale) if scale.args and scale.args[0] is x else (q,):
+                node.update_arg(0, x.args[0])
+            if not x.users:
+                gm.graph.erase_node(x)
+            continue
+        sizes: Any = x.args[1] if x.target == aten.reshape.default else None
+        tokens = sizes and sizes[-1] == value(x.args[0]).shape[-1]  # type: ignore[arg-type]
+        if not tokens or len(q.args) > 2 or not (per_token or scale.op == "get_attr"):
+            return q
+        with gm.graph.inserting_before(min(q, scale) if per_token else q):
+            inner = add_op(gm, scale.target, x.args[0]) if per_token else scale  # type: ignore[arg-type]
+            new = add_op(gm, sqcompile_ops.quantize.default, x.args[0], inner)
+            q.replace_all_uses_with(add_op(gm, aten.reshape.default, new, sizes))
+            if per_token:
+                wide = add_op(gm, aten.reshape.default, inner, [*sizes[:-1], 1])
+                scale.replace_all_uses_with(wide)
+        gm.graph.erase_node(q)
+        if per_token:
+            gm.graph.erase_node(scale)
+        if not x.users:
+            gm.graph.erase_node(x)
+        q = new
 
 
 def _residual(gm: fx.GraphModule, add: fx.Node) -> None:

@@ -47,6 +47,8 @@ FUSED = {
     ("llama", "O2"): {"int8_gemm": 8, "quantize_rows": 8},
     ("llama", "O3"): {"int8_gemm": 8, "norm_quantize": 4, "act_quantize": 2, "quantize": 2},
     ("opt", "O3"): {"int8_gemm": 8, "norm_quantize": 4, "quantize": 2},  # fc1 -> relu -> fc2 never leaves int8
+    ("gpt2", "default"): {"int8_gemm": 8, "norm_quantize": 4, "quantize_rows": 4},
+    ("t5", "default"): {"int8_gemm": 21, "norm_quantize": 10, "act_quantize": 4, "quantize_rows": 7},
     ("gemma", "default"): {"int8_gemm": 8, "norm_quantize": 4, "act_quantize": 2, "quantize_rows": 2},
     ("phi3", "default"): {"int8_gemm": 8, "norm_quantize": 4, "act_quantize": 2, "quantize_rows": 2},
     ("mixtral", "default"): {

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sqcompile.bench import stack
+
 SHAPES = (("qkv", 4096, 6144), ("o", 4096, 4096), ("gate, up", 4096, 28672), ("down", 14336, 4096))  # K, N
 ROWS = (1, 16, 64, 512, 2048, 4096, 8192)
 FUSED_ROWS = 8192
@@ -175,6 +177,8 @@ def main(argv: list[str] | None = None) -> None:
         *gemm_table(tuple(args.rows), args.rep),
         "",
         *fused_table(FUSED_ROWS, args.rep),
+        "",
+        *stack.table(),
     ]
     text = "\n".join(lines) + "\n"
     print(text)
