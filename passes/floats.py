@@ -31,19 +31,45 @@ def stay_float(gm: fx.GraphModule, linears: list[Linear], calibration: Calibrati
 
 
 def _routers(gm: fx.GraphModule, linears: list[Linear]) -> set[str]:
-    """Nodes of the linears whose output decides which expert a row goes to: the nearest above experts' offsets."""
+    """Nodes of the linears whose output decides which expert a row goes to: the nearest above experts' offsets.
+
+    What the experts' own rows are made of is not searched: a router without a linear reads them, too.
+    """
     nodes, by_node = nodes_by_name(gm), {l.node for l in linears}
-    todo, seen, routers = [nodes[l.offsets] for l in linears if l.offsets], set(), set()
-    while todo:
-        node = todo.pop()
-        if node in seen:
+    routers: set[str] = set()
+    for l in linears:
+        if not l.offsets:
             continue
-        seen.add(node)
-        if node.name in by_node:
-            routers.add(node.name)
-        else:
-            todo.extend(node.all_input_nodes)
+        seen = _above(_picked_from(nodes[l.x]))
+        todo = [nodes[l.offsets]]
+        while todo:  # at once over for an expert's second matrix, whose rows come from the first by the same offsets
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node.name in by_node:
+                routers.add(node.name)
+            else:
+                todo.extend(node.all_input_nodes)
     return routers
+
+
+def _picked_from(node: fx.Node) -> fx.Node:
+    """The tensor whose rows an expert's input picks."""
+    while node.target in LAYOUT and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _above(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it is computed from."""
+    todo, found = [node], set()
+    while todo:
+        n = todo.pop()
+        if n not in found:
+            found.add(n)
+            todo.extend(n.all_input_nodes)
+    return found
 
 
 def _reason(gm: fx.GraphModule, l: Linear, routers: set[str], calibration: Calibration, recipe: Recipe) -> str | None:

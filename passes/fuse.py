@@ -159,7 +159,8 @@ def _multiplied(x: fx.Node, const: set[fx.Node]) -> tuple[fx.Node, fx.Node] | No
     if x.target != aten.mul.Tensor or value(x).dtype != torch.float32:
         return None
     for base, vector in _operands(x):
-        if base not in const and _is_vector(vector, x, const) and value(vector).dtype == torch.float32:
+        same = value(base).shape == value(x).shape
+        if same and base not in const and _is_vector(vector, x, const) and value(vector).dtype == torch.float32:
             return base, vector
     return None
 
@@ -189,7 +190,11 @@ def _norm(x: fx.Node, const: set[fx.Node]) -> tuple[Any, ...] | None:
     if x.target in (aten.layer_norm.default, aten.rms_norm.default):
         args = arguments(x)
         h, rms = args["input"], x.target == aten.rms_norm.default
-        eps = torch.finfo(value(h).dtype).eps if args["eps"] is None else args["eps"]
+        eps = args["eps"]
+        if eps is None:  # that of the accumulator or of the input, by PyTorch's version: the same in float32 alone
+            if value(h).dtype != torch.float32:
+                return None
+            eps = torch.finfo(torch.float32).eps
         vectors = args["weight"], None if rms else args["bias"]
         fits = len(args["normalized_shape"]) == 1 and not (vectors[0] is None and vectors[1] is not None)
         return (h, *vectors, eps, rms, False) if fits else None
@@ -214,19 +219,21 @@ def _rms(x: fx.Node, weight: fx.Node, inner: fx.Node) -> tuple[Any, ...] | None:
         source = _cast_of(h)
         round_first = inner is not product and value(inner).dtype == value(x).dtype
         exact = value(h).dtype == torch.float32 and value(source).dtype == value(x).dtype
+        exact = exact and value(source).shape == value(x).shape  # [..., 1] · weight is no norm of K channels
+        exact = exact and (not round_first or value(weight).dtype == value(x).dtype)
         return (source, weight, None, eps, True, round_first) if exact else None
     return None
 
 
 def _root_mean_square(h: fx.Node, root: Any) -> float | None:
     """eps, where a node is rsqrt(mean(h²) + eps)."""
-    if root.target != aten.rsqrt.default or root.args[0].target != aten.add.Tensor:
+    if root.target != aten.rsqrt.default or root.args[0].target != aten.add.Tensor or root.args[0].kwargs:
         return None
     mean, eps = root.args[0].args[:2]
     if not isinstance(eps, float) or mean.target != aten.mean.dim:
         return None
     square, over = mean.args[0], arguments(mean)
-    whole = list(over["dim"]) == [-1] and over["keepdim"]
+    whole = over["dim"] is not None and list(over["dim"]) == [-1] and over["keepdim"] and over["dtype"] is None
     return eps if whole and square.target == aten.pow.Tensor_Scalar and square.args == (h, 2) else None
 
 

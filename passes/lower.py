@@ -90,7 +90,8 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
         release_freed_memory()
     _materialize(gm)
     lower_attention(gm)
-    if gm.graph.find_nodes(op="call_function", target=sqcompile_ops.int8_gemm.default):
+    kernels = (sqcompile_ops.int8_gemm.default, sqcompile_ops.int8_grouped_linear.default)
+    if any(gm.graph.find_nodes(op="call_function", target=target) for target in kernels):
         fuse(gm)
     return finish(gm)
 

@@ -157,11 +157,18 @@ class _Observer(fx.Interpreter):
 
     def _follow_mask(self, n: fx.Node, mask: Tensor) -> None:
         """Experts read picked rows: padding is picked with them, and every input with the same offsets is in that order."""
-        indices = n.args[1] if n.target == aten.index.Tensor else None
-        if not isinstance(indices, (list, tuple)) or not isinstance(indices[0], fx.Node):
+        if n.target == aten.index.Tensor:
+            index = n.args[1][0]  # type: ignore[index]
+        else:
+            index = n.args[2] if n.target == aten.index_select.default and n.args[1] == 0 else None
+        source = n.args[0]
+        if not isinstance(index, fx.Node) or not isinstance(source, fx.Node):
             return
-        picked, source = self.env[indices[0]], self.env[n.args[0]]  # type: ignore[index]
-        if source.dim() == 2 and len(source) == len(mask):
+        picked, rows = self.env[index], self.env[source]
+        copies = len(rows) // max(1, len(mask))
+        if source.target == aten.repeat_interleave.self_int and len(rows) == copies * len(mask):
+            mask = mask.repeat_interleave(copies)  # each token once per expert it goes to
+        if rows.dim() == 2 and len(rows) == len(mask):
             self.routed_masks[self.routed[n.name]] = mask.to(picked.device)[picked]
 
     def _read(self, n: fx.Node, l: Linear) -> None:
@@ -171,9 +178,10 @@ class _Observer(fx.Interpreter):
             offsets = self.env[n.args[2]].long()  # type: ignore[index]
             row = torch.arange(len(x), device=x.device)
             experts = torch.searchsorted(offsets, row, right=True)
-            keep = self.routed_masks.get(l.offsets)
-            if keep is not None:
-                rows, experts = rows[keep], experts[keep]
+            keep = experts < len(offsets)  # rows past the last offset are no expert's
+            if l.offsets in self.routed_masks:
+                keep &= self.routed_masks[l.offsets]
+            rows, experts = rows[keep], experts[keep]
         else:
             rows = real_tokens(x, self.mask)
             experts = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)

@@ -103,8 +103,8 @@ def one_error() -> Iterator[None]:
 
 
 def _is_users(filename: str) -> bool:
-    inside = (os.path.dirname(torch.__file__), os.path.dirname(__file__), "<")
-    return not filename.startswith(inside)
+    inside = (os.path.join(os.path.dirname(module), "") for module in (torch.__file__, __file__))
+    return not filename.startswith((*inside, "<frozen", "<string>"))
 
 
 def _hint(error: Exception, what: str) -> str:

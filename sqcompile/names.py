@@ -15,8 +15,8 @@ from dataclasses import dataclass
 _OPERATION = re.compile(r"(layer_norm|rms_norm|mul|linear)(_(default|tensor))?(_\d+)?")
 _SPOKEN = {"layer_norm": "layernorm", "rms_norm": "rmsnorm", "mul": "scale"}
 
-# A number that is a whole component of a qualified name: the index of a repeated block.
-_INDEX = re.compile(r"(?:(?<=[. ])|^)\d+(?=[.:, ]|$)")
+# A number that is a whole component of a qualified name: the index of a repeated block. Not one of "{0..2, 5}".
+_INDEX = re.compile(r"(?:(?<=[. ])|^)\d+(?=[.:, ]|$)(?![^{}]*\})")
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,11 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
         obj: Any = gm
         for part in str(n.target).split("."):
             obj = getattr(obj, part)
+        if not isinstance(obj, Tensor):
+            raise CaptureError(
+                f"the graph reads a {type(obj).__name__} at {source(next(iter(n.users)))}: compute it outside forward, or "
+                "compile a submodule"
+            )
         set_tensor(gm, str(n.target), obj.detach())
     fakes = [value(n) for n in gm.graph.find_nodes(op="placeholder") if isinstance(value(n), Tensor)]
     if not fakes:

@@ -313,3 +313,25 @@ def test_inputs_in_the_notation_of_show() -> None:
     name, ids = parse_input("input_ids=i64[2, 16]", rows=5)
     assert (name, ids.shape, ids.dtype) == ("input_ids", (2, 16), torch.int64) and int(ids.max()) < 5
     assert parse_input("bf16[3]")[1].dtype == torch.bfloat16
+
+
+def test_ranges_are_not_merged_again() -> None:
+    lines = [f"layers.0.experts.{j}: r" for j in (0, 2, 9)] + [f"layers.1.experts.{j}: r" for j in (0, 3, 9)]
+    assert collapse(lines) == ["layers.0.experts.{0, 2, 9}: r", "layers.1.experts.{0, 3, 9}: r"]
+
+
+def test_every_use_of_a_shared_weight_keeps_its_name_in_later_stages() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(self.a(self.a(x).relu()).relu())
+
+    model = Shared().eval()
+    compiled = sqcompile.compile(model, [torch.randn(3, 4, 16)], backend="eager", progress=False)
+    roles = roles_of(compiled.stages["traced"], compiled.plan)
+    for stage in ("traced", "quantized", "lowered"):
+        names = [n for _, linears in condense(compiled.stages[stage], roles).nodes(data="linears") for n in linears]
+        assert names == ["a.weight", "a.weight#2", "a.weight#3"]

@@ -140,6 +140,10 @@ NOT_EXPORTABLE = {
     "control flow": (
         lambda x: torch.cond(x.sum() > 0, torch.neg, torch.abs, (x,)), "cond is a nested graph", "self.body(x)", "control flow",
     ),
+    "a generator": (
+        lambda x: x[..., torch.randperm(16, generator=torch.Generator().manual_seed(0))],
+        "reads a Generator", "self.body(x)", "outside forward",
+    ),
     "an output of an unknown type": (Wrapped, "Wrapped", "", "register_pytree_node"),
 }  # fmt: skip
 

@@ -10,6 +10,8 @@ from conftest import relative_error, tiny_lm, token_batches
 from families import build, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
 
 import sqcompile
 from sqcompile import Recipe
@@ -143,3 +145,72 @@ def test_grouped_products_are_those_of_each_expert(counts, n, k):
     expert = torch.repeat_interleave(torch.arange(e), torch.tensor(counts))
     want = [reference.int8_linear(q[i], scale[i], w[j], w_scale[j], None, torch.float32) for i, j in enumerate(expert)]
     assert torch.equal(got, torch.stack(want) if want else torch.empty(0, n))
+
+
+class Block(nn.Module):
+    """A hand-written block of routed experts after a residual linear; rows are picked in several spellings."""
+
+    def __init__(self, pick="index", router="linear", dropped=False):
+        super().__init__()
+        self.pick, self.router, self.dropped = pick, router, dropped
+        self.into, self.norm = nn.Linear(32, 32), nn.LayerNorm(32)
+        self.gate, self.centers = nn.Linear(32, 3, bias=False), nn.Parameter(torch.randn(3, 32))
+        self.up = nn.Parameter(torch.randn(3, 32, 48) / 32**0.5)
+        self.down = nn.Parameter(torch.randn(3, 48, 32) / 48**0.5)
+
+    def forward(self, input_ids, attention_mask=None):
+        x = F.one_hot(input_ids, 32).float() * 3 + 0.1
+        x = x + self.into(x)
+        h = self.norm(x).flatten(0, 1)
+        far = -(h.unsqueeze(1) - self.centers).square().sum(-1)
+        weight, expert = (self.gate(h) if self.router == "linear" else far).softmax(-1).topk(2, -1)
+        expert, order = expert.flatten().sort()
+        token = order // 2
+        offsets = F.one_hot(expert, 3).sum(0).cumsum(0).to(torch.int32)
+        if self.dropped:  # the last expert's rows are not computed
+            offsets = torch.minimum(offsets, offsets[-2:-1])
+        rows = {
+            "index": lambda: h[token],
+            "index_select": lambda: h.index_select(0, token),
+            "repeat": lambda: h.repeat_interleave(2, 0)[order],
+        }[self.pick]()
+        grouped = torch.ops.transformers.grouped_mm_fallback
+        y = grouped(torch.relu(grouped(rows, self.up, offsets)), self.down, offsets)
+        y = y * weight.flatten()[order].unsqueeze(-1)
+        return x + torch.zeros_like(h).index_add(0, token, y).view(x.shape)
+
+
+def test_a_router_without_a_linear_keeps_nothing_else_in_float():
+    import transformers.integrations.moe  # noqa: F401 - registers the grouped product
+
+    torch.manual_seed(0)
+    batches = [{"input_ids": torch.randint(0, 32, (3, 7))} for _ in range(3)]
+    for router, floats in (("linear", ["gate.weight"]), ("centers", [])):
+        plan = sqcompile.calibrate(Block(router=router).eval(), batches, progress=False)
+        assert [l.name for l in plan.layers if not l.quantized] == floats
+
+
+@pytest.mark.parametrize("pick", ["index", "index_select", "repeat"])
+def test_padding_is_followed_however_rows_are_picked(pick):
+    import transformers.integrations.moe  # noqa: F401
+
+    torch.manual_seed(0)
+    model, mask = Block(pick).eval(), torch.ones(3, 7, dtype=torch.long)
+    mask[0, 3:] = 0
+    batch = {"input_ids": torch.randint(0, 32, (3, 7)), "attention_mask": mask}
+    stats = calibrate(trace(model, as_call(model, batch)), model, [batch], progress=False).inputs
+    assert stats["up"].count == stats["down"].count == 2 * int(mask.sum())
+
+
+def test_rows_past_the_last_offset_are_zeros_and_no_experts():
+    import transformers.integrations.moe  # noqa: F401
+
+    torch.manual_seed(0)
+    model = Block(dropped=True).eval()
+    batches = [{"input_ids": torch.randint(0, 32, (3, 7))} for _ in range(3)]
+    compiled = sqcompile.compile(model, batches, backend="eager", progress=False)
+    x = batches[0]
+    assert torch.equal(compiled(**x), compiled.stages["quantized"](**x))
+    with torch.no_grad():
+        assert relative_error(compiled(**x), model(**x)) < 0.05
+    assert "no calibration token reached 2 of 3 experts" in {l.name: l for l in compiled.report.layers}["up"].reason

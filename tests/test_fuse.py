@@ -133,6 +133,56 @@ def test_readers_of_a_norm_that_is_quantized_too(lowered_for_gpu):
     assert relative_error(gpu(x), plain(x)) <= 1e-6
 
 
+class Odd(nn.Module):
+    """What only looks like a norm of the input's channels, in a spelling that `fuse` must not take for one."""
+
+    def __init__(self, name, dtype=torch.float32):
+        super().__init__()
+        self.name, self.w, self.fc = name, nn.Parameter(1 + 0.3 * torch.randn(32)), nn.Linear(32, 32)
+        self.norm = nn.RMSNorm(32)
+        self.to(dtype)
+
+    def forward(self, x):
+        square = x.pow(2)
+        if self.name == "eps of the dtype":
+            y = self.norm(x)
+        elif self.name == "alpha":
+            y = self.w * (x * torch.rsqrt(torch.add(square.mean(-1, keepdim=True), 0.5, alpha=4.0)))
+        elif self.name == "all dims":
+            y = self.w * (x * torch.rsqrt(square.mean(None, keepdim=True) + 1e-2))
+        elif self.name == "another dim":
+            y = self.w * (x * torch.rsqrt(square.mean(1, keepdim=True) + 1e-2))
+        elif self.name == "one channel":
+            y = x[..., :1] * self.w
+        else:
+            y = self.w * F.layer_norm(x[..., :1], (1,))
+        return self.fc(y)
+
+
+@pytest.mark.parametrize("recipe", ["default", "O3"])
+@pytest.mark.parametrize(
+    "name", ["eps of the dtype", "alpha", "all dims", "another dim", "one channel", "a norm of one"]
+)
+def test_what_only_looks_like_a_norm(lowered_for_gpu, name, recipe):
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if name == "eps of the dtype" else torch.float32
+    batches = [0.05 * torch.randn(3, 7, 32, dtype=dtype) for _ in range(3)]
+    gpu, plain = lowered_for_gpu(Odd(name, dtype).eval(), batches, recipe)
+    x = 0.05 * torch.randn(2, 5, 32, dtype=dtype)
+    assert relative_error(gpu(x), plain(x)) <= (1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+    class Shapes(torch.fx.Interpreter):
+        def run_node(self, n):
+            out = super().run_node(n)
+            if isinstance(out, torch.Tensor) and n.op == "call_function":
+                known = n.meta["val"]
+                assert out.dtype == known.dtype and out.shape[-1] == known.shape[-1], n
+            return out
+
+    with torch.no_grad():
+        Shapes(gpu.lowered).run(x, enable_io_processing=False)
+
+
 TABLE = {(1, 64, 64): 1.5, (2048, 64, 64): 0.8, (1, 224, 64): 2.0, (2048, 224, 64): 1.6}
 
 

@@ -108,7 +108,7 @@ def grouped_int8_gemm(
         config: instead of `grouped_config`; bm, bn, bk, stages, warps, ctas and tma count.
 
     Returns:
-        ``dtype`` [T, N]; rows past the last offset are not written.
+        ``dtype`` [T, N]; rows past the last offset are zeros.
     """
     t, k = q.shape
     e, n, k_w = w.shape
@@ -116,7 +116,7 @@ def grouped_int8_gemm(
         raise ValueError(f"shapes {list(q.shape)}, {list(w.shape)}, {list(w_scale.shape)}, {list(offsets.shape)}")
     if dtype not in TL_DTYPE:
         raise ValueError(f"dtype {dtype}")
-    y = torch.empty((t, n), dtype=dtype, device=q.device)
+    y = torch.zeros((t, n), dtype=dtype, device=q.device)  # rows past the last offset stay zeros
     if t == 0 or n == 0:
         return y
     if q.stride(1) != 1 and k > 1:

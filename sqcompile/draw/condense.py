@@ -18,7 +18,7 @@ import networkx as nx
 from torch import Tensor, fx
 
 from sqcompile.names import Names
-from sqcompile.passes.graph import Linear, aten, constants, first_leaf, value
+from sqcompile.passes.graph import LINEARS, Linear, aten, constants, first_leaf, value
 from sqcompile.passes.labels import vector_operand
 from sqcompile.show import show
 
@@ -39,6 +39,9 @@ _DATA_ARGS = {
 
 # What later stages append to the name of a weight.
 _STAGE_SUFFIX = re.compile(r"_(int8|packed|merged|all|columns)(_\d+)?$")
+
+
+_USE = re.compile(r"_use(\d+)$")  # "weight#2" in the name of a tensor
 
 
 @dataclass
@@ -177,11 +180,14 @@ class _Boxes:
         if n.name in self.roles.parameters:
             return [self.roles.parameters[n.name]]
         leaves = [first_leaf(a) or "" for a in n.all_input_nodes if a in self.const]
-        base = next((b for leaf in leaves if (b := _STAGE_SUFFIX.sub("", leaf)) in self.roles.linears), None)
+        names = [_USE.sub(r"#\1", _STAGE_SUFFIX.sub("", leaf)) for leaf in leaves]
+        base = next((name for name in names if name in self.roles.linears), None)
         if base is None:
             return []
         self.uses[base] = uses = self.uses.get(base, 0) + 1
-        first = self.roles.linears.get(f"{base}#{uses}", self.roles.linears[base])
+        first = self.roles.linears[base]
+        if n.target in LINEARS:  # a float linear reads the parameter itself, whichever use it is
+            first = self.roles.linears.get(f"{base}#{uses}", first)
         group = [l for l in self.roles.linears.values() if l.x == first.x and "quantized" in self.roles.roles[l.name]]
         whole = sum(l.out_features for l in group) == value(n).shape[-1]
         return [l.name for l in group] if whole else [first.name]
