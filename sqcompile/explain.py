@@ -104,7 +104,7 @@ def one_error() -> Iterator[None]:
 
 def _is_users(filename: str) -> bool:
     inside = (os.path.join(os.path.dirname(module), "") for module in (torch.__file__, __file__))
-    return not filename.startswith((*inside, "<frozen", "<string>"))
+    return not filename.startswith((*inside, "<frozen", "<string>", "<eval_with_key>"))
 
 
 def _hint(error: Exception, what: str) -> str:

@@ -74,8 +74,8 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
             obj = getattr(obj, part)
         if not isinstance(obj, Tensor):
             raise CaptureError(
-                f"the graph reads a {type(obj).__name__} at {source(next(iter(n.users)))}: compute it outside forward, or "
-                "compile a submodule"
+                f"the graph reads a {type(obj).__name__} at {source(next(iter(n.users)))}. What to try: compute it outside "
+                "forward, or compile a submodule"
             )
         set_tensor(gm, str(n.target), obj.detach())
     fakes = [value(n) for n in gm.graph.find_nodes(op="placeholder") if isinstance(value(n), Tensor)]
