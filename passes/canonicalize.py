@@ -4,6 +4,7 @@
     mm(%x, %w), matmul(%x, %w)              -> linear(%x, t(%w))
     einsum("bsd,dhe->bshe", %x, %w)         -> unflatten(linear(%x, t(reshape(%w, [D, H E]))), -1, [H, E])
     _grouped_mm(%x, %w, %offsets)           -> sqcompile.grouped_linear(%x, transpose(%w), %offsets)
+    bmm(%x, %w), einsum("etd,edf->etf")     -> the same for experts with as many rows each
     view(%x, size), _unsafe_view(%x, size)  -> reshape(%x, size)
     dropout(%x, p, False)                   -> %x
 
@@ -17,10 +18,11 @@ import math
 import string
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.passes.graph import add_op, arguments, aten, constants, value
+from sqcompile.passes.graph import add_op, add_tensor, arguments, aten, constants, value
 
 
 def canonicalize(gm: fx.GraphModule) -> None:
@@ -71,7 +73,10 @@ def _addmm(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node | 
 
 
 def _matmul(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node | None:
-    x, w = node.args[:2]
+    x, w = (a for a in node.args[:2] if isinstance(a, fx.Node))
+    if _is_data(x, const) and _is_weight(w, const, 3) and value(x).dim() == 3:
+        same = value(x).shape[0] == value(w).shape[0]  # else it broadcasts
+        return _batched(gm, x, add_op(gm, aten.transpose.int, w, -2, -1)) if same else None
     if not _is_data(x, const) or not _is_weight(w, const):
         return None
     return add_op(gm, aten.linear.default, x, add_op(gm, aten.t.default, w))
@@ -111,6 +116,9 @@ def _einsum(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node |
     of_x, of_w = inputs
     if not _is_data(x, const) or not _is_weight(w, const, len(of_w)):
         return None
+    batch = [c for c in of_w if c in out and c in of_x]
+    if len(batch) == 1 and len(set(of_x)) == len(of_x) and len(set(of_w)) == len(of_w):
+        return _batched_einsum(gm, x, w, of_x, of_w, out, batch[0])
     contracted = [c for c in of_w if c not in out]
     kept = [c for c in of_w if c in out]
     rest = [c for c in of_x if c not in contracted]
@@ -130,6 +138,44 @@ def _einsum(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node |
     if len(kept) > 1:
         y = add_op(gm, aten.unflatten.int, y, -1, [sizes[c] for c in kept])
     return _permuted(gm, y, rest + kept, out)
+
+
+def _batched_einsum(
+    gm: fx.GraphModule, x: fx.Node, w: fx.Node, of_x: list[str], of_w: list[str], out: list[str], batch: str
+) -> fx.Node | None:
+    """A contraction with a matrix for each index of one letter that both operands and the result have."""
+    contracted = [c for c in of_w if c not in out]
+    kept = [c for c in of_w if c in out and c != batch]
+    rest = [c for c in of_x if c not in contracted and c != batch]
+    if not contracted or not kept or not rest or any(c not in of_x for c in contracted):
+        return None
+    if sorted(out) != sorted([batch, *rest, *kept]):
+        return None
+    sizes = dict(zip(of_w, (int(s) for s in value(w).shape), strict=True))
+    n, k = math.prod(sizes[c] for c in kept), math.prod(sizes[c] for c in contracted)
+    w = add_op(gm, aten.reshape.default, _permuted(gm, w, of_w, [batch, *kept, *contracted]), [sizes[batch], n, k])
+    x = _permuted(gm, x, of_x, [batch, *rest, *contracted])
+    lengths = [_size(gm, x, 1 + i) for i in range(len(rest))]
+    y = _batched(gm, add_op(gm, aten.reshape.default, x, [sizes[batch], -1, k]), w)
+    y = add_op(gm, aten.reshape.default, y, [sizes[batch], *lengths, *(sizes[c] for c in kept)])
+    return _permuted(gm, y, [batch, *rest, *kept], out)
+
+
+def _batched(gm: fx.GraphModule, x: fx.Node, w: fx.Node) -> fx.Node:
+    """x [E, T, K] times w [E, N, K]: experts with T rows each."""
+    experts, n, k = (int(size) for size in value(w).shape)
+    rows = _size(gm, x, 1)
+    ends = torch.arange(1, experts + 1, dtype=torch.int32, device=value(x).device)
+    offsets = add_op(gm, aten.mul.Tensor, add_tensor(gm, "experts", ends), rows)
+    flat = add_op(gm, aten.reshape.default, x, [-1, k])
+    y = add_op(gm, sqcompile_ops.grouped_linear.default, flat, w, offsets)
+    return add_op(gm, aten.reshape.default, y, [experts, rows, n])
+
+
+def _size(gm: fx.GraphModule, x: fx.Node, dim: int) -> Any:
+    """A size of x: a number, or the node of one that is not known before the model runs."""
+    size = value(x).shape[dim]
+    return size if isinstance(size, int) else add_op(gm, aten.sym_size.int, x, dim)
 
 
 def _permuted(gm: fx.GraphModule, x: fx.Node, have: list[str], want: list[str]) -> fx.Node:
@@ -158,6 +204,7 @@ _REWRITES: dict[Any, Any] = {
     aten.linear.default: _linear,
     aten.addmm.default: _addmm,
     aten.mm.default: _matmul,
+    aten.bmm.default: _matmul,
     aten.matmul.default: _matmul,
     aten.einsum.default: _einsum,
 }

@@ -70,6 +70,26 @@ class Spelled(nn.Module):
         return (four[..., ::1] @ self.w3).sum(1) + z.transpose(0, 1).contiguous().transpose(0, 1)
 
 
+class Batched(nn.Module):
+    """Every expert over every token: a parameter with a matrix for each, by bmm, matmul and einsum."""
+
+    def __init__(self, d=32, experts=3):
+        super().__init__()
+        self.norm = nn.LayerNorm(d)
+        self.up, self.gate = (nn.Parameter(torch.randn(experts, d, 48) / d**0.5) for _ in range(2))
+        self.down = nn.Parameter(torch.randn(experts, 48, d) / 48**0.5)
+        self.heads = nn.Parameter(torch.randn(4, d, d // 4, 8) / d**0.5)
+
+    def forward(self, x):
+        h = self.norm(x)
+        wide = h.flatten(0, 1).expand(self.up.shape[0], -1, -1)
+        y = (torch.relu(torch.bmm(wide, self.up)) * (wide @ self.gate)).relu()
+        y = torch.einsum("etf,efd->etd", y, self.down).sum(0).view(x.shape)
+        four = h.unsqueeze(1).expand(-1, 4, -1, -1)  # [batch, head, token, channel]
+        z = torch.einsum("bhtd,hdef->bthef", four, self.heads)
+        return x + y + z.flatten(2)[..., :32]
+
+
 def mha(batch_first=True):
     class Attention(nn.Module):
         def __init__(self):
@@ -88,6 +108,7 @@ HAND_WRITTEN = {
     "einsum": (Einsum, None, 4, {"norm": 1, "linear": 1}, 0),
     "sliced, tied, shared": (Sliced, (40,), 6, {"norm": 3, "linear": 1}, 0),
     "addmm, mm, matmul": (Spelled, None, 3, {"norm": 1, "linear": 1}, 0),
+    "bmm, matmul, einsum of experts": (Batched, None, 4, {"norm": 1, "linear": 1}, 0),
     "MultiheadAttention": (mha, None, 2, {"norm": 1, "linear": 1}, 0),
     "TransformerEncoderLayer pre-norm": (
         lambda: nn.TransformerEncoderLayer(32, 4, 64, norm_first=True, batch_first=True), None, 4, {"norm": 2, "linear": 2}, 0,
