@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint bench clean
+.PHONY: demo test slow gpu lint bench clean
 
 # torch first: the rest of the requirements must not choose another build of it.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -20,6 +20,10 @@ test: $(VENV)/ready
 
 slow: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu'
+
+# compiling the kernels takes most of the time, so it pays to have more processes than GPUs
+gpu: $(VENV)/ready
+	$(BIN)/python -m pytest -n 8 --dist worksteal -m gpu
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
