@@ -119,18 +119,11 @@ def _quantize_rows_triton(x: Tensor, granularity: str, multiplier: Tensor | None
 
 
 def _norm_quantize_triton(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rms: bool,
-    round_first: bool,
-    scale: Tensor | None,
-    multiplier: Tensor | None,
-    keep: bool,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     from sqcompile.kernels.triton.norm import norm_quantize as kernel
 
+    round_first, scale, multiplier, keep = rest
     kind = "rms" if rms else "layer"
     _, q, out, y = kernel(
         x, weight, eps, kind=kind, bias=bias, round_first=round_first, scale=scale, multiplier=multiplier, keep=keep
@@ -147,19 +140,10 @@ def _act_quantize_triton(
     return q, out if scale is None else out.clone()
 
 
-def _int8_gemm_triton(
-    q: Tensor,
-    scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    activation: str,
-    residual: Tensor | None,
-    out_scale: Tensor | None,
-) -> Tensor:
+def _int8_gemm_triton(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
     from sqcompile.kernels.triton.gemm import int8_gemm as kernel
 
+    bias, dtype, activation, residual, out_scale = epilogue
     return kernel(q, w, scale, w_scale, bias, dtype, activation=activation, residual=residual, out_scale=out_scale)
 
 

@@ -146,14 +146,13 @@ class _Chooser:
         smoothed = x / self.columns[l.name] if l.name in self.columns else x
         x_scale = token_scale(smoothed) if self.recipe.activation == "per_token" else self.input_scale(l)
         x_int = quantize(smoothed, x_scale).float()
-        if not l.experts:
-            signal, noise = self._products(l, weight, x, x_int, x_scale)
-            return noise / signal if signal > 0 else 0.0
+        every: list[tuple[Any, Tensor]] = [(slice(None), weight)]
+        if l.experts:
+            every = [(stats.experts == e, weight[e]) for e in stats.experts.unique().tolist()]
         signal = noise = 0.0
-        for e in stats.experts.unique().tolist():
-            mine = stats.experts == e
+        for mine, matrix in every:
             scale = x_scale[mine] if x_scale.dim() else x_scale
-            more = self._products(l, weight[e], x[mine], x_int[mine], scale)
+            more = self._products(l, matrix, x[mine], x_int[mine], scale)
             signal, noise = signal + more[0], noise + more[1]
         return noise / signal if signal > 0 else 0.0
 

@@ -10,7 +10,7 @@ from sqcompile.calibrate import Calibration
 from sqcompile.errors import NothingToQuantizeError, RecipeError
 from sqcompile.kernels import speedup
 from sqcompile.passes.graph import Linear, aten, find_linears, nodes_by_name, value
-from sqcompile.passes.label_rules import LAYOUT
+from sqcompile.passes.label_rules import LAYOUT, behind
 from sqcompile.recipe import Recipe
 
 
@@ -40,7 +40,7 @@ def _routers(gm: fx.GraphModule, linears: list[Linear]) -> set[str]:
     for l in linears:
         if not l.offsets:
             continue
-        seen = _above(_picked_from(nodes[l.x]))
+        seen = _above(behind(nodes[l.x], LAYOUT))  # the tensor whose rows are picked
         todo = [nodes[l.offsets]]
         while todo:  # at once over for an expert's second matrix, whose rows come from the first by the same offsets
             node = todo.pop()
@@ -52,13 +52,6 @@ def _routers(gm: fx.GraphModule, linears: list[Linear]) -> set[str]:
             else:
                 todo.extend(node.all_input_nodes)
     return routers
-
-
-def _picked_from(node: fx.Node) -> fx.Node:
-    """The tensor whose rows an expert's input picks."""
-    while node.target in LAYOUT and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
 
 
 def _above(node: fx.Node) -> set[fx.Node]:
@@ -134,9 +127,7 @@ def _is_lm_head(gm: fx.GraphModule, l: Linear) -> bool:
 
 def _is_input(node: fx.Node) -> bool:
     """Whether a node is an input of the model in some layout: token ids, not positions, which a model counts itself."""
-    while node.target in LAYOUT:
-        node = node.args[0]  # type: ignore[assignment]
-    return node.op == "placeholder"
+    return behind(node, LAYOUT).op == "placeholder"
 
 
 def _nothing(linears: list[Linear], floats: dict[str, str]) -> str:

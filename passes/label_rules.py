@@ -84,6 +84,13 @@ SHAPE_ONLY = {
 }  # fmt: skip
 
 
+def behind(node: fx.Node, targets: set[Any]) -> fx.Node:
+    """What a node is made of by operations of one input, such as LAYOUT."""
+    while node.op == "call_function" and node.target in targets and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
 def describe(n: fx.Node) -> str:
     """Why an operation without a rule stops a label, in words."""
     name = getattr(n.target, "__name__", str(n.target)).split(".")[0]

@@ -72,15 +72,12 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
     gm = clone(gm)
     groups: dict[tuple[object, ...], list[_Quantized]] = {}
     for node in gm.graph.nodes:
-        if node.target == sqcompile_ops.dequantize.default:
-            acc, scale, weight_scale, bias, dtype = node.args
+        grouped = node.target == sqcompile_ops.grouped_dequantize.default
+        if grouped or node.target == sqcompile_ops.dequantize.default:
+            acc, scale, weight_scale, more, dtype = node.args
             q, weight = (cast.args[0] for cast in acc.args[:2])
-            found = _Quantized(node, q, weight, scale, weight_scale, bias, dtype)
-            groups.setdefault(found.key, []).append(found)
-        elif node.target == sqcompile_ops.grouped_dequantize.default:
-            acc, scale, weight_scale, offsets, dtype = node.args
-            q, weight = (cast.args[0] for cast in acc.args[:2])
-            found = _Quantized(node, q, weight, scale, weight_scale, None, dtype, offsets)
+            bias, offsets = (None, more) if grouped else (more, None)
+            found = _Quantized(node, q, weight, scale, weight_scale, bias, dtype, offsets)
             groups.setdefault(found.key, []).append(found)
     for group in groups.values():
         if group[0].offsets:

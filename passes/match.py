@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from sqcompile.errors import CaptureError
 from sqcompile.passes.graph import Linear, constants, find_linears, first_leaf, nodes_by_name
-from sqcompile.passes.label_rules import HOMOGENEOUS, LAYOUT, Flow, describe
+from sqcompile.passes.label_rules import HOMOGENEOUS, LAYOUT, Flow, behind, describe
 from sqcompile.passes.labels import free_symbols, run_labels, vector_operand
 
 
@@ -187,9 +187,7 @@ def _blocked(nodes: dict[str, fx.Node], linear: Linear, stops: dict[str, str]) -
     """Why no producer's labels reach a linear: what happened to them there, or at the operation its input comes from."""
     if linear.node in stops:
         return f"a channel {stops[linear.node]}"
-    node = nodes[linear.x]
-    while node.op == "call_function" and node.target in LAYOUT | HOMOGENEOUS and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    node = behind(nodes[linear.x], LAYOUT | HOMOGENEOUS)
     if node.op == "placeholder":
         return "reads an input of the model"
     if node.name in stops:

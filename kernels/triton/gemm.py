@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sqcompile.kernels.triton import gemm_kernels as kernels
-from sqcompile.kernels.triton.common import INTERPRETED, on
+from sqcompile.kernels.triton.common import INTERPRETED, as_rows, on
 from sqcompile.kernels.triton.tiles import GEMV_ROWS, Config, bucket, for_epilogue, gpu_of, tiles
 
 TL_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -63,20 +63,13 @@ def int8_gemm(
     n = w.shape[0]
     if w.shape[1] != k:
         raise ValueError(f"q has {k} columns and w has {w.shape[1]}")
-    if q.dim() != 2:
-        q = q.reshape(-1, k)
+    q, w = as_rows(q), as_rows(w)
     m = q.shape[0]
-    if q.stride(1) != 1 and k > 1:
-        q = q.contiguous()
-    if w.stride(1) != 1 and k > 1:
-        w = w.contiguous()
     y = torch.empty((*lead, n), dtype=dtype if out_scale is None else torch.int8, device=q.device)
     if m == 0 or n == 0:
         return y
     if residual is not None:
-        residual = residual.reshape(m, n)
-        if residual.stride(1) != 1 and n > 1:
-            residual = residual.contiguous()
+        residual = as_rows(residual.reshape(m, n))
     rows, columns = x_scale.numel(), w_scale.numel()
     if rows not in (1, m) or columns not in (1, n):
         raise ValueError(f"{rows} row scales and {columns} column scales for a product of {m} x {n}")

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sqcompile.kernels.triton.common import on
+from sqcompile.kernels.triton.common import as_rows, on
 from sqcompile.kernels.triton.gemm import TL_DTYPE, aligned
 from sqcompile.kernels.triton.tiles import Config, Gpu, gpu_of
 
@@ -119,9 +119,7 @@ def grouped_int8_gemm(
     y = torch.zeros((t, n), dtype=dtype, device=q.device)  # rows past the last offset stay zeros
     if t == 0 or n == 0:
         return y
-    if q.stride(1) != 1 and k > 1:
-        q = q.contiguous()
-    w = w.contiguous()
+    q, w = as_rows(q), w.contiguous()
     gpu = gpu_of(q.device)
     flat = w.view(e * n, k)
     c = config or grouped_config(gpu, t, e, n, gpu.large and aligned(q) and aligned(flat))
