@@ -2,6 +2,9 @@
 
 The plain versions are the definition: what a quantize node and its neighbours compute one after the other. They run
 where there is no Triton, and every lowered graph can be checked with them on a CPU.
+
+The operators of rows are ``torch.library.triton_op``: a compiler sees their kernels, or the plain arithmetic. The GEMMs
+choose their kernel by the number of rows when they run, which a compiler holds as a symbol, so they are opaque to it.
 """
 
 from __future__ import annotations
@@ -155,43 +158,13 @@ def _int8_grouped_linear_triton(
     return kernel(q, w, scale, w_scale, offsets, None, dtype)
 
 
-def _row_scales(x: Tensor, scale: Tensor | None) -> Tensor:
-    shape = (*x.shape[:-1], 1) if scale is None else scale.shape
-    return x.new_empty(shape, dtype=torch.float32)
-
-
-def _quantize_rows_fake(x: Tensor, granularity: str, multiplier: Tensor | None) -> tuple[Tensor, Tensor]:
-    scale = _row_scales(x, None) if granularity == "token" else x.new_empty((), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.int8), scale
-
-
-def _norm_quantize_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, scale, _, keep = args
-    return x.new_empty(x.shape, dtype=torch.int8), _row_scales(x, scale), x.new_empty(x.shape if keep else 0)
-
-
-def _act_quantize_fake(
-    gate: Tensor, up: Tensor | None, activation: str, scale: Tensor | None, multiplier: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape, dtype=torch.int8), _row_scales(gate, scale)
-
-
 def _int8_gemm_fake(q: Tensor, scale: Tensor, w: Tensor, *args: Any) -> Tensor:
     _, _, dtype, _, _, out_scale = args
     return q.new_empty((*q.shape[:-1], w.shape[0]), dtype=dtype if out_scale is None else torch.int8)
 
 
-_TAIL = "Tensor? scale, Tensor? multiplier"
 # schema: (plain PyTorch, Triton, fake)
-FUSED: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
-    "quantize_rows(Tensor x, str granularity, Tensor? multiplier) -> (Tensor, Tensor)": (
-        quantize_rows, _quantize_rows_triton, _quantize_rows_fake,
-    ),
-    "norm_quantize(Tensor x, Tensor? weight, Tensor? bias, float eps, bool rms, bool round_first, "
-    f"{_TAIL}, bool keep) -> (Tensor, Tensor, Tensor)": (norm_quantize, _norm_quantize_triton, _norm_quantize_fake),
-    f"act_quantize(Tensor gate, Tensor? up, str activation, {_TAIL}) -> (Tensor, Tensor)": (
-        act_quantize, _act_quantize_triton, _act_quantize_fake,
-    ),
+OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "int8_gemm(Tensor q, Tensor scale, Tensor w, Tensor w_scale, Tensor? bias, ScalarType dtype, str activation, "
     "Tensor? residual, Tensor? out_scale) -> Tensor": (int8_gemm, _int8_gemm_triton, _int8_gemm_fake),
     "int8_grouped_linear(Tensor q, Tensor scale, Tensor w, Tensor w_scale, Tensor offsets, ScalarType dtype)"
@@ -200,13 +173,20 @@ FUSED: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any
         _int8_grouped_linear_triton,
         lambda q, scale, w, w_scale, offsets, dtype: q.new_empty((q.shape[0], w.shape[1]), dtype=dtype),
     ),
-}  # fmt: skip
+}
+# (plain PyTorch, Triton) with the plain one's name and signature
+VISIBLE: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
+    (quantize_rows, _quantize_rows_triton),
+    (norm_quantize, _norm_quantize_triton),
+    (act_quantize, _act_quantize_triton),
+)
 
 
 def on_cuda(plain: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
     """The Triton version where Triton serves the device, else the plain one."""
 
+    @functools.wraps(plain)
     def run(x: Tensor, *args: Any) -> Any:
-        return (kernel if available(x.device) else plain)(x, *args)
+        return (kernel if x.is_cuda and available(x.device) else plain)(x, *args)
 
     return run

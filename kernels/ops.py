@@ -113,12 +113,15 @@ _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 _KERNELS = {schema: ({"CPU": f, "CUDA": f, "MkldnnCPU": f}, fake) for schema, (f, fake) in _OPAQUE.items()}
-_KERNELS |= {s: ({"CPU": f, "CUDA": fused.on_cuda(f, kernel)}, fake) for s, (f, kernel, fake) in fused.FUSED.items()}
+_KERNELS |= {s: ({"CPU": f, "CUDA": fused.on_cuda(f, kernel)}, fake) for s, (f, kernel, fake) in fused.OPAQUE.items()}
 for _schema, (_functions, _fake) in _KERNELS.items():
     _name = _schema.partition("(")[0]
     _library.define(_schema)
     for _key, _function in _functions.items():  # packed weights carry the key MkldnnCPU
         _library.impl(_name, _function, _key)
     torch.library.register_fake(f"sqcompile::{_name}", _fake, lib=_library)
+
+for _plain, _kernel in fused.VISIBLE:
+    torch.library.triton_op(f"sqcompile::{_plain.__name__}", fused.on_cuda(_plain, _kernel), mutates_args=())
 
 sqcompile_ops = torch.ops.sqcompile

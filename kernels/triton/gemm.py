@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sqcompile.kernels.triton import gemm_kernels as kernels
-from sqcompile.kernels.triton.common import INTERPRETED, as_rows, on
+from sqcompile.kernels.triton.common import INTERPRETED, as_rows, launched_early, on
 from sqcompile.kernels.triton.tiles import GEMV_ROWS, Config, bucket, for_epilogue, gpu_of, tiles
 
 TL_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -97,6 +97,7 @@ def _persistent(q: Tensor, w: Tensor, y: Tensor, c: Config, epilogue: tuple[obje
     wide = y.element_size() == 4
     sub = min(4, 2 * c.sub) if wide else c.sub
     specialize = c.specialize and not wide
+    early = launched_early(q.device) and not specialize
     warps = 8 if c.specialize and wide else c.warps  # specialization itself adds the other four
     a: Tensor | TensorDescriptor = q
     b: Tensor | TensorDescriptor = w
@@ -109,7 +110,7 @@ def _persistent(q: Tensor, w: Tensor, y: Tensor, c: Config, epilogue: tuple[obje
         out = TensorDescriptor.from_tensor(y, [c.bm, c.bn // sub])
     kernels.persistent[(programs,)](
         a, b, out, m, n, k, q.stride(0), w.stride(0), *epilogue, c.bm, c.bn, c.bk, c.group, sub, c.flatten, specialize,
-        num_stages=c.stages, num_warps=warps, **_EXACT,
+        early, launch_pdl=early, num_stages=c.stages, num_warps=warps, **_EXACT,
     )  # fmt: skip
 
 
@@ -118,6 +119,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 def _split(q: Tensor, w: Tensor, y: Tensor, m: int, n: int, k: int, c: Config, epilogue: tuple[object, ...]) -> None:
+    early = launched_early(q.device)
     parts = y if c.split == 1 else torch.empty((c.split, m, n), dtype=torch.int32, device=q.device)
     if c.kind == "gemv":
         if m > GEMV_ROWS:
@@ -127,7 +129,7 @@ def _split(q: Tensor, w: Tensor, y: Tensor, m: int, n: int, k: int, c: Config, e
         block = c.bk if whole else max(32, c.bk // 4)  # as many sums a thread either way
         kernels.gemv[(triton.cdiv(n, c.bn), c.split)](
             q, w, parts, n, k, q.stride(0), w.stride(0), *epilogue, m, c.bn, block, c.split, 4 if whole else 1, c.stages,
-            num_warps=c.warps, **_EXACT,
+            early, launch_pdl=early, num_warps=c.warps, **_EXACT,
         )  # fmt: skip
     else:
         a = TensorDescriptor.from_tensor(q, [c.bm, c.bk]) if c.tma else q
@@ -135,8 +137,10 @@ def _split(q: Tensor, w: Tensor, y: Tensor, m: int, n: int, k: int, c: Config, e
         tiles_m = triton.cdiv(m, c.bm)
         kernels.tile[(tiles_m * triton.cdiv(n, c.bn), c.split)](
             a, b, parts, m, n, k, q.stride(0), w.stride(0), *epilogue,
-            c.bm, c.bn, c.bk, c.group, c.split, c.swap, c.tma, k % (c.split * c.bk) == 0, tiles_m == 1,
-            num_stages=c.stages, num_warps=c.warps, **_EXACT,
+            c.bm, c.bn, c.bk, c.group, c.split, c.swap, c.tma, k % (c.split * c.bk) == 0, tiles_m == 1, early,
+            launch_pdl=early, num_stages=c.stages, num_warps=c.warps, **_EXACT,
         )  # fmt: skip
     if c.split > 1:
-        kernels.add_parts[(triton.cdiv(n, 512), m)](parts, y, m, n, *epilogue, 512, c.split, num_warps=4, **_EXACT)
+        kernels.add_parts[(triton.cdiv(n, 512), m)](
+            parts, y, m, n, *epilogue, 512, c.split, early, launch_pdl=early, num_warps=4, **_EXACT
+        )

@@ -1,6 +1,9 @@
 """The GEMM kernels: y [M, N] = Δx Δw (q [M, K] · w [N, K]ᵀ) and an epilogue. `gemm.py` chooses and launches them.
 
 Both operands are K-contiguous, which is what the s8 tensor-core instructions read. Offsets are int64.
+
+EARLY: the kernel is launched before the one before it has ended (programmatic dependent launch, sm_90 and later). It
+asks for weights, which no kernel of a model writes, and then waits for what the other kernel writes (`common.early`).
 """
 
 from __future__ import annotations
@@ -8,7 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sqcompile.kernels.triton.common import activate, reciprocal, to_int8
+from sqcompile.kernels.triton.common import activate, early, reciprocal, to_int8
+
+AHEAD = tl.constexpr(4096)  # bytes of each weight row that are asked for while waiting
 
 
 @triton.jit
@@ -57,18 +62,29 @@ def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(x, (BM, 2, BN // 2)), (0, 2, 1)))
 
 
+@triton.jit
+def _ask(rows, step, end, AHEAD: tl.constexpr):
+    """Brings bytes [step, step + AHEAD) of each row of pointers into L2, up to ``end``, without waiting for them."""
+    columns = tl.minimum(step + tl.arange(0, AHEAD // 128) * 128, end - 1)
+    lines = (rows + columns[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @triton.jit(do_not_specialize=["M"])
 def persistent(
     q_desc, w_desc, y_desc, M, N, K, q_stride, w_stride,
     w_scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, residual_stride, out_scale_ptr,
     X_ROWS: tl.constexpr, W_COLUMNS: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr,
-    FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
+    FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Programs loop over tiles; loads and stores go through TMA, whose zero fill and clipping stand for masks.
 
     q_desc, w_desc, y_desc: descriptors, or pointers with SPECIALIZE.
     """
+    early(EARLY, True)
     if SPECIALIZE:
         # Triton's warp specialization for Hopper fails on descriptors that are parameters (triton issue 11587)
         q_desc = tl.make_tensor_descriptor(q_desc, [M, K], [q_stride, 1], [BM, BK])
@@ -118,7 +134,7 @@ def tile(
     w_scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, residual_stride, out_scale_ptr,
     X_ROWS: tl.constexpr, W_COLUMNS: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
-    SWAP: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, STREAM: tl.constexpr,
+    SWAP: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, STREAM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile, or one of SPLIT parts of its sum over K as int32 y [SPLIT, M, N].
 
@@ -135,7 +151,11 @@ def tile(
     policy: tl.constexpr = "evict_first" if STREAM else ""
     if not TMA:
         q_ptrs = q + tl.where(rm < M, rm, 0).to(tl.int64)[:, None] * q_stride + rk[None, :]
-        w_ptrs = w + tl.where(rn < N, rn, 0).to(tl.int64)[:, None] * w_stride + rk[None, :]
+        w_rows = w + tl.where(rn < N, rn, 0).to(tl.int64)[:, None] * w_stride
+        w_ptrs = w_rows + rk[None, :]
+        if EARLY:
+            _ask(w_rows, start, tl.minimum(start + steps * BK, K), AHEAD)
+    early(EARLY, True)
     acc = tl.zeros((BN, BM) if SWAP else (BM, BN), dtype=tl.int32)
     for k in range(steps):
         if TMA:
@@ -189,6 +209,7 @@ def gemv(
     w_scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, residual_stride, out_scale_ptr,
     X_ROWS: tl.constexpr, W_COLUMNS: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr,
     M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, BYTES: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """1 to 4 rows without tensor cores: int32 sums [BN, BK / BYTES] of each row, reduced at the end.
 
@@ -197,15 +218,18 @@ def gemv(
     """
     tl.static_assert(M <= 4)
     C: tl.constexpr = BK // BYTES
-    if BYTES == 4:
-        q_ptr = q_ptr.to(tl.pointer_type(tl.int32))
-        w_ptr = w_ptr.to(tl.pointer_type(tl.int32))
-    k_end = K // BYTES
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     part = tl.program_id(1)
-    w_rows = w_ptr + tl.where(rn < N, rn, 0).to(tl.int64)[:, None] * (w_stride // BYTES)
-    q_row = q_stride // BYTES
+    w_rows = w_ptr + tl.where(rn < N, rn, 0).to(tl.int64)[:, None] * w_stride
+    k_end = K // BYTES
     steps = tl.cdiv(tl.cdiv(k_end, C), SPLIT)
+    if EARLY:
+        _ask(w_rows, part * steps * BK, K, AHEAD)
+    early(EARLY, True)
+    if BYTES == 4:
+        q_ptr = q_ptr.to(tl.pointer_type(tl.int32))
+        w_rows = w_rows.to(tl.pointer_type(tl.int32))
+    q_row = q_stride // BYTES
     acc0 = tl.zeros((BN, C), dtype=tl.int32)
     acc1 = acc0
     acc2 = acc0
@@ -244,9 +268,10 @@ def add_parts(
     part_ptr, y_ptr, M, N,
     w_scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, residual_stride, out_scale_ptr,
     X_ROWS: tl.constexpr, W_COLUMNS: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr,
-    BN: tl.constexpr, SPLIT: tl.constexpr,
+    BN: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The sum of int32 parts [SPLIT, M, N] and the epilogue, [1, BN] a program; integers add up the same in any order."""
+    early(EARLY, True)
     row = tl.program_id(1)
     rm = row + tl.arange(0, 1)
     rn = tl.program_id(0) * BN + tl.arange(0, BN)

@@ -12,7 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from sqcompile.kernels import reference
-from sqcompile.kernels.triton.common import absmax_bits, as_rows, block_of, on, reciprocal, scale_of, to_int8
+from sqcompile.kernels.triton.common import (
+    absmax_bits,
+    as_rows,
+    block_of,
+    early,
+    launchable,
+    launched_early,
+    on,
+    reciprocal,
+    scale_of,
+    to_int8,
+)
 
 _PARTIALS = 512  # programs of the first per-tensor kernel; a few per multiprocessor, and cheap to reduce again
 
@@ -43,8 +54,10 @@ def _absmax(x_ptr, m_ptr, partial_ptr, M, K, stride, ROWS: tl.constexpr, BLOCK: 
 def _quantize(
     x_ptr, m_ptr, q_ptr, scale_ptr, partial_ptr, M, K, stride, partials,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr, MODE: tl.constexpr, PARTIALS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """MODE "token" writes a scale per row, "tensor" writes one from the partial maxima, "static" reads one."""
+    early(EARLY, False)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     if MODE == "tensor":
         p = tl.arange(0, PARTIALS)
@@ -108,9 +121,9 @@ def quantize_rows(
     partial, partials = None, 0
     with on(x.device):
         if mode == "tensor":
-            partials = min(programs, _PARTIALS)
+            partials = _PARTIALS  # however few the rows: their number may be a symbol
             partial = torch.empty(partials, dtype=torch.int32, device=x.device)
-            _absmax[(partials,)](
+            launchable(_absmax, x)[(partials,)](
                 rows,
                 multiplier,
                 partial,
@@ -123,6 +136,7 @@ def quantize_rows(
             )
         _quantize[(programs,)](
             rows, multiplier, q, scale, partial, m, k, rows.stride(0), partials,
-            ROWS=per_program, BLOCK=block, ONE=block >= k, MODE=mode, PARTIALS=_PARTIALS, num_warps=warps,
+            ROWS=per_program, BLOCK=block, ONE=block >= k, MODE=mode, PARTIALS=_PARTIALS,
+            EARLY=launched_early(x.device), num_warps=warps,
         )  # fmt: skip
     return q, scale
