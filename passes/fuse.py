@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.passes.graph import add_op, arguments, aten, constants, is_channel_vector, value
+from sqcompile.passes.graph import add_op, add_tensor, arguments, aten, constants, get_tensor, is_channel_vector, value
 
 _ACTIVATIONS: dict[Any, str] = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
 
@@ -111,7 +111,7 @@ def _quantize(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> None:
     per_token = scale.target == sqcompile_ops.token_scale.default
     if not per_token and scale not in const and scale.target != sqcompile_ops.tensor_scale.default:
         return
-    static = scale if scale in const else None
+    static = _plane(gm, scale, q) if scale in const else None
     readers = {u for u in x.users if u is not q and u is not scale}
     base, multiplier = x, None
     norm, act = _norm(x, const), _act(x, const)
@@ -135,6 +135,14 @@ def _quantize(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> None:
     _point(gm, q, new, 0)
     if static is None:
         _point(gm, scale, new, 1)
+
+
+def _plane(gm: fx.GraphModule, scale: fx.Node, reader: fx.Node) -> fx.Node:
+    """A static scale as [1, 1]: Inductor writes constants of fewer dims into its code, where no kernel can read them."""
+    if scale.op != "get_attr" or value(scale).dim() or value(reader).dim() < 2:
+        return scale
+    with gm.graph.inserting_before(reader):
+        return add_tensor(gm, f"{scale.target}_plane", get_tensor(gm, str(scale.target)).reshape(1, 1))
 
 
 def _point(gm: fx.GraphModule, old: fx.Node, new: fx.Node, i: int, keep: set[fx.Node] | None = None) -> None:

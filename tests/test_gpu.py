@@ -28,6 +28,18 @@ def test_a_gpu_gives_the_cpus_result(family, recipe, backend):
         assert relative_error(gpu(x.cuda()).logits.cpu(), cpu(x).logits) < 2e-2  # rounding moves single int8 values
 
 
+def test_inductor_sees_the_kernels_of_rows():
+    from torch._inductor.utils import run_and_get_code
+
+    batches = [{k: v.cuda() for k, v in b.items()} for b in token_batches()]
+    model = tiny_lm("llama", dtype=torch.bfloat16).cuda()
+    _, codes = run_and_get_code(lambda: sqcompile.compile(model, batches, progress=False))
+    code = "\n".join(codes)
+    assert "_norm_quantize" in code and "_act_quantize" in code
+    assert "ops.sqcompile.norm_quantize" not in code and "ops.sqcompile.act_quantize" not in code
+    assert "ops.sqcompile.int8_gemm" in code
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_stay_close_to_their_float_outputs(dtype):
     model = tiny_lm("llama", dtype=dtype).cuda()

@@ -112,6 +112,9 @@ def test_the_decode_kernels(capability, tmp_path):
             assert re.search(r"mma\.sync\S*m16n8k32\S*s8\.s8", ptx)
         else:
             assert ("dp4a.s32.s32" in ptx) == (k % 4 == 0)  # four products an instruction where rows are aligned
+        for kernel in kernels:
+            early = kernel.asm["ptx"].count("griddepcontrol.wait"), kernel.metadata.launch_pdl
+            assert early == ((1, True) if capability >= 90 else (0, False))  # launched early means that it waits
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

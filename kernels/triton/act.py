@@ -18,9 +18,7 @@ from sqcompile.kernels.triton.common import (
     activate,
     as_rows,
     block_of,
-    early,
     launchable,
-    launched_early,
     on,
     reciprocal,
     scale_of,
@@ -47,10 +45,8 @@ def _value(g_ptr, u_ptr, m_ptr, g_base, u_base, cols, K, ACT: tl.constexpr):
 def _act_quantize(
     g_ptr, u_ptr, m_ptr, q_ptr, scale_ptr, K, g_stride, u_stride,
     BLOCK: tl.constexpr, ONE: tl.constexpr, ACT: tl.constexpr, STATIC: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program per row; rows that do not fit (ONE is false) are computed twice, the second time from L2."""
-    early(EARLY, False)
     row = tl.program_id(0).to(tl.int64)
     g_base = row * g_stride
     u_base = row * u_stride
@@ -112,7 +108,6 @@ def act_quantize(
         with on(gate.device):
             launchable(_act_quantize, gate)[(m,)](
                 g, u, multiplier, q, scale, k, g.stride(0), 0 if u is None else u.stride(0),
-                BLOCK=block, ONE=block >= k, ACT=activation, STATIC=static,
-                EARLY=launched_early(gate.device), num_warps=warps,
+                BLOCK=block, ONE=block >= k, ACT=activation, STATIC=static, num_warps=warps,
             )  # fmt: skip
     return q, scale

@@ -15,10 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sqcompile.kernels import reference
-from sqcompile.kernels.triton.tiles import gpu_of
 
 QMAX = tl.constexpr(float(reference.QMAX))
 INVERSE_QMAX = tl.constexpr(1.0 / reference.QMAX)
@@ -83,18 +81,6 @@ def activate(x, ACT: tl.constexpr):
     return x
 
 
-@triton.jit
-def early(EARLY: tl.constexpr, WAIT: tl.constexpr):
-    """Programmatic dependent launch: from here on the next kernel may be launched, so that its start costs nothing.
-
-    WAIT: this kernel was itself launched so, and nothing of the kernel before may be read or overwritten before this.
-    """
-    if EARLY:
-        gdc_launch_dependents()
-        if WAIT:
-            gdc_wait()
-
-
 INTERPRETED = not isinstance(activate, triton.JITFunction)  # TRITON_INTERPRET=1: NumPy runs the kernels, without PTX
 
 
@@ -113,11 +99,6 @@ def as_rows(x: Tensor) -> Tensor:
 def launchable(kernel: Any, x: Tensor) -> Any:
     """The kernel, as a compiler that traces its launch records it: x is no plain tensor then."""
     return kernel if type(x) in (Tensor, torch.nn.Parameter) else torch.library.wrap_triton(kernel)
-
-
-def launched_early(device: torch.device) -> bool:
-    """Whether GEMMs start before the kernels before them have ended, which those have to allow (`early`)."""
-    return gpu_of(device).capability >= 90 and not INTERPRETED
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:

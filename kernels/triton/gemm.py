@@ -13,13 +13,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sqcompile.kernels.triton import gemm_kernels as kernels
-from sqcompile.kernels.triton.common import INTERPRETED, as_rows, launched_early, on
+from sqcompile.kernels.triton.common import INTERPRETED, as_rows, on
 from sqcompile.kernels.triton.tiles import GEMV_ROWS, Config, bucket, for_epilogue, gpu_of, tiles
 
 TL_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 # Contracting · Δx + bias into one fma would round once where the reference rounds twice.
 _EXACT = {"enable_fp_fusion": False}
+EARLY_CAPABILITY = 90  # from here on a kernel can be launched before the one before it has ended
 _ALIGNED = 16  # bytes: what TMA asks of base addresses and row strides
 
 
@@ -97,7 +98,6 @@ def _persistent(q: Tensor, w: Tensor, y: Tensor, c: Config, epilogue: tuple[obje
     wide = y.element_size() == 4
     sub = min(4, 2 * c.sub) if wide else c.sub
     specialize = c.specialize and not wide
-    early = launched_early(q.device) and not specialize
     warps = 8 if c.specialize and wide else c.warps  # specialization itself adds the other four
     a: Tensor | TensorDescriptor = q
     b: Tensor | TensorDescriptor = w
@@ -110,7 +110,7 @@ def _persistent(q: Tensor, w: Tensor, y: Tensor, c: Config, epilogue: tuple[obje
         out = TensorDescriptor.from_tensor(y, [c.bm, c.bn // sub])
     kernels.persistent[(programs,)](
         a, b, out, m, n, k, q.stride(0), w.stride(0), *epilogue, c.bm, c.bn, c.bk, c.group, sub, c.flatten, specialize,
-        early, launch_pdl=early, num_stages=c.stages, num_warps=warps, **_EXACT,
+        num_stages=c.stages, num_warps=warps, **_EXACT,
     )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 def _split(q: Tensor, w: Tensor, y: Tensor, m: int, n: int, k: int, c: Config, epilogue: tuple[object, ...]) -> None:
-    early = launched_early(q.device)
+    early = gpu_of(q.device).capability >= EARLY_CAPABILITY and not INTERPRETED
     parts = y if c.split == 1 else torch.empty((c.split, m, n), dtype=torch.int32, device=q.device)
     if c.kind == "gemv":
         if m > GEMV_ROWS:

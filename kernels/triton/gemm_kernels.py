@@ -2,18 +2,18 @@
 
 Both operands are K-contiguous, which is what the s8 tensor-core instructions read. Offsets are int64.
 
-EARLY: the kernel is launched before the one before it has ended (programmatic dependent launch, sm_90 and later). It
-asks for weights, which no kernel of a model writes, and then waits for what the other kernel writes (`common.early`).
+EARLY: the kernel is launched before the one before it has ended (programmatic dependent launch, sm_90 and later), waits
+for it before it touches memory (`gdc_wait`), and lets the next one be launched when its own sums are done. Not sooner:
+programs that wait take places on multiprocessors, and the next kernel's would be spread unevenly.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sqcompile.kernels.triton.common import activate, early, reciprocal, to_int8
-
-AHEAD = tl.constexpr(4096)  # bytes of each weight row that are asked for while waiting
+from sqcompile.kernels.triton.common import activate, reciprocal, to_int8
 
 
 @triton.jit
@@ -62,29 +62,18 @@ def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(x, (BM, 2, BN // 2)), (0, 2, 1)))
 
 
-@triton.jit
-def _ask(rows, step, end, AHEAD: tl.constexpr):
-    """Brings bytes [step, step + AHEAD) of each row of pointers into L2, up to ``end``, without waiting for them."""
-    columns = tl.minimum(step + tl.arange(0, AHEAD // 128) * 128, end - 1)
-    lines = (rows + columns[None, :]).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 @triton.jit(do_not_specialize=["M"])
 def persistent(
     q_desc, w_desc, y_desc, M, N, K, q_stride, w_stride,
     w_scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, residual_stride, out_scale_ptr,
     X_ROWS: tl.constexpr, W_COLUMNS: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr,
-    FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr, EARLY: tl.constexpr,
+    FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """Programs loop over tiles; loads and stores go through TMA, whose zero fill and clipping stand for masks.
 
     q_desc, w_desc, y_desc: descriptors, or pointers with SPECIALIZE.
     """
-    early(EARLY, True)
     if SPECIALIZE:
         # Triton's warp specialization for Hopper fails on descriptors that are parameters (triton issue 11587)
         q_desc = tl.make_tensor_descriptor(q_desc, [M, K], [q_stride, 1], [BM, BK])
@@ -151,11 +140,9 @@ def tile(
     policy: tl.constexpr = "evict_first" if STREAM else ""
     if not TMA:
         q_ptrs = q + tl.where(rm < M, rm, 0).to(tl.int64)[:, None] * q_stride + rk[None, :]
-        w_rows = w + tl.where(rn < N, rn, 0).to(tl.int64)[:, None] * w_stride
-        w_ptrs = w_rows + rk[None, :]
-        if EARLY:
-            _ask(w_rows, start, tl.minimum(start + steps * BK, K), AHEAD)
-    early(EARLY, True)
+        w_ptrs = w + tl.where(rn < N, rn, 0).to(tl.int64)[:, None] * w_stride + rk[None, :]
+    if EARLY:
+        gdc_wait()
     acc = tl.zeros((BN, BM) if SWAP else (BM, BN), dtype=tl.int32)
     for k in range(steps):
         if TMA:
@@ -175,6 +162,8 @@ def tile(
         if not TMA:
             q_ptrs += BK
             w_ptrs += BK
+    if EARLY:
+        gdc_launch_dependents()
     if SWAP:
         acc = acc.T
     mask = (rm < M)[:, None] & (rn < N)[None, :]
@@ -224,8 +213,7 @@ def gemv(
     k_end = K // BYTES
     steps = tl.cdiv(tl.cdiv(k_end, C), SPLIT)
     if EARLY:
-        _ask(w_rows, part * steps * BK, K, AHEAD)
-    early(EARLY, True)
+        gdc_wait()
     if BYTES == 4:
         q_ptr = q_ptr.to(tl.pointer_type(tl.int32))
         w_rows = w_rows.to(tl.pointer_type(tl.int32))
@@ -245,6 +233,8 @@ def gemv(
             acc2 = _multiply(q_ptr + 2 * q_row, w, acc2, cols, inside, BYTES)
         if M > 3:
             acc3 = _multiply(q_ptr + 3 * q_row, w, acc3, cols, inside, BYTES)
+    if EARLY:
+        gdc_launch_dependents()
     for i in tl.static_range(M):
         if i == 0:
             total = tl.sum(acc0, 1)
@@ -271,7 +261,9 @@ def add_parts(
     BN: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The sum of int32 parts [SPLIT, M, N] and the epilogue, [1, BN] a program; integers add up the same in any order."""
-    early(EARLY, True)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(1)
     rm = row + tl.arange(0, 1)
     rn = tl.program_id(0) * BN + tl.arange(0, BN)

@@ -20,9 +20,7 @@ from sqcompile.kernels.triton.common import (
     absmax_bits,
     as_rows,
     block_of,
-    early,
     launchable,
-    launched_early,
     on,
     reciprocal,
     scale_of,
@@ -67,10 +65,8 @@ def _affine(h, mean, rstd, w_ptr, b_ptr, cols, K, DTYPE: tl.constexpr, RMS: tl.c
 def _norm_quantize(
     x_ptr, r_ptr, w_ptr, b_ptr, m_ptr, h_ptr, y_ptr, q_ptr, scale_ptr, K, x_stride, r_stride, eps,
     BLOCK: tl.constexpr, RMS: tl.constexpr, ROUND_FIRST: tl.constexpr, STATIC: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program per row, the whole row in registers."""
-    early(EARLY, False)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < K
@@ -102,10 +98,8 @@ def _norm_quantize(
 def _norm_quantize_wide(
     x_ptr, r_ptr, w_ptr, b_ptr, m_ptr, h_ptr, y_ptr, q_ptr, scale_ptr, K, x_stride, r_stride, eps,
     BLOCK: tl.constexpr, RMS: tl.constexpr, ROUND_FIRST: tl.constexpr, STATIC: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """The same for rows that do not fit: each pass reads x and the residual again, from L2 for all but the first."""
-    early(EARLY, False)
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     x_base = row * x_stride
@@ -208,7 +202,6 @@ def norm_quantize(
             launchable(kernel, x)[(m,)](
                 rows, more, weight, bias, multiplier, h, y, q, scale, k, rows.stride(0),
                 0 if more is None else more.stride(0), eps,
-                BLOCK=block, RMS=kind == "rms", ROUND_FIRST=kind == "rms" and round_first, STATIC=static,
-                EARLY=launched_early(x.device), num_warps=warps,
+                BLOCK=block, RMS=kind == "rms", ROUND_FIRST=kind == "rms" and round_first, STATIC=static, num_warps=warps,
             )  # fmt: skip
     return (x if h is None else h), q, scale, y

@@ -16,9 +16,7 @@ from sqcompile.kernels.triton.common import (
     absmax_bits,
     as_rows,
     block_of,
-    early,
     launchable,
-    launched_early,
     on,
     reciprocal,
     scale_of,
@@ -54,10 +52,8 @@ def _absmax(x_ptr, m_ptr, partial_ptr, M, K, stride, ROWS: tl.constexpr, BLOCK: 
 def _quantize(
     x_ptr, m_ptr, q_ptr, scale_ptr, partial_ptr, M, K, stride, partials,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr, MODE: tl.constexpr, PARTIALS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """MODE "token" writes a scale per row, "tensor" writes one from the partial maxima, "static" reads one."""
-    early(EARLY, False)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     if MODE == "tensor":
         p = tl.arange(0, PARTIALS)
@@ -134,9 +130,8 @@ def quantize_rows(
                 BLOCK=min(block, 4096),
                 num_warps=warps,
             )
-        _quantize[(programs,)](
+        launchable(_quantize, x)[(programs,)](
             rows, multiplier, q, scale, partial, m, k, rows.stride(0), partials,
-            ROWS=per_program, BLOCK=block, ONE=block >= k, MODE=mode, PARTIALS=_PARTIALS,
-            EARLY=launched_early(x.device), num_warps=warps,
+            ROWS=per_program, BLOCK=block, ONE=block >= k, MODE=mode, PARTIALS=_PARTIALS, num_warps=warps,
         )  # fmt: skip
     return q, scale
