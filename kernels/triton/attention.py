@@ -30,6 +30,7 @@ class Tile:
     """BM rows of queries against BN keys at a time.
 
     tma: load keys and values through descriptors (sm_90 and later, aligned rows).
+    ahead: q kᵀ of the next block is under way while the softmax of one is computed.
     splits: parts of the keys, put together by a second kernel; 0: as many as fill the GPU.
     """
 
@@ -39,6 +40,7 @@ class Tile:
     warps: int = 4
     tma: bool = False
     splits: int = 1
+    ahead: bool = False
 
 
 def default_tile(gpu: Gpu, rows: int, width: int, wide: bool) -> Tile:
@@ -119,6 +121,7 @@ def int8_attention(
             *(_strides(x) for x in (q, k, v, out, q_scale, k_scale, v_scale, mask, blocks)),
             heads, queries, keys, diagonal or 0, scale, softcap, _section(k, v, group // pack), splits,
             tile.bm, tile.bn, width, dv, c, cv, group, pack, diagonal is not None, softcap > 0, pv, tma,
+            tile.ahead,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if part is not None:

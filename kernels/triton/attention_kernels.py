@@ -83,21 +83,39 @@ def _add_mask(y, mask_ptr, b, h, s, cols, strides, inside):
 
 
 @triton.jit
-def _block(acc, total, top, j, q, factor, k, v, b, g, h, s, seen, Sk, softcap, k_scale_ptr, k_scale_strides,
-           mask_ptr, mask_strides, k_strides, v_strides,
-           BN: tl.constexpr, WIDTH: tl.constexpr, VWIDTH: tl.constexpr, C: tl.constexpr, CV: tl.constexpr,
+def _number(blocks_ptr, i, free, listed, RATIO: tl.constexpr):
+    """The number of the i-th block of keys of a list (see `mask_blocks`), or i without one."""
+    j = i
+    if blocks_ptr is not None:
+        place = i // RATIO
+        place = tl.where(place < free, place, listed - 1 - (place - free))
+        j = tl.load(blocks_ptr + 2 + place) * RATIO + i % RATIO
+    return j
+
+
+@triton.jit
+def _product(q, k, b, g, j, strides, Sk, BN: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, EDGE: tl.constexpr,
+             TMA: tl.constexpr):  # fmt: skip
+    """q kᵀ for block j of the keys, int32 [BM, BN] plus `MAGIC`: the sum of a tensor core may start there."""
+    keys = _load(k, b, g, j * BN, strides, Sk, BN, C, WIDTH, EDGE, TMA)
+    return tl.dot(q, keys.T, out_dtype=tl.int32) + MAGIC
+
+
+@triton.jit
+def _block(acc, total, top, x, j, factor, v, b, g, h, s, seen, Sk, softcap, k_scale_ptr, k_scale_strides,
+           mask_ptr, mask_strides, v_strides,
+           BN: tl.constexpr, VWIDTH: tl.constexpr, CV: tl.constexpr,
            EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, SOFTCAP: tl.constexpr,
            PV: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """One block of keys: the sums so far, rescaled, and its own. acc [BM, CV], total and top [BM].
+    """Block j of keys: the sums so far, rescaled, and its own. acc [BM, CV], total and top [BM].
 
-    seen: the last key each row sees. EDGE: keys may lie outside, or not be seen. EXACT: the offset of the scores' bits
+    x: its `_product`. seen: the last key each row sees. EDGE: keys may lie outside, or not be seen. EXACT: the offset of the scores' bits
     is taken off before the maximum, as a mask, a softcap or scales of keys need it. PV: "float", "int8" (v is turned)
     or "cast" (an int8 v, multiplied as float).
     """
     start = j * BN
     cols = start + tl.arange(0, BN)
-    keys = _load(k, b, g, start, k_strides, Sk, BN, C, WIDTH, EDGE, TMA)
-    x = (tl.dot(q, keys.T, out_dtype=tl.int32) + MAGIC).to(tl.float32, bitcast=True)
+    x = x.to(tl.float32, bitcast=True)
     if k_scale_ptr is not None:
         # rounding Δk · offset moves scores by less than one unit of the integer product
         columns = tl.load(k_scale_ptr + _rows(k_scale_strides, b, g, cols), mask=cols < Sk, other=0.0)
@@ -157,7 +175,7 @@ def forward(
     heads, Sq, Sk, diagonal, scale, softcap, section, splits,
     BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr, VWIDTH: tl.constexpr, C: tl.constexpr, CV: tl.constexpr,
     GROUP: tl.constexpr, PACK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PV: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """BM rows of queries against the keys, or against one of ``splits`` parts of them.
 
@@ -201,7 +219,6 @@ def forward(
     factor = tl.where(factor < SMALLEST, SMALLEST, factor)
 
     MASKED: tl.constexpr = mask_ptr is not None
-    LISTED: tl.constexpr = blocks_ptr is not None
     EXACT: tl.constexpr = MASKED or SOFTCAP
     seen = s + diagonal
     limit = Sk
@@ -213,11 +230,13 @@ def forward(
     middle = whole // BN
     if MASKED:
         middle = 0
-    if LISTED:
-        RATIO: tl.constexpr = MASK_COLUMNS // BN
+    RATIO: tl.constexpr = MASK_COLUMNS // BN
+    free = 0
+    listed = tl.cdiv(Sk, MASK_COLUMNS)
+    if blocks_ptr is not None:
         blocks_ptr += _rows(blocks_strides, b, h if PACK == 1 else g * 0, (tile * BM) // PACK // MASK_ROWS)
-        listed = tl.cdiv(Sk, MASK_COLUMNS)
-        middle = tl.load(blocks_ptr) * RATIO
+        free = tl.load(blocks_ptr)
+        middle = free * RATIO
         end = middle + tl.load(blocks_ptr + 1) * RATIO
     each = tl.cdiv(end, splits)
     low = tl.minimum(part * each, end)
@@ -227,23 +246,35 @@ def forward(
     acc = tl.zeros((BM, CV), dtype=tl.float32)
     total = tl.zeros((BM,), dtype=tl.float32)
     top = tl.full((BM,), -float("inf"), dtype=tl.float32)
+    if AHEAD:
+        j = _number(blocks_ptr, low, free, listed, RATIO)
+        x = _product(q, k, b, g, j, k_strides, Sk, BN, C, WIDTH, True, TMA)
     for i in tl.range(low, middle):
-        j = i
-        if LISTED:
-            j = tl.load(blocks_ptr + 2 + i // RATIO) * RATIO + i % RATIO
+        if AHEAD:
+            after = _number(blocks_ptr, i + 1, free, listed, RATIO)
+            product = _product(q, k, b, g, after, k_strides, Sk, BN, C, WIDTH, True, TMA)
+        else:
+            j = _number(blocks_ptr, i, free, listed, RATIO)
+            x = _product(q, k, b, g, j, k_strides, Sk, BN, C, WIDTH, False, TMA)
         acc, total, top = _block(
-            acc, total, top, j, q, factor, k, v, b, g, h, s, seen, Sk, softcap, k_scale_ptr, k_scale_strides,
-            mask_ptr, mask_strides, k_strides, v_strides,
-            BN, WIDTH, VWIDTH, C, CV, False, False, False, EXACT, SOFTCAP, PV, TMA)  # fmt: skip
+            acc, total, top, x, j, factor, v, b, g, h, s, seen, Sk, softcap, k_scale_ptr, k_scale_strides,
+            mask_ptr, mask_strides, v_strides, BN, VWIDTH, CV, False, False, False, EXACT, SOFTCAP, PV, TMA)  # fmt: skip
+        if AHEAD:
+            x = product
+            j = after
     for i in tl.range(middle, high):
-        j = i
-        if LISTED:
-            n = (i - tl.load(blocks_ptr) * RATIO) // RATIO
-            j = tl.load(blocks_ptr + 1 + listed - n) * RATIO + i % RATIO
+        if AHEAD:
+            after = _number(blocks_ptr, i + 1, free, listed, RATIO)
+            product = _product(q, k, b, g, after, k_strides, Sk, BN, C, WIDTH, True, TMA)
+        else:
+            j = _number(blocks_ptr, i, free, listed, RATIO)
+            x = _product(q, k, b, g, j, k_strides, Sk, BN, C, WIDTH, True, TMA)
         acc, total, top = _block(
-            acc, total, top, j, q, factor, k, v, b, g, h, s, seen, Sk, softcap, k_scale_ptr, k_scale_strides,
-            mask_ptr, mask_strides, k_strides, v_strides,
-            BN, WIDTH, VWIDTH, C, CV, True, CAUSAL, MASKED, EXACT, SOFTCAP, PV, TMA)  # fmt: skip
+            acc, total, top, x, j, factor, v, b, g, h, s, seen, Sk, softcap, k_scale_ptr, k_scale_strides,
+            mask_ptr, mask_strides, v_strides, BN, VWIDTH, CV, True, CAUSAL, MASKED, EXACT, SOFTCAP, PV, TMA)  # fmt: skip
+        if AHEAD:
+            x = product
+            j = after
 
     cv = tl.arange(0, CV)
     stored = inside[:, None] & (cv < VWIDTH)[None, :]
