@@ -65,15 +65,14 @@ def int8_attention(
     """
     batch, heads, queries, width = q.shape
     groups, keys = k.shape[1:3]
-    rows = q.reshape(batch, groups, heads // groups * queries, width)
-    scores = (rows.float() @ k.float().mT).view(batch, groups, -1, queries, keys)  # exact below 2^24: D <= 1040
-    by_group = (batch, groups, heads // groups, queries, 1)
-    scores = scores * q_scale.expand(batch, heads, queries, 1).reshape(by_group)
-    scores = scores * k_scale.expand(batch, groups, keys, 1).reshape(batch, groups, 1, 1, keys) * scale
-    scores = scores.reshape(batch, heads, queries, keys)
+    by_group = batch, groups, heads // groups * queries  # the queries of all heads that share a key head
+    scores = q.reshape(*by_group, width).float() @ k.float().mT  # exact below 2^24: D <= 1040
+    scores = scores * q_scale.expand(batch, heads, queries, 1).reshape(*by_group, 1)
+    scores = scores * k_scale.expand(batch, groups, keys, 1).mT * scale
+    scores = scores.view(batch, heads, queries, keys)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = _masked(scores, mask, diagonal).view(batch, groups, -1, keys)
+    scores = _masked(scores, mask, diagonal).view(*by_group, keys)
     out = _weighted(scores, v, v_scale).view(batch, heads, queries, v.shape[-1])
     return out.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
 

@@ -31,6 +31,7 @@ class Tile:
 
     tma: load keys and values through descriptors (sm_90 and later, aligned rows).
     ahead: q kᵀ of the next block is under way while the softmax of one is computed.
+    registers: most of them a thread, so that more programs fit a multiprocessor.
     splits: parts of the keys, put together by a second kernel; 0: as many as fill the GPU.
     """
 
@@ -41,6 +42,7 @@ class Tile:
     tma: bool = False
     splits: int = 1
     ahead: bool = False
+    registers: int | None = None
 
 
 def default_tile(gpu: Gpu, rows: int, width: int, wide: bool) -> Tile:
@@ -120,9 +122,8 @@ def int8_attention(
             out, part, q_scale, k_one, k_each, v_scale, mask, blocks,
             *(_strides(x) for x in (q, k, v, out, q_scale, k_scale, v_scale, mask, blocks)),
             heads, queries, keys, diagonal or 0, scale, softcap, _section(k, v, group // pack), splits,
-            tile.bm, tile.bn, width, dv, c, cv, group, pack, diagonal is not None, softcap > 0, pv, tma,
-            tile.ahead,
-            num_warps=tile.warps, num_stages=tile.stages,
+            tile.bm, tile.bn, width, dv, c, cv, group, pack, diagonal is not None, softcap > 0, pv, tma, tile.ahead,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
         if part is not None:
             kernels.combine[(rows,)](

@@ -88,8 +88,9 @@ def _number(blocks_ptr, i, free, listed, RATIO: tl.constexpr):
     j = i
     if blocks_ptr is not None:
         place = i // RATIO
+        inner = i - place * RATIO
         place = tl.where(place < free, place, listed - 1 - (place - free))
-        j = tl.load(blocks_ptr + 2 + place) * RATIO + i % RATIO
+        j = tl.load(blocks_ptr + 2 + place) * RATIO + inner
     return j
 
 
@@ -137,7 +138,8 @@ def _block(acc, total, top, x, j, factor, v, b, g, h, s, seen, Sk, softcap, k_sc
     if not (SOFTCAP or MASKED):
         near = near * factor
     if PV == "int8":
-        near = near + tl.abs(near) * ONE_ULP  # so that no p exceeds 127 by half: the fma below knows the exact product
+        # so that no p exceeds 127 by half: the fma below knows the exact product
+        near = tl.where(near == -float("inf"), near, near + tl.abs(near) * ONE_ULP)
     new = tl.maximum(top, near)
     # P̂ is relative to the maximum of its block, P in float to the maximum of the row so far
     origin = near if PV == "int8" else new
@@ -287,7 +289,9 @@ def forward(
     else:
         out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         out = _scaled(out, v_scale_ptr, v_scale_strides, b, g, cv, VWIDTH)
-        tl.store(out_ptr + _rows(out_strides, b, h, s)[:, None] + cv[None, :], out.to(out_ptr.dtype.element_ty), mask=stored)
+        tl.store(
+            out_ptr + _rows(out_strides, b, h, s)[:, None] + cv[None, :], out.to(out_ptr.dtype.element_ty), mask=stored
+        )
 
 
 @triton.jit
