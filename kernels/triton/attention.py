@@ -30,6 +30,7 @@ class Tile:
     """BM rows of queries against BN keys at a time.
 
     tma: load keys and values through descriptors (sm_90 and later, aligned rows).
+    specialize: separate warps for loading, where attention_hopper.py serves the operands; bm is 128.
     ahead: q kᵀ of the next block is under way while the softmax of one is computed.
     registers: most of them a thread, so that more programs fit a multiprocessor.
     splits: parts of the keys, put together by a second kernel; 0: as many as fill the GPU.
@@ -42,26 +43,33 @@ class Tile:
     tma: bool = False
     splits: int = 1
     ahead: bool = False
+    specialize: bool = False
     registers: int | None = None
 
 
-def default_tile(gpu: Gpu, rows: int, width: int, wide: bool) -> Tile:
-    """The tile for a number of rows that share a key head.
+def default_tile(gpu: Gpu, rows: int, width: int, values: torch.dtype, masked: bool) -> Tile:
+    """The tile for a number of rows that share a key head: the largest that leaves the sums in registers.
 
     Args:
         rows: queries times the query heads of a key head.
         width: D or Dv, the larger one, rounded up to a power of two.
-        wide: values are float32.
+        values: dtype of v.
+        masked: a mask tensor, whose values take registers too.
     """
+    wide, integer = values == torch.float32, values == torch.int8
     if rows <= _FEW_ROWS:
         bm = max(16, triton.next_power_of_2(rows))
         bn = 32 if wide else 64 if width > 128 else 128
         return Tile(bm, bn, 3 if gpu.large and not wide else 2, 4, splits=0)
     if wide:
         return Tile(64, 32, 2, 4)
-    if not gpu.large:
-        return Tile(128, 32 if width > 128 else 64, 2, 8)
-    return Tile(128, 64 if width > 128 else 128, 2, 8, tma=True)
+    if gpu.capability != 90:
+        if width > 128:
+            return Tile(64, 32, 2, 8)
+        return Tile(128, 32 if masked or integer else 64, 2, 8)
+    if width > 128:
+        return Tile(64 if integer else 128, 32 if masked else 64, 2, 8, tma=True)
+    return Tile(128, 64 if masked else 128, 2, 8, tma=True)
 
 
 def int8_attention(
@@ -103,7 +111,7 @@ def int8_attention(
     pack = group if few else 1
     pv = "float" if v_scale is None else "cast" if few and v.stride(3) == 1 else "int8"
     c, cv = (max(32, triton.next_power_of_2(x)) for x in (width, dv))
-    tile = tile or default_tile(gpu, queries * group, max(c, cv), v.dtype == torch.float32)
+    tile = tile or default_tile(gpu, queries * group, max(c, cv), v.dtype, mask is not None)
     q, k, v = _contiguous(q), _contiguous(k), _turned(v) if pv == "int8" else _contiguous(v)
     tma = tile.tma and _fits_tma(k) and _fits_tma(v)
     programs = triton.cdiv(queries * pack, tile.bm) * batch * heads // pack
@@ -115,6 +123,15 @@ def int8_attention(
     v_scale = None if v_scale is None else v_scale.expand(batch, groups, 1, dv).transpose(2, 3)
     mask, blocks = _expanded(mask, blocks, (batch, heads, queries, keys), diagonal, tile, pack)
     with on(q.device):
+        if tile.specialize and tma and pv == "float" and mask is None and softcap == 0 and pack == 1:
+            from sqcompile.kernels.triton import attention_hopper
+
+            if _fits_tma(q) and attention_hopper.fits(width, v):
+                attention_hopper.launch(
+                    q, k, v, out, q_scale, k_scale, k_each is not None, diagonal, scale,
+                    bn=tile.bn, stages=tile.stages, c=c, cv=cv, section=_section(k, v, group), programs=gpu.sms,
+                )  # fmt: skip
+                return out
         kernels.forward[(programs, splits)](
             q,
             _descriptor(k, (1, 1, tile.bn, c)) if tma else k,

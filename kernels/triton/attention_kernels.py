@@ -119,7 +119,10 @@ def _block(acc, total, top, x, j, factor, v, b, g, h, s, seen, Sk, softcap, k_sc
     x = x.to(tl.float32, bitcast=True)
     if k_scale_ptr is not None:
         # rounding Δk · offset moves scores by less than one unit of the integer product
-        columns = tl.load(k_scale_ptr + _rows(k_scale_strides, b, g, cols), mask=cols < Sk, other=0.0)
+        if EDGE:
+            columns = tl.load(k_scale_ptr + _rows(k_scale_strides, b, g, cols), mask=cols < Sk, other=0.0)
+        else:
+            columns = tl.load(k_scale_ptr + _rows(k_scale_strides, b, g, cols))
         x = tl.fma(x, columns[None, :], (columns * -ROUND)[None, :])
     elif EXACT:
         x = x - ROUND
