@@ -58,7 +58,7 @@ def case(
 
 def exact(arguments: tuple[Any, ...]) -> Tensor:
     """Attention of the dequantized operands in float64."""
-    q, q_scale, k, k_scale, v, v_scale, mask, _, diagonal, scale, softcap, dtype = arguments
+    q, q_scale, k, k_scale, v, v_scale, mask, _, diagonal, scale, softcap, _ = arguments
     q, k, v = q.double() * q_scale, k.double() * k_scale, v.double() * (1.0 if v_scale is None else v_scale)
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = q @ k.mT * scale
@@ -327,6 +327,16 @@ def test_long_sequences_and_a_cuda_graph(shape, values):
     mask.copy_(masks(sq, sk)["bool"])
     graph.replay()
     same(y, run())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    INTERPRETED or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper"
+)
+def test_warps_of_their_own_for_loading_give_the_same():
+    from sqcompile.bench.attention import specialized_runs
+
+    assert specialized_runs()
 
 
 @pytest.mark.gpu

@@ -141,6 +141,7 @@ def int8_attention(
             heads, queries, keys, diagonal or 0, scale, softcap, _section(k, v, group // pack), splits,
             tile.bm, tile.bn, width, dv, c, cv, group, pack, diagonal is not None, softcap > 0, pv, tma, tile.ahead,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+            enable_fp_fusion=True,
         )  # fmt: skip
         if part is not None:
             kernels.combine[(rows,)](

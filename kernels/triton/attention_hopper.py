@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -47,6 +48,21 @@ def _place(t, tiles, all_heads, section, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
+def _turns(work):
+    """How many tiles this program takes of ``work``: one of each round, in which every program takes one."""
+    full = work // gl.num_programs(0)
+    last = _turn(full) - full * gl.num_programs(0)
+    return full + gl.where(last < work % gl.num_programs(0), 1, 0)
+
+
+@gluon.jit
+def _turn(n):
+    """The piece of work of the n-th round: rounds go back and forth, as pieces get smaller from each to the next."""
+    programs = gl.num_programs(0)
+    return n * programs + gl.where(n % 2 == 0, gl.program_id(0), programs - 1 - gl.program_id(0))
+
+
+@gluon.jit
 def _blocks(tile, Sq, Sk, diagonal, BN: gl.constexpr, CAUSAL: gl.constexpr):
     """How many blocks of keys the rows of a tile see."""
     limit = Sk
@@ -64,9 +80,8 @@ def _load(
 ):  # fmt: skip
     """The loading warp: queries of each tile, two tiles ahead at most, and keys and values through a ring of STAGES buffers."""
     n = 0
-    turn = 0
-    for t in range(gl.program_id(0), work, gl.num_programs(0)):
-        tile, which = _place(t, tiles, work // tiles, section, CAUSAL)
+    for turn in range(_turns(work)):
+        tile, which = _place(_turn(turn), tiles, work // tiles, section, CAUSAL)
         b = which // heads
         h = which % heads
         g = h // GROUP
@@ -86,7 +101,6 @@ def _load(
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             async_load(v_desc, [b, g, i * BN, 0], v_full.index(stage), v_smem.index(stage))
             n += 1
-        turn += 1
 
 
 @gluon.jit
@@ -147,9 +161,8 @@ def _compute(
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     outputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CV, 16])
     n = 0
-    turn = 0
-    for t in range(gl.program_id(0), work, gl.num_programs(0)):
-        tile, which = _place(t, tiles, work // tiles, section, CAUSAL)
+    for turn in range(_turns(work)):
+        tile, which = _place(_turn(turn), tiles, work // tiles, section, CAUSAL)
         b = (which // heads).to(gl.int64)
         h = (which % heads).to(gl.int64)
         g = h // GROUP
@@ -186,7 +199,6 @@ def _compute(
             n += 1
         acc = warpgroup_mma_wait(0, [acc])
         mbarrier.arrive(q_empty.index(place))
-        turn += 1
 
         total = gl.convert_layout(total, gl.SliceLayout(1, outputs))
         out = acc / gl.expand_dims(gl.where(total == 0.0, 1.0, total), 1)
@@ -197,7 +209,22 @@ def _compute(
         gl.store(gl.expand_dims(rows, 1) + gl.expand_dims(cv, 0), out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@gluon.jit(do_not_specialize=["qs_b", "qs_h", "qs_s", "ks_b", "ks_g", "heads", "Sq", "Sk", "diagonal", "section", "tiles", "work"])
+@gluon.jit(
+    do_not_specialize=[
+        "qs_b",
+        "qs_h",
+        "qs_s",
+        "ks_b",
+        "ks_g",
+        "heads",
+        "Sq",
+        "Sk",
+        "diagonal",
+        "section",
+        "tiles",
+        "work",
+    ]
+)
 def forward(
     q_desc, k_desc, v_desc, out_ptr, q_scale_ptr, k_scale_ptr,
     out_strides, qs_b, qs_h, qs_s, ks_b, ks_g, heads, Sq, Sk, diagonal, scale, section, tiles, work,
@@ -222,6 +249,7 @@ def forward(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)  # both groups
         mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()
     # the tuples are written out here, as constants in a tuple that has a name are none any more
     gl.warp_specialize(
         [
@@ -270,7 +298,7 @@ def launch(
         _descriptor(v, bn, cv, gl.float16 if str(v.dtype) == "torch.float16" else gl.bfloat16), out, q_scale, k_scale,
         out.stride()[:3], *q_scale.stride()[:3], *k_scale.stride()[:2],
         heads, queries, k.shape[2], diagonal or 0, scale, section, tiles, work,
-        heads // k.shape[1], out.shape[3], c, cv, bn, diagonal is not None, per_key, stages, num_warps=4,
+        heads // k.shape[1], out.shape[3], c, cv, bn, diagonal is not None, per_key, stages, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 
