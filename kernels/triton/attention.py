@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sqcompile.kernels.attention_int8 import MASK_BLOCK
 from sqcompile.kernels.triton import attention_kernels as kernels
+from sqcompile.kernels.triton import attention_split
 from sqcompile.kernels.triton.common import on
 from sqcompile.kernels.triton.tiles import Gpu, gpu_of
 
@@ -144,7 +145,7 @@ def int8_attention(
             enable_fp_fusion=True,
         )  # fmt: skip
         if part is not None:
-            kernels.combine[(rows,)](
+            attention_split.combine[(rows,)](
                 part, out, v_scale, _strides(out), _strides(v_scale), heads, groups, queries, splits,
                 triton.next_power_of_2(splits), dv, cv, num_warps=4,
             )  # fmt: skip

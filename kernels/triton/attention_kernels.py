@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from sqcompile.kernels.attention_int8 import BLOCKED, MASK_BLOCK
+from sqcompile.kernels.triton.attention_split import rows_of, scaled
 from sqcompile.kernels.triton.common import ROUND
 
 MAGIC = tl.constexpr(0x4B400000)  # the bits of 1.5 · 2²³, `ROUND`
@@ -25,12 +26,6 @@ ONE_ULP = tl.constexpr(2.0**-22)
 
 
 @triton.jit
-def _rows(strides, b, h, s):
-    """int64 offset of rows s of heads h (either may be a vector) for strides (batch, head, row)."""
-    return b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + s.to(tl.int64) * strides[2]
-
-
-@triton.jit
 def _load(x, b, g, start, strides, size, N: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, EDGE: tl.constexpr,
           TMA: tl.constexpr):  # fmt: skip
     """[N, C] of x [B, G, size, WIDTH] from row ``start``, a descriptor or a pointer; zero outside."""
@@ -39,7 +34,7 @@ def _load(x, b, g, start, strides, size, N: tl.constexpr, C: tl.constexpr, WIDTH
     else:
         rows = start + tl.arange(0, N)
         cols = tl.arange(0, C)
-        ptrs = x + _rows(strides, b, g, rows)[:, None] + cols[None, :]
+        ptrs = x + rows_of(strides, b, g, rows)[:, None] + cols[None, :]
         if EDGE or WIDTH != C:
             y = tl.load(ptrs, mask=(rows < size)[:, None] & (cols < WIDTH)[None, :], other=0)
         else:
@@ -56,7 +51,7 @@ def _load_turned(x, b, g, start, strides, size, C: tl.constexpr, N: tl.constexpr
     else:
         rows = tl.arange(0, C)
         cols = start + tl.arange(0, N)
-        ptrs = x + _rows(strides, b, g, rows)[:, None] + cols[None, :]
+        ptrs = x + rows_of(strides, b, g, rows)[:, None] + cols[None, :]
         if EDGE or WIDTH != C:
             y = tl.load(ptrs, mask=(rows < WIDTH)[:, None] & (cols < size)[None, :], other=0)
         else:
@@ -72,7 +67,7 @@ def _tanh(x):
 @triton.jit
 def _add_mask(y, mask_ptr, b, h, s, cols, strides, inside):
     """y in units of log2, plus the mask of rows (h, s)."""
-    ptrs = mask_ptr + _rows(strides, b, h, s)[:, None] + cols.to(tl.int64)[None, :] * strides[3]
+    ptrs = mask_ptr + rows_of(strides, b, h, s)[:, None] + cols.to(tl.int64)[None, :] * strides[3]
     mask = tl.load(ptrs, mask=inside, other=0)
     if mask_ptr.dtype.element_ty == tl.uint8:  # a bool
         y = tl.where(mask != 0, y, -float("inf"))
@@ -120,9 +115,9 @@ def _block(acc, total, top, x, j, factor, v, b, g, h, s, seen, Sk, softcap, k_sc
     if k_scale_ptr is not None:
         # rounding Δk · offset moves scores by less than one unit of the integer product
         if EDGE:
-            columns = tl.load(k_scale_ptr + _rows(k_scale_strides, b, g, cols), mask=cols < Sk, other=0.0)
+            columns = tl.load(k_scale_ptr + rows_of(k_scale_strides, b, g, cols), mask=cols < Sk, other=0.0)
         else:
-            columns = tl.load(k_scale_ptr + _rows(k_scale_strides, b, g, cols))
+            columns = tl.load(k_scale_ptr + rows_of(k_scale_strides, b, g, cols))
         x = tl.fma(x, columns[None, :], (columns * -ROUND)[None, :])
     elif EXACT:
         x = x - ROUND
@@ -187,7 +182,7 @@ def forward(
     A row is a query; with PACK heads a query of one of the heads that share a key head, all of which read each key
     once. k_one_ptr: the scale of a key head; k_scale_ptr: one per key; one of them is given. Programs take the tiles
     with most keys first, over ``section`` heads at a time, whose keys and values stay in L2. part_ptr: where splits
-    leave their sums, float32 [splits, B · H · Sq, Dv + 2], to be put together by `combine`.
+    leave their sums, float32 [splits, B · H · Sq, Dv + 2], to be put together by `attention_split.combine`.
     """
     tiles = tl.cdiv(Sq * PACK, BM)
     key_heads = heads // GROUP
@@ -214,11 +209,11 @@ def forward(
     part = tl.program_id(1)
 
     c = tl.arange(0, C)
-    q_ptrs = q_ptr + _rows(q_strides, b, h, s)[:, None] + c[None, :]
+    q_ptrs = q_ptr + rows_of(q_strides, b, h, s)[:, None] + c[None, :]
     q = tl.load(q_ptrs, mask=inside[:, None] & (c < WIDTH)[None, :], other=0)
-    factor = tl.load(q_scale_ptr + _rows(q_scale_strides, b, h, s), mask=inside, other=0.0) * scale
+    factor = tl.load(q_scale_ptr + rows_of(q_scale_strides, b, h, s), mask=inside, other=0.0) * scale
     if k_one_ptr is not None:
-        factor = factor * tl.load(k_one_ptr + _rows(k_scale_strides, b, g, 0 * g))
+        factor = factor * tl.load(k_one_ptr + rows_of(k_scale_strides, b, g, 0 * g))
     if not SOFTCAP:
         factor = factor * LOG2E
     factor = tl.where(factor < SMALLEST, SMALLEST, factor)
@@ -239,7 +234,7 @@ def forward(
     free = 0
     listed = tl.cdiv(Sk, MASK_COLUMNS)
     if blocks_ptr is not None:
-        blocks_ptr += _rows(blocks_strides, b, h if PACK == 1 else g * 0, (tile * BM) // PACK // MASK_ROWS)
+        blocks_ptr += rows_of(blocks_strides, b, h if PACK == 1 else g * 0, (tile * BM) // PACK // MASK_ROWS)
         free = tl.load(blocks_ptr)
         middle = free * RATIO
         end = middle + tl.load(blocks_ptr + 1) * RATIO
@@ -291,40 +286,9 @@ def forward(
         tl.store(part_ptr + VWIDTH + 1, top, mask=inside)
     else:
         out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        out = _scaled(out, v_scale_ptr, v_scale_strides, b, g, cv, VWIDTH)
+        out = scaled(out, v_scale_ptr, v_scale_strides, b, g, cv, VWIDTH)
         tl.store(
-            out_ptr + _rows(out_strides, b, h, s)[:, None] + cv[None, :], out.to(out_ptr.dtype.element_ty), mask=stored
+            out_ptr + rows_of(out_strides, b, h, s)[:, None] + cv[None, :],
+            out.to(out_ptr.dtype.element_ty),
+            mask=stored,
         )
-
-
-@triton.jit
-def _scaled(out, v_scale_ptr, strides, b, g, cv, VWIDTH: tl.constexpr):
-    """out [rows, CV] · Δv, one per channel."""
-    if v_scale_ptr is not None:
-        out = out * tl.load(v_scale_ptr + _rows(strides, b, g, cv), mask=cv < VWIDTH, other=0.0)[None, :]
-    return out
-
-
-@triton.jit(do_not_specialize=["heads", "groups", "Sq", "splits"])
-def combine(
-    part_ptr, out_ptr, v_scale_ptr, out_strides, v_scale_strides, heads, groups, Sq, splits,
-    SPLITS: tl.constexpr, VWIDTH: tl.constexpr, CV: tl.constexpr,
-):  # fmt: skip
-    """The sums of all parts of one row, weighted by their maxima: one program a row of [B, H, Sq]."""
-    row = tl.program_id(0)
-    s = row % Sq
-    h = row // Sq % heads
-    b = row // Sq // heads
-    parts = tl.arange(0, SPLITS)
-    cv = tl.arange(0, CV)
-    there = parts < splits
-    ptrs = part_ptr + (parts.to(tl.int64) * tl.num_programs(0) + row) * (VWIDTH + 2)
-    top = tl.load(ptrs + VWIDTH + 1, mask=there, other=-float("inf"))
-    best = tl.max(top, 0)
-    weight = tl.exp2(top - tl.where(best == -float("inf"), 0.0, best))
-    total = tl.sum(tl.load(ptrs + VWIDTH, mask=there, other=0.0) * weight, 0)
-    acc = tl.load(ptrs[:, None] + cv[None, :], mask=there[:, None] & (cv < VWIDTH)[None, :], other=0.0)
-    out = tl.sum(acc * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    out = _scaled(out[None, :], v_scale_ptr, v_scale_strides, b, h // (heads // groups), cv, VWIDTH)
-    offsets = _rows(out_strides, b, h, s) + cv[None, :]
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=(cv < VWIDTH)[None, :])

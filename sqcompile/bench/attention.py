@@ -86,17 +86,17 @@ def contenders(o: Operands, causal: bool, specialize: bool) -> Iterator[tuple[st
 
     scale, gqa = o.q.shape[3] ** -0.5, o.q.shape[1] != o.k.shape[1]
     diagonal = 0 if causal else None
+    tail: tuple[Any, ...] = (None, None, diagonal, scale, 0.0, HALF)
     for per_token, values in itertools.product((False, True), (False, True)):
         arguments = o.quantized(per_token, values)
         name = f"{'qk_pv' if values else 'qk'} per {'token' if per_token else 'head'}"
-        tail = None, None, diagonal, scale, 0.0, HALF
         yield name, functools.partial(sqcompile_ops.int8_attention, *arguments, *tail)
     if causal and specialize:
         tile = specialized_tiles(o.q.shape[3])[0]
         for per_token in (False, True):
             arguments = o.quantized(per_token, False)
             name = f"qk per {'token' if per_token else 'head'}, specialized"
-            yield name, functools.partial(int8_attention, *arguments, None, None, diagonal, scale, 0.0, HALF, tile=tile)
+            yield name, functools.partial(int8_attention, *arguments, *tail, tile=tile)
     sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=causal, enable_gqa=gqa)
     yield "SDPA bf16", functools.partial(sdpa, o.q, o.k, o.v)
     if causal and importlib.util.find_spec("sageattention"):
@@ -160,10 +160,10 @@ def check_specialized() -> None:
     for shape, per_token, diagonal in itertools.product(shapes, (False, True), (None, 0, 1)):
         diagonal = shape[4] - shape[3] if diagonal == 1 else diagonal  # bottom right
         arguments = Operands.make(shape).quantized(per_token, False)
-        tail = None, None, diagonal, shape[5] ** -0.5, 0.0, HALF
-        expected = int8_attention(*arguments, *tail).float()
+        arguments += (None, None, diagonal, shape[5] ** -0.5, 0.0, HALF)
+        expected = int8_attention(*arguments).float()
         for tile in specialized_tiles(shape[5]):
-            y = int8_attention(*arguments, *tail, tile=tile).float()
+            y = int8_attention(*arguments, tile=tile).float()
             error = float((y - expected).norm() / expected.norm().clamp_min(1e-30))
             print(shape, per_token, diagonal, tile, f"{error:.1e}", flush=True)
             if not error < 1e-2:
