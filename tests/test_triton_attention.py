@@ -135,8 +135,8 @@ def test_grouped_query_heads(name, values):
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("d", [40, 64, 80, 96, 128, 256])
 def test_head_sizes(d, values):
-    for sq in (1, 70):
-        check(case((1, 2, 1, sq, 140, d), values=values, dtype=FLOAT if values == FLOAT else HALF))
+    for sq in (1, 70) if d in (80, 128) or not INTERPRETED else (40,):
+        check(case((1, 2, 1, sq, 100, d), values=values, dtype=FLOAT if values == FLOAT else HALF))
 
 
 @kernels
@@ -151,8 +151,8 @@ def test_values_of_another_size_than_keys():
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_granularities_and_softcap(granularity, softcap, values):
-    for sq, name in ((3, "shipped"), (70, "shipped"), (70, "ahead")):
-        for value_scale in ("channel", "head", "tensor") if values == torch.int8 else ("channel",):
+    for sq, name in ((3, "shipped"), (70, "shipped"), (70, "ahead"))[1 if softcap else 0 :]:
+        for value_scale in ("channel", "tensor") if values == torch.int8 and not softcap else ("head",):
             arguments = case((2, 4, 2, sq, 70, 64), granularity=granularity, values=values, value_scale=value_scale,
                              softcap=softcap, diagonal=70 - sq)  # fmt: skip
             check(arguments, tile_of(name))
@@ -184,7 +184,7 @@ def masks(sq: int, sk: int) -> dict[str, Tensor]:
 def test_masks_and_their_blocks(kind):
     from sqcompile.kernels.triton.mask import mask_blocks
 
-    lengths = [(70, 300, "tma"), (2, 300, "shipped")]
+    lengths = [(70, 260, "tma" if kind in ("window", "bias, lowest") else "shipped"), (2, 260, "shipped")]
     for sq, sk, name in [*lengths, (1, 140, "split"), (150, 150, "ahead")] if kind == "window" else lengths:
         mask = masks(sq, sk)[kind].to(DEVICE)
         arguments = case((2, 2, 1, sq, sk, 32), mask=mask)

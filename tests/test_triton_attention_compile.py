@@ -48,7 +48,7 @@ def test_the_prefill_kernels_use_int8_tensor_cores(values, capability, tmp_path)
         check_resources(kernels, capability, tmp_path)
         ptx = kernels[0].asm["ptx"]
         assert re.search(INSTRUCTION[capability], ptx), d
-        assert ("cp.async.bulk.tensor" in ptx) == (capability >= 90)
+        assert ("cp.async.bulk.tensor" in ptx) == (capability == 90)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -75,7 +75,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("d", [80, 128, 256])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_fits(name, d, tmp_path):
-    for capability in (80, 90):
-        check_resources(
-            compile_for(capability, lambda: attention(1000, 1000, d, **VARIANTS[name])), capability, tmp_path
-        )
+    check_resources(compile_for(90, lambda: attention(1000, 1000, d, **VARIANTS[name])), 90, tmp_path)
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_warps_of_their_own_for_loading(d, tmp_path):
+    from sqcompile.bench.attention import specialized_tiles
+
+    kernels = compile_for(90, lambda: attention(4096, 4096, d, tile=specialized_tiles(d)[0]))
+    check_resources(kernels, 90, tmp_path)
+    ptx = kernels[0].asm["ptx"]
+    assert "setmaxnreg" in ptx and re.search(INSTRUCTION[90], ptx) and re.search(r"wgmma\S*bf16\.bf16", ptx)

@@ -65,12 +65,14 @@ def default_tile(gpu: Gpu, rows: int, width: int, values: torch.dtype, masked: b
     if wide:
         return Tile(64, 32, 2, 4)
     if gpu.capability != 90:
-        if width > 128:
+        if width > 128 or masked:
             return Tile(64, 32, 2, 8)
-        return Tile(128, 32 if masked or integer else 64, 2, 8)
+        return Tile(128, 32 if integer else 64, 2, 8)
+    if masked:
+        return Tile(64, 32 if width > 128 else 64, 2, 8, tma=True)
     if width > 128:
-        return Tile(64 if integer else 128, 32 if masked else 64, 2, 8, tma=True)
-    return Tile(128, 64 if masked else 128, 2, 8, tma=True)
+        return Tile(64 if integer else 128, 64, 2, 8, tma=True)
+    return Tile(128, 128, 2, 8, tma=True)
 
 
 def int8_attention(
