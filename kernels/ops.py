@@ -3,7 +3,7 @@
 Each is one node in a graph, so that passes can match it. Most are composite: a compiler that traces through them sees
 plain arithmetic and fuses it with what surrounds it (a norm before a quantize, an activation after a linear).
 `matmul_u8s8` is opaque: it chooses its kernel by the number of rows when it runs, so that one compiled graph serves
-prefill and decode; so are the operators of attention on CPUs and the fused ones of GPUs (fused.py).
+prefill and decode; so are the operators of attention and the fused ones of GPUs (fused.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqcompile.kernels import attention, fused, reference, x86
+from sqcompile.kernels import attention, attention_int8, fused, reference, x86
 
 
 def matmul_u8s8(q: Tensor, w: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,7 +113,10 @@ _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 _KERNELS = {schema: ({"CPU": f, "CUDA": f, "MkldnnCPU": f}, fake) for schema, (f, fake) in _OPAQUE.items()}
-_KERNELS |= {s: ({"CPU": f, "CUDA": fused.on_cuda(f, kernel)}, fake) for s, (f, kernel, fake) in fused.OPAQUE.items()}
+_KERNELS |= {
+    s: ({"CPU": f, "CUDA": fused.on_cuda(f, kernel)}, fake)
+    for s, (f, kernel, fake) in (fused.OPAQUE | attention_int8.ATTENTION).items()
+}
 for _schema, (_functions, _fake) in _KERNELS.items():
     _name = _schema.partition("(")[0]
     _library.define(_schema)

@@ -1,10 +1,10 @@
-"""``python -m sqcompile.bench cpu``, ``gpu`` or ``speedup``."""
+"""``python -m sqcompile.bench cpu``, ``gpu``, ``attention`` or ``speedup``."""
 
 import sys
 
-from sqcompile.bench import cpu, gpu, speedup
+from sqcompile.bench import attention, cpu, gpu, speedup
 
-BENCHMARKS = {"cpu": cpu.main, "gpu": gpu.main, "speedup": speedup.main}
+BENCHMARKS = {"cpu": cpu.main, "gpu": gpu.main, "attention": attention.main, "speedup": speedup.main}
 
 
 def main(argv: list[str] | None = None) -> None:

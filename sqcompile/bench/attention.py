@@ -1,0 +1,268 @@
+"""GPU benchmark of INT8 attention beside scaled_dot_product_attention in bf16, and SageAttention where it is installed.
+
+Medians of CUDA graphs in one run; every timed output is compared with float32 attention of the unquantized operands on
+a sample of its heads. TOPS count 4 · B · H · Sq · Sk · D operations, half of them where causal, whatever was computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import gc
+import importlib.util
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sqcompile.kernels import reference
+
+PREFILL = tuple(
+    (b, 32, g, s, s, d) for d in (128, 64) for b, g in ((1, 8), (1, 32), (4, 8)) for s in (2048, 4096, 8192)
+)
+DECODE = tuple((b, 32, 8, 1, s, 128) for b in (1, 16, 64) for s in (2048, 8192))  # B, H, G, Sq, Sk, D
+HALF = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Operands:
+    """bf16 q [B, H, Sq, D], k and v [B, G, Sk, D]; k has a mean and outlier channels, as after rotary embeddings."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @staticmethod
+    def make(shape: tuple[int, ...]) -> Operands:
+        b, h, g, sq, sk, d = shape
+        q, k, v = (torch.randn(b, n, s, d, device="cuda") for n, s in ((h, sq), (g, sk), (g, sk)))
+        k[..., :: d // 4] *= 4
+        return Operands(q.to(HALF), k.to(HALF), v.to(HALF))
+
+    def quantized(self, per_token: bool, values: bool) -> tuple[Any, ...]:
+        """The first six arguments of int8_attention."""
+
+        def of(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+            scale = reference.absmax_scale(x.abs().amax(dims, keepdim=True))
+            return reference.quantize(x, scale), scale
+
+        dims = (3,) if per_token else (0, 2, 3)
+        (q, q_scale), (k, k_scale) = of(self.q, dims), of(self.k, dims)
+        if not values:
+            return q, q_scale, k, k_scale, self.v, None
+        v, v_scale = of(self.v, (0, 2))
+        if self.q.shape[2] > 1:  # prefill: as the tensor cores read it
+            v = v.transpose(2, 3).contiguous().transpose(2, 3)
+        return q, q_scale, k, k_scale, v, v_scale
+
+
+def _cosine(y: Tensor, o: Operands, causal: bool) -> float:
+    """The smallest cosine over the last query rows and the first ones of two heads."""
+    group = o.q.shape[1] // o.k.shape[1]
+    worst = 1.0
+    for b, h in ((0, 0), (o.q.shape[0] - 1, o.q.shape[1] - 1)):
+        q, k, v = o.q[b, h].float(), o.k[b, h // group].float(), o.v[b, h // group].float()
+        rows = torch.unique(torch.linspace(0, len(q) - 1, 256, device=q.device).long())
+        scores = q[rows] @ k.T * q.shape[1] ** -0.5
+        if causal:
+            scores.masked_fill_(torch.arange(len(k), device=q.device) > rows[:, None], -torch.inf)
+        exact = torch.softmax(scores, -1) @ v
+        worst = min(worst, float(F.cosine_similarity(y[b, h][rows].float().flatten(), exact.flatten(), 0)))
+    return worst
+
+
+def contenders(o: Operands, causal: bool, specialize: bool) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """(name, call) of every implementation; calls return [B, H, Sq, D]."""
+    from sqcompile.kernels.ops import sqcompile_ops
+    from sqcompile.kernels.triton.attention import int8_attention
+
+    scale, gqa = o.q.shape[3] ** -0.5, o.q.shape[1] != o.k.shape[1]
+    diagonal = 0 if causal else None
+    tail: tuple[Any, ...] = (None, None, diagonal, scale, 0.0, HALF)
+    for per_token, values in itertools.product((False, True), (False, True)):
+        arguments = o.quantized(per_token, values)
+        name = f"{'qk_pv' if values else 'qk'} per {'token' if per_token else 'head'}"
+        yield name, functools.partial(sqcompile_ops.int8_attention, *arguments, *tail)
+    if causal and specialize:
+        tile = specialized_tiles(o.q.shape[3])[0]
+        for per_token in (False, True):
+            arguments = o.quantized(per_token, False)
+            name = f"qk per {'token' if per_token else 'head'}, specialized"
+            yield name, functools.partial(int8_attention, *arguments, *tail, tile=tile)
+    sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=causal, enable_gqa=gqa)
+    yield "SDPA bf16", functools.partial(sdpa, o.q, o.k, o.v)
+    if causal and importlib.util.find_spec("sageattention"):
+        import sageattention
+
+        yield "SageAttention", functools.partial(sageattention.sageattn, o.q, o.k, o.v, is_causal=True)
+
+
+def table(shapes: tuple[tuple[int, ...], ...], causal: bool, rep_ms: float) -> list[str]:
+    """A row per shape: microseconds of each contender, with TOPS (prefill) or GB/s of keys and values (decode)."""
+    from sqcompile.kernels.triton import timing
+
+    specialize = causal and specialized_runs()
+    rows: list[str] = []
+    names: list[str] = []
+    for shape in shapes:
+        b, h, g, sq, sk, d = shape
+        o = Operands.make(shape)
+        cells, times = [], {}
+        names = []
+        for name, call in contenders(o, causal, specialize):
+            names.append(name)
+            try:
+                cosine = _cosine(call(), o, causal)
+                times[name] = us = timing.median_us([call], rep_ms)
+            except Exception as error:  # another package's kernel may fail on a shape
+                cells.append(type(error).__name__)
+                continue
+            if not cosine >= (0.999 if "SDPA" in name else 0.98):
+                raise AssertionError(f"{name} at {shape}: cosine {cosine}")
+            if sq > 1:
+                speed = f"{4e-6 * b * h * sq * sk * d / (2 if causal else 1) / us:.0f} T"
+            else:
+                nbytes = {"qk_pv": 2, "qk": 3}.get(name.split()[0], 4) * b * g * sk * d
+                speed = f"{1e-3 * nbytes / us:.0f} GB/s"
+            cells.append(f"{us:.1f}, {speed}, {cosine:.5f}")
+        ours = min(t for n, t in times.items() if n.startswith("qk"))
+        ratios = [f"{times[n] / ours:.2f}x" if n in times else "" for n in ("SDPA bf16", "SageAttention")]
+        rows.append(f"| {' '.join(map(str, shape))} | " + " | ".join([*cells, *ratios]) + " |")
+        print(rows[-1], flush=True)
+        del o, call
+        torch.cuda.empty_cache()
+    columns = [f"{n}: us, speed, cosine" for n in names] + ["SDPA / best INT8", "Sage / best INT8"]
+    return ["| B H G Sq Sk D | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|", *rows]
+
+
+def specialized_tiles(width: int) -> list[Any]:
+    """Tiles of the kernel with warps of its own for loading."""
+    from sqcompile.kernels.triton.attention import Tile
+
+    sizes = ((64, 2),) if width > 128 else ((128, 2), (128, 3), (64, 3), (64, 4))
+    return [Tile(128, bn, stages, 8, tma=True, specialize=True) for bn, stages in sizes]
+
+
+def check_specialized() -> None:
+    """Compares the kernel with warps of its own for loading with the other one; raises where they differ."""
+    from sqcompile.kernels.triton.attention import int8_attention
+
+    shapes = ((1, 2, 2, 128, 128, 128), (1, 4, 2, 70, 300, 64), (3, 32, 8, 777, 1000, 128), (2, 16, 16, 500, 90, 80),
+              (1, 8, 1, 300, 300, 256), (4, 32, 8, 2048, 2048, 128), (1, 2, 1, 100, 4, 128))  # fmt: skip
+    for shape, per_token, diagonal in itertools.product(shapes, (False, True), (None, 0, 1)):
+        diagonal = shape[4] - shape[3] if diagonal == 1 else diagonal  # bottom right
+        arguments = Operands.make(shape).quantized(per_token, False)
+        arguments += (None, None, diagonal, shape[5] ** -0.5, 0.0, HALF)
+        expected = int8_attention(*arguments).float()
+        for tile in specialized_tiles(shape[5]):
+            y = int8_attention(*arguments, tile=tile).float()
+            error = float((y - expected).norm() / expected.norm().clamp_min(1e-30))
+            print(shape, per_token, diagonal, tile, f"{error:.1e}", flush=True)
+            if not error < 1e-2:
+                raise AssertionError("wrong")
+
+
+def specialized_runs() -> bool:
+    """Whether `check_specialized` passes, asked in a process of its own: a deadlock would hang this one."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        return False
+    code = "from sqcompile.bench import attention; attention.check_specialized()"
+    try:
+        run = subprocess.run([sys.executable, "-c", code], timeout=240, capture_output=True, text=True)
+    except subprocess.TimeoutExpired as expired:
+        print("the specialized kernel hangs after", (expired.stdout or b"nothing")[-300:])
+        return False
+    if run.returncode:
+        print(run.stdout[-500:], run.stderr[-2000:])
+    return run.returncode == 0
+
+
+def candidates(prefill: bool, width: int, specialize: bool) -> Iterator[Any]:
+    """Tiles worth timing on an H100."""
+    from sqcompile.kernels.triton.attention import Tile
+
+    if prefill and specialize:
+        yield from specialized_tiles(width)
+    if not prefill:
+        for bn, stages, warps, splits in itertools.product((64, 128), (2, 3, 4), (2, 4), (0, 1, 2, 4, 8, 16, 32)):
+            yield Tile(16, bn, stages, warps, splits=splits)
+        return
+    for ahead in (False, True):
+        for bm, bn, warps, stages in (
+            (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 256, 8, 2),
+            (64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 4, 3), (64, 256, 4, 2),
+            (256, 64, 8, 2), (128, 32, 8, 4),
+        ):  # fmt: skip
+            for registers in (None, 128) if warps == 8 and bn == 64 and bm == 128 else (None,):
+                yield Tile(bm, bn, stages, warps, tma=True, ahead=ahead, registers=registers)
+
+
+def tune(shapes: tuple[tuple[int, ...], ...], causal: bool, rep_ms: float) -> list[str]:
+    """The five fastest tiles of each shape, per kind of values and scales, after a check of each one's result."""
+    from sqcompile.kernels.triton import timing
+    from sqcompile.kernels.triton.attention import int8_attention
+
+    specialize = specialized_runs()
+    print("the specialized kernel", "is right" if specialize else "is not tried", flush=True)
+    lines = []
+    for shape, values, per_token in itertools.product(shapes, (False, True), (False, True)):
+        o = Operands.make(shape)
+        arguments = (*o.quantized(per_token, values), None, None, 0 if causal else None, shape[5] ** -0.5, 0.0, HALF)
+        found = []
+        for tile in candidates(shape[3] > 1, shape[5], specialize and not values):
+            try:
+                call = functools.partial(int8_attention, *arguments, tile=tile)
+                cosine = _cosine(call(), o, causal)
+                if cosine < 0.98:
+                    print(f"  WRONG {cosine:.3f} at {shape}: {tile}", flush=True)
+                    continue
+                found.append((timing.median_us([call], rep_ms), str(tile)))
+            except Exception as error:  # what does not fit
+                if "CUDA error" in str(error):
+                    raise
+                print(f"  {type(error).__name__} at {shape}: {tile}", flush=True)
+        operations = 4e-6 * torch.tensor(shape).prod().item() / shape[2] / (2 if causal else 1)
+        kind = f"{'qk_pv' if values else 'qk'} per {'token' if per_token else 'head'}"
+        for us, name in sorted(found)[:5]:
+            lines.append(f"| {' '.join(map(str, shape))} | {kind} | {us:.1f} | {operations / us:.0f} | {name} |")
+            print(lines[-1], flush=True)
+    return ["| B H G Sq Sk D | kind | us | TOPS | tile |", "|---|---|---|---|---|", *lines]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m sqcompile.bench attention", description=__doc__)
+    parser.add_argument("--rep", type=float, default=10.0, help="milliseconds of one graph; ten are timed")
+    parser.add_argument("--tune", action="store_true", help="time tile candidates instead of the shipped choice")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--out", type=Path, help="write the tables there too")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA GPU")
+    import triton
+
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    gc.freeze()  # every graph begins with a garbage collection
+    p = torch.cuda.get_device_properties(0)
+    few = ((1, 32, 8, 2048, 2048, 128), (1, 32, 8, 8192, 8192, 128), (4, 32, 8, 2048, 2048, 64))
+    prefill, decode = (few if args.quick or args.tune else PREFILL), (DECODE[::2] if args.quick else DECODE)
+    make = tune if args.tune else table
+    lines = [
+        f"{p.name}, torch {torch.__version__}, triton {triton.__version__}, {datetime.date.today()}. "
+        "Medians of CUDA graphs.\n",
+        *make(prefill, True, args.rep),
+        "",
+        *make(decode, False, args.rep),
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if args.out:
+        args.out.write_text(text)
