@@ -74,6 +74,6 @@ def mask_blocks(mask: Tensor) -> Tensor:
     step = max(1, min(triton.next_power_of_2(max(1, listed)), _ELEMENTS // (read * columns)))
     with on(mask.device):
         _list_blocks[(batch * heads * bands,)](
-            values, blocks, heads, queries, keys, values.stride(), read, rows, columns, step, is_bool, num_warps=8,
+            values, blocks, heads, queries, keys, values.stride(), read, rows, columns, step, is_bool, num_warps=16,
         )  # fmt: skip
     return blocks
