@@ -75,7 +75,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("d", [80, 128, 256])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_fits(name, d, tmp_path):
-    check_resources(compile_for(90, lambda: attention(1000, 1000, d, **VARIANTS[name])), 90, tmp_path)
+    kernels = compile_for(90, lambda: attention(1000, 1000, d, **VARIANTS[name]))
+    check_resources([k for k in kernels if k.metadata.name == "forward"], 90, tmp_path)
 
 
 @pytest.mark.parametrize("d", [64, 128, 256])

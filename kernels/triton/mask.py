@@ -14,7 +14,8 @@ from sqcompile.kernels.attention_int8 import BLOCKED, MASK_BLOCK
 from sqcompile.kernels.triton.common import on
 
 _BLOCKED = tl.constexpr(BLOCKED)
-_ELEMENTS = 16384  # of the mask a program looks at in one step
+_ROWS = 32
+_ELEMENTS = 8192  # of the mask a program looks at in one step
 
 
 @triton.jit(do_not_specialize=["heads", "queries", "keys"])
@@ -22,7 +23,7 @@ def _list_blocks(
     mask_ptr, blocks_ptr, heads, queries, keys, strides,
     ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, BOOL: tl.constexpr,
 ):  # fmt: skip
-    """One program for each [128, keys] of the mask, BLOCKS blocks of keys a step; ROWS <= BLOCK_ROWS of it are read."""
+    """One program for each [128, keys] of the mask, BLOCKS blocks of keys and ROWS rows a step."""
     bands = tl.cdiv(queries, BLOCK_ROWS)
     listed = tl.cdiv(keys, COLUMNS)
     band = tl.program_id(0) % bands
@@ -30,23 +31,28 @@ def _list_blocks(
     batch = tl.program_id(0) // bands // heads
     mask_ptr += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
     blocks_ptr += tl.program_id(0).to(tl.int64) * (listed + 2)
-    rows = band * BLOCK_ROWS + tl.arange(0, ROWS)
     number = tl.arange(0, BLOCKS)
     free_so_far = 0
     mixed_so_far = 0
     for first in range(0, listed, BLOCKS):
         cols = first * COLUMNS + tl.arange(0, BLOCKS * COLUMNS)
-        ptrs = mask_ptr + rows.to(tl.int64)[:, None] * strides[2] + cols.to(tl.int64)[None, :] * strides[3]
-        inside = (rows < queries)[:, None] & (cols < keys)[None, :]
-        x = tl.load(ptrs, mask=inside, other=0)
-        if BOOL:
-            some_seen = x != 0
-            some_held = (x == 0) & (rows < queries)[:, None]
-        else:
-            some_seen = inside & ((x.to(tl.float32) > _BLOCKED) | (x != x))
-            some_held = x != 0
-        seen = tl.max(tl.max(some_seen.to(tl.int32), 0).reshape(BLOCKS, COLUMNS), 1)
-        held = tl.max(tl.max(some_held.to(tl.int32), 0).reshape(BLOCKS, COLUMNS), 1)
+        some_seen = tl.zeros((BLOCKS * COLUMNS,), dtype=tl.int32)
+        some_held = some_seen
+        for row in range(band * BLOCK_ROWS, tl.minimum((band + 1) * BLOCK_ROWS, queries), ROWS):
+            rows = row + tl.arange(0, ROWS)
+            ptrs = mask_ptr + rows.to(tl.int64)[:, None] * strides[2] + cols.to(tl.int64)[None, :] * strides[3]
+            inside = (rows < queries)[:, None] & (cols < keys)[None, :]
+            x = tl.load(ptrs, mask=inside, other=0)
+            if BOOL:
+                seen = x != 0
+                held = (x == 0) & inside
+            else:
+                seen = inside & ((x.to(tl.float32) > _BLOCKED) | (x != x))
+                held = x != 0
+            some_seen = tl.maximum(some_seen, tl.max(seen.to(tl.int32), 0))
+            some_held = tl.maximum(some_held, tl.max(held.to(tl.int32), 0))
+        seen = tl.max(some_seen.reshape(BLOCKS, COLUMNS), 1)
+        held = tl.max(some_held.reshape(BLOCKS, COLUMNS), 1)
         j = first + number
         whole = (j + 1) * COLUMNS <= keys
         free = tl.where((held == 0) & whole, 1, 0)
@@ -70,7 +76,7 @@ def mask_blocks(mask: Tensor) -> Tensor:
         return blocks
     is_bool = mask.dtype == torch.bool
     values = mask.view(torch.uint8) if is_bool else mask
-    read = min(rows, triton.next_power_of_2(queries))
+    read = min(_ROWS, triton.next_power_of_2(queries))
     step = max(1, min(triton.next_power_of_2(max(1, listed)), _ELEMENTS // (read * columns)))
     with on(mask.device):
         _list_blocks[(batch * heads * bands,)](
