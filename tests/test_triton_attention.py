@@ -330,22 +330,12 @@ def test_long_sequences_and_a_cuda_graph(shape, values):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    INTERPRETED or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper"
-)
-def test_warps_of_their_own_for_loading_give_the_same():
-    from sqcompile.bench.attention import specialized_runs
-
-    assert specialized_runs()
-
-
-@pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_more_than_2_to_the_31_elements():
     b, h, s, d = 17, 64, 16384, 128  # q, k and v: 2.3e9 elements each
     q = torch.ones(b, h, s, d, dtype=torch.int8, device="cuda")
     v = torch.zeros_like(q)
-    v[-1, -1] = int8(s, d).cuda()
+    v[-1, -1] = int8(s, d, seed=0).cuda()
     one = torch.ones((), device="cuda") * 0.01
     from sqcompile.kernels.triton.attention import int8_attention
 

@@ -77,13 +77,3 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_every_variant_fits(name, d, tmp_path):
     kernels = compile_for(90, lambda: attention(1000, 1000, d, **VARIANTS[name]))
     check_resources([k for k in kernels if k.metadata.name == "forward"], 90, tmp_path)
-
-
-@pytest.mark.parametrize("d", [64, 128, 256])
-def test_warps_of_their_own_for_loading(d, tmp_path):
-    from sqcompile.bench.attention import specialized_tiles
-
-    kernels = compile_for(90, lambda: attention(4096, 4096, d, tile=specialized_tiles(d)[0]))
-    check_resources(kernels, 90, tmp_path)
-    ptx = kernels[0].asm["ptx"]
-    assert "setmaxnreg" in ptx and re.search(INSTRUCTION[90], ptx) and re.search(r"wgmma\S*bf16\.bf16", ptx)

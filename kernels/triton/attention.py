@@ -31,8 +31,6 @@ class Tile:
     """BM rows of queries against BN keys at a time.
 
     tma: load keys and values through descriptors (sm_90 and later, aligned rows).
-    specialize: separate warps for loading, where attention_hopper.py serves the operands; bm is 128.
-    ahead: q kᵀ of the next block is under way while the softmax of one is computed.
     registers: most of them a thread, so that more programs fit a multiprocessor.
     splits: parts of the keys, put together by a second kernel; 0: as many as fill the GPU.
     """
@@ -43,8 +41,6 @@ class Tile:
     warps: int = 4
     tma: bool = False
     splits: int = 1
-    ahead: bool = False
-    specialize: bool = False
     registers: int | None = None
 
 
@@ -72,7 +68,7 @@ def default_tile(gpu: Gpu, rows: int, width: int, values: torch.dtype, masked: b
         return Tile(64, 32 if width > 128 else 64, 2, 8, tma=True)
     if width > 128:
         return Tile(64 if integer else 128, 64, 2, 8, tma=True)
-    return Tile(128, 128, 2, 8, tma=True)
+    return Tile(64, 128, 2, 4, tma=True)  # two programs a multiprocessor: one multiplies, one takes exponentials
 
 
 def int8_attention(
@@ -126,15 +122,6 @@ def int8_attention(
     v_scale = None if v_scale is None else v_scale.expand(batch, groups, 1, dv).transpose(2, 3)
     mask, blocks = _expanded(mask, blocks, (batch, heads, queries, keys), diagonal, tile, pack)
     with on(q.device):
-        if tile.specialize and tma and pv == "float" and mask is None and softcap == 0 and pack == 1:
-            from sqcompile.kernels.triton import attention_hopper
-
-            if _fits_tma(q) and attention_hopper.fits(width, v):
-                attention_hopper.launch(
-                    q, k, v, out, q_scale, k_scale, k_each is not None, diagonal, scale,
-                    bn=tile.bn, stages=tile.stages, c=c, cv=cv, section=_section(k, v, group), programs=gpu.sms,
-                )  # fmt: skip
-                return out
         kernels.forward[(programs, splits)](
             q,
             _descriptor(k, (1, 1, tile.bn, c)) if tma else k,
@@ -142,7 +129,7 @@ def int8_attention(
             out, part, q_scale, k_one, k_each, v_scale, mask, blocks,
             *(_strides(x) for x in (q, k, v, out, q_scale, k_scale, v_scale, mask, blocks)),
             heads, queries, keys, diagonal or 0, scale, softcap, _section(k, v, group // pack), splits,
-            tile.bm, tile.bn, width, dv, c, cv, group, pack, diagonal is not None, softcap > 0, pv, tma, tile.ahead,
+            tile.bm, tile.bn, width, dv, c, cv, group, pack, diagonal is not None, softcap > 0, pv, tma,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
             enable_fp_fusion=True,
         )  # fmt: skip

@@ -175,7 +175,7 @@ def forward(
     heads, Sq, Sk, diagonal, scale, softcap, section, splits,
     BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr, VWIDTH: tl.constexpr, C: tl.constexpr, CV: tl.constexpr,
     GROUP: tl.constexpr, PACK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PV: tl.constexpr,
-    TMA: tl.constexpr, AHEAD: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """BM rows of queries against the keys, or against one of ``splits`` parts of them.
 
@@ -246,35 +246,18 @@ def forward(
     acc = tl.zeros((BM, CV), dtype=tl.float32)
     total = tl.zeros((BM,), dtype=tl.float32)
     top = tl.full((BM,), -float("inf"), dtype=tl.float32)
-    if AHEAD:
-        j = _number(blocks_ptr, low, free, listed, RATIO)
-        x = _product(q, k, b, g, j, k_strides, Sk, BN, C, WIDTH, True, TMA)
     for i in tl.range(low, middle):
-        if AHEAD:
-            after = _number(blocks_ptr, i + 1, free, listed, RATIO)
-            product = _product(q, k, b, g, after, k_strides, Sk, BN, C, WIDTH, True, TMA)
-        else:
-            j = _number(blocks_ptr, i, free, listed, RATIO)
-            x = _product(q, k, b, g, j, k_strides, Sk, BN, C, WIDTH, False, TMA)
+        j = _number(blocks_ptr, i, free, listed, RATIO)
+        x = _product(q, k, b, g, j, k_strides, Sk, BN, C, WIDTH, False, TMA)
         acc, total, top = _block(
             acc, total, top, x, j, factor, v, b, g, h, s, seen, Sk, softcap, k_scale_ptr, k_scale_strides,
             mask_ptr, mask_strides, v_strides, BN, VWIDTH, CV, False, False, False, EXACT, SOFTCAP, PV, TMA)  # fmt: skip
-        if AHEAD:
-            x = product
-            j = after
     for i in tl.range(middle, high):
-        if AHEAD:
-            after = _number(blocks_ptr, i + 1, free, listed, RATIO)
-            product = _product(q, k, b, g, after, k_strides, Sk, BN, C, WIDTH, True, TMA)
-        else:
-            j = _number(blocks_ptr, i, free, listed, RATIO)
-            x = _product(q, k, b, g, j, k_strides, Sk, BN, C, WIDTH, True, TMA)
+        j = _number(blocks_ptr, i, free, listed, RATIO)
+        x = _product(q, k, b, g, j, k_strides, Sk, BN, C, WIDTH, True, TMA)
         acc, total, top = _block(
             acc, total, top, x, j, factor, v, b, g, h, s, seen, Sk, softcap, k_scale_ptr, k_scale_strides,
             mask_ptr, mask_strides, v_strides, BN, VWIDTH, CV, True, CAUSAL, MASKED, EXACT, SOFTCAP, PV, TMA)  # fmt: skip
-        if AHEAD:
-            x = product
-            j = after
 
     cv = tl.arange(0, CV)
     stored = inside[:, None] & (cv < VWIDTH)[None, :]

@@ -12,8 +12,6 @@ import functools
 import gc
 import importlib.util
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,10 +77,9 @@ def _cosine(y: Tensor, o: Operands, causal: bool) -> float:
     return worst
 
 
-def contenders(o: Operands, causal: bool, specialize: bool) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def contenders(o: Operands, causal: bool) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """(name, call) of every implementation; calls return [B, H, Sq, D]."""
     from sqcompile.kernels.ops import sqcompile_ops
-    from sqcompile.kernels.triton.attention import int8_attention
 
     scale, gqa = o.q.shape[3] ** -0.5, o.q.shape[1] != o.k.shape[1]
     diagonal = 0 if causal else None
@@ -91,12 +88,6 @@ def contenders(o: Operands, causal: bool, specialize: bool) -> Iterator[tuple[st
         arguments = o.quantized(per_token, values)
         name = f"{'qk_pv' if values else 'qk'} per {'token' if per_token else 'head'}"
         yield name, functools.partial(sqcompile_ops.int8_attention, *arguments, *tail)
-    if causal and specialize:
-        tile = specialized_tiles(o.q.shape[3])[0]
-        for per_token in (False, True):
-            arguments = o.quantized(per_token, False)
-            name = f"qk per {'token' if per_token else 'head'}, specialized"
-            yield name, functools.partial(int8_attention, *arguments, *tail, tile=tile)
     sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=causal, enable_gqa=gqa)
     yield "SDPA bf16", functools.partial(sdpa, o.q, o.k, o.v)
     if causal and importlib.util.find_spec("sageattention"):
@@ -109,7 +100,6 @@ def table(shapes: tuple[tuple[int, ...], ...], causal: bool, rep_ms: float) -> l
     """A row per shape: microseconds of each contender, with TOPS (prefill) or GB/s of keys and values (decode)."""
     from sqcompile.kernels.triton import timing
 
-    specialize = causal and specialized_runs()
     rows: list[str] = []
     names: list[str] = []
     for shape in shapes:
@@ -117,7 +107,7 @@ def table(shapes: tuple[tuple[int, ...], ...], causal: bool, rep_ms: float) -> l
         o = Operands.make(shape)
         cells, times = [], {}
         names = []
-        for name, call in contenders(o, causal, specialize):
+        for name, call in contenders(o, causal):
             names.append(name)
             try:
                 cosine = _cosine(call(), o, causal)
@@ -143,66 +133,20 @@ def table(shapes: tuple[tuple[int, ...], ...], causal: bool, rep_ms: float) -> l
     return ["| B H G Sq Sk D | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|", *rows]
 
 
-def specialized_tiles(width: int) -> list[Any]:
-    """Tiles of the kernel with warps of its own for loading."""
-    from sqcompile.kernels.triton.attention import Tile
-
-    sizes = ((64, 2),) if width > 128 else ((128, 2), (128, 3), (64, 3), (64, 4))
-    return [Tile(128, bn, stages, 8, tma=True, specialize=True) for bn, stages in sizes]
-
-
-def check_specialized() -> None:
-    """Compares the kernel with warps of its own for loading with the other one; raises where they differ."""
-    from sqcompile.kernels.triton.attention import int8_attention
-
-    shapes = ((1, 2, 2, 128, 128, 128), (1, 4, 2, 70, 300, 64), (3, 32, 8, 777, 1000, 128), (2, 16, 16, 500, 90, 80),
-              (1, 8, 1, 300, 300, 256), (4, 32, 8, 2048, 2048, 128), (1, 2, 1, 100, 4, 128))  # fmt: skip
-    for shape, per_token, diagonal in itertools.product(shapes, (False, True), (None, 0, 1)):
-        diagonal = shape[4] - shape[3] if diagonal == 1 else diagonal  # bottom right
-        arguments = Operands.make(shape).quantized(per_token, False)
-        arguments += (None, None, diagonal, shape[5] ** -0.5, 0.0, HALF)
-        expected = int8_attention(*arguments).float()
-        for tile in specialized_tiles(shape[5]):
-            y = int8_attention(*arguments, tile=tile).float()
-            error = float((y - expected).norm() / expected.norm().clamp_min(1e-30))
-            print(shape, per_token, diagonal, tile, f"{error:.1e}", flush=True)
-            if not error < 1e-2:
-                raise AssertionError("wrong")
-
-
-def specialized_runs() -> bool:
-    """Whether `check_specialized` passes, asked in a process of its own: a deadlock would hang this one."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        return False
-    code = "from sqcompile.bench import attention; attention.check_specialized()"
-    try:
-        run = subprocess.run([sys.executable, "-c", code], timeout=240, capture_output=True, text=True)
-    except subprocess.TimeoutExpired as expired:
-        print("the specialized kernel hangs after", (expired.stdout or b"nothing")[-300:])
-        return False
-    if run.returncode:
-        print(run.stdout[-500:], run.stderr[-2000:])
-    return run.returncode == 0
-
-
-def candidates(prefill: bool, width: int, specialize: bool) -> Iterator[Any]:
+def candidates(prefill: bool) -> Iterator[Any]:
     """Tiles worth timing on an H100."""
     from sqcompile.kernels.triton.attention import Tile
 
-    if prefill and specialize:
-        yield from specialized_tiles(width)
     if not prefill:
         for bn, stages, warps, splits in itertools.product((64, 128), (2, 3, 4), (2, 4), (0, 1, 2, 4, 8, 16, 32)):
             yield Tile(16, bn, stages, warps, splits=splits)
         return
-    for ahead in (False, True):
-        for bm, bn, warps, stages in (
-            (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 256, 8, 2),
-            (64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 4, 3), (64, 256, 4, 2),
-            (256, 64, 8, 2), (128, 32, 8, 4),
-        ):  # fmt: skip
-            for registers in (None, 128) if warps == 8 and bn == 64 and bm == 128 else (None,):
-                yield Tile(bm, bn, stages, warps, tma=True, ahead=ahead, registers=registers)
+    for bm, bn, warps, stages in (
+        (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 256, 8, 2),
+        (64, 128, 4, 2), (64, 128, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 4, 3), (64, 256, 4, 2),
+    ):  # fmt: skip
+        for registers in (None, 128) if warps == 8 and bn == 64 else (None,):
+            yield Tile(bm, bn, stages, warps, tma=True, registers=registers)
 
 
 def tune(shapes: tuple[tuple[int, ...], ...], causal: bool, rep_ms: float) -> list[str]:
@@ -210,14 +154,12 @@ def tune(shapes: tuple[tuple[int, ...], ...], causal: bool, rep_ms: float) -> li
     from sqcompile.kernels.triton import timing
     from sqcompile.kernels.triton.attention import int8_attention
 
-    specialize = specialized_runs()
-    print("the specialized kernel", "is right" if specialize else "is not tried", flush=True)
     lines = []
     for shape, values, per_token in itertools.product(shapes, (False, True), (False, True)):
         o = Operands.make(shape)
         arguments = (*o.quantized(per_token, values), None, None, 0 if causal else None, shape[5] ** -0.5, 0.0, HALF)
         found = []
-        for tile in candidates(shape[3] > 1, shape[5], specialize and not values):
+        for tile in candidates(shape[3] > 1):
             try:
                 call = functools.partial(int8_attention, *arguments, tile=tile)
                 cosine = _cosine(call(), o, causal)
