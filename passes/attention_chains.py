@@ -14,7 +14,7 @@ graph; `read_scores` says whether it is a scale, a soft-cap and masks, which one
 
 from __future__ import annotations
 
-import os.path
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,7 +109,9 @@ def _whole(node: fx.Node) -> Attention:
     scale = args["scale"]
     masks = (Mask(mask, causal=args["is_causal"]),) if mask is not None or args["is_causal"] else ()
     width = value(q).shape[-1]
-    a = Attention("", node.name, node.name, node.name, scores=Scores(width**-0.5 if scale is None else scale, 0.0, masks))
+    a = Attention(
+        "", node.name, node.name, node.name, scores=Scores(width**-0.5 if scale is None else scale, 0.0, masks)
+    )
     if args["dropout_p"]:
         return _with(a, refused="drops weights at random")
     return _operands(a, q, k, v, False)
@@ -186,10 +188,11 @@ def _reader(node: fx.Node) -> str:
 
 def _untransposed(kt: fx.Node) -> fx.Node | None:
     """What is transposed in its last two dims to make kt."""
-    last = value(kt).dim() - 1
-    dims = sorted(d % (last + 1) for d in kt.args[1:]) if kt.target == aten.transpose.int else []  # type: ignore[operator]
-    order = [d % (last + 1) for d in kt.args[1]] if kt.target == aten.permute.default else []  # type: ignore[operator, union-attr]
-    if dims == [last - 1, last] or (order and order == [*range(last - 1), last, last - 1]):
+    n = value(kt).dim()
+    args: Any = kt.args[1:]
+    dims = sorted(d % n for d in args) if kt.target == aten.transpose.int else []
+    order = [d % n for d in args[0]] if kt.target == aten.permute.default else []
+    if dims == [n - 2, n - 1] or (order and order == [*range(n - 2), n - 1, n - 2]):
         return kt.args[0]  # type: ignore[return-value]
     return None
 
@@ -233,4 +236,5 @@ def _module(linears: dict[str, str], ends: list[fx.Node]) -> str:
             names.append(linears[node.name].partition("#")[0].split(".")[:-2])  # without projection and parameter
         else:
             todo += node.all_input_nodes
-    return ".".join(os.path.commonprefix(names)) if names else ""
+    common = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))
+    return ".".join(parts[0] for parts in common)

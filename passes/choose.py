@@ -33,6 +33,7 @@ _Note = tuple[Smoothing, str, float | None]  # what was done with a linear's inp
 # kept even without a gain: the sample holds few tokens, and the absmax it is built from saw them all.
 TOLERANCE = 1.1
 
+
 def choose(
     gm: fx.GraphModule,
     sites: list[Site],

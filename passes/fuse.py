@@ -26,7 +26,11 @@ from sqcompile.passes.graph import add_op, arguments, aten, constants, is_channe
 
 _ACTIVATIONS: dict[Any, str] = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
 
-_ATTENTION = {sqcompile_ops.int8_attention.default, sqcompile_ops.int8_scores.default, sqcompile_ops.int8_attend.default}
+_ATTENTION = {
+    sqcompile_ops.int8_attention.default,
+    sqcompile_ops.int8_scores.default,
+    sqcompile_ops.int8_attend.default,
+}
 
 
 def fuse(gm: fx.GraphModule) -> None:

@@ -93,7 +93,7 @@ def match_heads(gm: fx.GraphModule, attentions: list[Attention]) -> tuple[list[H
             ends[a.name] = q, k
     union, dead = _unite_classes(*runs, attentions, ends)
     maps = {}
-    for name, ((q, of_q), (k, of_k)) in ends.items():
+    for name, ((q, of_q), _) in ends.items():
         roots = [[union["q", q, int(c)] for c in head] for head in of_q]
         reasons = [dead[r] for head in roots for r in head if r in dead]
         if len(reasons) == of_q.numel():
@@ -232,7 +232,11 @@ def _sites(
             return Site(name, flow.kind, p, flow.channels, (), adds, classes >= 0, f"folded into {name}"), classes
 
         heads = {n: torch.tensor([[index.get(r, -1) for r in head] for head in maps[n]]) for n in names}
-        sides = [tuple(absorber(s, p) for p in dict.fromkeys(ends[n][i][0] for n in names)) for i, s in enumerate("qk")]
-        groups_of = {n: attentions[n].heads // attentions[n].groups for n in names}
-        sites.append(HeadSite(names[0], len(index), *sides, {n: (m, m[:: groups_of[n]]) for n, m in heads.items()}))
+        queries, keys = (
+            tuple(absorber(side, p) for p in dict.fromkeys(ends[n][i][0] for n in names)) for i, side in enumerate("qk")
+        )
+        repeats = {n: attentions[n].heads // attentions[n].groups for n in names}
+        sites.append(
+            HeadSite(names[0], len(index), queries, keys, {n: (m, m[:: repeats[n]]) for n, m in heads.items()})
+        )
     return sites

@@ -1,7 +1,7 @@
 """heads: the queries, keys and values behind merged batches and repeated heads. Analysis only.
 
-    %k4 = reshape(expand(unsqueeze(%k, 2), [B, G, R, S, D]), [B, G R, S, D])    -> %k: each head repeated R times
-    %k3 = reshape(%k, [B H, S, D])                                              -> %k: batch and heads merged
+%k4 = reshape(expand(unsqueeze(%k, 2), [B, G, R, S, D]), [B, G R, S, D])    -> %k: each head repeated R times
+%k3 = reshape(%k, [B H, S, D])                                              -> %k: batch and heads merged
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def lower_int8_attention(gm: fx.GraphModule) -> None:
         q, q_scale, k, k_scale, _ = product.args
         causal = any(m.causal for m in scores.masks)
         with gm.graph.inserting_before(end):
-            mask = _one_mask(gm, scores.masks, value(q).shape[1], masks)  # type: ignore[arg-type]
+            mask = _one_mask(gm, scores.masks, value(q).shape[1], masks)
             new = add_op(
                 gm, sqcompile_ops.int8_attention.default,
                 q, q_scale, k, k_scale, v, v_scale, mask, None, causal, scores.scale, scores.softcap, value(end).dtype,

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,7 +51,6 @@ class Scores:
     masks: tuple[Mask, ...] = ()
 
 
-
 # Scores in another shape or dtype, entry by entry the same.
 SAME = {
     aten.reshape.default, aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default,
@@ -62,7 +62,7 @@ SAME = {
 def read_scores(path: list[fx.Node]) -> Scores | str:
     """What the nodes from a product (the first) to the scores (the last) do; or, in words, what one of them does else."""
     scores, inner = Scores(), None  # inner: the factor in a tanh just passed; softcap · tanh(QKᵀ · inner)
-    for before, node in zip(path, path[1:], strict=False):
+    for before, node in itertools.pairwise(path):
         if node.target in SAME:
             if not value(node).dtype.is_floating_point:
                 return f"its scores are cast to {value(node).dtype}"

@@ -137,7 +137,9 @@ class _Observer(fx.Interpreter):
         self.routed = {l.x: l.offsets for l in self.linears if l.offsets}
         self.stats: dict[tuple[str, str | None], InputStats] = {}
         self.generator = torch.Generator().manual_seed(0)
-        operands = [(a, t) for a in attentions if a.refused is None for t in ((a.q, "queries"), (a.k, "keys"), (a.v, "values"))]
+        operands = [
+            (a, t) for a in attentions if a.refused is None for t in ((a.q, "queries"), (a.k, "keys"), (a.v, "values"))
+        ]
         self.operands = {node: (what, a) for a, (node, what) in operands}
         self.heads: dict[str, InputStats] = {}
         self.head_generator = torch.Generator().manual_seed(0)  # its own: linears' samples stay what they are

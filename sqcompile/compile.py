@@ -117,8 +117,8 @@ def _check_plan(gm: fx.GraphModule, plan: Plan) -> None:
             raise PlanError(f"the plan has no linear {l.name!r} of shape {shape}: calibrate this model")
     wanted = _quantized_attentions(plan)
     have = {a.name: (a.heads, a.groups, a.width) for a in (find_attentions(gm) if wanted else []) if not a.refused}
-    for name, shape in wanted.items():
-        if have.get(name) != shape:
+    for name, heads in wanted.items():
+        if have.get(name) != heads:
             raise PlanError(f"the plan quantizes the attention {name!r}, which this model lacks: calibrate this model")
 
 

@@ -87,13 +87,13 @@ class Recipe:
 # lose on text unlike the calibration text.
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
-# O1-O3 are the paper's efficiency levels; "default" is per-channel weights with per-token activations, the
-# combination that keeps Llama-class models intact.
+# O1-O3 are the paper's efficiency levels, which quantize the products of attention, too; "default" is per-channel
+# weights with per-token activations, the combination that keeps Llama-class models intact, and leaves attention float.
 PRESETS: dict[str, Recipe] = {
     "default": Recipe(alpha=ALPHAS),
-    "O1": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_token"),
-    "O2": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_tensor"),
-    "O3": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_tensor_static"),
+    "O1": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_token", attention="qk_pv"),
+    "O2": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_tensor", attention="qk_pv"),
+    "O3": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_tensor_static", attention="qk_pv"),
 }
 
 

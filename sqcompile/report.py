@@ -79,7 +79,9 @@ class Report:
         folded = sum(l.smoothing == "folded" for l in self.layers)
         lines.append(f"{done} of {len(self.layers)} linears in INT8, {folded} with smoothing folded into parameters")
         if self.attention:
-            lines.append(f"{sum(a.quantized != 'none' for a in self.attention)} of {len(self.attention)} attentions in INT8")
+            lines.append(
+                f"{sum(a.quantized != 'none' for a in self.attention)} of {len(self.attention)} attentions in INT8"
+            )
         return "\n".join(lines)
 
 
