@@ -25,7 +25,17 @@ from torch import Tensor, fx
 
 from sqcompile.passes.attention_chains import Attention
 from sqcompile.passes.graph import Linear, aten, constants, find_linears, nodes_by_name
-from sqcompile.passes.label_rules import RESIDUAL, RULES, Flow, Refused, uniform
+from sqcompile.passes.label_rules import (
+    HOMOGENEOUS,
+    LAYOUT,
+    RESIDUAL,
+    RULES,
+    Flow,
+    Refused,
+    behind,
+    describe,
+    uniform,
+)
 from sqcompile.passes.labels import _Labels, at_two_sizes, execute
 from sqcompile.passes.match import Site, producer_name
 
@@ -82,19 +92,22 @@ def match_heads(gm: fx.GraphModule, attentions: list[Attention]) -> tuple[list[H
         return replace(interpreter.reached, flows=interpreter.flows)
 
     runs = at_two_sizes(gm, run)
-    order = {n: i for i, n in enumerate(nodes_by_name(gm))}
+    nodes = nodes_by_name(gm)
+    order = {n: i for i, n in enumerate(nodes)}
+    stops = {n: reason for flow in runs[0].flows.values() for n, reason in flow.stops.items()}
     ends: dict[str, tuple[_End, _End]] = {}
     why: dict[str, str] = {}
     for a in attentions:
         q, k = (_nearest(*runs, (a.name, side), order) for side in "qk")
-        if isinstance(q, str) or isinstance(k, str):
-            why[a.name] = f"its queries: {q}" if isinstance(q, str) else f"its keys: {k}"
+        if q is None or k is None:
+            side, what = ("q", "queries") if q is None else ("k", "keys")
+            why[a.name] = f"its {what}: {_blocked(nodes, a, side, runs[0], stops)}"
         else:
             ends[a.name] = q, k
     union, dead = _unite_classes(*runs, attentions, ends)
     maps = {}
-    for name, ((q, of_q), _) in ends.items():
-        roots = [[union["q", q, int(c)] for c in head] for head in of_q]
+    for name, ((producer, of_q), _) in ends.items():
+        roots = [[union["q", producer, int(c)] for c in head] for head in of_q]
         reasons = [dead[r] for head in roots for r in head if r in dead]
         if len(reasons) == of_q.numel():
             why[name] = f"a channel {reasons[0]}"
@@ -159,15 +172,27 @@ def _by_head(labels: Tensor, heads: int) -> Tensor:
     return by_head.repeat_interleave(heads // len(by_head), 0)
 
 
-def _nearest(a: _Reached, b: _Reached, end: tuple[str, str], order: dict[str, int]) -> tuple[str, Tensor] | str:
-    """The producer next to a product's operand, and its labels there, or why none can absorb."""
-    producers = a.operands.get(end, {})
-    same = {p: l for p, l in producers.items() if torch.equal(b.operands.get(end, {}).get(p, l[:0]), l)}
-    free = [p for p, l in same.items() if any(int(c) not in a.flows[p].refused for c in l[l >= 0].unique())]
-    if free:
-        return max(free, key=order.__getitem__), same[max(free, key=order.__getitem__)]
-    reasons = [r for p in same for r in a.flows[p].refused.values()]
-    return reasons[0] if reasons else "no parameter behind them can absorb a scale"
+def _nearest(a: _Reached, b: _Reached, end: tuple[str, str], order: dict[str, int]) -> _End | None:
+    """The producer next to a product's operand that can be scaled at all, and its labels there."""
+    producers, again = a.operands.get(end, {}), b.operands.get(end, {})
+    same = {p: l for p, l in producers.items() if p in again and torch.equal(again[p], l)}
+    free = [p for p, l in same.items() if any(c >= 0 and c not in a.flows[p].refused for c in l.unique().tolist())]
+    nearest = max(free, key=order.__getitem__, default=None)
+    return None if nearest is None else (nearest, same[nearest])
+
+
+def _blocked(nodes: dict[str, fx.Node], a: Attention, side: str, reached: _Reached, stops: dict[str, str]) -> str:
+    """Why nothing can scale an operand: what else its labels reach, or what happened to them behind it."""
+    for producer, labels in reached.operands.get((a.name, side), {}).items():
+        reasons = [reached.flows[producer].refused.get(int(c)) for c in labels.unique()]
+        if any(reasons):
+            return next(r for r in reasons if r)
+    node = behind(nodes[a.q if side == "q" else a.k], LAYOUT | HOMOGENEOUS)
+    if a.product in stops:
+        return stops[a.product]
+    if node.op == "placeholder":
+        return "an input of the model"
+    return stops.get(node.name) or describe(node)
 
 
 def _unite_classes(
