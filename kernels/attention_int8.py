@@ -1,17 +1,9 @@
 """Attention of quantized operands, ``torch.ops.sqcompile.int8_attention``: its definition in plain PyTorch.
 
-    S = Δq Δk (Q̂ K̂ᵀ) · scale          the inner product in int32, the rest in float32
-    S = softcap · tanh(S / softcap)     where softcap > 0
-    O = softmax(S + mask) V             V in float, or V̂ Δv with P quantized, too
+    S = softcap(Δq Δk (Q̂ K̂ᵀ) · scale)      the inner product in int32, the rest in float32
+    O = softmax(S + mask) V                V in float, or V̂ Δv with P quantized, too
 
 The Triton kernel (triton/attention.py) serves CUDA; this file is what runs elsewhere and what tests compare with.
-
-P is quantized in blocks of 128 keys, each relative to its own row maximum: P̂ = round(127 · exp(S - max over the
-block)), Δ = exp(max over the block - max over the row) / 127. Relative to the maximum of the whole row, one large
-score, such as that of the first token in most language models, rounds all other weights to zero: cosine 0.95 where
-this has 0.9999 (8192 normal scores, one of them 8 larger). The normalizer is the sum of P before rounding: measured on
-scores of spread 0.3 to 5 it is as good as the sum of P̂ (relative error 0.016 against 0.024 at worst for values without
-a mean, 0.022 against 0.011 with one; per row they differ by a factor only), and the kernel has it for nothing.
 """
 
 from __future__ import annotations
@@ -22,9 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-P_BLOCK = 128  # keys whose weights are quantized relative to one maximum
+from sqcompile.kernels.attention_parts import (
+    BLOCKED,
+    attend,
+    attention_weights,
+    int8_attend,
+    int8_scores,
+    mask_scores,
+)
+
 MASK_BLOCK = (128, 128)  # queries and keys of a block in `mask_blocks`
-BLOCKED = -65504.0  # float16's lowest number; see `int8_attention`
 
 
 def int8_attention(
@@ -63,54 +62,15 @@ def int8_attention(
         ``dtype`` [B, H, Sq, Dv], laid out as [B, Sq, H, Dv]. A query that sees no key gets zeros. A NaN or infinite
         scale makes NaN of what it reaches.
     """
-    batch, heads, queries, width = q.shape
-    groups, keys = k.shape[1:3]
-    by_group = batch, groups, heads // groups * queries  # the queries of all heads that share a key head
-    scores = q.reshape(*by_group, width).float() @ k.float().mT  # exact below 2^24: D <= 1040
-    scores = scores * q_scale.expand(batch, heads, queries, 1).reshape(*by_group, 1)
-    scores = scores * k_scale.expand(batch, groups, keys, 1).mT * scale
-    scores = scores.view(batch, heads, queries, keys)
+    scores = int8_scores(q, q_scale, k, k_scale, torch.float32) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = _masked(scores, mask, diagonal).view(*by_group, keys)
-    out = _weighted(scores, v, v_scale).view(batch, heads, queries, v.shape[-1])
-    return out.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _masked(scores: Tensor, mask: Tensor | None, diagonal: int | None) -> Tensor:
-    """Scores [B, H, Sq, Sk] with minus infinity where a key is blocked."""
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        else:
-            scores = (scores + mask).masked_fill(mask <= BLOCKED, -torch.inf)
-    if diagonal is not None:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(diagonal)
-        scores = scores.masked_fill(~seen, -torch.inf)
-    return scores
-
-
-def _weighted(scores: Tensor, v: Tensor, v_scale: Tensor | None) -> Tensor:
-    """softmax(scores [B, G, rows, Sk]) v [B, G, Sk, Dv] in float32, zeros where every score is minus infinity."""
-    if scores.shape[-1] == 0:
-        return scores.new_zeros((*scores.shape[:-1], v.shape[-1]))
-    top = _finite(scores.amax(-1, keepdim=True))
-    p = torch.exp(scores - top)
-    total = p.sum(-1, keepdim=True)
-    if v_scale is not None:
-        p = torch.cat([_quantized_weights(s, top) for s in scores.split(P_BLOCK, -1)], -1)
-    out = p @ v.float() / torch.where(total == 0, 1.0, total)
-    return out if v_scale is None else out * v_scale
-
-
-def _quantized_weights(scores: Tensor, top: Tensor) -> Tensor:
-    """P̂ Δ of one block of keys: scores [..., 128], the maximum of whole rows [..., 1]."""
-    near = _finite(scores.amax(-1, keepdim=True))
-    return torch.round(127.0 * torch.exp(scores - near)) * (torch.exp(near - top) / 127.0)
-
-
-def _finite(top: Tensor) -> Tensor:
-    return torch.where(top == -torch.inf, 0.0, top)
+    scores = mask_scores(scores, mask, diagonal)
+    if v_scale is None:
+        out = attend(attention_weights(scores, torch.float32), v.to(torch.float32)).to(dtype)
+    else:
+        out = int8_attend(scores, v, v_scale, dtype)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def mask_blocks(mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqcompile.kernels import attention, attention_int8, fused, reference, x86
+from sqcompile.kernels import attention, attention_int8, attention_parts, fused, reference, x86
 
 
 def matmul_u8s8(q: Tensor, w: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype) -> Tensor:
@@ -80,6 +80,13 @@ _COMPOSITE = {
     " -> Tensor": int8_linear_packed,
     "int8_grouped_linear_packed(Tensor q, Tensor scale, Tensor[] w, Tensor w_scale, Tensor w_sum, Tensor offsets,"
     " ScalarType dtype) -> Tensor": int8_grouped_linear_packed,
+    "scale_over(Tensor x, int[] dims) -> Tensor": attention_parts.scale_over,
+    "int8_scores(Tensor q, Tensor q_scale, Tensor k, Tensor k_scale, ScalarType dtype) -> Tensor": (
+        attention_parts.int8_scores
+    ),
+    "mask_scores(Tensor scores, Tensor? mask, SymInt? diagonal) -> Tensor": attention_parts.mask_scores,
+    "attention_weights(Tensor scores, ScalarType dtype) -> Tensor": attention_parts.attention_weights,
+    "attend(Tensor p, Tensor v) -> Tensor": attention_parts.attend,
 }
 
 _library = torch.library.Library("sqcompile", "DEF")
@@ -110,6 +117,10 @@ _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         attention.attention_fake,
     ),
     "stored(Tensor x) -> Tensor": (stored, torch.empty_like),
+    "int8_attend(Tensor scores, Tensor v, Tensor v_scale, ScalarType dtype) -> Tensor": (
+        attention_parts.int8_attend,
+        attention_parts.int8_attend_fake,
+    ),
 }
 
 _KERNELS = {schema: ({"CPU": f, "CUDA": f, "MkldnnCPU": f}, fake) for schema, (f, fake) in _OPAQUE.items()}

@@ -14,14 +14,13 @@ computation into each of those readers and repeat it. They are stored.
 from __future__ import annotations
 
 import math
-import sys
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.graph import add_op, arguments, aten, value
+from sqcompile.passes.heads import unrepeated
 
 
 def lower_attention(gm: fx.GraphModule) -> None:
@@ -46,7 +45,7 @@ def _lower_one(
     if args["dropout_p"]:
         return
     heads = value(q).shape[1]
-    k_once, v_once = _unrepeated(k), _unrepeated(v)
+    k_once, v_once = unrepeated(k), unrepeated(v)
     if k_once is not None and v_once is not None and value(k_once).shape[1] == value(v_once).shape[1]:
         k, v = k_once, v_once
     elif value(k).shape[1] != heads and not args["enable_gqa"]:
@@ -71,38 +70,3 @@ def _stored_mask(gm: fx.GraphModule, mask: fx.Node, dtype: torch.dtype) -> tuple
         mask = add_op(gm, aten.where.self, mask, attend, not_attend)
     bias = add_op(gm, sqcompile_ops.stored.default, mask)
     return bias, add_op(gm, sqcompile_ops.mask_kind.default, bias)
-
-
-def _unrepeated(x: fx.Node) -> fx.Node | None:
-    """The [B, G, S, D] that x [B, G R, S, D] repeats R times head by head, or None."""
-    if x.target != aten.reshape.default:
-        return None
-    wide = _source(x)
-    if wide.target != aten.expand.default:
-        return None
-    narrow = _source(wide)
-    old, new = value(narrow).shape, value(wide).shape
-    if len(new) != 5 or not statically_known_true(old[2] == 1):
-        return None
-    kept = (0, 1, 3, 4)
-    same = all(statically_known_true(old[i] == new[i]) for i in kept)
-    merged = (new[0], new[1] * new[2], new[3], new[4])
-    if not same or not all(statically_known_true(a == b) for a, b in zip(value(x).shape, merged, strict=True)):
-        return None
-    narrow = _skip_full_slices(narrow)
-    if narrow.target != aten.unsqueeze.default or narrow.args[1] not in (2, -3):
-        return None
-    return _skip_full_slices(_source(narrow))
-
-
-def _skip_full_slices(x: fx.Node) -> fx.Node:
-    """The input of slices that keep everything, ``x[:, :]``."""
-    while x.target == aten.slice.Tensor and tuple(x.args[2:]) in ((), (None,), (0,), (0, sys.maxsize), (None, None)):
-        x = _source(x)
-    return x
-
-
-def _source(x: fx.Node) -> fx.Node:
-    source = x.args[0]
-    assert isinstance(source, fx.Node)
-    return source

@@ -5,6 +5,8 @@
     einsum("bsd,dhe->bshe", %x, %w)         -> unflatten(linear(%x, t(reshape(%w, [D, H E]))), -1, [H, E])
     _grouped_mm(%x, %w, %offsets)           -> sqcompile.grouped_linear(%x, transpose(%w), %offsets)
     bmm(%x, %w), einsum("etd,edf->etf")     -> the same for experts with as many rows each
+    bmm(%x, %y), einsum("bqhd,bkhd->bhqk")  -> matmul, of permuted operands, where both are data
+    baddbmm(%b, %x, %y)                     -> add(matmul(%x, %y), %b), with its factors
     view(%x, size), _unsafe_view(%x, size)  -> reshape(%x, size)
     dropout(%x, p, False)                   -> %x
 
@@ -77,9 +79,21 @@ def _matmul(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node |
     if _is_data(x, const) and _is_weight(w, const, 3) and value(x).dim() == 3:
         same = value(x).shape[0] == value(w).shape[0]  # else it broadcasts
         return _batched(gm, x, add_op(gm, aten.transpose.int, w, -2, -1)) if same else None
-    if not _is_data(x, const) or not _is_weight(w, const):
+    if _is_data(x, const) and _is_weight(w, const):
+        return add_op(gm, aten.linear.default, x, add_op(gm, aten.t.default, w))
+    both = node.target == aten.bmm.default and _is_data(x, const) and _is_data(w, const)
+    return add_op(gm, aten.matmul.default, x, w) if both else None
+
+
+def _baddbmm(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node | None:
+    """BLOOM's scores: a bias of positions plus a product of queries and keys."""
+    args = arguments(node)
+    x, y = args["batch1"], args["batch2"]
+    if not _is_data(x, const) or not _is_data(y, const):
         return None
-    return add_op(gm, aten.linear.default, x, add_op(gm, aten.t.default, w))
+    terms = [(add_op(gm, aten.matmul.default, x, y), args["alpha"]), (args["self"], args["beta"])]
+    scaled = [t if f == 1 else add_op(gm, aten.mul.Tensor, t, f) for t, f in terms if f != 0 or t is not args["self"]]
+    return scaled[0] if len(scaled) == 1 else add_op(gm, aten.add.Tensor, *scaled)
 
 
 def _is_grouped(node: fx.Node) -> bool:
@@ -114,6 +128,8 @@ def _einsum(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node |
     if x in const:
         (x, w), inputs = (w, x), inputs[::-1]
     of_x, of_w = inputs
+    if _is_data(x, const) and _is_data(w, const):
+        return _data_einsum(gm, x, w, of_x, of_w, out)
     if not _is_data(x, const) or not _is_weight(w, const, len(of_w)):
         return None
     batch = [c for c in of_w if c in out and c in of_x]
@@ -161,6 +177,26 @@ def _batched_einsum(
     return _permuted(gm, y, [batch, *rest, *kept], out)
 
 
+def _data_einsum(
+    gm: fx.GraphModule, x: fx.Node, y: fx.Node, of_x: list[str], of_y: list[str], out: list[str]
+) -> fx.Node | None:
+    """A contraction of two tensors of data over one letter, such as QKᵀ; the right one is a transposed matrix."""
+    batch = [c for c in out if c in of_x and c in of_y]
+    rows, columns = ([c for c in letters if c in out and c not in batch] for letters in (of_x, of_y))
+    contracted = [c for c in of_x if c not in out]
+    if [len(rows), len(columns), len(contracted)] != [1, 1, 1] or sorted(out) != sorted(batch + rows + columns):
+        return None
+    if sorted(of_x) != sorted(batch + rows + contracted) or sorted(of_y) != sorted(batch + columns + contracted):
+        return None
+    x = _permuted(gm, x, of_x, batch + rows + contracted)
+    if of_y.index(contracted[0]) < of_y.index(columns[0]):  # values: [..., keys, channels]
+        y = _permuted(gm, y, of_y, batch + contracted + columns)
+    else:
+        y = add_op(gm, aten.transpose.int, _permuted(gm, y, of_y, batch + columns + contracted), -1, -2)
+    z = add_op(gm, aten.matmul.default, x, y)
+    return _permuted(gm, z, batch + rows + columns, out)
+
+
 def _batched(gm: fx.GraphModule, x: fx.Node, w: fx.Node) -> fx.Node:
     """x [E, T, K] times w [E, N, K]: experts with T rows each."""
     experts, n, k = (int(size) for size in value(w).shape)
@@ -205,6 +241,7 @@ _REWRITES: dict[Any, Any] = {
     aten.addmm.default: _addmm,
     aten.mm.default: _matmul,
     aten.bmm.default: _matmul,
+    aten.baddbmm.default: _baddbmm,
     aten.matmul.default: _matmul,
     aten.einsum.default: _einsum,
 }

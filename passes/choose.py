@@ -10,6 +10,7 @@ balance layers' outputs is taken: smoothing can hurt, and a plan never smooths a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,9 +18,12 @@ from torch import Tensor, fx
 
 from sqcompile.calibrate import Calibration
 from sqcompile.kernels.reference import absmax_scale, dequantize, quantize, token_scale, weight_scale
+from sqcompile.passes.attention_chains import Attention
+from sqcompile.passes.choose_attention import choose_attention
 from sqcompile.passes.floats import stay_float
 from sqcompile.passes.graph import Linear, effective_weight, find_linears, row_parts
 from sqcompile.passes.match import Refusal, Site, input_sites
+from sqcompile.passes.smoothing import smoothing_scale
 from sqcompile.plan import LayerPlan, Plan, Smoothing
 from sqcompile.recipe import Recipe
 
@@ -29,34 +33,15 @@ _Note = tuple[Smoothing, str, float | None]  # what was done with a linear's inp
 # kept even without a gain: the sample holds few tokens, and the absmax it is built from saw them all.
 TOLERANCE = 1.1
 
-# A channel below this fraction of the median absmax says nothing about how large it gets on other text.
-SILENT = 0.1
-
-
-def smoothing_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
-    """The scale s of one site.
-
-    Args:
-        x_absmax: float32 [C], max|X_j| at the balance layers' inputs.
-        w_absmax: float32 [C], max|W_:j| over all balance layers.
-        alpha: migration strength in [0, 1].
-
-    Returns:
-        float32 [C], positive and finite. s is the formula's, except that a channel (nearly) silent in calibration
-        counts as one of median absmax: the formula would divide it by almost nothing, and where it wakes up on other
-        text it would drown the rest of its row. Where every channel is silent, s = 1.
-    """
-    x, w = x_absmax.float(), w_absmax.float()
-    active = x > 0
-    if not bool(active.any()) or not bool((w > 0).any()):
-        return torch.ones_like(x)
-    w = w.clamp_min(w.max() * 1e-5)  # a column of zeros: any s will do, but a finite one
-    median = x[active].median()
-    return torch.where(x < SILENT * median, median, x).pow(alpha) / w.pow(1 - alpha)
-
 
 def choose(
-    gm: fx.GraphModule, sites: list[Site], refusals: list[Refusal], calibration: Calibration, recipe: Recipe, call: Any
+    gm: fx.GraphModule,
+    sites: list[Site],
+    refusals: list[Refusal],
+    calibration: Calibration,
+    recipe: Recipe,
+    call: Any,
+    attentions: Sequence[Attention] = (),
 ) -> Plan:
     """Makes the plan for a traced graph.
 
@@ -65,11 +50,12 @@ def choose(
         calibration: its statistics.
         recipe: the user's choices.
         call: spec of the captured call, kept in the plan.
+        attentions: those of the graph, if the recipe quantizes them.
 
     Raises:
         NothingToQuantizeError: if no linear would run in INT8; the message gives the reasons.
     """
-    chooser = _Chooser(gm, calibration, recipe)
+    chooser = Chooser(gm, calibration, recipe)
     linears = find_linears(gm)
     floats = stay_float(gm, linears, calibration, recipe)
     scales: dict[str, Tensor] = {}
@@ -90,10 +76,12 @@ def choose(
             else:
                 note = ("none", reason, None)
         notes.update({l.name: note for l in quantized})
-    return Plan(recipe, call, scales, tuple(chooser.layer(l, floats, notes) for l in linears))
+    attention, heads = choose_attention(gm, chooser, attentions, set(floats))
+    layers = tuple(chooser.layer(l, floats, notes) for l in linears)
+    return Plan(recipe, call, scales, layers, attention, heads)
 
 
-class _Chooser:
+class Chooser:
     """Quantization error of linears on the calibration sample, under the scales chosen so far."""
 
     def __init__(self, gm: fx.GraphModule, calibration: Calibration, recipe: Recipe) -> None:

@@ -7,11 +7,12 @@
 
 Parameters are not written to: a folded parameter is an expression over the old one, so one that is shared or tied is
 changed for the site alone. Where nothing absorbs 1/s, ``%x * %inv_s`` stands explicitly before the balance layers.
+Scales of attentions' head channels multiply what makes the queries and divide what makes the keys (`head_labels`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,18 +32,20 @@ from sqcompile.passes.graph import (
     nodes_by_name,
     value,
 )
+from sqcompile.passes.head_labels import HeadSite
 from sqcompile.passes.labels import vector_operand
 from sqcompile.passes.match import Site
 from sqcompile.plan import Plan
 
 
-def fold(gm: fx.GraphModule, sites: list[Site], plan: Plan) -> fx.GraphModule:
+def fold(gm: fx.GraphModule, sites: list[Site], plan: Plan, heads: Sequence[HeadSite] = ()) -> fx.GraphModule:
     """Applies a plan's scales.
 
     Args:
         gm: a traced graph.
         sites: what can be scaled in it (`match`, and `input_sites` of the refusals).
         plan: scales by site name.
+        heads: what can be scaled in its attentions (`match_heads`).
 
     Raises:
         PlanError: if the plan has a scale for a site that this graph does not have, or of another size.
@@ -51,11 +54,21 @@ def fold(gm: fx.GraphModule, sites: list[Site], plan: Plan) -> fx.GraphModule:
     for name, s in plan.scales.items():
         if name not in by_name or by_name[name].channels != len(s):
             raise PlanError(f"the plan smooths {name!r}, which this model does not have: calibrate this model")
+    head_sites = {s.name: s for s in heads}
+    head_scales = {n.removesuffix("/scale"): s for n, s in plan.heads.items() if n.endswith("/scale")}
+    for name, s in head_scales.items():
+        if name not in head_sites or head_sites[name].classes != len(s):
+            raise PlanError(f"the plan smooths the attention {name!r}, which this model lacks: calibrate this model")
     new = clone(gm)
     folder = _Folder(new)
     quantized = {l.name for l in plan.layers if l.quantized}
     for i, (name, s) in enumerate(plan.scales.items()):
         folder.site(by_name[name], s, f"smooth_{i}", quantized)
+    for i, (name, s) in enumerate(head_scales.items()):
+        for site, classes in head_sites[name].queries:
+            folder.site(site, pick(s, classes).reciprocal(), f"queries_{i}", quantized)
+        for site, classes in head_sites[name].keys:
+            folder.site(site, pick(s, classes), f"keys_{i}", quantized)
     return finish(new)
 
 

@@ -26,6 +26,12 @@ from sqcompile.passes.graph import add_op, add_tensor, arguments, aten, constant
 
 _ACTIVATIONS: dict[Any, str] = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
 
+_ATTENTION = {
+    sqcompile_ops.int8_attention.default,
+    sqcompile_ops.int8_scores.default,
+    sqcompile_ops.int8_attend.default,
+}
+
 
 def fuse(gm: fx.GraphModule) -> None:
     """Rewrites a graph of `int8_gemm` in place; what matches no pattern is quantized by a kernel of its own."""
@@ -33,6 +39,8 @@ def fuse(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
         _residual(gm, node)
     for q in list(gm.graph.find_nodes(op="call_function", target=sqcompile_ops.quantize.default)):
+        if any(u.target in _ATTENTION for u in q.users):
+            continue  # the compiler fuses it with the rotary embedding before it
         q = _before_views(gm, q)
         if not _into_gemm(gm, q, const):
             _quantize(gm, q, const)

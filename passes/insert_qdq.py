@@ -34,17 +34,19 @@ from sqcompile.passes.graph import (
     row_parts,
     value,
 )
+from sqcompile.passes.quantize_attention import quantize_attention
 from sqcompile.plan import LayerPlan, Plan
 
 
 def insert_qdq(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """Quantizes the plan's linears.
+    """Quantizes the plan's attentions (`quantize_attention`) and linears.
 
     Weights are quantized from their float32 folded value, one at a time. The result holds int8 [N, K] and float32
     scales [N] ([1] per tensor) under ``<weight name>_int8`` and ``_scale``, and no float copy of them. Experts have a
     scale per expert and output channel: int8 [E, N, K] and float32 [E, N] ([E, 1] per tensor).
     """
     gm = clone(gm)
+    quantize_attention(gm, plan)
     inserter = _Inserter(gm, plan)
     layers = {l.name: l for l in plan.layers if l.quantized}
     # Match first: once a weight is quantized, its graph has other linears.

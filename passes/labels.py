@@ -15,12 +15,14 @@ A linear whose input columns carry one label each absorbs them: a balance layer.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sqcompile.errors import CaptureError
 from sqcompile.passes.graph import Linear, aten, constants, evaluate, get_tensor, is_channel_vector, value
 from sqcompile.passes.label_rules import (
     HOMOGENEOUS,
@@ -35,6 +37,9 @@ from sqcompile.passes.label_rules import (
     uniform,
 )
 
+_Result = TypeVar("_Result")
+_Interpreter = TypeVar("_Interpreter", bound="_Labels")
+
 
 def run_labels(gm: fx.GraphModule, linears: list[Linear], symbols: dict[Any, int]) -> dict[str, Flow]:
     """Runs the labels of every producer at one choice of sizes.
@@ -47,14 +52,37 @@ def run_labels(gm: fx.GraphModule, linears: list[Linear], symbols: dict[Any, int
     Returns:
         The flow of each producer, by node name.
     """
-    interpreter = _Labels(gm, linears)
+    return execute(_Labels(gm, linears), symbols).flows
+
+
+def execute(interpreter: _Interpreter, symbols: dict[Any, int]) -> _Interpreter:
+    """Runs an interpreter of labels at one choice of sizes."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.no_grad():
         interpreter.mode = mode
-        interpreter.run(
-            *[_concrete(value(n), symbols) for n in gm.graph.find_nodes(op="placeholder")], enable_io_processing=False
-        )
-    return interpreter.flows
+        placeholders = interpreter.module.graph.find_nodes(op="placeholder")  # type: ignore[union-attr, operator]
+        interpreter.run(*[_concrete(value(n), symbols) for n in placeholders], enable_io_processing=False)
+    return interpreter
+
+
+def at_two_sizes(gm: fx.GraphModule, run: Callable[[dict[Any, int]], _Result]) -> tuple[_Result, _Result]:
+    """Runs something at two choices of batch and sequence sizes: what holds at both depends on channel sizes only.
+
+    Raises:
+        CaptureError: if the graph cannot be run at two sizes of batch and sequence.
+    """
+    symbols = free_symbols(gm)
+    primes = [2, 3, 5, 7, 11, 13, 17, 19, 23]
+    error: Exception | None = None
+    for unit in (1, 8, 32):  # multiples, for models whose sizes must divide by something
+        sizes = [{s: unit * primes[(i + k) % len(primes)] for i, s in enumerate(symbols)} for k in (0, 1)]
+        try:
+            return run(sizes[0]), run(sizes[1])
+        except Exception as e:
+            error = e
+    raise CaptureError(
+        f"the captured graph does not run at other batch or sequence sizes: {error}. Pass dynamic_shapes=None to fix them"
+    ) from error
 
 
 def free_symbols(gm: fx.GraphModule) -> list[Any]:

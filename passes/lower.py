@@ -39,6 +39,7 @@ from sqcompile.passes.graph import (
     value,
 )
 from sqcompile.passes.label_rules import LAYOUT
+from sqcompile.passes.lower_int8_attention import lower_int8_attention
 
 _warned: set[str] = set()
 
@@ -86,6 +87,7 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
             _lower_group(gm, group)
         release_freed_memory()
     _materialize(gm)
+    lower_int8_attention(gm)
     lower_attention(gm)
     kernels = (sqcompile_ops.int8_gemm.default, sqcompile_ops.int8_grouped_linear.default)
     if any(gm.graph.find_nodes(op="call_function", target=target) for target in kernels):

@@ -18,10 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from sqcompile.errors import CaptureError
 from sqcompile.passes.graph import Linear, constants, find_linears, first_leaf, nodes_by_name
 from sqcompile.passes.label_rules import HOMOGENEOUS, LAYOUT, Flow, behind, describe
-from sqcompile.passes.labels import free_symbols, run_labels, vector_operand
+from sqcompile.passes.labels import at_two_sizes, run_labels, vector_operand
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def match(gm: fx.GraphModule) -> tuple[list[Site], list[Refusal]]:
     flows = _flows(gm, linears)
     by_node = {l.node: l for l in linears}
     nodes, const = nodes_by_name(gm), constants(gm)
-    names = {f.producer: _producer_name(nodes[f.producer], f.kind, by_node, const) for f in flows.values()}
+    names = {f.producer: producer_name(nodes[f.producer], f.kind, by_node, const) for f in flows.values()}
     why: dict[str, str] = {}
     candidates = []
     for flow in flows.values():
@@ -113,20 +112,8 @@ def input_sites(refusals: list[Refusal], quantized: Collection[str]) -> list[Sit
 
 def _flows(gm: fx.GraphModule, linears: list[Linear]) -> dict[str, Flow]:
     """The flows that hold at every batch and sequence size: those at two sizes, with what differs refused."""
-    symbols = free_symbols(gm)
-    primes = [2, 3, 5, 7, 11, 13, 17, 19, 23]
-    error: Exception | None = None
-    for unit in (1, 8, 32):  # multiples, for models whose sizes must divide by something
-        sizes = [{s: unit * primes[(i + k) % len(primes)] for i, s in enumerate(symbols)} for k in (0, 1)]
-        try:
-            first, second = (run_labels(gm, linears, size) for size in sizes)
-        except Exception as e:
-            error = e
-            continue
-        return {name: _agree(flow, second[name]) for name, flow in first.items()}
-    raise CaptureError(
-        f"the captured graph does not run at other batch or sequence sizes: {error}. Pass dynamic_shapes=None to fix them"
-    ) from error
+    first, second = at_two_sizes(gm, lambda size: run_labels(gm, linears, size))
+    return {name: _agree(flow, second[name]) for name, flow in first.items()}
 
 
 def _agree(a: Flow, b: Flow) -> Flow:
@@ -174,7 +161,7 @@ def _site(flow: Flow, producer: str, balance: list[tuple[Linear, Tensor]]) -> Si
     return Site(name, flow.kind, flow.producer, flow.channels, tuple(balance), adds, free, f"folded into {flow.kind}")
 
 
-def _producer_name(node: fx.Node, kind: str, linears: dict[str, Linear], const: set[fx.Node]) -> str:
+def producer_name(node: fx.Node, kind: str, linears: dict[str, Linear], const: set[fx.Node]) -> str:
     """The parameter that absorbs 1/s; the node's own name where there is none yet (a norm without a weight)."""
     if kind == "linear":
         return linears[node.name].name

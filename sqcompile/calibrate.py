@@ -1,4 +1,4 @@
-"""calibrate: run the captured graph on real input and keep raw statistics of every linear's input.
+"""calibrate: run the captured graph on real input and keep raw statistics of every linear's input, and of attentions.
 
 Raw means: nothing that depends on alpha or granularity, so that another recipe needs no second run. Memory is
 O(channels): absmax per channel and a bounded sample of rows, never the activations.
@@ -6,7 +6,7 @@ O(channels): absmax per channel and a bounded sample of rows, never the activati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from sqcompile.errors import CalibrationError, CaptureError
 from sqcompile.explain import first_line, operation, source
 from sqcompile.inputs import Call, calls, flatten_like, real_tokens, run_callable, token_mask
+from sqcompile.passes.attention_chains import Attention
 from sqcompile.passes.graph import Linear, aten, find_linears
 
 SAMPLE_ROWS = 128
@@ -24,7 +25,7 @@ SAMPLE_ROWS = 128
 
 @dataclass
 class InputStats:
-    """Statistics of one linear's input over all calibration tokens.
+    """Statistics of one linear's input, or of an attention's queries, keys or values, over all calibration tokens.
 
     Attributes:
         absmax: float32 [K], max|X_j| per channel.
@@ -67,14 +68,22 @@ class InputStats:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Statistics by linear name (see `Linear.name`); linears that read one tensor share one InputStats."""
+    """Statistics by linear name (see `Linear.name`); linears that read one tensor share one InputStats.
+
+    ``heads`` are those of attentions' queries, keys and values [.., H, S, D], by node: K is H D, head by head.
+    """
 
     inputs: dict[str, InputStats]
     batches: int
+    heads: dict[str, InputStats] = field(default_factory=dict)
 
 
 def calibrate(
-    gm: fx.GraphModule, model: nn.Module, loader: Iterable[Any] | Callable[..., Any], progress: bool = True
+    gm: fx.GraphModule,
+    model: nn.Module,
+    loader: Iterable[Any] | Callable[..., Any],
+    progress: bool = True,
+    attentions: Sequence[Attention] = (),
 ) -> Calibration:
     """Runs a traced graph over the calibration data.
 
@@ -84,11 +93,12 @@ def calibrate(
         loader: batches, or a callable that runs the model itself. An ``attention_mask`` [batch, tokens] among the
             inputs excludes padding from the statistics.
         progress: whether to show a progress bar.
+        attentions: those whose queries, keys and values are observed.
 
     Raises:
         CalibrationError: for a batch the model refuses, or a non-finite activation (names the tensor and the batch).
     """
-    observer = _Observer(gm)
+    observer = _Observer(gm, attentions)
     try:
         total = len(loader) if isinstance(loader, Sized) else None
     except TypeError:  # a DataLoader over an iterable dataset
@@ -108,7 +118,7 @@ def calibrate(
     if not observer.batches:
         raise CalibrationError("the calibration callable made no call: it is run twice, first to see what it passes")
     found = {l.name: observer.stats[_key(l)] for l in observer.linears if _key(l) in observer.stats}
-    return Calibration(found, observer.batches)
+    return Calibration(found, observer.batches, observer.heads)
 
 
 def _key(l: Linear) -> tuple[str, str | None]:
@@ -117,7 +127,7 @@ def _key(l: Linear) -> tuple[str, str | None]:
 
 
 class _Observer(fx.Interpreter):
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, attentions: Sequence[Attention]) -> None:
         super().__init__(gm)
         self.extra_traceback = False  # errors name the operation and the user's line themselves
         self.captured = gm.meta["captured"]
@@ -127,6 +137,12 @@ class _Observer(fx.Interpreter):
         self.routed = {l.x: l.offsets for l in self.linears if l.offsets}
         self.stats: dict[tuple[str, str | None], InputStats] = {}
         self.generator = torch.Generator().manual_seed(0)
+        operands = [
+            (a, t) for a in attentions if a.refused is None for t in ((a.q, "queries"), (a.k, "keys"), (a.v, "values"))
+        ]
+        self.operands = {node: (what, a) for a, (node, what) in operands}
+        self.heads: dict[str, InputStats] = {}
+        self.head_generator = torch.Generator().manual_seed(0)  # its own: linears' samples stay what they are
         self.batches = 0
         self.mask: Tensor | None = None
 
@@ -153,7 +169,20 @@ class _Observer(fx.Interpreter):
             self._follow_mask(n, self.mask.flatten())
         if n.name in self.readers:
             self._read(n, self.readers[n.name])
-        return super().run_node(n)
+        out = super().run_node(n)
+        if n.name in self.operands:
+            self._observe_heads(n, out)
+        return out
+
+    def _observe_heads(self, n: fx.Node, x: Tensor) -> None:
+        what, a = self.operands[n.name]
+        x = x.transpose(-1, -2) if what == "keys" and a.transposed else x
+        rows = real_tokens(x.transpose(1, 2).flatten(2) if x.dim() == 4 else x, self.mask)
+        if len(rows):
+            stats = self.heads.setdefault(n.name, InputStats.empty(rows, None))
+            experts = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+            stats.update(rows, experts, self.head_generator)
+            self._check_finite(stats, f"one of the {what} of {a.name} (node {n.name})")
 
     def _follow_mask(self, n: fx.Node, mask: Tensor) -> None:
         """Experts read picked rows: padding is picked with them, and every input with the same offsets is in that order."""
@@ -191,8 +220,11 @@ class _Observer(fx.Interpreter):
     def _update(self, l: Linear, rows: Tensor, experts: Tensor) -> None:
         stats = self.stats.setdefault(_key(l), InputStats.empty(rows, l.experts))
         stats.update(rows, experts, self.generator)
+        self._check_finite(stats, f"the input of {l.name} (node {l.x})")
+
+    def _check_finite(self, stats: InputStats, what: str) -> None:
         if not bool(stats.absmax.isfinite().all()):
             raise CalibrationError(
-                f"the input of {l.name} (node {l.x}) is not finite in calibration batch {self.batches}: "
+                f"{what} is not finite in calibration batch {self.batches}: "
                 "check the batch and the model's dtype (float16 overflows at 65504; try bfloat16)"
             )

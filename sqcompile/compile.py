@@ -12,9 +12,11 @@ from sqcompile.calibrate import calibrate as observe
 from sqcompile.emit import BACKENDS, CompiledModel, emit
 from sqcompile.errors import CalibrationError, PlanError, RecipeError
 from sqcompile.inputs import Call, as_call, first_call, from_spec, to_spec
+from sqcompile.passes.attention_chains import find_attentions
 from sqcompile.passes.choose import choose
 from sqcompile.passes.fold import fold
 from sqcompile.passes.graph import find_linears
+from sqcompile.passes.head_labels import match_heads
 from sqcompile.passes.insert_qdq import insert_qdq
 from sqcompile.passes.lower import lower
 from sqcompile.passes.match import input_sites, match
@@ -90,7 +92,9 @@ def rewrite(traced: fx.GraphModule, plan: Plan, until: str) -> fx.GraphModule:
     _check_plan(gm, plan)
     sites, refusals = match(gm)
     quantized = {l.name for l in plan.layers if l.quantized}
-    gm = verify(fold(gm, sites + input_sites(refusals, quantized), plan), "folded")
+    attentions = [a for a in find_attentions(gm) if a.name in _quantized_attentions(plan)]
+    heads, _ = match_heads(gm, attentions if plan.heads else [])
+    gm = verify(fold(gm, sites + input_sites(refusals, quantized), plan, heads), "folded")
     text = show_stage(gm, "folded", text)
     if until == "folded":
         return gm
@@ -111,6 +115,15 @@ def _check_plan(gm: fx.GraphModule, plan: Plan) -> None:
         if planned.get(l.name) != l.shape:
             shape = " x ".join(map(str, l.shape))
             raise PlanError(f"the plan has no linear {l.name!r} of shape {shape}: calibrate this model")
+    wanted = _quantized_attentions(plan)
+    have = {a.name: (a.heads, a.groups, a.width) for a in (find_attentions(gm) if wanted else []) if not a.refused}
+    for name, heads in wanted.items():
+        if have.get(name) != heads:
+            raise PlanError(f"the plan quantizes the attention {name!r}, which this model lacks: calibrate this model")
+
+
+def _quantized_attentions(plan: Plan) -> dict[str, tuple[int, ...]]:
+    return {a.name: a.shape for a in plan.attention if a.quantized != "none"}
 
 
 def _analyse(
@@ -126,10 +139,11 @@ def _analyse(
     first, loader = first_call(model, loader)
     call = _example(model, example) or first
     traced = trace(model, call, dynamic_shapes)
-    calibration = observe(traced, model, loader, progress)
+    attentions = find_attentions(traced) if recipe.attention != "none" else []
+    calibration = observe(traced, model, loader, progress, attentions)
     sites, refusals = match(traced)
     with torch.no_grad():
-        return traced, choose(traced, sites, refusals, calibration, recipe, to_spec(call))
+        return traced, choose(traced, sites, refusals, calibration, recipe, to_spec(call), attentions)
 
 
 def _example(model: nn.Module, example: Any) -> Call | None:

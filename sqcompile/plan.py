@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sqcompile.errors import PlanError
-from sqcompile.recipe import Recipe
+from sqcompile.recipe import AttentionProducts, Recipe
 
-FORMAT = 1
+FORMAT = 2
+
+_HEADS = "attention: "  # before the names of ``Plan.heads`` in a file
 
 Smoothing = Literal["folded", "multiplied", "none"]
 
@@ -51,6 +53,32 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class AttentionPlan:
+    """What is done with one attention, and why.
+
+    Attributes:
+        name: of the module that holds its projections.
+        quantized: which of its products run in INT8.
+        smoothing: "folded" (Q·diag(s) and K·diag(1/s) absorbed by parameters) or "none".
+        reason: in words.
+        alpha: migration strength, None without smoothing.
+        sqnr_db: signal to quantization noise ratio of its scores on the calibration sample, in dB; None in float.
+        q_scale, k_scale: Δ of Q and K where they are static, else None.
+        shape: (H, G, D): heads, key heads, channels of a head.
+    """
+
+    name: str
+    quantized: AttentionProducts
+    smoothing: Smoothing
+    reason: str
+    alpha: float | None = None
+    sqnr_db: float | None = None
+    q_scale: float | None = None
+    k_scale: float | None = None
+    shape: tuple[int, ...] = (0, 0, 0)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Decisions for one model.
 
@@ -59,12 +87,17 @@ class Plan:
         call: shapes and dtypes of the call the model was captured with.
         scales: smoothing scale by site name, float32 [C].
         layers: every linear, in graph order.
+        attention: every attention, in graph order; empty where the recipe leaves attention alone.
+        heads: tensors of attentions, by attention name and what they are, float32: "<name>/scale" [classes] (smoothing),
+            "<name>/key_mean" [G, D] (subtracted from K), "<name>/value_scale" [G, Dv] (static Δ of V).
     """
 
     recipe: Recipe
     call: Any
     scales: dict[str, Tensor]
     layers: tuple[LayerPlan, ...]
+    attention: tuple[AttentionPlan, ...] = ()
+    heads: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as one safetensors file: the scales, and all else as JSON in its header."""
@@ -73,9 +106,10 @@ class Plan:
             "recipe": dataclasses.asdict(self.recipe),
             "call": self.call,
             "layers": [dataclasses.asdict(l) for l in self.layers],
+            "attention": [dataclasses.asdict(a) for a in self.attention],
         }
-        scales = {k: v.contiguous().cpu() for k, v in self.scales.items()}
-        save_file(scales, path, {"sqcompile_plan": json.dumps(meta)})
+        tensors = self.scales | {f"{_HEADS}{k}": v for k, v in self.heads.items()}
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path, {"sqcompile_plan": json.dumps(meta)})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
@@ -87,7 +121,7 @@ class Plan:
         try:
             with safe_open(path, "pt") as f:
                 meta = json.loads((f.metadata() or {})["sqcompile_plan"])
-                scales = {
+                tensors = {
                     k: f.get_tensor(k)
                     for k in f.keys()  # noqa: SIM118 - a safetensors file is no dict
                 }
@@ -101,6 +135,8 @@ class Plan:
         return Plan(
             Recipe(**recipe),
             meta["call"],
-            scales,
+            {k: v for k, v in tensors.items() if not k.startswith(_HEADS)},
             tuple(LayerPlan(**{**l, "shape": tuple(l["shape"])}) for l in meta["layers"]),
+            tuple(AttentionPlan(**{**a, "shape": tuple(a["shape"])}) for a in meta["attention"]),
+            {k.removeprefix(_HEADS): v for k, v in tensors.items() if k.startswith(_HEADS)},
         )

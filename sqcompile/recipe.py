@@ -10,6 +10,8 @@ from sqcompile.errors import RecipeError
 
 Activation = Literal["per_token", "per_tensor", "per_tensor_static"]
 Weight = Literal["per_channel", "per_tensor"]
+AttentionProducts = Literal["none", "qk", "qk_pv"]
+Granularity = Literal["per_token", "per_head", "per_tensor", "per_tensor_static"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Recipe:
         min_speedup: linears whose INT8 GEMM is expected to be less than this times as fast as bfloat16, by the measured
             table of this GPU (kernels/speedups), with 1, 512 or 2048 rows, stay in float; linears that share an input
             count as one. 0 keeps none; shapes that no table knows, and CPUs, are not affected.
+        attention: products of attention in INT8: ``"none"``, ``"qk"`` (QKᵀ) or ``"qk_pv"`` (PV, too).
+        qk: scales of Q and K: ``"per_token"`` (one per token and head), ``"per_head"`` (one per sequence and head),
+            ``"per_tensor"`` or ``"per_tensor_static"``; None stands for what ``activation`` says. V has a scale per
+            head channel, static where Q's and K's are, and the weights P their known range [0, 1].
 
     Raises:
         RecipeError: if a value is out of range.
@@ -40,12 +46,20 @@ class Recipe:
     smooth: bool = True
     skip: tuple[str, ...] = ("lm_head",)
     min_speedup: float = 0.0
+    attention: AttentionProducts = "none"
+    qk: Granularity | None = None
 
     def __post_init__(self) -> None:
         if self.activation not in get_args(Activation):
             raise RecipeError(f"activation={self.activation!r}: choose one of {', '.join(get_args(Activation))}")
         if self.weight not in get_args(Weight):
             raise RecipeError(f"weight={self.weight!r}: choose one of {', '.join(get_args(Weight))}")
+        if self.attention not in get_args(AttentionProducts):
+            raise RecipeError(f"attention={self.attention!r}: choose one of {', '.join(get_args(AttentionProducts))}")
+        if self.qk is not None and self.qk not in get_args(Granularity):
+            raise RecipeError(f"qk={self.qk!r}: choose one of {', '.join(get_args(Granularity))}, or None")
+        if self.qk is not None and self.attention == "none":
+            raise RecipeError(f"qk={self.qk!r} without attention: pass attention='qk' or 'qk_pv', or leave qk out")
         if isinstance(self.skip, str):
             raise RecipeError(f"skip={self.skip!r} is a string: pass a tuple of names, skip=({self.skip!r},)")
         if not (math.isfinite(self.min_speedup) and self.min_speedup >= 0):
@@ -61,6 +75,11 @@ class Recipe:
         """The candidate migration strengths of a site."""
         return self.alpha if isinstance(self.alpha, tuple) else (float(self.alpha),)
 
+    @property
+    def granularity(self) -> Granularity:
+        """Of Q's and K's scales."""
+        return self.qk or self.activation
+
 
 # Candidates of the presets: each site takes the best on the calibration sample. No single alpha suits every site: on
 # Llama-style models the inputs of down projections want more than the 0.5 that the paper uses for OPT, and where one
@@ -68,13 +87,13 @@ class Recipe:
 # lose on text unlike the calibration text.
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
-# O1-O3 are the paper's efficiency levels; "default" is per-channel weights with per-token activations, the
-# combination that keeps Llama-class models intact.
+# O1-O3 are the paper's efficiency levels, which quantize the products of attention, too; "default" is per-channel
+# weights with per-token activations, the combination that keeps Llama-class models intact, and leaves attention float.
 PRESETS: dict[str, Recipe] = {
     "default": Recipe(alpha=ALPHAS),
-    "O1": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_token"),
-    "O2": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_tensor"),
-    "O3": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_tensor_static"),
+    "O1": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_token", attention="qk_pv"),
+    "O2": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_tensor", attention="qk_pv"),
+    "O3": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_tensor_static", attention="qk_pv"),
 }
 
 

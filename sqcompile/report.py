@@ -1,4 +1,4 @@
-"""Report: what was done with every linear, and why."""
+"""Report: what was done with every linear and every attention, and why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.speedup import ROWS, expected
 from sqcompile.names import SiteLabel, collapse, site_labels
 from sqcompile.passes.graph import value
-from sqcompile.plan import LayerPlan, Plan
+from sqcompile.plan import AttentionPlan, LayerPlan, Plan
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,26 @@ class Report:
         layers: name, kind, quantized, smoothing, reason, alpha, sqnr_db (see LayerPlan).
         sites: the smoothed sites as a person would write them; ``key`` is the name in the plan.
         gemms: on GPUs, the INT8 GEMMs by shape.
+        attention: one entry per attention, where the recipe quantizes them (see AttentionPlan).
     """
 
     layers: tuple[LayerPlan, ...]
     sites: tuple[SiteLabel, ...]
     gemms: tuple[Gemm, ...] = ()
+    attention: tuple[AttentionPlan, ...] = ()
 
     @staticmethod
     def of(plan: Plan, lowered: fx.GraphModule) -> Report:
-        return Report(plan.layers, site_labels(plan.scales, [l.name for l in plan.layers]), _gemms(lowered))
+        sites = site_labels(plan.scales, [l.name for l in plan.layers])
+        return Report(plan.layers, sites, _gemms(lowered), plan.attention)
 
     def __str__(self) -> str:
         width = max((len(l.name) for l in self.layers), default=0)
-        lines = []
-        for l in self.layers:
-            alpha = f"α {l.alpha:.2f}" if l.alpha is not None else ""
-            sqnr = f"{l.sqnr_db:5.1f} dB" if l.sqnr_db is not None else ""
-            kind = "int8" if l.quantized else "float"
-            lines.append(f"{l.name:{width}}  {kind:5}  {l.smoothing:10}  {alpha:6}  {sqnr:8}  {l.reason}".rstrip())
+        lines = [_line(l, width, "int8" if l.quantized else "float") for l in self.layers]
+        if self.attention:
+            width = max(len(a.name) for a in self.attention)
+            kinds = {"none": "float", "qk": "int8 QKᵀ", "qk_pv": "int8 QKᵀ, PV"}
+            lines += ["attention:", *(f"  {_line(a, width, kinds[a.quantized])}" for a in self.attention)]
         if self.sites:
             lines += ["sites:", *(f"  {line}" for line in collapse(map(str, self.sites)))]
         if self.gemms:
@@ -76,4 +78,14 @@ class Report:
         done = sum(l.quantized for l in self.layers)
         folded = sum(l.smoothing == "folded" for l in self.layers)
         lines.append(f"{done} of {len(self.layers)} linears in INT8, {folded} with smoothing folded into parameters")
+        if self.attention:
+            lines.append(
+                f"{sum(a.quantized != 'none' for a in self.attention)} of {len(self.attention)} attentions in INT8"
+            )
         return "\n".join(lines)
+
+
+def _line(x: LayerPlan | AttentionPlan, width: int, kind: str) -> str:
+    alpha = f"α {x.alpha:.2f}" if x.alpha is not None else ""
+    sqnr = f"{x.sqnr_db:5.1f} dB" if x.sqnr_db is not None else ""
+    return f"{x.name:{width}}  {kind:5}  {x.smoothing:10}  {alpha:6}  {sqnr:8}  {x.reason}".rstrip()

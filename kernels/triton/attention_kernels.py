@@ -11,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sqcompile.kernels.attention_int8 import BLOCKED, MASK_BLOCK
+from sqcompile.kernels.attention_int8 import MASK_BLOCK
+from sqcompile.kernels.attention_parts import BLOCKED
 from sqcompile.kernels.triton.attention_split import rows_of, scaled
 from sqcompile.kernels.triton.common import ROUND
 

@@ -1,0 +1,204 @@
+"""choose_attention: which attentions are quantized, with which scales of head channels. Part of `choose`.
+
+    s_j = max|K_j|^α / max|Q_j|^(1-α)               K / s, Q · s: keys are the side with outliers
+
+j runs over the classes of head channels that share a scale (`head_labels`). Every α, and no smoothing, is tried on a
+sample of queries and keys, with and without K's mean subtracted, and the one with the smallest error of the scores is
+taken. The error leaves out what is the same for all keys of a query: softmax does not see it. For the same reason a
+constant per head and channel may be subtracted from all keys: K's mean over the calibration tokens. That is exact for
+whatever mask, padding or number of keys, and costs one subtraction that is fused into the quantization.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from sqcompile.kernels.reference import absmax_scale, quantize, token_scale
+from sqcompile.passes.attention_chains import Attention
+from sqcompile.passes.head_labels import HeadSite, match_heads
+from sqcompile.passes.smoothing import smoothing_scale
+from sqcompile.plan import AttentionPlan
+
+if TYPE_CHECKING:
+    from sqcompile.passes.choose import Chooser
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How one attention's operands are changed before quantization, and what error is left.
+
+    Attributes:
+        by: Q [H, D] is multiplied by ``by[0]``, K [G, D] divided by ``by[1]``; float32.
+        mean: subtracted from K before it is divided, float32 [G, D]; None for nothing.
+        error: of the scores, relative to their energy.
+    """
+
+    by: tuple[Tensor, Tensor]
+    mean: Tensor | None
+    error: float
+
+
+def choose_attention(
+    gm: fx.GraphModule, chooser: Chooser, attentions: Sequence[Attention], floats: set[str]
+) -> tuple[tuple[AttentionPlan, ...], dict[str, Tensor]]:
+    """Plans for attentions, and their tensors (see `Plan.heads`).
+
+    Args:
+        gm: a traced graph.
+        chooser: with the scales of its linears applied; those of head channels are added to it.
+        attentions: of the graph; none leaves all attention alone.
+        floats: names of the linears that stay in float.
+    """
+    reasons = {a.name: reason for a in attentions if (reason := _stays_float(chooser, a))}
+    open_ = {a.name: a for a in attentions if a.name not in reasons}
+    sites, why = match_heads(gm, list(open_.values())) if chooser.recipe.smooth else ([], {})
+    tensors: dict[str, Tensor] = {}
+    chosen: dict[str, tuple[_Choice, float | None, str]] = {}
+    for site in sites:
+        s, alpha, choices = _best(chooser, site, open_, floats)
+        reason = "smoothing would raise the error of its scores"
+        if s is not None:
+            tensors[f"{site.name}/scale"] = s
+            _apply(chooser, site, s)
+            q, k = (", ".join(x.name for x, _ in side) for side in (site.queries, site.keys))
+            reason = f"s folded into {q}" + ("" if q == k else f" and {k}")
+        chosen |= {name: (choice, alpha, reason) for name, choice in choices.items()}
+    plans = []
+    for a in attentions:
+        shape = (a.heads, a.groups, a.width)
+        if a.name in reasons:
+            plans.append(AttentionPlan(a.name, "none", "none", reasons[a.name], shape=shape))
+            continue
+        if a.name not in chosen:
+            reason = f"not smoothed: {why[a.name]}" if a.name in why else "the recipe does not smooth"
+            chosen[a.name] = _least(chooser, a, _ones(chooser, a)), None, reason
+        plans.append(_plan(chooser, a, *chosen[a.name], tensors))
+    return tuple(plans), tensors
+
+
+def _plan(
+    chooser: Chooser, a: Attention, choice: _Choice, alpha: float | None, reason: str, tensors: dict[str, Tensor]
+) -> AttentionPlan:
+    recipe, shape = chooser.recipe, (a.heads, a.groups, a.width)
+    if choice.mean is not None:
+        tensors[f"{a.name}/key_mean"] = choice.mean / choice.by[1]
+        reason += "; K less its mean"
+    if isinstance(a.scores, str):
+        reason += f"; not one operator: {a.scores}"
+    q_scale = k_scale = None
+    if recipe.granularity == "per_tensor_static":
+        absmax_q, absmax_k = _absmax(chooser, a)
+        q_scale = float(absmax_scale((absmax_q * choice.by[0]).max()))
+        k_scale = float(absmax_scale((absmax_k / choice.by[1]).max()))
+        if recipe.attention == "qk_pv":
+            absmax_v = chooser.calibration.heads[a.v].absmax.view(a.groups, -1)
+            tensors[f"{a.name}/value_scale"] = absmax_scale(absmax_v)
+    sqnr = -10 * math.log10(choice.error) if choice.error > 0 else math.inf
+    how: Any = "none" if alpha is None else "folded"
+    return AttentionPlan(a.name, recipe.attention, how, reason, alpha, sqnr, q_scale, k_scale, shape)
+
+
+def _stays_float(chooser: Chooser, a: Attention) -> str | None:
+    if a.refused:
+        return a.refused
+    for pattern in chooser.recipe.skip:
+        if fnmatch.fnmatch(a.name, pattern) or f".{pattern}." in f".{a.name}.":
+            return f"skipped by the recipe ({pattern!r})"
+    if any(node not in chooser.calibration.heads for node in (a.q, a.k, a.v)):
+        return "no calibration token reached it"
+    return None
+
+
+def _best(
+    chooser: Chooser, site: HeadSite, attentions: dict[str, Attention], floats: set[str]
+) -> tuple[Tensor | None, float | None, dict[str, _Choice]]:
+    """The scales with the smallest error, their alpha, and the choice for each attention; None for no smoothing."""
+    device = _absmax(chooser, attentions[site.name])[0].device
+    maxima = torch.zeros(2, site.classes, device=device)
+    for name, maps in site.maps.items():
+        for largest, absmax, classes in zip(maxima, _absmax(chooser, attentions[name]), maps, strict=True):
+            here = classes.to(device) >= 0
+            largest.scatter_reduce_(0, classes.to(device)[here], absmax[here], "amax")
+    producers = {x.producer for x, _ in (*site.queries, *site.keys) if x.kind == "linear"}
+    rows = [l for l in (chooser.linears[p] for p in producers) if l.name not in floats]
+    touched = rows if chooser.recipe.weight == "per_tensor" else []  # one scale for all rows feels their scales
+    best: tuple[float, Tensor | None, float | None, dict[str, _Choice]] = (math.inf, None, None, {})
+    for alpha in (None, *chooser.recipe.alphas):
+        s = torch.ones(site.classes, device=device) if alpha is None else smoothing_scale(maxima[1], maxima[0], alpha)
+        choices = {}
+        for name, maps in site.maps.items():
+            by = [torch.where(m.to(device) >= 0, s[m.to(device).clamp_min(0)], 1.0) for m in maps]
+            choices[name] = _least(chooser, attentions[name], (by[0], by[1]))
+        saved = dict(chooser.rows)
+        _apply(chooser, site, s)
+        error = sum(c.error for c in choices.values()) + sum(chooser.error(l) for l in touched)
+        chooser.rows = saved
+        if error < best[0]:
+            best = error, None if alpha is None else s, alpha, choices
+    return best[1:]
+
+
+def _apply(chooser: Chooser, site: HeadSite, s: Tensor) -> None:
+    """Divides the rows of the linears that absorb s."""
+    for absorbers, by in ((site.queries, s.reciprocal()), (site.keys, s)):
+        for x, classes in absorbers:
+            if x.kind == "linear":
+                index = classes.to(s.device)
+                rows = torch.where(index >= 0, by[index.clamp_min(0)], 1.0)
+                name = chooser.linears[x.producer].name
+                chooser.rows[name] = chooser.rows[name] * rows if name in chooser.rows else rows
+
+
+def _ones(chooser: Chooser, a: Attention) -> tuple[Tensor, Tensor]:
+    q, k = _absmax(chooser, a)
+    return torch.ones_like(q), torch.ones_like(k)
+
+
+def _absmax(chooser: Chooser, a: Attention) -> tuple[Tensor, Tensor]:
+    """max|Q| and max|K| per head and channel: float32 [H, D] and [G, D]."""
+    stats = chooser.calibration.heads
+    return stats[a.q].absmax.view(a.heads, a.width), stats[a.k].absmax.view(a.groups, a.width)
+
+
+def _least(chooser: Chooser, a: Attention, by: tuple[Tensor, Tensor]) -> _Choice:
+    """The smaller error of K with and without its mean, which only dynamic scales and plain scores leave open."""
+    free = not isinstance(a.scores, str) and not a.scores.softcap
+    choices = [_Choice(by, None, _error(chooser, a, by, None, free))]
+    if free and chooser.recipe.smooth and chooser.recipe.granularity != "per_tensor_static":
+        mean = chooser.calibration.heads[a.k].rows.float().mean(0).view(a.groups, a.width)
+        choices.append(_Choice(by, mean, _error(chooser, a, by, mean, free)))
+    return min(choices, key=lambda c: c.error)
+
+
+def _error(chooser: Chooser, a: Attention, by: tuple[Tensor, Tensor], mean: Tensor | None, shift: bool) -> float:
+    """|S_quantized - S|² / |S|² of the scores of sampled queries and keys; of their differences, if ``shift``."""
+    stats, granularity = chooser.calibration.heads, chooser.recipe.granularity
+    q = stats[a.q].rows.float().unflatten(1, (a.heads, a.width)).transpose(0, 1)  # [H, R, D]
+    k = stats[a.k].rows.float().unflatten(1, (a.groups, a.width)).transpose(0, 1)  # [G, R, D]
+    repeats = a.heads // a.groups
+
+    def scores(q: Tensor, k: Tensor) -> Tensor:
+        s = q @ k.repeat_interleave(repeats, 0).mT
+        return s - s.mean(-1, keepdim=True) if shift else s
+
+    want = scores(q, k)
+    smooth_q, smooth_k = q * by[0][:, None], (k if mean is None else k - mean[:, None]) / by[1][:, None]
+    absmax_q, absmax_k = _absmax(chooser, a)
+    static = granularity == "per_tensor_static"
+    sizes = (absmax_q * by[0], absmax_k / by[1]) if static else (smooth_q.abs(), smooth_k.abs())
+    got = []
+    for x, size in zip((smooth_q, smooth_k), sizes, strict=True):
+        if granularity == "per_token":
+            scale = token_scale(x)
+        else:
+            scale = absmax_scale(size.amax((1, 2), keepdim=True) if granularity == "per_head" else size.max())
+        got.append(quantize(x, scale).float() * scale)
+    signal = float(want.square().sum())
+    return float((scores(*got) - want).square().sum()) / signal if signal > 0 else 0.0

@@ -1,0 +1,68 @@
+"""heads: the queries, keys and values behind merged batches and repeated heads. Analysis only.
+
+%k4 = reshape(expand(unsqueeze(%k, 2), [B, G, R, S, D]), [B, G R, S, D])    -> %k: each head repeated R times
+%k3 = reshape(%k, [B H, S, D])                                              -> %k: batch and heads merged
+"""
+
+from __future__ import annotations
+
+import sys
+
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from sqcompile.passes.graph import aten, value
+
+
+def head_count(x: fx.Node) -> int:
+    """H of x [B, H, S, D]; 1 of x [N, S, D]."""
+    return int(value(x).shape[1]) if value(x).dim() == 4 else 1
+
+
+def unmerged(x: fx.Node) -> fx.Node | None:
+    """The [B, H, S, D] that x [B H, S, D] merges batch and heads of, or None."""
+    x = _skip_copies(x)
+    if x.target != aten.reshape.default or value(_source(x)).dim() != 4:
+        return None
+    old, new = value(_source(x)).shape, value(x).shape
+    same = all(statically_known_true(a == b) for a, b in zip((old[0] * old[1], old[2], old[3]), new, strict=True))
+    return _source(x) if same and isinstance(old[1], int) else None
+
+
+def unrepeated(x: fx.Node) -> fx.Node | None:
+    """The [B, G, S, D] that x [B, G R, S, D] repeats R times head by head, or None."""
+    if x.target == aten.repeat_interleave.self_int and x.args[2:] == (1,):
+        return _source(x)
+    if x.target != aten.reshape.default:
+        return None
+    wide = _skip_copies(_source(x))
+    if wide.target != aten.expand.default:
+        return None
+    narrow = _source(wide)
+    old, new = value(narrow).shape, value(wide).shape
+    if len(new) != 5 or not statically_known_true(old[2] == 1):
+        return None
+    kept = (0, 1, 3, 4)
+    same = all(statically_known_true(old[i] == new[i]) for i in kept)
+    merged = (new[0], new[1] * new[2], new[3], new[4])
+    if not same or not all(statically_known_true(a == b) for a, b in zip(value(x).shape, merged, strict=True)):
+        return None
+    narrow = _skip_copies(narrow)
+    if narrow.target != aten.unsqueeze.default or narrow.args[1] not in (2, -3):
+        return None
+    return _skip_copies(_source(narrow))
+
+
+def _skip_copies(x: fx.Node) -> fx.Node:
+    """The input of copies, and of slices that keep everything, ``x[:, :]``."""
+    while x.target in (aten.contiguous.default, aten.clone.default) or (
+        x.target == aten.slice.Tensor and tuple(x.args[2:]) in ((), (None,), (0,), (0, sys.maxsize), (None, None))
+    ):
+        x = _source(x)
+    return x
+
+
+def _source(x: fx.Node) -> fx.Node:
+    source = x.args[0]
+    assert isinstance(source, fx.Node)
+    return source

@@ -1,0 +1,133 @@
+"""quantize_attention: QKᵀ and PV of INT8 values, float arithmetic; the part of insert_qdq for attentions. In place.
+
+    %s = matmul(%q, transpose(%k, -2, -1))
+    ...                                                # scale, masks: the graph's own nodes
+    %y = matmul(softmax(%t, -1), %v)
+->
+    %qs = sqcompile.token_scale(%q)                    # or per head, per tensor, a calibrated constant
+    %qi = sqcompile.quantize(%q, %qs)                  # int8 [B, H, Sq, D]; so is k, less its mean where that helps
+    %s = sqcompile.int8_scores(%qi, %qs, %ki, %ks, dtype)
+    ...
+    %y = sqcompile.attend(sqcompile.attention_weights(%t, dtype), %v)         # "qk": PV as it was
+    %y = sqcompile.int8_attend(%t, %vi, %vs, dtype)                           # "qk_pv"
+
+scaled_dot_product_attention is spelled out first, in float32. Key heads are not repeated, and a row that sees no key
+gives zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.passes.attention_chains import Attention, find_attentions
+from sqcompile.passes.graph import add_op, add_tensor, arguments, aten, nodes_by_name, value
+from sqcompile.plan import AttentionPlan, Plan
+
+
+def quantize_attention(gm: fx.GraphModule, plan: Plan) -> None:
+    """Quantizes the plan's attentions."""
+    plans = {p.name: p for p in plan.attention if p.quantized != "none"}
+    for a in find_attentions(gm) if plans else []:
+        if a.name in plans:
+            _Inserter(gm, plan, a, plans[a.name]).run()
+
+
+class _Inserter:
+    def __init__(self, gm: fx.GraphModule, plan: Plan, a: Attention, how: AttentionPlan) -> None:
+        self.gm, self.plan, self.a, self.how = gm, plan, a, how
+        self.nodes = nodes_by_name(gm)
+
+    def run(self) -> None:
+        a, product, output = self.a, self.nodes[self.a.product], self.nodes[self.a.output]
+        whole = product is output
+        with self.gm.graph.inserting_before(product):
+            q, q_scale = self._quantize(self._four(a.q), self.how.q_scale, "query_scale")
+            k = self._four(a.k)
+            mean = self.plan.heads.get(f"{a.name}/key_mean")
+            if mean is not None:
+                constant = add_tensor(self.gm, f"{a.name}.key_mean", mean[:, None].to(value(k).device))
+                k = add_op(self.gm, aten.sub.Tensor, k, constant)
+            k, k_scale = self._quantize(k, self.how.k_scale, "key_scale")
+            dtype = torch.float32 if whole else value(product).dtype
+            scores = add_op(self.gm, sqcompile_ops.int8_scores.default, q, q_scale, k, k_scale, dtype)
+            if whole:
+                scores = self._scaled_and_masked(scores, product)
+            elif value(product).dim() == 3:
+                scores = add_op(self.gm, aten.flatten.using_ints, scores, 0, 1)
+        if whole:
+            with self.gm.graph.inserting_before(output):
+                self._replace(output, self._attend(scores, None, output))
+            return
+        product.replace_all_uses_with(scores)
+        softmax = self.nodes[a.softmax]
+        masked = softmax.args[0]
+        assert isinstance(masked, fx.Node)
+        with self.gm.graph.inserting_before(softmax):
+            weights = add_op(self.gm, sqcompile_ops.attention_weights.default, masked, value(softmax).dtype)
+        softmax.replace_all_uses_with(weights)
+        with self.gm.graph.inserting_before(output):
+            p = output.args[0]
+            assert isinstance(p, fx.Node)
+            self._replace(output, self._attend(masked, p, output))
+        for node in (softmax, product):
+            if not node.users:
+                self.gm.graph.erase_node(node)
+
+    def _four(self, name: str) -> fx.Node:
+        """An operand as [B, H, S, D]."""
+        x = self.nodes[name]
+        if name == self.a.k and self.a.transposed:
+            x = add_op(self.gm, aten.transpose.int, x, -1, -2)
+        return add_op(self.gm, aten.unsqueeze.default, x, 1) if value(x).dim() == 3 else x
+
+    def _quantize(self, x: fx.Node, static: float | None, name: str) -> tuple[fx.Node, fx.Node]:
+        granularity = self.plan.recipe.granularity
+        if static is not None:
+            scale = add_tensor(self.gm, f"{self.a.name}.{name}", torch.tensor(static, device=value(x).device))
+        elif granularity == "per_token":
+            scale = add_op(self.gm, sqcompile_ops.token_scale.default, x)
+        elif granularity == "per_head":
+            scale = add_op(self.gm, sqcompile_ops.scale_over.default, x, [-2, -1])
+        else:
+            scale = add_op(self.gm, sqcompile_ops.tensor_scale.default, x)
+        return add_op(self.gm, sqcompile_ops.quantize.default, x, scale), scale
+
+    def _scaled_and_masked(self, scores: fx.Node, node: fx.Node) -> fx.Node:
+        """What scaled_dot_product_attention does before its softmax."""
+        args = arguments(node)
+        scale = self.a.width**-0.5 if args["scale"] is None else args["scale"]
+        scores = add_op(self.gm, aten.mul.Tensor, scores, scale)
+        mask = args["attn_mask"]
+        if mask is None and not args["is_causal"]:
+            return scores
+        if mask is not None and value(mask).dim() == 3:
+            mask = add_op(self.gm, aten.unsqueeze.default, mask, 1 if value(node).dim() == 3 else 0)
+        return add_op(self.gm, sqcompile_ops.mask_scores.default, scores, mask, 0 if args["is_causal"] else None)
+
+    def _attend(self, masked: fx.Node, p: fx.Node | None, output: fx.Node) -> fx.Node:
+        """P V in float, or of INT8 values; ``p`` are the graph's own weights, None where it spells none out."""
+        v, dtype = self._four(self.a.v), value(output).dtype
+        if self.how.quantized == "qk":
+            if p is None:
+                p = add_op(self.gm, sqcompile_ops.attention_weights.default, masked, torch.float32)
+                p = p if dtype == torch.float32 else add_op(self.gm, aten.to.dtype, p, dtype)
+            y = add_op(self.gm, sqcompile_ops.attend.default, self._apart(p), v)
+        else:
+            static = self.plan.heads.get(f"{self.a.name}/value_scale")
+            if static is None:
+                scale = add_op(self.gm, sqcompile_ops.scale_over.default, v, [-2])
+            else:
+                scale = add_tensor(self.gm, f"{self.a.name}.value_scale", static[:, None].to(value(v).device))
+            quantized = add_op(self.gm, sqcompile_ops.quantize.default, v, scale)
+            y = add_op(self.gm, sqcompile_ops.int8_attend.default, self._apart(masked), quantized, scale, dtype)
+        return add_op(self.gm, aten.flatten.using_ints, y, 0, 1) if value(output).dim() == 3 else y
+
+    def _apart(self, x: fx.Node) -> fx.Node:
+        """[B H, Sq, Sk] as [B, H, Sq, Sk]."""
+        return add_op(self.gm, aten.unflatten.int, x, 0, [-1, self.a.heads]) if value(x).dim() == 3 else x
+
+    def _replace(self, old: fx.Node, new: fx.Node) -> None:
+        old.replace_all_uses_with(new)
+        self.gm.graph.erase_node(old)

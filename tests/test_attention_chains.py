@@ -1,0 +1,225 @@
+"""Attentions found by dataflow in every spelling, and scales of head channels that change nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative_error
+from families import FAMILIES, build
+from hand_written import HAND_WRITTEN, Attend, inputs_of
+from test_families import outputs, resized, run
+from torch import nn
+
+import sqcompile
+from sqcompile import Recipe
+from sqcompile.inputs import as_call
+from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.passes.attention_chains import find_attentions
+from sqcompile.passes.fold import fold
+from sqcompile.passes.head_labels import match_heads
+from sqcompile.plan import Plan
+from sqcompile.trace import trace
+
+# name: attentions, (heads, key heads, channels), scales of each that are free, what absorbs them
+PLAIN = (2, (4, 4, 16), 64, "linear")
+ROTARY = (2, (4, 2, 16), 16, "linear")  # 2 key heads x 8 pairs of channels
+CHAINS = {
+    "opt": PLAIN,
+    "opt post-norm": PLAIN,
+    "gpt2": PLAIN,
+    "bloom": PLAIN,
+    "llama": ROTARY,
+    "mistral": ROTARY,
+    "qwen2": ROTARY,
+    "qwen3": (2, (4, 2, 16), 8, "scale"),  # the norm's weight serves every head
+    "mixtral": ROTARY,
+    "qwen2_moe": ROTARY,
+    "falcon 7b": (2, (4, 1, 16), 8, "linear"),
+    "falcon 40b": (2, (4, 4, 16), 16, "linear"),  # repeats its key heads before it rotates them
+    "falcon alibi": PLAIN,
+    "gpt_neox": (2, (4, 4, 16), 56, "linear"),  # rotates 4 of 16 channels: 2 pairs and 12 alone
+    "gemma": ROTARY,
+    "gemma2": ROTARY,
+    "phi3": ROTARY,
+    "bert": PLAIN,
+    "roberta": PLAIN,
+    "t5": (6, (4, 4, 16), 64, "linear"),
+    "t5 gated": (6, (4, 4, 16), 64, "linear"),
+    "whisper": (6, (4, 4, 16), 64, "linear"),
+    "vit": PLAIN,
+    "clip": (4, (4, 4, 16), 64, "linear"),
+}
+# those with a switch; Gemma-2 and BLOOM are spelled out as they come, Falcon never is
+SPELLED_OUT = [n for n in FAMILIES if n not in ("falcon 7b", "falcon 40b", "falcon alibi", "gemma2", "bloom")]
+QUICK = ("opt", "llama", "bloom", "t5")
+
+
+def found(model, call):
+    gm = trace(model, as_call(model, call))
+    return gm, find_attentions(gm)
+
+
+def fold_heads(gm, attentions, seed=0):
+    """Folds random scales, far from 1, into every attention; and the sites and reasons."""
+    sites, why = match_heads(gm, attentions)
+    generator = torch.Generator().manual_seed(seed)
+    heads = {f"{s.name}/scale": torch.exp(torch.randn(s.classes, generator=generator)) for s in sites}
+    return fold(gm, [], Plan(Recipe(), None, {}, (), (), heads), sites), sites, why
+
+
+def changed(before, after):
+    """How many parameters of a graph another one reads through arithmetic of its own."""
+    return sum(n.op == "get_attr" for n in after.graph.nodes) - sum(n.op == "get_attr" for n in before.graph.nodes)
+
+
+def operators(gm, name):
+    return gm.graph.find_nodes(op="call_function", target=getattr(sqcompile_ops, name).default)
+
+
+def with_attention(model, call, recipe):
+    return sqcompile.compile(model, [call], recipe=recipe, backend="eager", progress=False)
+
+
+def check_family(name, eager):
+    model, call = build(name)
+    if eager:
+        model.set_attn_implementation("eager")
+    gm, attentions = found(model, call)
+    count, shape, classes, kind = CHAINS[name]
+    assert [a.refused for a in attentions] == [None] * count
+    assert {(a.heads, a.groups, a.width) for a in attentions} == {shape}
+    assert not any(isinstance(a.scores, str) for a in attentions)
+    assert all((a.product == a.output) != (eager or name in ("gemma2", "bloom")) for a in attentions)
+    assert all("attn" in a.name or "attention" in a.name.lower() for a in attentions)
+    assert len({a.name for a in attentions}) == count
+    folded, sites, why = fold_heads(gm, attentions)
+    assert why == {} and len(sites) == count
+    assert {s.classes for s in sites} == {classes}
+    assert {x.kind for s in sites for x, _ in (*s.queries, *s.keys)} == {kind}
+    assert changed(gm, folded) >= 2 * count
+    for x in (call, resized(call)):
+        for a, b in zip(outputs(folded(**x)), run(model, x), strict=False):
+            assert relative_error(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_attention_is_found_and_smoothed_exactly(name):
+    check_family(name, eager=False)
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SPELLED_OUT])
+def test_every_attention_that_is_spelled_out_is_found_and_smoothed_exactly(name):
+    check_family(name, eager=True)
+
+
+@pytest.mark.parametrize("name", HAND_WRITTEN)
+def test_attention_in_other_spellings(name):
+    torch.manual_seed(0)
+    model, classes, one_operator = HAND_WRITTEN[name]()
+    model.eval()
+    x = inputs_of(model)
+    gm, attentions = found(model, x)
+    assert [a.refused for a in attentions] == [None]
+    assert (not isinstance(attentions[0].scores, str)) == one_operator
+    folded, sites, why = fold_heads(gm, attentions)
+    assert [s.classes for s in sites] == [classes] and why == {}
+    with torch.no_grad():
+        assert relative_error(folded(*x), model(*x)) <= 1e-5
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_scales_of_head_channels_change_nothing(seed):
+    torch.manual_seed(seed)
+    make = list(HAND_WRITTEN.values())[seed % len(HAND_WRITTEN)]
+    model = make()[0].eval()
+    x = inputs_of(model, batch=1 + seed % 3, tokens=3 + seed)
+    gm, attentions = found(model, x)
+    folded, _, _ = fold_heads(gm, attentions, seed)
+    with torch.no_grad():
+        assert relative_error(folded(*x), model(*x)) <= 1e-5
+
+
+class Shows(Attend):
+    """Attention whose ``what`` the caller sees, too."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-1, -2)
+        if self.what == "two products":
+            scores = scores + v @ k.transpose(-1, -2)
+        p = scores.softmax(2 if self.what == "other dim" else -1)
+        out = self.join(p @ v)
+        return {"weights": (out, p), "scores": (out, scores)}.get(self.what, out)
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("weights", "its weights are read elsewhere, too: is an output of the model"),
+        ("scores", "its scores are read elsewhere, too: is an output of the model"),
+        ("two products", "its scores are a sum of several products"),
+        ("other dim", "its softmax does not run over the last dim"),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused_in_words(what, reason):
+    model = Shows(what).eval()
+    x = inputs_of(model)
+    assert [a.refused for a in found(model, x)[1]] == [reason]
+    compiled = with_attention(model, x, Recipe(attention="qk_pv"))
+    (plan,) = compiled.report.attention
+    assert (plan.quantized, plan.reason) == ("none", reason)
+    assert "0 of 1 attentions in INT8" in str(compiled.report)
+    assert not operators(compiled.stages["quantized"], "int8_scores")
+
+
+class Unsmoothable(Attend):
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        if self.what == "tanh":
+            k = torch.tanh(k)
+        elif self.what == "shared":
+            q = k
+        elif self.what == "residual":
+            k = k + v
+        y = self.join(F.scaled_dot_product_attention(q, k, v))
+        return (y, k) if self.what == "read" else y
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("tanh", "its keys: passes tanh, which does not commute with a scale"),
+        ("shared", "is query and key at once"),
+        ("residual", "joins a residual stream"),
+        ("read", "is an output of the model"),
+    ],
+)
+def test_attention_that_cannot_be_smoothed_is_quantized_all_the_same(what, reason):
+    model = Unsmoothable(what).eval()
+    x = inputs_of(model)
+    gm, attentions = found(model, x)
+    sites, why = match_heads(gm, attentions)
+    assert sites == [] and reason in why[attentions[0].name]
+    (plan,) = with_attention(model, x, Recipe(attention="qk")).report.attention
+    assert plan.quantized == "qk" and plan.smoothing == "none" and reason in plan.reason
+
+
+def test_a_softmax_of_a_linear_is_no_attention():
+    class Router(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up = nn.Linear(32, 4), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.gate(x).softmax(-1) @ torch.ones(4, 32) * self.up(x)
+
+    assert found(Router().eval(), (torch.randn(2, 5, 32),))[1] == []
