@@ -243,7 +243,7 @@ def test_the_operator_is_its_definition_and_its_fake_agrees():
     qi, ki, vi = quantize(q, qs), quantize(k, ks), quantize(v, vs)
     mask = torch.randn(2, 1, 150, 200)
     for values, v_scale in ((v, None), (vi, vs)):
-        args = (qi, qs, ki, ks, values, v_scale, mask, None, False, 0.25, 5.0, torch.float32)
+        args = (qi, qs, ki, ks, values, v_scale, mask, None, None, 0.25, 5.0, torch.float32)
         got = sqcompile_ops.int8_attention(*args)
         scores = (q.double() @ k.double().repeat_interleave(2, 1).mT) * 0.25
         want = (5 * torch.tanh(scores / 5) + mask).softmax(-1) @ v.double().repeat_interleave(2, 1)

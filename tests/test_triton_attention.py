@@ -93,11 +93,11 @@ def tiles() -> dict[str, Any]:
 
     found = {"shipped": None, "small": Tile(32, 32), "split": Tile(32, 32, splits=3)}
     if INTERPRETED or torch.cuda.get_device_capability() >= (9, 0):
-        found |= {"tma": Tile(64, 64, warps=4, tma=True), "ahead": Tile(64, 64, warps=4, tma=True, ahead=True)}
+        found["tma"] = Tile(64, 64, warps=4, tma=True)
     return found
 
 
-TILES = ["shipped", "small", "split", "tma", "ahead"]
+TILES = ["shipped", "small", "split", "tma"]
 
 
 def tile_of(name: str) -> Any:
@@ -126,7 +126,7 @@ def test_lengths_around_tile_boundaries(name, values):
 @pytest.mark.parametrize("values", [FLOAT, torch.int8])
 @pytest.mark.parametrize("name", TILES)
 def test_grouped_query_heads(name, values):
-    for h, g in ((8, 2), (6, 2), (8, 1)) if name in ("shipped", "ahead") else ((8, 2),):
+    for h, g in ((8, 2), (6, 2), (8, 1)) if name in ("shipped", "tma") else ((8, 2),):
         for sq in (1, 5, 40) if name == "shipped" else (5, 17):
             check(case((2, h, g, sq, 70, 32), values=values, diagonal=70 - sq), tile_of(name))
 
@@ -151,7 +151,7 @@ def test_values_of_another_size_than_keys():
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_granularities_and_softcap(granularity, softcap, values):
-    for sq, name in ((3, "shipped"), (70, "shipped"), (70, "ahead"))[1 if softcap else 0 :]:
+    for sq, name in ((3, "shipped"), (70, "shipped"), (70, "tma"))[1 if softcap else 0 :]:
         for value_scale in ("channel", "tensor") if values == torch.int8 and not softcap else ("head",):
             arguments = case((2, 4, 2, sq, 70, 64), granularity=granularity, values=values, value_scale=value_scale,
                              softcap=softcap, diagonal=70 - sq)  # fmt: skip
@@ -185,7 +185,7 @@ def test_masks_and_their_blocks(kind):
     from sqcompile.kernels.triton.mask import mask_blocks
 
     lengths = [(70, 260, "tma" if kind in ("window", "bias, lowest") else "shipped"), (2, 260, "shipped")]
-    for sq, sk, name in [*lengths, (1, 140, "split"), (150, 150, "ahead")] if kind == "window" else lengths:
+    for sq, sk, name in [*lengths, (1, 140, "split"), (150, 150, "tma")] if kind == "window" else lengths:
         mask = masks(sq, sk)[kind].to(DEVICE)
         arguments = case((2, 2, 1, sq, sk, 32), mask=mask)
         y = check(arguments, tile_of(name))
