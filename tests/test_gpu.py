@@ -28,6 +28,22 @@ def test_a_gpu_gives_the_cpus_result(family, recipe, backend):
         assert relative_error(gpu(x.cuda()).logits.cpu(), cpu(x).logits) < 2e-2  # rounding moves single int8 values
 
 
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("attention", ["qk", "qk_pv"])
+def test_int8_attention_gives_the_cpus_result(attention, backend):
+    batches = token_batches()
+    recipe = sqcompile.Recipe(attention=attention)
+    plan = sqcompile.calibrate(tiny_lm("llama"), batches, recipe=recipe, progress=False)
+    cpu = sqcompile.compile(tiny_lm("llama"), plan=plan, backend="eager")
+    gpu = sqcompile.compile(tiny_lm("llama").cuda(), plan=plan, backend=backend)
+    names = [str(n.target) for n in gpu.lowered.graph.nodes]
+    assert names.count("sqcompile.int8_attention.default") == 2
+    assert names.count("sqcompile.mask_blocks.default") <= 1  # one list of blocks for all layers
+    for shape in ((3, 40), (1, 1), (2, 300)):
+        x = torch.randint(3, 96, shape)
+        assert relative_error(gpu(x.cuda()).logits.cpu(), cpu(x).logits) < 2e-2
+
+
 def test_inductor_sees_the_kernels_of_rows():
     from torch._inductor.utils import run_and_get_code
 

@@ -23,8 +23,12 @@ from torch.nn import functional as F
 
 from sqcompile.kernels import reference
 
-PREFILL = tuple(
-    (b, 32, g, s, s, d) for d in (128, 64) for b, g in ((1, 8), (1, 32), (4, 8)) for s in (2048, 4096, 8192)
+PREFILL = (
+    *((1, 32, 8, s, s, 128) for s in (2048, 4096, 8192)),
+    (1, 32, 32, 4096, 4096, 128),
+    (4, 32, 8, 2048, 2048, 128),
+    *((1, 32, 8, s, s, 64) for s in (2048, 8192)),
+    (4, 32, 8, 2048, 2048, 64),
 )
 DECODE = tuple((b, 32, 8, 1, s, 128) for b in (1, 16, 64) for s in (2048, 8192))  # B, H, G, Sq, Sk, D
 HALF = torch.bfloat16
