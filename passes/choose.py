@@ -90,7 +90,8 @@ def choose(
             else:
                 note = ("none", reason, None)
         notes.update({l.name: note for l in quantized})
-    return Plan(recipe, call, scales, tuple(chooser.layer(l, floats, notes) for l in linears))
+    columns = {name: s for name, s in chooser.columns.items() if name not in floats}
+    return Plan(recipe, call, scales, tuple(chooser.layer(l, floats, notes) for l in linears), columns)
 
 
 class _Chooser:

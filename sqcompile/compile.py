@@ -18,6 +18,8 @@ from sqcompile.passes.graph import find_linears
 from sqcompile.passes.insert_qdq import insert_qdq
 from sqcompile.passes.lower import lower
 from sqcompile.passes.match import input_sites, match
+from sqcompile.passes.shared import Shared
+from sqcompile.passes.split import split_sites
 from sqcompile.plan import Plan
 from sqcompile.recipe import Recipe, resolve_recipe
 from sqcompile.show import show_stage
@@ -81,8 +83,11 @@ def calibrate(
     return _analyse(model, calib_loader, resolve_recipe(recipe), None, example_inputs, dynamic_shapes, progress)[1]
 
 
-def rewrite(traced: fx.GraphModule, plan: Plan, until: str) -> fx.GraphModule:
-    """The rewrites in their order, up to a stage: "traced", "folded", "quantized" or "lowered"."""
+def rewrite(traced: fx.GraphModule, plan: Plan, until: str, shared: Shared | None = None) -> fx.GraphModule:
+    """The rewrites in their order, up to a stage: "traced", "folded", "quantized" or "lowered".
+
+    With ``shared``, the graph is one of several of a model: it may lack sites of the plan, and shares INT8 weights.
+    """
     gm = verify(traced, "traced")
     text = show_stage(gm, "traced", None)
     if until == "traced":
@@ -90,17 +95,20 @@ def rewrite(traced: fx.GraphModule, plan: Plan, until: str) -> fx.GraphModule:
     _check_plan(gm, plan)
     sites, refusals = match(gm)
     quantized = {l.name for l in plan.layers if l.quantized}
-    gm = verify(fold(gm, sites + input_sites(refusals, quantized), plan), "folded")
+    sites = sites + input_sites(refusals, quantized)
+    if shared is not None:
+        sites, plan = split_sites(find_linears(gm), sites, plan)
+    gm = verify(fold(gm, sites, plan), "folded")
     text = show_stage(gm, "folded", text)
     if until == "folded":
         return gm
-    gm = verify(insert_qdq(gm, plan), "quantized")
+    gm = verify(insert_qdq(gm, plan, shared), "quantized")
     text = show_stage(gm, "quantized", text)
     if until == "quantized":
         return gm
     handed_over = [gm]
     del gm  # lower frees each plain int8 weight as it packs it, which no other reference may prevent
-    gm = verify(lower(handed_over.pop()), "lowered")
+    gm = verify(lower(handed_over.pop(), shared), "lowered")
     show_stage(gm, "lowered", text)
     return gm
 

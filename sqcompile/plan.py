@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,7 @@ from sqcompile.errors import PlanError
 from sqcompile.recipe import Recipe
 
 FORMAT = 1
+_COLUMNS = "columns: "
 
 Smoothing = Literal["folded", "multiplied", "none"]
 
@@ -59,12 +60,15 @@ class Plan:
         call: shapes and dtypes of the call the model was captured with.
         scales: smoothing scale by site name, float32 [C].
         layers: every linear, in graph order.
+        columns: s of each smoothed linear's input channels, float32 [K], by linear name: for graphs that hold a linear
+            and not all of its site, where it is multiplied explicitly.
     """
 
     recipe: Recipe
     call: Any
     scales: dict[str, Tensor]
     layers: tuple[LayerPlan, ...]
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as one safetensors file: the scales, and all else as JSON in its header."""
@@ -74,8 +78,9 @@ class Plan:
             "call": self.call,
             "layers": [dataclasses.asdict(l) for l in self.layers],
         }
-        scales = {k: v.contiguous().cpu() for k, v in self.scales.items()}
-        save_file(scales, path, {"sqcompile_plan": json.dumps(meta)})
+        tensors = self.scales | {_COLUMNS + k: v for k, v in self.columns.items()}
+        tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
+        save_file(tensors, path, {"sqcompile_plan": json.dumps(meta)})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
@@ -87,7 +92,7 @@ class Plan:
         try:
             with safe_open(path, "pt") as f:
                 meta = json.loads((f.metadata() or {})["sqcompile_plan"])
-                scales = {
+                tensors = {
                     k: f.get_tensor(k)
                     for k in f.keys()  # noqa: SIM118 - a safetensors file is no dict
                 }
@@ -101,6 +106,7 @@ class Plan:
         return Plan(
             Recipe(**recipe),
             meta["call"],
-            scales,
+            {k: v for k, v in tensors.items() if not k.startswith(_COLUMNS)},
             tuple(LayerPlan(**{**l, "shape": tuple(l["shape"])}) for l in meta["layers"]),
+            {k.removeprefix(_COLUMNS): v for k, v in tensors.items() if k.startswith(_COLUMNS)},
         )
