@@ -49,9 +49,9 @@ def smoothquant(
         if torch.is_grad_enabled() and asks_for_gradients(example_inputs):
             raise CaptureError(GRAD)
         parameters = [x for x in example_inputs if isinstance(x, nn.Parameter)]
-        parameters += [x for x in gm.parameters()]
+        parameters += list(gm.parameters())
         session = session_of(parameters, found)
-        make_dynamic(gm, [x for x in example_inputs], lambda x: bool(session.names(x)))
+        make_dynamic(gm, example_inputs, lambda x: bool(session.names(x)), found.mode == "reduce-overhead")
         names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
         return Runner(session, capture(gm), example_inputs, names)
     except SQCompileError as e:

@@ -15,11 +15,13 @@ from torch import Tensor, fx
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
 
-def make_dynamic(gm: fx.GraphModule, examples: Sequence[Any], is_constant: Callable[[Tensor], bool]) -> None:
+def make_dynamic(
+    gm: fx.GraphModule, examples: Sequence[Any], is_constant: Callable[[Tensor], bool], keep_fixed: bool
+) -> None:
     """Marks the sizes of a graph's inputs, and has Dynamo trace it again where it took one for fixed.
 
     Nothing is done where torch.compile was told ``dynamic=True`` or ``False``. Sizes of 0 and 1 stay what they are, and
-    so do inputs of a fixed address (a static cache), as CUDA graphs need them.
+    with ``keep_fixed`` (for CUDA graphs) so do those of inputs of a fixed address, such as a static cache.
 
     Raises:
         TensorifyScalarRestartAnalysis: for Dynamo, which then traces again: the one restart that a backend may ask for.
@@ -30,7 +32,7 @@ def make_dynamic(gm: fx.GraphModule, examples: Sequence[Any], is_constant: Calla
     for node, x in zip(gm.graph.find_nodes(op="placeholder"), examples, strict=True):
         if not isinstance(x, Tensor) or isinstance(x, torch.nn.Parameter) or is_constant(x):
             continue
-        if hasattr(x, "_dynamo_static_input_type"):
+        if keep_fixed and hasattr(x, "_dynamo_static_input_type"):
             continue
         fake = node.meta["example_value"]
         marked: set[int] = getattr(x, "_dynamo_weak_dynamic_indices", set())

@@ -17,6 +17,7 @@ from sqcompile.compile import rewrite
 from sqcompile.emit import flatten, inductor
 from sqcompile.errors import CaptureError, StageError
 from sqcompile.inputs import Call, token_mask
+from sqcompile.passes.graph import value
 from sqcompile.passes.shared import held
 
 GRAD = (
@@ -134,7 +135,7 @@ class Runner:
             return flat, positions
         cudagraphs = self.session.options.mode == "reduce-overhead"
         static = [self.template.sources[i] for i in positions] if cudagraphs else None
-        return inductor(flat, static, guarded), positions
+        return _with_layout(inductor(flat, static, guarded), flat), positions
 
     def _observe(self, args: Sequence[Any], tensors: list[Tensor]) -> Any:
         """The call in float; statistics of weights that have changed are dropped."""
@@ -150,6 +151,24 @@ class Runner:
             for position, new in zip(self.template.updates, results, strict=False):
                 args[position].copy_(new)
         return results[len(self.template.updates) :]
+
+
+def _with_layout(run: Callable[..., Any], flat: fx.GraphModule) -> Callable[..., Any]:
+    """Gives outputs the layout they have in eager mode where that is contiguous.
+
+    Inductor returns the keys of a first call as they lie, not as the concatenation with an empty cache that they are; the
+    second call, which gets them, would be compiled for that layout, and again for the third.
+    """
+    outputs = [value(n) if isinstance(n, fx.Node) else n for n in next(iter(reversed(flat.graph.nodes))).args[0]]
+    dense = [i for i, v in enumerate(outputs) if isinstance(v, Tensor) and v.dim() > 1 and v.is_contiguous()]
+
+    def run_dense(*args: Any) -> Any:
+        out = list(run(*args))
+        for i in dense:
+            out[i] = out[i].contiguous()
+        return out
+
+    return run_dense
 
 
 def asks_for_gradients(args: Sequence[Any]) -> bool:
