@@ -20,6 +20,7 @@ from sqcompile.errors import CaptureError
 from sqcompile.explain import first_line
 from sqcompile.passes.canonicalize import canonicalize
 from sqcompile.passes.graph import aten, clone, finish, get_tensor, set_tensor, value
+from sqcompile.passes.label_rules import LAYOUT, behind
 from sqcompile.trace import tidy
 
 
@@ -140,10 +141,22 @@ def write_back(gm: fx.GraphModule) -> fx.GraphModule:
     nodes = {n.name: n for n in gm.graph.find_nodes(op="placeholder")}
     output = next(iter(reversed(gm.graph.nodes)))
     results = list(output.args[0])
+    written: dict[fx.Node, fx.Node] = {}
     with gm.graph.inserting_before(output):
         for name, new in zip(updates, results, strict=False):
-            copy = gm.graph.call_function(aten.copy_.default, (nodes[name], new))
-            copy.meta["val"] = value(nodes[name])
-    output.args = (tuple(results[len(updates) :]),)
+            written[new] = gm.graph.call_function(aten.copy_.default, (nodes[name], new))
+            written[new].meta["val"] = value(nodes[name])
+        output.args = (tuple(_view_of_written(gm, r, written) for r in results[len(updates) :]),)
     gm.recompile()
     return gm
+
+
+def _view_of_written(gm: fx.GraphModule, result: Any, written: dict[fx.Node, fx.Node]) -> Any:
+    """An output that is a view of a new value, as a view of the input which holds that value now."""
+    if not isinstance(result, fx.Node) or result in written:
+        return written.get(result, result) if isinstance(result, fx.Node) else result
+    if behind(result, LAYOUT) not in written:
+        return result
+    new = gm.graph.node_copy(result)
+    new.update_arg(0, _view_of_written(gm, result.args[0], written))
+    return new
