@@ -114,9 +114,7 @@ def _merge(parts: list[tuple[torch.Tensor, torch.Tensor]], experts: bool) -> Mer
         if not packs:
             return Merged(w_int8, scale)
         packed = [x86.pack(matrix) for matrix in w_int8]
-        return Merged(
-            packed, scale, torch.stack([x86.row_sum(m, p) for m, p in zip(w_int8, packed, strict=True)])
-        )
+        return Merged(packed, scale, torch.stack([x86.row_sum(m, p) for m, p in zip(w_int8, packed, strict=True)]))
     w_int8 = torch.cat([w for w, _ in parts])
     scale = torch.cat([scale.expand(len(w)) for w, scale in parts])
     if not packs:

@@ -64,7 +64,6 @@ class InputStats:
         self.rows = torch.cat([self.rows[old], x[new]])
         self.experts = torch.cat([self.experts[old], experts[new]])
 
-
     def merged(self, other: InputStats) -> InputStats:
         """Statistics of both's tokens."""
         keys, best = torch.cat([self.keys, other.keys]).topk(min(SAMPLE_ROWS, len(self.keys) + len(other.keys)))

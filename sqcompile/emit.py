@@ -163,7 +163,12 @@ def inductor(
     mode = flat.meta["fake_mode"]
     before = dict(mode.shape_env.replacements) if mode.shape_env else {}
     # the operators' fakes give exact sizes and strides (tested), which need no check at every call
-    options = {"freezing": True, "triton.cudagraphs": static is not None, "size_asserts": False, "alignment_asserts": False}
+    options = {
+        "freezing": True,
+        "triton.cudagraphs": static is not None,
+        "size_asserts": False,
+        "alignment_asserts": False,
+    }
     with torch.no_grad(), config.patch(options), tracing(TracingContext(mode)):
         run: Any = compile_fx(flat, fakes)
     after = dict(mode.shape_env.replacements) if mode.shape_env else {}

@@ -150,7 +150,9 @@ def test_the_first_calls_calibrate():
     plan, reference = planned(model, batches[:3])
     assert torch.allclose(got, reference(batches[4]), atol=1e-4) and not torch.equal(got, call(model, batches[4]))
     mine = session(model).plan
-    assert [(l.name, l.quantized, l.alpha) for l in mine.layers] == [(l.name, l.quantized, l.alpha) for l in plan.layers]
+    assert [(l.name, l.quantized, l.alpha) for l in mine.layers] == [
+        (l.name, l.quantized, l.alpha) for l in plan.layers
+    ]
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -211,7 +213,9 @@ def test_memory_with_free_float():
     assert bool(model[0].up.weight.isnan().all())
     with torch.no_grad():
         model[0].up.weight.zero_()
-    with pytest.raises(sqcompile.StageError, match=r"0\.up\.weight was written to .* after its float values were freed"):
+    with pytest.raises(
+        sqcompile.StageError, match=r"0\.up\.weight was written to .* after its float values were freed"
+    ):
         call(net, x)
 
 
@@ -306,7 +310,9 @@ def test_inputs_that_are_written_to_and_outputs_that_alias():
     model = Cache().eval()
     plan, _ = planned(nn.Sequential(model.fc), [torch.randn(2, 16)])
     layers = tuple(type(l)(**{**l.__dict__, "name": l.name.replace("0.", "fc.")}) for l in plan.layers)
-    plan = sqcompile.Plan(plan.recipe, plan.call, {}, tuple(type(l)(**{**l.__dict__, "smoothing": "none"}) for l in layers))
+    plan = sqcompile.Plan(
+        plan.recipe, plan.call, {}, tuple(type(l)(**{**l.__dict__, "smoothing": "none"}) for l in layers)
+    )
     x, at = torch.randn(2, 16), torch.tensor([1, 3])
     mine, theirs = torch.zeros(5, 16), torch.zeros(5, 16)
     got, want = call(compiled(model, plan=plan), x, mine, at), call(model, x, theirs, at)

@@ -144,7 +144,9 @@ class Session:
             sites, refusals = match(gm)
             try:
                 with torch.no_grad():
-                    more = choose(gm, sites, refusals, calibration, _for_graph(recipe, graphs, gm), to_spec(Call((), {})))
+                    more = choose(
+                        gm, sites, refusals, calibration, _for_graph(recipe, graphs, gm), to_spec(Call((), {}))
+                    )
             except NothingToQuantizeError as e:
                 error = e
                 continue

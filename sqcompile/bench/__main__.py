@@ -1,10 +1,10 @@
-"""``python -m sqcompile.bench cpu``, ``gpu`` or ``speedup``."""
+"""``python -m sqcompile.bench cpu``, ``gpu``, ``generate`` or ``speedup``."""
 
 import sys
 
-from sqcompile.bench import cpu, gpu, speedup
+from sqcompile.bench import cpu, generate, gpu, speedup
 
-BENCHMARKS = {"cpu": cpu.main, "gpu": gpu.main, "speedup": speedup.main}
+BENCHMARKS = {"cpu": cpu.main, "gpu": gpu.main, "generate": generate.main, "speedup": speedup.main}
 
 
 def main(argv: list[str] | None = None) -> None:
