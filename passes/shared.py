@@ -68,8 +68,9 @@ class Shared:
             tensor = get_tensor(gm, str(node.target))
             known = self.identity(tensor)
             return known if known is not None else (tuple(tensor.shape), _contents(tensor))
-        args = fx.node.map_arg((node.args, node.kwargs), lambda n: _Key(self.key(gm, n)))
-        return str(node.target), repr(args)
+        inputs = tuple(self.key(gm, n) for n in node.all_input_nodes)
+        other = fx.node.map_arg((node.args, node.kwargs), lambda n: node.all_input_nodes.index(n))
+        return str(node.target), repr(other), inputs
 
 
 def held(gm: fx.GraphModule) -> list[Merged]:
@@ -79,13 +80,3 @@ def held(gm: fx.GraphModule) -> list[Merged]:
 
 def _contents(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
-
-
-class _Key:
-    """A key inside a node's arguments."""
-
-    def __init__(self, key: Hashable) -> None:
-        self.key = key
-
-    def __repr__(self) -> str:
-        return repr(self.key)

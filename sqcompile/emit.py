@@ -186,7 +186,7 @@ def _name_inputs(flat: fx.GraphModule, static: list[tuple[Any, bool]]) -> None:
 
     flat.meta["dynamo_compile_id"] = None
     own: Any = flat
-    own._param_name_to_source = {name: LocalSource(name) for name, _ in flat.named_buffers()}
+    own._param_name_to_source = {name: LocalSource(name) for name, _ in flat.named_buffers(remove_duplicate=False)}
     for n, (source, fixed) in zip(flat.graph.find_nodes(op="placeholder"), static, strict=True):
         n._dynamo_source = source
         if fixed:

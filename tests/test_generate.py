@@ -81,6 +81,18 @@ def test_other_ways_to_compile(llama, how):
     assert graphs() == 2
 
 
+def test_layers_compiled_alone_share_one_compilation():
+    model = tiny_lm("llama", num_hidden_layers=4)
+    plan = sqcompile.calibrate(model, token_batches(), progress=False)
+    reference, x = sqcompile.compile(model, plan=plan, backend="eager"), prompts(2, 9)
+    for layer in model.model.layers:
+        layer.compile(backend=smoothquant, options={"plan": plan, "compiler": "eager"})
+    with torch.no_grad():
+        got = model(x, use_cache=False).logits
+    assert float((got - reference(input_ids=x).logits).abs().max()) <= 1e-3
+    assert graphs() == 1
+
+
 def test_left_padding(llama):
     model, plan, reference = llama
     net, x = compiled(model, plan), prompts(1, 6)

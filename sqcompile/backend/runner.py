@@ -141,7 +141,7 @@ class Runner:
         """The call in float; statistics of weights that have changed are dropped."""
         if self.observer is None:
             self.observer = Observer(self._attach(tensors))
-            self.updates = self.observer.module.meta["updates"]  # type: ignore[union-attr, index]
+            self.updates = self.observer.module.meta["updates"]  # type: ignore[index]
         gm: Any = self.observer.module
         leaves = [args[i] for i in gm.meta["arguments"]]
         masks = [args[i] for i, name in enumerate(self.fallback) if "attention_mask" in name]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import types
 import weakref
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +133,8 @@ class Session:
             for name, found in o.found().items():
                 stats[name] = stats[name].merged(found) if name in stats else found
         calibration = Calibration(stats, self._calls)
-        graphs = sorted((o.module for o in observers), key=lambda gm: -len(find_linears(gm)))
+        captured: list[Any] = [o.module for o in observers]
+        graphs: list[fx.GraphModule] = sorted(captured, key=lambda gm: -len(find_linears(gm)))
         recipe = resolve_recipe(self.options.recipe)
         plan: Plan | None = None
         error: Exception | None = None
@@ -192,7 +193,7 @@ def state(tensor: Tensor) -> tuple[int, int]:
 _sessions: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Session]] = weakref.WeakKeyDictionary()
 
 
-def session_of(parameters: list[Tensor], options: Options) -> Session:
+def session_of(parameters: Sequence[Tensor], options: Options) -> Session:
     """The session of the model that is being called.
 
     Raises:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 import sqcompile
+from sqcompile.backend import smoothquant
 from sqcompile.bench.timing import machine, sqnr_db
 
 SHAPES = {
@@ -30,11 +31,13 @@ SHAPES = {
 def llama(device: str, layers: int) -> LlamaForCausalLM:
     """Random weights whose residual stream neither grows nor dies, bf16, with outlier channels behind the norms."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config: Any = LlamaConfig  # the stubs know no sizes
+    config = config(
         **SHAPES[device], num_hidden_layers=layers, vocab_size=32000, max_position_embeddings=4096, rope_theta=500000.0
     )
     with torch.device(device):
-        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()  # type: ignore[arg-type]
+        model = LlamaForCausalLM(config)
+    torch.nn.Module.to(model, torch.bfloat16)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 2:
@@ -42,7 +45,7 @@ def llama(device: str, layers: int) -> LlamaForCausalLM:
             else:
                 p.uniform_(0.5, 1.5)
                 p[::97] *= 8
-    return model
+    return model.eval()
 
 
 def seconds(run: Callable[[], Any], device: str, rounds: int) -> float:
@@ -85,8 +88,8 @@ def contender(name: str, model: LlamaForCausalLM, plan: sqcompile.Plan, device: 
             own.generation_config.compile_config = CompileConfig(mode="reduce-overhead", dynamic=False)
         own.compile(**({} if device == "cuda" else {"dynamic": None}))
         return own
-    options = {"plan": plan, "mode": "reduce-overhead" if device == "cuda" else "default"}
-    return torch.compile(model, backend="smoothquant", options=options)  # type: ignore[arg-type]
+    options: Any = {"plan": plan, "mode": "reduce-overhead" if device == "cuda" else "default"}
+    return torch.compile(model, backend=smoothquant, options=options)  # as backend="smoothquant", installed or not
 
 
 def main(argv: list[str] | None = None) -> None:
