@@ -106,7 +106,7 @@ def test_the_same_logits_as_compile(family):
 
 @pytest.mark.slow
 def test_the_same_logits_through_inductor(lm, lm_windows):
-    plan = sqcompile.calibrate(lm[0], lm_windows[0][:4], progress=False)
+    plan = sqcompile.calibrate(lm[0], [lm_windows[0][:4]], progress=False)
     reference = sqcompile.compile(lm[0], plan=plan)
     net = torch.compile(lm[0], backend=smoothquant, options={"plan": plan})
     x = lm_windows[1][:2, :200]

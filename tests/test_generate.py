@@ -161,7 +161,7 @@ def test_text_generation_pipeline(lm):
 @pytest.mark.slow
 def test_two_hundred_tokens_of_the_shipped_model_through_inductor(lm, lm_windows):
     model, _ = lm
-    plan = sqcompile.calibrate(model, lm_windows[0], progress=False)
+    plan = sqcompile.calibrate(model, [lm_windows[0]], progress=False)
     reference = sqcompile.compile(model, plan=plan)
     net = torch.compile(model, backend=smoothquant, options={"plan": plan})
     for cache in ("dynamic", "static"):
