@@ -8,7 +8,9 @@
     bmm(%x, %y), einsum("bqhd,bkhd->bhqk")  -> matmul, of permuted operands, where both are data
     baddbmm(%b, %x, %y)                     -> add(matmul(%x, %y), %b), with its factors
     view(%x, size), _unsafe_view(%x, size)  -> reshape(%x, size)
-    dropout(%x, p, False)                   -> %x
+    dropout(%x, p, False), detach(%x)       -> %x
+    _to_copy(%x, dtype=d)                   -> to(%x, d)
+    _unsafe_view(clone(%x), size)           -> reshape(%x, size)
 
 A linear is ``linear(x, w, b)`` with w [N, K], or [E, N, K] for experts over rows sorted by expert. A weight is a constant expression, so that transposing or reshaping it costs
 nothing and writes to no parameter. A view looks at memory, whose layout a rewrite may change; a reshape does not.
@@ -32,9 +34,13 @@ def canonicalize(gm: fx.GraphModule) -> None:
     const = constants(gm)
     for node in list(gm.graph.nodes):
         if node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default
+            _reshape(gm, node)
             continue
-        if node.target == aten.dropout.default and not arguments(node)["train"]:
+        if node.target == aten._to_copy.default and set(node.kwargs) == {"dtype"}:
+            node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], node.kwargs["dtype"]), {}
+            continue
+        eval_dropout = node.target == aten.dropout.default and not arguments(node)["train"]
+        if eval_dropout or node.target == aten.detach.default:
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
             continue
@@ -46,6 +52,16 @@ def canonicalize(gm: fx.GraphModule) -> None:
         if new is not None:
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
+
+
+def _reshape(gm: fx.GraphModule, node: fx.Node) -> None:
+    """A view becomes a reshape; of a copy that only it reads, a reshape of what was copied."""
+    source = node.args[0]
+    copied = node.target == aten._unsafe_view.default and source.target == aten.clone.default  # type: ignore[union-attr]
+    node.target = aten.reshape.default
+    if copied and len(source.users) == 1:  # type: ignore[union-attr]
+        node.update_arg(0, source.args[0])  # type: ignore[union-attr]
+        gm.graph.erase_node(source)  # type: ignore[arg-type]
 
 
 def _is_weight(n: Any, const: set[fx.Node], dim: int = 2) -> bool:

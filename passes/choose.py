@@ -78,7 +78,8 @@ def choose(
         notes.update({l.name: note for l in quantized})
     attention, heads = choose_attention(gm, chooser, attentions, set(floats))
     layers = tuple(chooser.layer(l, floats, notes) for l in linears)
-    return Plan(recipe, call, scales, layers, attention, heads)
+    columns = {name: s for name, s in chooser.columns.items() if name not in floats}
+    return Plan(recipe, call, scales, layers, attention, heads, columns)
 
 
 class Chooser:

@@ -70,7 +70,7 @@ def _reason(gm: fx.GraphModule, l: Linear, routers: set[str], calibration: Calib
     if l.node in routers:
         return "routes tokens to experts, and a rounding there would change the expert"
     for pattern in recipe.skip:
-        if _matches(gm, l, pattern):
+        if names_linear(gm, l, pattern):
             return f"skipped by the recipe ({pattern!r})"
         if pattern == "lm_head" and _is_lm_head(gm, l):
             return "skipped by the recipe ('lm_head': the projection back to the vocabulary)"
@@ -91,7 +91,7 @@ def _slow(gm: fx.GraphModule, linears: list[Linear], least: float) -> dict[str, 
     return slow
 
 
-def _matches(gm: fx.GraphModule, l: Linear, pattern: str) -> bool:
+def names_linear(gm: fx.GraphModule, l: Linear, pattern: str) -> bool:
     """Whether a pattern names a linear: its module or its weight, by any of the names of a tied weight."""
     for name in gm.meta["aliases"].get(l.name.partition("#")[0], (l.name,)):
         module = name.rpartition(".")[0] or name
@@ -102,7 +102,7 @@ def _matches(gm: fx.GraphModule, l: Linear, pattern: str) -> bool:
 
 def _check_skip(gm: fx.GraphModule, linears: list[Linear], recipe: Recipe) -> None:
     for pattern in recipe.skip:
-        if pattern != "lm_head" and not any(_matches(gm, l, pattern) for l in linears):
+        if pattern != "lm_head" and not any(names_linear(gm, l, pattern) for l in linears):
             names = ", ".join(l.name for l in linears[:4])
             raise RecipeError(f"skip={pattern!r} names no linear of this model; its linears are {names}, ...")
 

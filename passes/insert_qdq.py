@@ -35,19 +35,23 @@ from sqcompile.passes.graph import (
     value,
 )
 from sqcompile.passes.quantize_attention import quantize_attention
+from sqcompile.passes.shared import Lazy, Shared
 from sqcompile.plan import LayerPlan, Plan
 
 
-def insert_qdq(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+def insert_qdq(gm: fx.GraphModule, plan: Plan, shared: Shared | None = None) -> fx.GraphModule:
     """Quantizes the plan's attentions (`quantize_attention`) and linears.
 
     Weights are quantized from their float32 folded value, one at a time. The result holds int8 [N, K] and float32
     scales [N] ([1] per tensor) under ``<weight name>_int8`` and ``_scale``, and no float copy of them. Experts have a
     scale per expert and output channel: int8 [E, N, K] and float32 [E, N] ([E, 1] per tensor).
+
+    With ``shared``, weights are quantized when `lower` asks for them: until then the graph holds tensors without data
+    (on the meta device), and ``meta["lazy"]`` says by their names how they are made.
     """
-    gm = clone(gm)
+    folded, gm = gm, clone(gm)
     quantize_attention(gm, plan)
-    inserter = _Inserter(gm, plan)
+    inserter = _Inserter(gm, plan, folded, shared)
     layers = {l.name: l for l in plan.layers if l.quantized}
     # Match first: once a weight is quantized, its graph has other linears.
     for linear in find_linears(gm):
@@ -58,8 +62,8 @@ def insert_qdq(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
 
 class _Inserter:
-    def __init__(self, gm: fx.GraphModule, plan: Plan) -> None:
-        self.gm, self.plan = gm, plan
+    def __init__(self, gm: fx.GraphModule, plan: Plan, folded: fx.GraphModule, shared: Shared | None) -> None:
+        self.gm, self.plan, self.folded, self.shared = gm, plan, folded, shared
         self.nodes = nodes_by_name(gm)
         self.inputs: dict[tuple[str, float | None], tuple[fx.Node, fx.Node]] = {}
 
@@ -67,11 +71,9 @@ class _Inserter:
         node = self.nodes[linear.node]
         x, _, bias = linear_operands(node)
         x_float, x_scale = self._input(x, layer)
-        w_int8_value, scale = self._weight(linear)
         name = linear.name.replace("#", "_use")
         with self.gm.graph.inserting_before(node):
-            w_int8 = add_tensor(self.gm, f"{name}_int8", w_int8_value)
-            w_scale = add_tensor(self.gm, f"{name}_scale", scale)
+            w_int8, w_scale = self._operands(linear, name)
             w_float = add_op(self.gm, aten.to.dtype, w_int8, torch.float32)
             if linear.experts:
                 offsets, dequantize = node.args[2], sqcompile_ops.grouped_dequantize.default
@@ -83,9 +85,23 @@ class _Inserter:
         node.replace_all_uses_with(y)
         self.gm.graph.erase_node(node)
 
+    def _operands(self, linear: Linear, name: str) -> tuple[fx.Node, fx.Node]:
+        if self.shared is None:
+            q, scale = self._weight(linear)
+            return add_tensor(self.gm, f"{name}_int8", q), add_tensor(self.gm, f"{name}_scale", scale)
+        weight = self.nodes[linear.weight]
+        per_channel = self.plan.recipe.weight == "per_channel"
+        rows = (*linear.shape[:-2], linear.out_features if per_channel else 1)
+        w_int8 = _stand_in(self.gm, f"{name}_int8", linear.shape, torch.int8, value(weight).device)
+        w_scale = _stand_in(self.gm, f"{name}_scale", rows, torch.float32, value(weight).device)
+        key = per_channel, self.shared.key(self.gm, weight)
+        lazy = self.gm.meta.setdefault("lazy", {})
+        lazy[str(w_int8.target)] = Lazy(key, lambda: self._weight(linear))
+        return w_int8, w_scale
+
     def _weight(self, linear: Linear) -> tuple[Tensor, Tensor]:
         """int8 [N, K] and float32 [N], or [1] per tensor; for experts, each a tensor of its own, with a leading [E]."""
-        w = effective_weight(self.gm, linear)
+        w = effective_weight(self.folded, linear)
         per_channel = self.plan.recipe.weight == "per_channel"
         if not linear.experts:
             return _quantize_weight(w, per_channel)
@@ -118,6 +134,16 @@ class _Inserter:
                 q = add_op(self.gm, sqcompile_ops.quantize.default, x, scale)
                 self.inputs[key] = add_op(self.gm, aten.to.dtype, q, torch.float32), scale
         return self.inputs[key]
+
+
+def _stand_in(
+    gm: fx.GraphModule, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> fx.Node:
+    """A get_attr node for a tensor that is not there yet. Call inside ``graph.inserting_before``."""
+    node = add_tensor(gm, name, torch.empty(shape, dtype=dtype, device="meta"))
+    with gm.meta["fake_mode"]:
+        node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
+    return node
 
 
 def _quantize_weight(w: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:

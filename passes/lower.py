@@ -40,6 +40,7 @@ from sqcompile.passes.graph import (
 )
 from sqcompile.passes.label_rules import LAYOUT
 from sqcompile.passes.lower_int8_attention import lower_int8_attention
+from sqcompile.passes.shared import Lazy, Merged, Shared
 
 _warned: set[str] = set()
 
@@ -64,8 +65,10 @@ class _Quantized:
         return self.q, self.scale, self.dtype, self.bias is None, alone
 
 
-def lower(gm: fx.GraphModule) -> fx.GraphModule:
+def lower(gm: fx.GraphModule, shared: Shared | None = None) -> fx.GraphModule:
     """Lowers every quantized linear, and computes what depends on parameters alone.
+
+    With ``shared`` (the same as of `insert_qdq`), a weight that another graph has made is taken from it.
 
     On a device without INT8 kernels of its own, the integer reference runs, with a warning once per device type.
     Weights are packed one group at a time and the plain int8 copy is dropped, so no two copies of the model exist.
@@ -82,9 +85,9 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
             groups.setdefault(found.key, []).append(found)
     for group in groups.values():
         if group[0].offsets:
-            _lower_experts(gm, group[0])
+            _lower_experts(gm, group[0], shared)
         else:
-            _lower_group(gm, group)
+            _lower_group(gm, group, shared)
         release_freed_memory()
     _materialize(gm)
     lower_int8_attention(gm)
@@ -95,27 +98,52 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
     return finish(gm)
 
 
-def _lower_group(gm: fx.GraphModule, group: list[_Quantized]) -> None:
+def _weights(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | None) -> Merged:
+    """The weights of a group as one: packed for the CPU where it has kernels; shared between graphs if asked for."""
+    if shared is None:
+        parts = [(get_tensor(gm, str(g.weight.target)), get_tensor(gm, str(g.weight_scale.target))) for g in group]
+        return _merge(parts, bool(group[0].offsets))
+    lazy: list[Lazy] = [gm.meta["lazy"][str(g.weight.target)] for g in group]
+    key = tuple(l.key for l in lazy)
+    return shared.get(gm, key, lambda: _merge([l.make() for l in lazy], bool(group[0].offsets)))
+
+
+def _merge(parts: list[tuple[torch.Tensor, torch.Tensor]], experts: bool) -> Merged:
+    packs = parts[0][0].device.type == "cpu" and x86.available()
+    if experts:
+        [(w_int8, scale)] = parts
+        scale = scale.expand(w_int8.shape[:2]).contiguous()
+        if not packs:
+            return Merged(w_int8, scale)
+        packed = [x86.pack(matrix) for matrix in w_int8]
+        return Merged(packed, scale, torch.stack([x86.row_sum(m, p) for m, p in zip(w_int8, packed, strict=True)]))
+    w_int8 = torch.cat([w for w, _ in parts])
+    scale = torch.cat([scale.expand(len(w)) for w, scale in parts])
+    if not packs:
+        return Merged(w_int8, scale)
+    w = x86.pack(w_int8)
+    return Merged(w, scale, x86.row_sum(w_int8, w))
+
+
+def _lower_group(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | None) -> None:
     first = group[0]
     sizes = [value(g.weight).shape[0] for g in group]
-    w_int8 = torch.cat([get_tensor(gm, str(g.weight.target)) for g in group])
-    scales = [get_tensor(gm, str(g.weight_scale.target)).expand(n) for g, n in zip(group, sizes, strict=True)]
+    merged = _weights(gm, group, shared)
+    assert isinstance(merged.w, torch.Tensor)
     bias = None if first.bias is None else torch.cat([evaluate(gm, g.bias) for g in group if g.bias is not None])
     name = str(first.weight.target).removesuffix("_int8")
-    device = w_int8.device
+    device = merged.scale.device
     with gm.graph.inserting_before(first.out):
-        w_scale = add_tensor(gm, f"{name}_columns", torch.cat(scales))
+        w_scale = add_tensor(gm, f"{name}_columns", merged.scale)
         b = None if bias is None else add_tensor(gm, f"{name}_bias", bias)
-        if device.type == "cpu" and x86.available():
-            packed = x86.pack(w_int8)
-            row_sum = x86.row_sum(w_int8, packed)
-            w, w_sum = add_tensor(gm, f"{name}_packed", packed), add_tensor(gm, f"{name}_sum", row_sum)
+        if merged.row_sum is not None:
+            w, w_sum = add_tensor(gm, f"{name}_packed", merged.w), add_tensor(gm, f"{name}_sum", merged.row_sum)
             new = gm.graph.call_function(
                 sqcompile_ops.int8_linear_packed.default,
                 (_as_uint8(gm, first.q), first.scale, w, w_scale, w_sum, b, first.dtype),
             )
         else:
-            w = add_tensor(gm, f"{name}_merged", w_int8)
+            w = add_tensor(gm, f"{name}_merged", merged.w)
             arguments: tuple[Any, ...] = (first.q, first.scale, w, w_scale, b, first.dtype)
             if fused.available(device):
                 new = gm.graph.call_function(sqcompile_ops.int8_gemm.default, (*arguments, "none", None, None))
@@ -136,30 +164,28 @@ def _lower_group(gm: fx.GraphModule, group: list[_Quantized]) -> None:
         _replace(gm, g, part)
 
 
-def _lower_experts(gm: fx.GraphModule, g: _Quantized) -> None:
-    w_int8 = get_tensor(gm, str(g.weight.target))
-    scales = get_tensor(gm, str(g.weight_scale.target)).expand(w_int8.shape[:2]).contiguous()
+def _lower_experts(gm: fx.GraphModule, g: _Quantized, shared: Shared | None) -> None:
+    merged = _weights(gm, [g], shared)
     name = str(g.weight.target).removesuffix("_int8")
     with gm.graph.inserting_before(g.out):
-        w_scale = add_tensor(gm, f"{name}_columns", scales)
-        if w_int8.device.type == "cpu" and x86.available():
-            packed = [x86.pack(matrix) for matrix in w_int8]
-            sums = torch.stack([x86.row_sum(m, p) for m, p in zip(w_int8, packed, strict=True)])
-            w = [add_tensor(gm, f"{name}_packed_{e}", p) for e, p in enumerate(packed)]
+        w_scale = add_tensor(gm, f"{name}_columns", merged.scale)
+        if merged.row_sum is not None:
+            w = [add_tensor(gm, f"{name}_packed_{e}", p) for e, p in enumerate(merged.w)]
             arguments: tuple[Any, ...] = (
                 _as_uint8(gm, g.q),
                 g.scale,
                 w,
                 w_scale,
-                add_tensor(gm, f"{name}_sum", sums),
+                add_tensor(gm, f"{name}_sum", merged.row_sum),
                 g.offsets,
                 g.dtype,
             )
             target = sqcompile_ops.int8_grouped_linear_packed.default
         else:
-            if not fused.available(w_int8.device):
-                _warn_reference(w_int8.device)
-            arguments = (g.q, g.scale, add_tensor(gm, f"{name}_all", w_int8), w_scale, g.offsets, g.dtype)
+            assert isinstance(merged.w, torch.Tensor)
+            if not fused.available(merged.w.device):
+                _warn_reference(merged.w.device)
+            arguments = (g.q, g.scale, add_tensor(gm, f"{name}_all", merged.w), w_scale, g.offsets, g.dtype)
             target = sqcompile_ops.int8_grouped_linear.default
         new = gm.graph.call_function(target, arguments)
         new.meta["val"] = value(g.out)

@@ -65,6 +65,14 @@ class InputStats:
         self.rows = torch.cat([self.rows[old], x[new]])
         self.experts = torch.cat([self.experts[old], experts[new]])
 
+    def merged(self, other: InputStats) -> InputStats:
+        """Statistics of both's tokens."""
+        keys, best = torch.cat([self.keys, other.keys]).topk(min(SAMPLE_ROWS, len(self.keys) + len(other.keys)))
+        best = best.to(self.rows.device)
+        rows, experts = torch.cat([self.rows, other.rows])[best], torch.cat([self.experts, other.experts])[best]
+        absmax = torch.maximum(self.absmax, other.absmax)
+        return InputStats(absmax, rows, experts, self.tokens + other.tokens, self.count + other.count, keys)
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -98,7 +106,8 @@ def calibrate(
     Raises:
         CalibrationError: for a batch the model refuses, or a non-finite activation (names the tensor and the batch).
     """
-    observer = _Observer(gm, attentions)
+    observer = Observer(gm, attentions)
+    captured = gm.meta["captured"]
     try:
         total = len(loader) if isinstance(loader, Sized) else None
     except TypeError:  # a DataLoader over an iterable dataset
@@ -106,7 +115,11 @@ def calibrate(
     bar = tqdm(desc="calibrate", unit="batch", disable=not progress, total=total)
 
     def observe(call: Call) -> None:
-        observer.batch(call)
+        try:
+            leaves = flatten_like(call, captured)
+        except CaptureError as e:
+            raise CalibrationError(f"calibration batch {observer.batches}: {e}") from e
+        observer.batch(leaves, token_mask(call))
         bar.update()
 
     with bar:
@@ -117,8 +130,7 @@ def calibrate(
             run_callable(model, loader, observe)
     if not observer.batches:
         raise CalibrationError("the calibration callable made no call: it is run twice, first to see what it passes")
-    found = {l.name: observer.stats[_key(l)] for l in observer.linears if _key(l) in observer.stats}
-    return Calibration(found, observer.batches, observer.heads)
+    return Calibration(observer.found(), observer.batches, observer.heads)
 
 
 def _key(l: Linear) -> tuple[str, str | None]:
@@ -126,11 +138,12 @@ def _key(l: Linear) -> tuple[str, str | None]:
     return l.x, l.offsets
 
 
-class _Observer(fx.Interpreter):
-    def __init__(self, gm: fx.GraphModule, attentions: Sequence[Attention]) -> None:
+class Observer(fx.Interpreter):
+    """Runs a traced graph and keeps statistics of its linears' inputs, and of its attentions'."""
+
+    def __init__(self, gm: fx.GraphModule, attentions: Sequence[Attention] = ()) -> None:
         super().__init__(gm)
         self.extra_traceback = False  # errors name the operation and the user's line themselves
-        self.captured = gm.meta["captured"]
         self.linears = find_linears(gm)
         self.reads = {_key(l): l for l in reversed(self.linears)}  # the first reader names the tensor in messages
         self.readers = {l.node: l for l in self.reads.values()}
@@ -146,22 +159,35 @@ class _Observer(fx.Interpreter):
         self.batches = 0
         self.mask: Tensor | None = None
 
-    def batch(self, call: Call) -> None:
-        try:
-            leaves = flatten_like(call, self.captured)
-        except CaptureError as e:
-            raise CalibrationError(f"calibration batch {self.batches}: {e}") from e
-        self.mask = token_mask(call)
+    def found(self) -> dict[str, InputStats]:
+        """Statistics by linear name."""
+        return {l.name: self.stats[_key(l)] for l in self.linears if _key(l) in self.stats}
+
+    def batch(self, leaves: Sequence[Any], mask: Tensor | None) -> Any:
+        """Runs one batch.
+
+        Args:
+            leaves: an argument for each placeholder.
+            mask: bool [batch, tokens], True where a token is real; or None.
+
+        Returns:
+            What the graph returns.
+
+        Raises:
+            CalibrationError: if the model refuses the batch, or an activation is not finite.
+        """
+        self.mask = mask
         self.routed_masks: dict[str | None, Tensor] = {}
         try:
             with torch.no_grad():
-                self.run(*leaves, enable_io_processing=False)
+                out = self.run(*leaves, enable_io_processing=False)
         except CalibrationError:
             raise
         except Exception as e:
             what = f"{type(e).__name__}: {first_line(e)}, in {operation(self.at)} at {source(self.at)}"
             raise CalibrationError(f"the model refuses calibration batch {self.batches}: {what}") from e
         self.batches += 1
+        return out
 
     def run_node(self, n: fx.Node) -> Any:
         self.at = n

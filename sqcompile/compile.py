@@ -20,6 +20,8 @@ from sqcompile.passes.head_labels import match_heads
 from sqcompile.passes.insert_qdq import insert_qdq
 from sqcompile.passes.lower import lower
 from sqcompile.passes.match import input_sites, match
+from sqcompile.passes.shared import Shared
+from sqcompile.passes.split import split_attention, split_sites
 from sqcompile.plan import Plan
 from sqcompile.recipe import Recipe, resolve_recipe
 from sqcompile.show import show_stage
@@ -83,28 +85,36 @@ def calibrate(
     return _analyse(model, calib_loader, resolve_recipe(recipe), None, example_inputs, dynamic_shapes, progress)[1]
 
 
-def rewrite(traced: fx.GraphModule, plan: Plan, until: str) -> fx.GraphModule:
-    """The rewrites in their order, up to a stage: "traced", "folded", "quantized" or "lowered"."""
+def rewrite(traced: fx.GraphModule, plan: Plan, until: str, shared: Shared | None = None) -> fx.GraphModule:
+    """The rewrites in their order, up to a stage: "traced", "folded", "quantized" or "lowered".
+
+    With ``shared``, the graph is one of several of a model: it may lack sites of the plan, and shares INT8 weights.
+    """
     gm = verify(traced, "traced")
     text = show_stage(gm, "traced", None)
     if until == "traced":
         return gm
+    if shared is not None:
+        plan = split_attention([a.name for a in find_attentions(gm) if not a.refused], plan)
     _check_plan(gm, plan)
     sites, refusals = match(gm)
     quantized = {l.name for l in plan.layers if l.quantized}
+    sites = sites + input_sites(refusals, quantized)
+    if shared is not None:
+        sites, plan = split_sites(find_linears(gm), sites, plan)
     attentions = [a for a in find_attentions(gm) if a.name in _quantized_attentions(plan)]
     heads, _ = match_heads(gm, attentions if plan.heads else [])
-    gm = verify(fold(gm, sites + input_sites(refusals, quantized), plan, heads), "folded")
+    gm = verify(fold(gm, sites, plan, heads), "folded")
     text = show_stage(gm, "folded", text)
     if until == "folded":
         return gm
-    gm = verify(insert_qdq(gm, plan), "quantized")
+    gm = verify(insert_qdq(gm, plan, shared), "quantized")
     text = show_stage(gm, "quantized", text)
     if until == "quantized":
         return gm
     handed_over = [gm]
     del gm  # lower frees each plain int8 weight as it packs it, which no other reference may prevent
-    gm = verify(lower(handed_over.pop()), "lowered")
+    gm = verify(lower(handed_over.pop(), shared), "lowered")
     show_stage(gm, "lowered", text)
     return gm
 

@@ -38,8 +38,8 @@ class CompiledModel(nn.Module):
         self.plan, self.report, self.stages = plan, Report.of(plan, lowered), stages
         self._signature = signature
         self._captured, self._out_spec = lowered.meta["captured"], lowered.meta["out_spec"]
-        flat, self._used = _flat(lowered)
-        self._run: Callable[..., Any] = _inductor(flat) if backend == "inductor" else flat
+        flat, self._used = flatten(lowered)
+        self._run: Callable[..., Any] = inductor(flat) if backend == "inductor" else flat
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -125,7 +125,7 @@ def tensor_bytes(t: Tensor) -> int:
     return t.numel() * t.element_size()
 
 
-def _flat(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
+def flatten(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
     """The graph from flat tensors to a flat tuple, and which leaves of a call it reads."""
     flat = clone(gm)
     flat.graph.set_codegen(fx.graph.CodeGen())
@@ -141,8 +141,14 @@ def _flat(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
     return flat, used
 
 
-def _inductor(flat: fx.GraphModule) -> Callable[..., Any]:
-    """The graph through Inductor, with the symbolic sizes that torch.export gave it.
+def inductor(
+    flat: fx.GraphModule, static: list[tuple[Any, bool]] | None = None, guarded: bool = False
+) -> Callable[..., Any]:
+    """The graph through Inductor, with the symbolic sizes that its capture gave it.
+
+    With ``static`` calls are recorded and replayed as CUDA graphs, one for each set of sizes: it is what Dynamo calls each
+    input, and whether its address never changes. ``guarded`` means that somebody checks sizes before each call (Dynamo),
+    so that Inductor may fix some.
 
     Dynamo is not involved, so nothing is ever recompiled: one artifact serves every shape, sizes of 1 included.
     Freezing makes the packed weights constants, which the oneDNN operators need.
@@ -151,17 +157,37 @@ def _inductor(flat: fx.GraphModule) -> Callable[..., Any]:
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx
 
+    if static is not None:
+        _name_inputs(flat, static)
     fakes = [value(n) for n in flat.graph.find_nodes(op="placeholder")]
     mode = flat.meta["fake_mode"]
     before = dict(mode.shape_env.replacements) if mode.shape_env else {}
     # the operators' fakes give exact sizes and strides (tested), which need no check at every call
-    options = {"freezing": True, "size_asserts": False, "alignment_asserts": False}
+    options = {
+        "freezing": True,
+        "triton.cudagraphs": static is not None,
+        "size_asserts": False,
+        "alignment_asserts": False,
+    }
     with torch.no_grad(), config.patch(options), tracing(TracingContext(mode)):
         run: Any = compile_fx(flat, fakes)
     after = dict(mode.shape_env.replacements) if mode.shape_env else {}
     fixed = {k: v for k, v in after.items() if k not in before}
-    if fixed:
+    if fixed and not guarded:
         raise StageError(
             f"Inductor fixed sizes that are dynamic ({fixed}): pass backend='eager' or dynamic_shapes=None"
         )
     return run
+
+
+def _name_inputs(flat: fx.GraphModule, static: list[tuple[Any, bool]]) -> None:
+    """Says of each input what it is as Dynamo does: those of a fixed address (a KV cache) are not copied into a graph."""
+    from torch._dynamo.source import LocalSource
+
+    flat.meta["dynamo_compile_id"] = None
+    own: Any = flat
+    own._param_name_to_source = {name: LocalSource(name) for name, _ in flat.named_buffers(remove_duplicate=False)}
+    for n, (source, fixed) in zip(flat.graph.find_nodes(op="placeholder"), static, strict=True):
+        n._dynamo_source = source
+        if fixed:
+            n.meta["tensor_dict"] = {"_dynamo_static_input_type": "guarded"}

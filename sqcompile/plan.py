@@ -21,6 +21,7 @@ from sqcompile.recipe import AttentionProducts, Recipe
 FORMAT = 2
 
 _HEADS = "attention: "  # before the names of ``Plan.heads`` in a file
+_COLUMNS = "columns: "  # and of ``Plan.columns``
 
 Smoothing = Literal["folded", "multiplied", "none"]
 
@@ -90,6 +91,8 @@ class Plan:
         attention: every attention, in graph order; empty where the recipe leaves attention alone.
         heads: tensors of attentions, by attention name and what they are, float32: "<name>/scale" [classes] (smoothing),
             "<name>/key_mean" [G, D] (subtracted from K), "<name>/value_scale" [G, Dv] (static Δ of V).
+        columns: s of each smoothed linear's input channels, float32 [K], by linear name: for graphs that hold a linear
+            and not all of its site, where it is multiplied explicitly.
     """
 
     recipe: Recipe
@@ -98,6 +101,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     attention: tuple[AttentionPlan, ...] = ()
     heads: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as one safetensors file: the scales, and all else as JSON in its header."""
@@ -108,7 +112,8 @@ class Plan:
             "layers": [dataclasses.asdict(l) for l in self.layers],
             "attention": [dataclasses.asdict(a) for a in self.attention],
         }
-        tensors = self.scales | {f"{_HEADS}{k}": v for k, v in self.heads.items()}
+        tensors = self.scales | {_HEADS + k: v for k, v in self.heads.items()}
+        tensors |= {_COLUMNS + k: v for k, v in self.columns.items()}
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path, {"sqcompile_plan": json.dumps(meta)})
 
     @staticmethod
@@ -135,8 +140,9 @@ class Plan:
         return Plan(
             Recipe(**recipe),
             meta["call"],
-            {k: v for k, v in tensors.items() if not k.startswith(_HEADS)},
+            {k: v for k, v in tensors.items() if not k.startswith((_HEADS, _COLUMNS))},
             tuple(LayerPlan(**{**l, "shape": tuple(l["shape"])}) for l in meta["layers"]),
             tuple(AttentionPlan(**{**a, "shape": tuple(a["shape"])}) for a in meta["attention"]),
             {k.removeprefix(_HEADS): v for k, v in tensors.items() if k.startswith(_HEADS)},
+            {k.removeprefix(_COLUMNS): v for k, v in tensors.items() if k.startswith(_COLUMNS)},
         )

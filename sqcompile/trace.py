@@ -52,21 +52,11 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
             is in training mode with dropout or batch statistics.
     """
     _register_kv_cache_pytree()
-    _refuse_names(model)
+    refuse_names(model)
     exported = _functional(_export(model, call, dynamic_shapes))
     gm = exported.module(check_guards=False)
-    for n in list(gm.graph.nodes):
-        if n.target in _CHECKS:
-            gm.graph.erase_node(n)
-        elif n.target == aten.to.dtype and value(n).dtype == value(n.args[0]).dtype and len(n.args) == 2:
-            n.replace_all_uses_with(n.args[0])  # a cast to the dtype it has
-        elif "wrap_with" in str(n.target) or isinstance(n.target, torch._ops.HigherOrderOperator):
-            raise CaptureError(
-                f"{n.target} is a nested graph, which sqcompile does not enter, at {source(n)}. What to try: remove the "
-                "context manager or the control flow behind it from the model's forward"
-            )
+    tidy(gm)
     check_shapes(gm)
-    _refuse_training(gm)
     gm = fx.GraphModule(gm, gm.graph)  # drops export's input checks, which pin what the example had
     for n in gm.graph.find_nodes(op="get_attr"):
         obj: Any = gm
@@ -89,10 +79,29 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     inputs = [value(n) for n in gm.graph.find_nodes(op="placeholder")]
     leaves = tuple(v if isinstance(g, Tensor) else g for v, g in zip(inputs, given, strict=True))
     gm.meta["captured"], gm.meta["out_spec"] = Captured(info.in_spec, leaves), info.out_spec
-    gm.meta["aliases"] = _aliases(model)
+    gm.meta["aliases"] = aliases(model)
     canonicalize(gm)
     gm.graph.eliminate_dead_code()
     return finish(clone(gm))
+
+
+def tidy(gm: fx.GraphModule) -> None:
+    """Removes run-time checks and casts to the dtype there is, in place.
+
+    Raises:
+        CaptureError: for a nested graph, or a model in training mode.
+    """
+    for n in list(gm.graph.nodes):
+        if n.target in _CHECKS:
+            gm.graph.erase_node(n)
+        elif n.target == aten.to.dtype and value(n).dtype == value(n.args[0]).dtype and len(n.args) == 2:
+            n.replace_all_uses_with(n.args[0])  # a cast to the dtype it has
+        elif "wrap_with" in str(n.target) or isinstance(n.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(
+                f"{n.target} is a nested graph, which sqcompile does not enter, at {source(n)}. What to try: remove the "
+                "context manager or the control flow behind it from the model's forward"
+            )
+    _refuse_training(gm)
 
 
 def _export(model: nn.Module, call: Call, dynamic_shapes: Any) -> torch.export.ExportedProgram:
@@ -133,7 +142,12 @@ def _functional(exported: torch.export.ExportedProgram) -> torch.export.Exported
     return exported
 
 
-def _refuse_names(model: nn.Module) -> None:
+def refuse_names(model: nn.Module) -> None:
+    """Refuses names that a graph's module has for itself.
+
+    Raises:
+        CaptureError: naming one.
+    """
     taken = [
         n for n in (*model._modules, *model._parameters, *model._buffers) if hasattr(fx.GraphModule, n) or n == "meta"
     ]
@@ -141,7 +155,7 @@ def _refuse_names(model: nn.Module) -> None:
         raise CaptureError(f"a submodule or parameter named {taken[0]!r} clashes with torch.fx.GraphModule: rename it")
 
 
-def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """All names of each parameter and buffer: more than one where it is tied."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     groups: dict[int, list[str]] = {}

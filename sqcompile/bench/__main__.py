@@ -1,10 +1,16 @@
-"""``python -m sqcompile.bench cpu``, ``gpu``, ``attention`` or ``speedup``."""
+"""``python -m sqcompile.bench cpu``, ``gpu``, ``attention``, ``generate`` or ``speedup``."""
 
 import sys
 
-from sqcompile.bench import attention, cpu, gpu, speedup
+from sqcompile.bench import attention, cpu, generate, gpu, speedup
 
-BENCHMARKS = {"cpu": cpu.main, "gpu": gpu.main, "attention": attention.main, "speedup": speedup.main}
+BENCHMARKS = {
+    "cpu": cpu.main,
+    "gpu": gpu.main,
+    "attention": attention.main,
+    "generate": generate.main,
+    "speedup": speedup.main,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,70 @@
+"""``torch.compile(model, backend="smoothquant")``: the pipeline of `sqcompile.compile` on the graphs of Dynamo.
+
+    model = torch.compile(model, backend="smoothquant", options={"plan": plan})
+    model.generate(ids, max_new_tokens=128)
+
+A graph's parameters are its inputs, so each call looks whether they are still those it was compiled with. Weights that
+were changed are quantized again; the INT8 weights of those that were not are shared by all graphs of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sqcompile.backend.capture import capture
+from sqcompile.backend.dynamic import make_dynamic
+from sqcompile.backend.methods import follow_methods
+from sqcompile.backend.options import Options, parse
+from sqcompile.backend.runner import GRAD, Runner, asks_for_gradients
+from sqcompile.backend.session import session_of
+from sqcompile.errors import CaptureError, SQCompileError
+
+__all__ = ["Options", "smoothquant"]
+
+
+def smoothquant(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend. Its errors are raised by the call that made Dynamo compile, as they are.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its arguments in the call at hand.
+        options: see `Options`.
+        mode: "default" or "reduce-overhead"; torch.compile takes either mode or options, which may have a "mode".
+
+    Returns:
+        What runs in place of the graph.
+    """
+    try:
+        found = parse(options, mode)
+        if torch.is_grad_enabled() and asks_for_gradients(example_inputs):
+            raise CaptureError(GRAD)
+        parameters = [x for x in example_inputs if isinstance(x, nn.Parameter)]
+        parameters += list(gm.parameters())
+        session = session_of(parameters, found)
+        make_dynamic(gm, example_inputs, lambda x: bool(session.names(x)), found.mode == "reduce-overhead")
+        names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
+        return Runner(session, capture(gm), example_inputs, names)
+    except SQCompileError as e:
+        return _raises(e)
+
+
+def _raises(error: SQCompileError) -> Callable[..., Any]:
+    """Raises when called: Dynamo would put an error of its own around one that is raised while it compiles."""
+
+    def run(*args: Tensor) -> Any:
+        raise error
+
+    return run
+
+
+follow_methods(smoothquant)

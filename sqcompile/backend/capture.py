@@ -1,0 +1,162 @@
+"""capture: a graph of Dynamo becomes one of ATen operators with parameters under their own names, as `trace` makes it.
+
+    def forward(self, L_self_modules_fc_parameters_weight_, L_x_):
+        y = torch.nn.functional.linear(L_x_, L_self_modules_fc_parameters_weight_);  L_cache_.copy_(y)
+->
+    %y = aten.linear(%x, %fc.weight);  return [%y]          # what the call writes to its inputs comes first
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import TracingContext
+
+from sqcompile.errors import CaptureError
+from sqcompile.explain import first_line
+from sqcompile.passes.canonicalize import canonicalize
+from sqcompile.passes.graph import aten, clone, finish, get_tensor, set_tensor, value
+from sqcompile.passes.label_rules import LAYOUT, behind
+from sqcompile.trace import tidy
+
+
+@dataclass(frozen=True)
+class Template:
+    """A captured graph whose parameters are still inputs.
+
+    Attributes:
+        graph: of ATen operators, functional; a placeholder for each argument of Dynamo's call, then for each tensor
+            that Dynamo's graph holds itself.
+        held: those tensors.
+        updates: the argument that each of the first outputs is written back to.
+        fake_mode: of the recorded values.
+        sources: what Dynamo calls each argument, and whether its address never changes.
+    """
+
+    graph: fx.GraphModule
+    held: tuple[Tensor, ...]
+    updates: tuple[int, ...]
+    fake_mode: Any
+    sources: tuple[tuple[Any, bool], ...]
+
+
+def capture(gm: fx.GraphModule) -> Template:
+    """Lowers Dynamo's graph to ATen operators as torch.export would: whole linears, norms and attention.
+
+    Args:
+        gm: as Dynamo hands it to a backend, while it compiles; it is not changed.
+
+    Raises:
+        CaptureError: for what the passes cannot work with: nested graphs, training mode, arguments that are no tensors.
+    """
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context else None
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    fakes = [n.meta["example_value"] for n in placeholders]
+    if mode is None or any(not isinstance(f, (Tensor, torch.SymInt)) for f in fakes):
+        kinds = sorted({type(f).__name__ for f in fakes if not isinstance(f, (Tensor, torch.SymInt))})
+        raise CaptureError(f"the graph takes arguments of type {', '.join(kinds)}: pass tensors and numbers")
+    own = fx.GraphModule(gm, fx.Graph())
+    own.graph.output(own.graph.graph_copy(gm.graph, {}))
+    for n in list(own.graph.nodes):
+        if n.target is torch._C._set_grad_enabled:  # there are no gradients anyway
+            own.graph.erase_node(n)
+    own.recompile()
+    sources = tuple(
+        (getattr(n, "_dynamo_source", None), bool(n.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")))
+        for n in placeholders
+    )
+    try:
+        with torch.no_grad(), mode:
+            exported: Any
+            exported, signature = aot_export_module(own, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
+    except Exception as e:
+        raise CaptureError(
+            f"a graph of the model cannot be lowered to ATen operators: {type(e).__name__}: {first_line(e)}"
+        ) from e
+    names = [n.name for n in exported.graph.find_nodes(op="placeholder")]
+    held = names[: len(names) - len(fakes)]  # aot_export_module puts what the module holds before its arguments
+    tensors = tuple(get_tensor(gm, (signature.inputs_to_parameters | signature.inputs_to_buffers)[n]) for n in held)
+    if signature.buffers_to_mutate or signature.parameters_to_mutate:
+        raise CaptureError("the model writes to a constant of its graph when it runs: remove the update from forward")
+    arguments = names[len(held) :]
+    updates = tuple(arguments.index(name) for name in signature.user_inputs_to_mutate.values())
+    return Template(exported, tensors, updates, mode, sources)
+
+
+def attach(template: Template, constants: dict[int, tuple[str, Tensor]], aliases: Any) -> fx.GraphModule:
+    """A traced graph, as the passes want it, with tensors in place of some arguments.
+
+    Args:
+        template: the captured graph.
+        constants: qualified name and tensor by position of the argument; held tensors follow the arguments.
+        aliases: all names of each tensor of the model, see `trace`.
+
+    Returns:
+        A GraphModule; ``meta["arguments"]`` are the positions of the arguments that are left, ``meta["updates"]`` the
+        placeholder that each of the first outputs is written back to.
+    """
+    graph: Any = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(template.graph.graph, env))
+    root = torch.nn.Module()
+    for n in graph.find_nodes(op="get_attr"):  # numbers that the model's code makes tensors of
+        tensor = get_tensor(template.graph, str(n.target)).detach()
+        set_tensor(root, str(n.target), tensor)
+        n.meta["val"] = template.fake_mode.from_tensor(tensor, static_shapes=True)
+    placeholders = template.graph.graph.find_nodes(op="placeholder")
+    held = len(template.held)
+    order = placeholders[held:] + placeholders[:held]  # arguments first
+    left = []
+    for i, old in enumerate(order):
+        node = env[old]
+        if i not in constants:
+            left.append((i, node))
+            continue
+        name, tensor = constants[i]
+        set_tensor(root, name, tensor)
+        with graph.inserting_before(node):
+            get = graph.get_attr(name)
+        get.meta["val"] = value(old)
+        node.replace_all_uses_with(get)
+        graph.erase_node(node)
+    gm = fx.GraphModule(root, graph)
+    gm.meta["fake_mode"], gm.meta["aliases"] = template.fake_mode, aliases
+    gm.meta["arguments"] = [i for i, _ in left]
+    gm.meta["updates"] = [env[order[i]].name for i in template.updates]
+    tidy(gm)
+    canonicalize(gm)
+    tidy(gm)  # casts that canonicalize has spelled as such
+    gm.graph.eliminate_dead_code()
+    return finish(clone(gm))
+
+
+def write_back(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph with what it writes to its inputs written, and the other outputs left. Changes it in place."""
+    updates = gm.meta["updates"]
+    nodes = {n.name: n for n in gm.graph.find_nodes(op="placeholder")}
+    output = next(iter(reversed(gm.graph.nodes)))
+    results = list(output.args[0])
+    written: dict[fx.Node, fx.Node] = {}
+    with gm.graph.inserting_before(output):
+        for name, new in zip(updates, results, strict=False):
+            written[new] = gm.graph.call_function(aten.copy_.default, (nodes[name], new))
+            written[new].meta["val"] = value(nodes[name])
+        output.args = (tuple(_view_of_written(gm, r, written) for r in results[len(updates) :]),)
+    gm.recompile()
+    return gm
+
+
+def _view_of_written(gm: fx.GraphModule, result: Any, written: dict[fx.Node, fx.Node]) -> Any:
+    """An output that is a view of a new value, as a view of the input which holds that value now."""
+    if not isinstance(result, fx.Node) or result in written:
+        return written.get(result, result) if isinstance(result, fx.Node) else result
+    if behind(result, LAYOUT) not in written:
+        return result
+    new = gm.graph.node_copy(result)
+    new.update_arg(0, _view_of_written(gm, result.args[0], written))
+    return new

@@ -1,0 +1,61 @@
+"""methods: ``torch.compile(model).generate(...)`` calls the compiled model.
+
+``torch.compile`` gives a module that stands before the model. Other methods than ``forward`` are the model's own, and
+what they call is the model itself, not the compiled one: ``generate`` would run in float. While such a method runs, the
+model's calls go to the compiled code, as after ``model.compile()``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+
+
+def follow_methods(backend: Callable[..., Any]) -> None:
+    """Makes methods of modules compiled by a backend call the compiled code. For other backends nothing changes."""
+    original = OptimizedModule.__getattr__
+
+    @functools.wraps(original)
+    def getattr_(self: OptimizedModule, name: str) -> Any:
+        found = original(self, name)
+        model = self._modules["_orig_mod"]
+        is_method = isinstance(found, types.MethodType) and found.__self__ is model and not name.startswith("_")
+        if not is_method or not _compiled_by(self, backend):
+            return found
+
+        @functools.wraps(found)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            with _calls(model, self):
+                return found(*args, **kwargs)
+
+        return method
+
+    OptimizedModule.__getattr__ = getattr_  # type: ignore[method-assign]
+
+
+def _compiled_by(module: OptimizedModule, backend: Callable[..., Any]) -> bool:
+    callback: Any = getattr(module.dynamo_ctx, "callback", None)
+    while hasattr(callback, "_torchdynamo_orig_backend"):
+        callback = callback._torchdynamo_orig_backend
+    return getattr(callback, "compiler_fn", callback) is backend
+
+
+@contextlib.contextmanager
+def _calls(model: Any, compiled: OptimizedModule) -> Iterator[None]:
+    """While this lasts, calls of the model run the compiled code, and transformers compiles nothing on top of it."""
+    before = model._compiled_call_impl
+    own = {"get_compiled_call": lambda config: model.__call__} if hasattr(model, "get_compiled_call") else {}
+    try:
+        model._compiled_call_impl = compiled.dynamo_ctx(nn.Module._call_impl.__get__(model))
+        model.__dict__.update(own)
+        yield
+    finally:
+        model._compiled_call_impl = before
+        for name in own:
+            model.__dict__.pop(name, None)

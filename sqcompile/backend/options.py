@@ -1,0 +1,85 @@
+"""options: what ``torch.compile(model, backend="smoothquant", options={...})`` may say."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from sqcompile.emit import BACKENDS
+from sqcompile.errors import RecipeError
+from sqcompile.plan import Plan
+from sqcompile.recipe import Recipe, resolve_recipe
+
+MODES = ("default", "reduce-overhead")
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """What to do with a model.
+
+    Attributes:
+        plan: from `sqcompile.calibrate`, or the path of a saved one; without it the first calls calibrate.
+        recipe: for calls that calibrate: "default", "O1", "O2", "O3" or a Recipe.
+        calibration_steps: how many calls run in float and are observed.
+        free_float: whether float weights are freed once they are in INT8. The model cannot run without the compiled
+            code then: its freed weights read as NaN.
+        mode: "default", or "reduce-overhead": CUDA graphs.
+        compiler: "inductor", or "eager" to run the lowered graphs as they are.
+    """
+
+    plan: Plan | None = None
+    recipe: Recipe | str = "default"
+    calibration_steps: int = 8
+    free_float: bool = False
+    mode: str = "default"
+    compiler: str = "inductor"
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for options that give the same graphs."""
+        return id(self.plan), self.recipe, self.calibration_steps, self.free_float, self.mode, self.compiler
+
+
+_plans: dict[str, Plan] = {}
+
+
+def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
+    """The options of one torch.compile.
+
+    Raises:
+        RecipeError: for an option or a value that there is not.
+        PlanError: for a plan file that cannot be read.
+    """
+    given = dict(options or {})
+    known = [f.name for f in fields(Options)]
+    for name in given:
+        if name not in known:
+            raise RecipeError(f"option {name!r} of backend 'smoothquant': choose from {', '.join(known)}")
+    if mode is not None:
+        given["mode"] = mode
+    plan = given.get("plan")
+    if isinstance(plan, (str, os.PathLike)):
+        path = os.path.abspath(plan)
+        given["plan"] = plan = _plans.setdefault(path, Plan.load(path))
+    if plan is not None and not isinstance(plan, Plan):
+        raise RecipeError(f"option plan={plan!r}: pass what sqcompile.calibrate gives, or the path of a saved one")
+    if plan is not None and ("recipe" in given or "calibration_steps" in given):
+        raise RecipeError("options plan and recipe or calibration_steps: a plan needs no calibration, leave them out")
+    found = Options(**{**given, "recipe": resolve_recipe(given.get("recipe", "default"))})
+    if plan is None and found.recipe.attention != "none":  # type: ignore[union-attr]
+        warnings.warn(
+            "attention stays in float where the first calls calibrate: to quantize it, pass the plan that "
+            "sqcompile.calibrate makes",
+            stacklevel=2,
+        )
+        found = replace(found, recipe=replace(found.recipe, attention="none"))  # type: ignore[type-var]
+    if found.mode not in MODES:
+        raise RecipeError(f"mode={found.mode!r} of backend 'smoothquant': choose one of {', '.join(MODES)}")
+    if found.compiler not in BACKENDS:
+        raise RecipeError(f"option compiler={found.compiler!r}: choose one of {', '.join(BACKENDS)}")
+    if not isinstance(found.calibration_steps, int) or found.calibration_steps < 1:
+        raise RecipeError(f"option calibration_steps={found.calibration_steps!r}: a number of calls, at least 1")
+    return found

@@ -1,0 +1,175 @@
+"""runner: a compiled graph that knows which weights it was compiled with, and looks at every call whether they are."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sqcompile.backend.capture import Template, attach, write_back
+from sqcompile.backend.session import Session, quantized_only, state
+from sqcompile.calibrate import Observer
+from sqcompile.compile import rewrite
+from sqcompile.emit import flatten, inductor
+from sqcompile.errors import CaptureError, StageError
+from sqcompile.inputs import Call, token_mask
+from sqcompile.passes.graph import value
+from sqcompile.passes.shared import held
+
+GRAD = (
+    "backend 'smoothquant' computes no gradients, and this call asks for them: call the model under torch.no_grad() or "
+    "torch.inference_mode()"
+)
+
+
+@dataclass
+class Bound:
+    """A graph with one set of weights.
+
+    Attributes:
+        tensors: the model's tensors it was made from, with version and address; none is kept alive.
+        run: takes the arguments at ``used``.
+        keep: INT8 weights shared with other graphs.
+    """
+
+    tensors: list[tuple[weakref.ref[Tensor], tuple[int, int]]]
+    run: Callable[..., Any]
+    used: list[int]
+    keep: list[Any]
+
+    def fits(self, tensors: list[Tensor]) -> bool:
+        return all(
+            ref() is t and state(t) == left for t, (ref, left) in zip(tensors, self.tensors, strict=True)
+        )  # two reads a tensor: some 0.2 µs
+
+    def alive(self) -> bool:
+        return all((t := ref()) is not None and state(t) == left for ref, left in self.tensors)
+
+
+class Runner:
+    """What Dynamo calls in place of its graph.
+
+    Attributes:
+        observer: the graph in float with its statistics, while the session has no plan.
+    """
+
+    def __init__(self, session: Session, template: Template, examples: Sequence[Any], names: Sequence[str]) -> None:
+        """``examples`` and ``names`` are of Dynamo's arguments."""
+        self.session, self.template = session, template
+        self.observer: Observer | None = None
+        written = set(template.updates)
+        self.constants = [
+            i for i, x in enumerate(examples) if i not in written and isinstance(x, Tensor) and self._is_constant(x)
+        ]
+        self.fallback = list(names)
+        self.needs_grad = any(examples[i].requires_grad for i in self.constants)
+        self.bound: list[Bound] = []
+        if session.plan is not None:
+            self._bind([examples[i] for i in self.constants], guarded=True)
+        session.runners.add(self)
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the graph.
+
+        Raises:
+            CaptureError: if gradients are asked for.
+        """
+        if torch.is_grad_enabled() and asks_for_gradients(args):
+            raise CaptureError(GRAD)
+        tensors = [args[i] for i in self.constants]
+        if self.session.plan is None:
+            self.session.step(self)
+            if self.session.plan is None:
+                return self._observe(args, tensors)
+        bound = next((b for b in self.bound if b.fits(tensors)), None) or self._bind(tensors)
+        with torch.no_grad():
+            return bound.run(*[args[i] for i in bound.used])
+
+    def _is_constant(self, x: Tensor) -> bool:
+        return isinstance(x, torch.nn.Parameter) or bool(self.session.names(x))
+
+    def _bind(self, tensors: list[Tensor], guarded: bool = False) -> Bound:
+        """Rewrites and compiles the graph for these weights; graphs of weights that are no more are dropped."""
+        session = self.session
+        assert session.plan is not None
+        self.bound = [b for b in self.bound if b.alive()]
+        self.observer = None
+        traced = self._attach(tensors)
+        lowered = rewrite(traced, session.plan, "lowered", session.shared)
+        read = {str(n.target) for n in lowered.graph.find_nodes(op="get_attr")}
+        for name, t in zip(self._names(tensors), tensors, strict=True):
+            if name in read and session.is_freed(t):
+                raise StageError(f"a graph reads {name} in float, and free_float=True has freed it: compile without it")
+        freed = quantized_only(traced, lowered, session.plan) if session.options.free_float else set()
+        del traced
+        keep = held(lowered)
+        run, used = self._emit(lowered, guarded)
+        session.free(t for name, t in zip(self._names(tensors), tensors, strict=True) if name in freed)
+        self.bound.insert(0, Bound([(weakref.ref(t), state(t)) for t in tensors], run, used, keep))
+        return self.bound[0]
+
+    def _attach(self, tensors: list[Tensor]) -> fx.GraphModule:
+        session = self.session
+        constants: dict[int, tuple[str, Tensor]] = {}
+        for i, name, t in zip(self.constants, self._names(tensors), tensors, strict=True):
+            own: Any = t.detach()
+            own._sqcompile_source = session.source(t)
+            constants[i] = name, own
+        count = len(self.template.sources)
+        constants |= {count + i: (f"held_{i}", t) for i, t in enumerate(self.template.held)}
+        return attach(self.template, constants, session.aliases())
+
+    def _names(self, tensors: list[Tensor]) -> list[str]:
+        names = [self.session.names(t) for t in tensors]
+        return [found[0] if found else self.fallback[i] for i, found in zip(self.constants, names, strict=True)]
+
+    def _emit(self, lowered: fx.GraphModule, guarded: bool) -> tuple[Callable[..., Any], list[int]]:
+        arguments = lowered.meta["arguments"]
+        flat, used = flatten(write_back(lowered))
+        positions = [arguments[i] for i in used]
+        if self.session.options.compiler == "eager":
+            return flat, positions
+        cudagraphs = self.session.options.mode == "reduce-overhead"
+        static = [self.template.sources[i] for i in positions] if cudagraphs else None
+        return _with_layout(inductor(flat, static, guarded), flat), positions
+
+    def _observe(self, args: Sequence[Any], tensors: list[Tensor]) -> Any:
+        """The call in float; statistics of weights that have changed are dropped."""
+        if self.observer is None:
+            self.observer = Observer(self._attach(tensors))
+            self.updates = self.observer.module.meta["updates"]  # type: ignore[index]
+        gm: Any = self.observer.module
+        leaves = [args[i] for i in gm.meta["arguments"]]
+        masks = [args[i] for i, name in enumerate(self.fallback) if "attention_mask" in name]
+        mask = token_mask(Call((), {"attention_mask": masks[0]})) if len(masks) == 1 else None
+        results = self.observer.batch(leaves, mask)
+        with torch.no_grad():
+            for position, new in zip(self.template.updates, results, strict=False):
+                args[position].copy_(new)
+        return results[len(self.template.updates) :]
+
+
+def _with_layout(run: Callable[..., Any], flat: fx.GraphModule) -> Callable[..., Any]:
+    """Gives outputs the layout they have in eager mode where that is contiguous.
+
+    Inductor returns the keys of a first call as they lie, not as the concatenation with an empty cache that they are; the
+    second call, which gets them, would be compiled for that layout, and again for the third.
+    """
+    outputs = [value(n) if isinstance(n, fx.Node) else n for n in next(iter(reversed(flat.graph.nodes))).args[0]]
+    dense = [i for i, v in enumerate(outputs) if isinstance(v, Tensor) and v.dim() > 1 and v.is_contiguous()]
+
+    def run_dense(*args: Any) -> Any:
+        out = list(run(*args))
+        for i in dense:
+            out[i] = out[i].contiguous()
+        return out
+
+    return run_dense
+
+
+def asks_for_gradients(args: Sequence[Any]) -> bool:
+    return any(isinstance(a, Tensor) and a.requires_grad for a in args)

@@ -1,0 +1,232 @@
+"""session: one model under one set of options. Its graphs share names, the plan and INT8 weights.
+
+Dynamo hands a backend graphs, not the model: it is found on the call stack, as the outermost module that has the
+graph's parameters. Names come from the parameters themselves, so that graphs of any frame agree with the plan: those
+after a graph break, and those of a layer compiled alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import weakref
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sqcompile.backend.options import Options
+from sqcompile.calibrate import Calibration, InputStats
+from sqcompile.errors import NothingToQuantizeError, RecipeError, StageError
+from sqcompile.inputs import Call, to_spec
+from sqcompile.passes.choose import choose
+from sqcompile.passes.floats import names_linear
+from sqcompile.passes.graph import find_linears, first_leaf, nodes_by_name
+from sqcompile.passes.match import match
+from sqcompile.passes.shared import Shared
+from sqcompile.plan import Plan
+from sqcompile.recipe import Recipe, resolve_recipe
+from sqcompile.trace import aliases
+
+if TYPE_CHECKING:
+    from sqcompile.backend.runner import Runner
+
+
+@dataclass(frozen=True)
+class Freed:
+    """A parameter whose float values are gone: what it was, and how it is left."""
+
+    source: Hashable
+    left: tuple[int, int]
+
+
+class Session:
+    """What the graphs of one model share.
+
+    Attributes:
+        options: of torch.compile.
+        plan: None until calibration is over.
+        shared: the INT8 weights.
+        runners: the graphs.
+    """
+
+    def __init__(self, root: nn.Module | None, options: Options) -> None:
+        self._root = weakref.ref(root) if root is not None else lambda: None
+        self.options, self.plan = options, options.plan
+        self.shared = Shared(lambda t: getattr(t, "_sqcompile_source", None))
+        self.runners: weakref.WeakSet[Runner] = weakref.WeakSet()
+        self._names: dict[int, tuple[str, ...]] = {}
+        self._serial: Any = WeakIdKeyDictionary()
+        self._freed: Any = WeakIdKeyDictionary()
+        self._blocks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._seen: set[Runner] = set()
+        self._calls = 0
+
+    def names(self, tensor: Tensor) -> tuple[str, ...]:
+        """All names of a tensor of the model, the one that the plan has first; none for any other tensor."""
+        root = self._root()
+        if root is None:
+            return ()
+        if id(tensor) not in self._names:
+            self._names = {}
+            for name, t in _tensors(root):
+                self._names[id(t)] = (*self._names.get(id(t), ()), name)
+        found = self._names.get(id(tensor), ())
+        planned = {l.name for l in self.plan.layers} if self.plan and len(found) > 1 else set()
+        return tuple(sorted(found, key=lambda name: name not in planned))
+
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """All names of each parameter and buffer, see `trace`."""
+        root = self._root()
+        return {} if root is None else aliases(root)
+
+    def source(self, tensor: Tensor) -> Hashable:
+        """Which values a tensor has now: changes when it is written to or moved.
+
+        Raises:
+            StageError: if its float values were freed and it has been written to since.
+        """
+        freed = self._freed.get(tensor)
+        if freed is not None:
+            if state(tensor) != freed.left:
+                name = next(iter(self.names(tensor)), "a parameter")
+                raise StageError(
+                    f"{name} was written to or moved after its float values were freed (free_float=True): load the model "
+                    "again and compile that one"
+                )
+            return freed.source
+        return (self._serial.setdefault(tensor, len(self._serial)), *state(tensor))
+
+    def is_freed(self, tensor: Tensor) -> bool:
+        return tensor in self._freed
+
+    def free(self, parameters: Iterable[Tensor]) -> None:
+        """Frees the values of parameters: each becomes a view of one block of NaN, of the same sizes and strides."""
+        for p in parameters:
+            if self.is_freed(p):
+                continue
+            source, key = self.source(p), (p.dtype, p.device)
+            size = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
+            if key not in self._blocks or len(self._blocks[key]) < size:
+                self._blocks[key] = torch.full((size,), float("nan"), dtype=p.dtype, device=p.device)
+            p.data = self._blocks[key].as_strided(p.shape, p.stride())
+            self._freed[p] = Freed(source, state(p))
+
+    def step(self, runner: Runner) -> None:
+        """Counts a call in float; after the last one, makes the plan. A call of a model runs each graph once at most."""
+        if runner in self._seen:
+            self._calls += 1
+            self._seen = set()
+            if self._calls >= self.options.calibration_steps:
+                self.plan = self._decide()
+        self._seen.add(runner)
+
+    def _decide(self) -> Plan:
+        """The plan for all graphs that were seen: statistics of a linear are those of every graph that has it."""
+        observers = [r.observer for r in self.runners if r.observer is not None]
+        stats: dict[str, InputStats] = {}
+        for o in observers:
+            for name, found in o.found().items():
+                stats[name] = stats[name].merged(found) if name in stats else found
+        calibration = Calibration(stats, self._calls)
+        captured: list[Any] = [o.module for o in observers]
+        graphs: list[fx.GraphModule] = sorted(captured, key=lambda gm: -len(find_linears(gm)))
+        recipe = resolve_recipe(self.options.recipe)
+        plan: Plan | None = None
+        error: Exception | None = None
+        for gm in graphs:
+            known = {l.name for l in plan.layers} if plan else set()
+            if all(l.name in known for l in find_linears(gm)):
+                continue
+            sites, refusals = match(gm)
+            try:
+                with torch.no_grad():
+                    more = choose(
+                        gm, sites, refusals, calibration, _for_graph(recipe, graphs, gm), to_spec(Call((), {}))
+                    )
+            except NothingToQuantizeError as e:
+                error = e
+                continue
+            plan = more if plan is None else _joined(plan, more)
+        if plan is None:
+            raise error or NothingToQuantizeError("nothing to quantize: the observed graphs have no linear")
+        return plan
+
+
+def _for_graph(recipe: Recipe, graphs: list[fx.GraphModule], gm: fx.GraphModule) -> Recipe:
+    """The recipe with what it skips in this graph; a name that no graph has is left for `choose` to refuse."""
+
+    def named(pattern: str, where: fx.GraphModule) -> bool:
+        return any(names_linear(where, l, pattern) for l in find_linears(where))
+
+    skip = tuple(p for p in recipe.skip if p == "lm_head" or named(p, gm) or not any(named(p, g) for g in graphs))
+    return replace(recipe, skip=skip)
+
+
+def _joined(plan: Plan, more: Plan) -> Plan:
+    """Both plans' layers; where both have one, the first's."""
+    known = {l.name for l in plan.layers}
+    new = tuple(l for l in more.layers if l.name not in known)
+    names = {l.name for l in new}
+    scales = {k: s for k, s in more.scales.items() if all(n in names for n in k.partition(" -> ")[2].split(", "))}
+    columns = {k: s for k, s in more.columns.items() if k in names}
+    return replace(plan, scales=plan.scales | scales, layers=plan.layers + new, columns=plan.columns | columns)
+
+
+def quantized_only(traced: fx.GraphModule, lowered: fx.GraphModule, plan: Plan) -> set[str]:
+    """Names of the weights that a graph read for quantized linears, and reads no more."""
+    nodes, layers = nodes_by_name(traced), {l.name for l in plan.layers if l.quantized}
+    weights = {first_leaf(nodes[l.weight]) for l in find_linears(traced) if l.name in layers}
+    left = {str(n.target) for n in lowered.graph.find_nodes(op="get_attr")}
+    return {w for w in weights if w} - left
+
+
+def state(tensor: Tensor) -> tuple[int, int]:
+    """Version and address of a tensor's values. A tensor made in inference mode has no version."""
+    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+
+
+_sessions: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Session]] = weakref.WeakKeyDictionary()
+
+
+def session_of(parameters: Sequence[Tensor], options: Options) -> Session:
+    """The session of the model that is being called.
+
+    Raises:
+        RecipeError: for CUDA graphs of a model that is not on a GPU.
+    """
+    if options.mode == "reduce-overhead" and any(p.device.type != "cuda" for p in parameters):
+        raise RecipeError("mode='reduce-overhead' records CUDA graphs: move the model to a GPU, or leave it out")
+    wanted = {l.name for l in options.plan.layers} if options.plan else set()
+    best, most = None, -1
+    for module in _modules():
+        tensors = dict(_tensors(module))
+        if {id(p) for p in parameters} <= {id(t) for t in tensors.values()}:
+            hits = len(wanted & tensors.keys())
+            if hits >= most:  # of equals the outermost, which comes last
+                best, most = module, hits
+    if best is None:
+        return Session(None, options)
+    return _sessions.setdefault(best, {}).setdefault(options.key, Session(best, options))
+
+
+def _modules() -> Iterator[nn.Module]:
+    """The modules on the call stack, the innermost first: locals of frames, and what their methods are bound to."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] != "sqcompile":
+            for v in [*frame.f_locals.values()]:
+                v = v.__self__ if isinstance(v, types.MethodType) else v
+                v = v._orig_mod if isinstance(v, OptimizedModule) else v
+                if isinstance(v, nn.Module) and not isinstance(v, fx.GraphModule):
+                    yield v
+        frame = frame.f_back
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)

@@ -1,0 +1,131 @@
+"""Generation benchmark: ``model.generate`` through backend "smoothquant", beside ``torch.compile`` in bf16. One run.
+
+On a GPU a Llama-3-8B-shaped model with a static cache and CUDA graphs; on a CPU a 1B-shaped one with a static cache.
+Weights are random: the tokens are no text, and are not compared; the logits of a prompt are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
+
+import sqcompile
+from sqcompile.backend import smoothquant
+from sqcompile.bench.timing import machine, sqnr_db
+
+SHAPES = {
+    "cuda": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "cpu": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8},
+}
+
+
+def llama(device: str, layers: int) -> LlamaForCausalLM:
+    """Random weights whose residual stream neither grows nor dies, bf16, with outlier channels behind the norms."""
+    torch.manual_seed(0)
+    config: Any = LlamaConfig  # the stubs know no sizes
+    config = config(
+        **SHAPES[device], num_hidden_layers=layers, vocab_size=32000, max_position_embeddings=4096, rope_theta=500000.0
+    )
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    torch.nn.Module.to(model, torch.bfloat16)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 2:
+                p.normal_(0, p.shape[1] ** -0.5 * (0.5 if "o_proj" in name or "down_proj" in name else 1.0))
+            else:
+                p.uniform_(0.5, 1.5)
+                p[::97] *= 8
+    return model.eval()
+
+
+def seconds(run: Callable[[], Any], device: str, rounds: int) -> float:
+    """Median time of a call, after two that compile and warm up."""
+    times = []
+    for i in range(rounds + 2):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        if i >= 2:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure(model: Any, device: str, batch: int, prompt: int, new: int, rounds: int) -> tuple[float, float]:
+    """Decoded tokens a second, all sequences together, and prompt tokens a second, of one ``generate`` call.
+
+    Decode is the difference of generating ``new`` tokens and one, so that prefill counts in neither twice.
+    """
+    x = torch.randint(3, 32000, (batch, prompt), device=device)
+
+    def generate(tokens: int) -> Tensor:
+        return model.generate(
+            x, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0,
+            past_key_values=None, cache_implementation="static",
+        )  # fmt: skip
+
+    whole = seconds(lambda: generate(new), device, rounds)
+    first = seconds(lambda: generate(1), device, rounds)
+    return batch * (new - 1) / (whole - first), batch * prompt / first
+
+
+def contender(name: str, model: LlamaForCausalLM, plan: sqcompile.Plan, device: str) -> Any:
+    """bf16: compiled as transformers does it for a static cache on a GPU; INT8: one line."""
+    if name == "bf16":
+        own = copy.copy(model)
+        own.generation_config = copy.deepcopy(model.generation_config)
+        if device == "cuda":
+            own.generation_config.compile_config = CompileConfig(mode="reduce-overhead", dynamic=False)
+        own.compile(**({} if device == "cuda" else {"dynamic": None}))
+        return own
+    options: Any = {"plan": plan, "mode": "reduce-overhead" if device == "cuda" else "default"}
+    return torch.compile(model, backend=smoothquant, options=options)  # as backend="smoothquant", installed or not
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m sqcompile.bench generate", description=__doc__)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--layers", type=int, default=8 if device == "cuda" else 2)
+    parser.add_argument("--new", type=int, default=129 if device == "cuda" else 17)
+    parser.add_argument("--rounds", type=int, default=5 if device == "cuda" else 3)
+    args = parser.parse_args(argv)
+    model = llama(device, args.layers)
+    plan = sqcompile.calibrate(model, [torch.randint(3, 32000, (2, 256), device=device)], progress=False)
+    print(f"{torch.cuda.get_device_name() if device == 'cuda' else machine()}, {args.layers} layers\n")
+    print("| | bf16 torch.compile, tokens/s | sqcompile INT8, tokens/s | vs bf16 |\n|---|---|---|---|")
+    logits = {}
+    cases = [(1, 128), (16, 128), (1, 2048)] if device == "cuda" else [(1, 64), (4, 64), (1, 512)]
+    for batch, prompt in cases:
+        speed = {}
+        for name in ("bf16", "INT8"):
+            torch._dynamo.reset()
+            net = contender(name, model, plan, device)
+            speed[name] = measure(net, device, batch, prompt, args.new, args.rounds)
+            with torch.no_grad():
+                logits[name] = net(torch.arange(3, 67, device=device)[None], use_cache=False).logits.float()
+            model._compiled_call_impl = None
+            del net
+            gc.collect()
+        for i, what in enumerate((f"decode, batch {batch} after {prompt}", f"prefill, {batch} x {prompt}")):
+            bf16, ours = speed["bf16"][i], speed["INT8"][i]
+            print(f"| {what} | {bf16:.0f} | {ours:.0f} | {ours / bf16:.2f}x |", flush=True)
+    print(f"\nSQNR of the logits beside bf16: {sqnr_db(logits['bf16'], logits['INT8']):.1f} dB")
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
