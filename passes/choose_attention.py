@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from sqcompile.kernels import speedup
 from sqcompile.kernels.reference import absmax_scale, quantize, token_scale
 from sqcompile.passes.attention_chains import Attention
 from sqcompile.passes.head_labels import HeadSite, match_heads
@@ -113,6 +114,18 @@ def _stays_float(chooser: Chooser, a: Attention) -> str | None:
             return f"skipped by the recipe ({pattern!r})"
     if any(node not in chooser.calibration.heads for node in (a.q, a.k, a.v)):
         return "no calibration token reached it"
+    return _slow(chooser, a)
+
+
+def _slow(chooser: Chooser, a: Attention) -> str | None:
+    """Why an attention stays in float that is not expected to be fast enough on this GPU."""
+    recipe = chooser.recipe
+    device = chooser.calibration.heads[a.q].absmax.device
+    gains = speedup.expected_attention(device, recipe.attention, a.width) if recipe.min_speedup > 0 else {}
+    for (batch, queries, keys), gain in gains.items():
+        if gain < recipe.min_speedup:
+            call = f"{batch} x {queries} queries of {keys} keys"
+            return f"INT8 is expected to be {gain:.2f}x of bf16 with {call}, less than {recipe.min_speedup}x"
     return None
 
 

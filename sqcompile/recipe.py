@@ -30,7 +30,9 @@ class Recipe:
             stands for the projection back to the vocabulary under any other name.
         min_speedup: linears whose INT8 GEMM is expected to be less than this times as fast as bfloat16, by the measured
             table of this GPU (kernels/speedups), with 1, 512 or 2048 rows, stay in float; linears that share an input
-            count as one. 0 keeps none; shapes that no table knows, and CPUs, are not affected.
+            count as one. So do attentions expected to be less than this times as fast as
+            scaled_dot_product_attention in bfloat16, in prefill or decode. 0 keeps none; shapes that no table knows, and
+            CPUs, are not affected.
         attention: products of attention in INT8: ``"none"``, ``"qk"`` (QKᵀ) or ``"qk_pv"`` (PV, too).
         qk: scales of Q and K: ``"per_token"`` (one per token and head), ``"per_head"`` (one per sequence and head),
             ``"per_tensor"`` or ``"per_tensor_static"``; None stands for what ``activation`` says. V has a scale per

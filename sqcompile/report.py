@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.kernels.speedup import ROWS, expected
+from sqcompile.kernels.speedup import ROWS, expected, expected_attention
 from sqcompile.names import SiteLabel, collapse, site_labels
 from sqcompile.passes.graph import value
 from sqcompile.plan import AttentionPlan, LayerPlan, Plan
@@ -44,6 +44,46 @@ def _gemms(lowered: fx.GraphModule) -> tuple[Gemm, ...]:
 
 
 @dataclass(frozen=True)
+class Int8Attention:
+    """INT8 attentions of one kind; ``str`` of it is one line.
+
+    Attributes:
+        count: how many.
+        products: "qk" or "qk_pv".
+        width: channels of a head.
+        gains: expected speed against scaled_dot_product_attention in bfloat16 by (batch, queries, keys); empty for a
+            width no table knows.
+    """
+
+    count: int
+    products: str
+    width: int
+    gains: dict[tuple[int, int, int], float]
+
+    def __str__(self) -> str:
+        parts = [
+            f"{gain:.2f}x with {b} x {queries} queries of {keys} keys"
+            for (b, queries, keys), gain in self.gains.items()
+        ]
+        slow = (
+            " (slower: Recipe(min_speedup=1.0) leaves it in float)" if min(self.gains.values(), default=1) < 1 else ""
+        )
+        return f"{self.count} x {self.products}, {self.width} channels: {', '.join(parts) or 'not measured'}{slow}"
+
+
+def _attentions(lowered: fx.GraphModule) -> tuple[Int8Attention, ...]:
+    nodes = lowered.graph.find_nodes(op="call_function", target=sqcompile_ops.int8_attention.default)
+    kinds = Counter(
+        ("qk" if n.args[5] is None else "qk_pv", int(value(n.args[0]).shape[-1]), value(n.args[0]).device)
+        for n in nodes
+    )
+    return tuple(
+        Int8Attention(count, products, width, expected_attention(device, products, width))
+        for (products, width, device), count in kinds.items()
+    )
+
+
+@dataclass(frozen=True)
 class Report:
     """One entry per linear, in graph order; ``print(report)`` gives one line each, then the sites.
 
@@ -52,17 +92,19 @@ class Report:
         sites: the smoothed sites as a person would write them; ``key`` is the name in the plan.
         gemms: on GPUs, the INT8 GEMMs by shape.
         attention: one entry per attention, where the recipe quantizes them (see AttentionPlan).
+        int8_attention: on GPUs, the INT8 attentions by kind.
     """
 
     layers: tuple[LayerPlan, ...]
     sites: tuple[SiteLabel, ...]
     gemms: tuple[Gemm, ...] = ()
     attention: tuple[AttentionPlan, ...] = ()
+    int8_attention: tuple[Int8Attention, ...] = ()
 
     @staticmethod
     def of(plan: Plan, lowered: fx.GraphModule) -> Report:
         sites = site_labels(plan.scales, [l.name for l in plan.layers])
-        return Report(plan.layers, sites, _gemms(lowered), plan.attention)
+        return Report(plan.layers, sites, _gemms(lowered), plan.attention, _attentions(lowered))
 
     def __str__(self) -> str:
         width = max((len(l.name) for l in self.layers), default=0)
@@ -75,6 +117,8 @@ class Report:
             lines += ["sites:", *(f"  {line}" for line in collapse(map(str, self.sites)))]
         if self.gemms:
             lines += ["INT8 GEMMs, expected speed against bf16:", *(f"  {gemm}" for gemm in self.gemms)]
+        if any(a.gains for a in self.int8_attention):
+            lines += ["INT8 attention, expected speed against bf16:", *(f"  {a}" for a in self.int8_attention)]
         done = sum(l.quantized for l in self.layers)
         folded = sum(l.smoothing == "folded" for l in self.layers)
         lines.append(f"{done} of {len(self.layers)} linears in INT8, {folded} with smoothing folded into parameters")

@@ -7,17 +7,18 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error, token_batches
+from conftest import relative_error, tiny_lm, token_batches
 from families import FAMILIES, build
 from hand_written import HAND_WRITTEN, Spelled, inputs_of
 from test_attention_chains import CHAINS, found, operators, with_attention
 from test_families import outputs, resized, run
 
 import sqcompile
-from sqcompile import PRESETS, Recipe
+from sqcompile import PRESETS, Recipe, report
 from sqcompile.calibrate import calibrate
 from sqcompile.errors import PlanError, RecipeError
 from sqcompile.kernels import attention_parts as kernel
+from sqcompile.kernels import speedup
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import quantize, token_scale
 from sqcompile.plan import Plan
@@ -288,3 +289,34 @@ def test_attention_costs_the_shipped_lm_next_to_nothing(lm_perplexity, preset):
     # measured: -0.05 %, 0.04 %, 0.17 % and -0.05 % for QKᵀ, which one dynamic scale per tensor (O2) costs more than others
     assert qk / linears - 1 < (0.003 if preset == "O2" else 0.001)
     assert qk_pv / linears - 1 < 0.005
+
+
+def test_min_speedup_keeps_slow_attention_in_float(monkeypatch):
+    gains = {(1, 2048, 2048): 1.3, (1, 1, 2048): 0.9}
+    monkeypatch.setattr(speedup, "expected_attention", lambda device, products, width: gains)
+    for least, quantized in ((0.8, "qk"), (1.0, "none")):
+        recipe = sqcompile.Recipe(attention="qk", min_speedup=least)
+        plan = sqcompile.calibrate(tiny_lm("llama"), token_batches(), recipe=recipe, progress=False)
+        assert [a.quantized for a in plan.attention] == [quantized] * 2
+    assert "0.90x of bf16 with 1 x 1 queries of 2048 keys, less than 1.0x" in plan.attention[0].reason
+
+
+def test_the_report_says_where_int8_attention_is_slower(monkeypatch):
+    gains = {(1, 2048, 2048): 1.3, (1, 1, 2048): 0.9}
+    monkeypatch.setattr(report, "expected_attention", lambda device, products, width: gains)
+    recipe = sqcompile.Recipe(attention="qk_pv")
+    compiled = sqcompile.compile(tiny_lm("llama"), token_batches(), recipe=recipe, backend="eager", progress=False)
+    lines = str(compiled.report).split("\n")
+    line = lines[lines.index("INT8 attention, expected speed against bf16:") + 1]
+    assert line.startswith(
+        "  2 x qk_pv, 16 channels: 1.30x with 1 x 2048 queries of 2048 keys, 0.90x with 1 x 1 queries"
+    )
+    assert "slower" in line and "min_speedup" in line
+    assert speedup.expected_attention(torch.device("cpu"), "qk", 128) == {}
+
+
+def test_the_measured_speedups_of_the_h100(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    gains = speedup.expected_attention(torch.device("cuda", 0), "qk", 128)
+    assert set(gains) == set(speedup.CALLS) and all(0.5 < gain < 3 for gain in gains.values())
+    assert speedup.expected_attention(torch.device("cuda", 0), "qk", 512) == {}

@@ -12,6 +12,7 @@ import functools
 import gc
 import importlib.util
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +101,13 @@ def contenders(o: Operands, causal: bool) -> Iterator[tuple[str, Callable[[], Te
         yield "SageAttention", functools.partial(sageattention.sageattn, o.q, o.k, o.v, is_causal=True)
 
 
-def table(shapes: tuple[tuple[int, ...], ...], causal: bool, rep_ms: float) -> list[str]:
-    """A row per shape: microseconds of each contender, with TOPS (prefill) or GB/s of keys and values (decode)."""
+def table(
+    shapes: tuple[tuple[int, ...], ...], causal: bool, rep_ms: float, measured: list[dict[str, float]]
+) -> list[str]:
+    """A row per shape: microseconds of each contender, with TOPS (prefill) or GB/s of keys and values (decode).
+
+    Rows of a table in kernels/speedups are appended to ``measured``.
+    """
     from sqcompile.kernels.triton import timing
 
     rows: list[str] = []
@@ -131,6 +137,10 @@ def table(shapes: tuple[tuple[int, ...], ...], causal: bool, rep_ms: float) -> l
         ratios = [f"{times[n] / ours:.2f}x" if n in times else "" for n in ("SDPA bf16", "SageAttention")]
         rows.append(f"| {' '.join(map(str, shape))} | " + " | ".join([*cells, *ratios]) + " |")
         print(rows[-1], flush=True)
+        compared = {"sdpa_us": "SDPA bf16", "qk_us": "qk per token", "qk_pv_us": "qk_pv per token"}
+        if times.keys() >= set(compared.values()):
+            sizes = dict(zip(("b", "h", "g", "sq", "sk", "d"), shape, strict=True))
+            measured.append(sizes | {key: round(times[name], 1) for key, name in compared.items()})
         del o, call
         torch.cuda.empty_cache()
     columns = [f"{n}: us, speed, cosine" for n in names] + ["SDPA / best INT8", "Sage / best INT8"]
@@ -189,6 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tune", action="store_true", help="time tile candidates instead of the shipped choice")
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     parser.add_argument("--out", type=Path, help="write the tables there too")
+    parser.add_argument("--speedups", type=Path, help='a file of kernels/speedups/, whose "attention" to replace')
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
@@ -200,7 +211,8 @@ def main(argv: list[str] | None = None) -> None:
     p = torch.cuda.get_device_properties(0)
     few = ((1, 32, 8, 2048, 2048, 128), (1, 32, 8, 8192, 8192, 128), (4, 32, 8, 2048, 2048, 64))
     prefill, decode = (few if args.quick or args.tune else PREFILL), (DECODE[::2] if args.quick else DECODE)
-    make = tune if args.tune else table
+    measured: list[dict[str, float]] = []
+    make = tune if args.tune else functools.partial(table, measured=measured)
     lines = [
         f"{p.name}, torch {torch.__version__}, triton {triton.__version__}, {datetime.date.today()}. "
         "Medians of CUDA graphs.\n",
@@ -212,3 +224,6 @@ def main(argv: list[str] | None = None) -> None:
     print(text)
     if args.out:
         args.out.write_text(text)
+    if args.speedups:
+        content = json.loads(args.speedups.read_text()) | {"attention": measured}
+        args.speedups.write_text(json.dumps(content, indent=1) + "\n")
