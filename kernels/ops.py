@@ -70,6 +70,7 @@ _COMPOSITE = {
     "tensor_scale(Tensor x) -> Tensor": reference.tensor_scale,
     "quantize(Tensor x, Tensor scale, int zero_point=0) -> Tensor": reference.quantize,
     "dequantize(Tensor acc, Tensor scale, Tensor w_scale, Tensor? bias, ScalarType dtype) -> Tensor": reference.dequantize,
+    "dequantize_tokens(Tensor q, Tensor scale, ScalarType dtype) -> Tensor": reference.dequantize_tokens,
     "grouped_dequantize(Tensor acc, Tensor scale, Tensor w_scale, Tensor offsets, ScalarType dtype) -> Tensor": (
         reference.grouped_dequantize
     ),

@@ -69,6 +69,11 @@ def dequantize(
     return scale_output(acc.to(torch.float32) * w_scale, scale, bias, dtype)
 
 
+def dequantize_tokens(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """q · Δ of stored tokens: q int8 [..., K], scale float32 [..., 1]; ``dtype`` [..., K], rounded once."""
+    return (q.to(torch.float32) * scale).to(dtype)
+
+
 def int8_matmul(q: Tensor, w: Tensor) -> Tensor:
     """q [..., K] int8 times w [N, K] int8, accumulated in int32: [..., N], exact."""
     acc = None

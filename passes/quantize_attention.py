@@ -46,7 +46,7 @@ class _Inserter:
             q, q_scale = self._quantize(self._four(a.q), self.how.q_scale, "query_scale")
             k = self._four(a.k)
             mean = self.plan.heads.get(f"{a.name}/key_mean")
-            if mean is not None:
+            if mean is not None and self._cached(k) is None:
                 constant = add_tensor(self.gm, f"{a.name}.key_mean", mean[:, None].to(value(k).device))
                 k = add_op(self.gm, aten.sub.Tensor, k, constant)
             k, k_scale = self._quantize(k, self.how.k_scale, "key_scale")
@@ -84,6 +84,8 @@ class _Inserter:
 
     def _quantize(self, x: fx.Node, static: float | None, name: str) -> tuple[fx.Node, fx.Node]:
         granularity = self.plan.recipe.granularity
+        if static is None and (cached := self._cached(x)):
+            return cached
         if static is not None:
             scale = add_tensor(self.gm, f"{self.a.name}.{name}", torch.tensor(static, device=value(x).device))
         elif granularity == "per_token":
@@ -93,6 +95,20 @@ class _Inserter:
         else:
             scale = add_op(self.gm, sqcompile_ops.tensor_scale.default, x)
         return add_op(self.gm, sqcompile_ops.quantize.default, x, scale), scale
+
+    def _cached(self, x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """Values and scales of x where it comes from a cache in INT8 (`sqcompile.cache`) that can be read as it is."""
+        if self.plan.recipe.granularity != "per_token":
+            return None
+        if x.target == sqcompile_ops.dequantize_tokens.default:
+            return x.args[0], x.args[1]  # type: ignore[return-value]
+        if x.target != aten.slice.Tensor or arguments(x)["dim"] in (-1, value(x).dim() - 1):
+            return None
+        whole = self._cached(x.args[0])  # type: ignore[arg-type]
+        if whole is None:
+            return None
+        q, scale = (add_op(self.gm, aten.slice.Tensor, part, *x.args[1:]) for part in whole)
+        return q, scale
 
     def _scaled_and_masked(self, scores: fx.Node, node: fx.Node) -> fx.Node:
         """What scaled_dot_product_attention does before its softmax."""

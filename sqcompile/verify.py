@@ -5,7 +5,15 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from sqcompile.errors import StageError
+from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.graph import LINEARS, get_tensor, value
+
+# what a model calls itself, through `sqcompile.cache`
+_OF_A_CACHE = (
+    sqcompile_ops.token_scale.default,
+    sqcompile_ops.quantize.default,
+    sqcompile_ops.dequantize_tokens.default,
+)
 
 STAGES = ("traced", "folded", "quantized", "lowered")
 
@@ -22,7 +30,7 @@ def verify(gm: fx.GraphModule, stage: str) -> fx.GraphModule:
             namespace = getattr(n.target, "namespace", None)
             if namespace is None and not _is_python(n.target):
                 raise StageError(f"{stage}: %{n.name} calls {n.target}, which is no operator")
-            if namespace == "sqcompile" and stage in ("traced", "folded") and n.target not in LINEARS:
+            if namespace == "sqcompile" and stage in ("traced", "folded") and n.target not in (*LINEARS, *_OF_A_CACHE):
                 raise StageError(f"{stage}: %{n.name} is {n.target}, which belongs to a later stage")
         elif n.op not in ("placeholder", "get_attr", "output"):
             raise StageError(f"{stage}: %{n.name} is a {n.op}, expected ATen operators only")
