@@ -80,8 +80,9 @@ def mask_blocks(mask: Tensor) -> Tensor:
         mask: [..., Sq or 1, Sk], at most four dims, as of `int8_attention`.
 
     Returns:
-        int32 [b, h, ceil(Sq / 128), 2 + ceil(Sk / 128)], b and h as the mask's (1 where it has none). Each row: how many
-        blocks of keys are free (every entry True or 0), how many mixed, and their numbers: the free ones from the front
+        int32 [b, h, ceil(Sq / 128) · (2 + ceil(Sk / 128))], b and h as the mask's (1 where it has none): rows of
+        2 + ceil(Sk / 128), one after the other, as a dim of ceil(Sq / 128) is 1 or more and a compiler that holds Sq as
+        a symbol would ask which, and fix it. Each row: how many blocks of keys are free (every entry True or 0), how many mixed, and their numbers: the free ones from the front
         and ascending, the mixed ones from the back and descending; -1 between. A block that ends past Sk is mixed.
     """
     mask = mask.view((1,) * (4 - mask.dim()) + mask.shape)
@@ -103,7 +104,7 @@ def mask_blocks(mask: Tensor) -> Tensor:
     front = torch.where(free, number, 2**30).sort(-1).values
     back = torch.where(mixed, number, 2**30).sort(-1).values.flip(-1)
     numbers = torch.where(front < 2**30, front, torch.where(back < 2**30, back, -1))
-    return torch.cat([free.sum(-1, keepdim=True), mixed.sum(-1, keepdim=True), numbers], -1).to(torch.int32)
+    return torch.cat([free.sum(-1, keepdim=True), mixed.sum(-1, keepdim=True), numbers], -1).to(torch.int32).flatten(2)
 
 
 def _int8_attention_triton(q: Tensor, *args: Any) -> Tensor:
@@ -126,7 +127,7 @@ def _int8_attention_fake(q: Tensor, *args: Any) -> Tensor:
 def _mask_blocks_fake(mask: Tensor) -> Tensor:
     b, h, queries, keys = (1,) * (4 - mask.dim()) + mask.shape
     rows, columns = MASK_BLOCK
-    return mask.new_empty((b, h, -(-queries // rows), 2 + -(-keys // columns)), dtype=torch.int32)
+    return mask.new_empty((b, h, -(-queries // rows) * (2 + -(-keys // columns))), dtype=torch.int32)
 
 
 # schema: (plain PyTorch, Triton, fake), as in fused.py

@@ -162,6 +162,7 @@ def inductor(
     fakes = [value(n) for n in flat.graph.find_nodes(op="placeholder")]
     mode = flat.meta["fake_mode"]
     before = dict(mode.shape_env.replacements) if mode.shape_env else {}
+    ranges = dict(mode.shape_env.var_to_range) if mode.shape_env else {}
     # the operators' fakes give exact sizes and strides (tested), which need no check at every call
     options = {
         "freezing": True,
@@ -173,11 +174,18 @@ def inductor(
         run: Any = compile_fx(flat, fakes)
     after = dict(mode.shape_env.replacements) if mode.shape_env else {}
     fixed = {k: v for k, v in after.items() if k not in before}
+    # no guard is checked at a call: a size assumed to stay below the example's next multiple of a block would go unnoticed
+    fixed |= {k: mode.shape_env.var_to_range[k] for k, r in ranges.items() if _narrowed(r, mode.shape_env.var_to_range[k])}
     if fixed and not guarded:
         raise StageError(
             f"Inductor fixed sizes that are dynamic ({fixed}): pass backend='eager' or dynamic_shapes=None"
         )
     return run
+
+
+def _narrowed(before: Any, after: Any) -> bool:
+    """Whether a size's range became smaller, other than by indices being of 32 bits."""
+    return bool(after.lower > before.lower or after.upper < min(before.upper, 2**31 - 1))
 
 
 def _name_inputs(flat: fx.GraphModule, static: list[tuple[Any, bool]]) -> None:

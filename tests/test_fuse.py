@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 import sqcompile
 from sqcompile import report
+from sqcompile.emit import inductor
 from sqcompile.kernels import fused, speedup, x86
 from sqcompile.kernels.ops import sqcompile_ops
 
@@ -90,6 +91,16 @@ def test_half_precision_differs_by_the_roundings_it_leaves_out(lowered_for_gpu):
     with torch.no_grad():
         exact = tiny_lm("llama")(input_ids=ids, use_cache=False).logits
     assert relative_error(gpu(input_ids=ids).logits, exact) <= 1.1 * relative_error(plain(input_ids=ids).logits, exact)
+
+
+def test_a_compiler_assumes_no_number_of_blocks_of_a_mask(lowered_for_gpu):
+    gpu, _ = lowered_for_gpu(tiny_lm("llama"), token_batches(), sqcompile.Recipe(attention="qk"))
+    assert operators(gpu)["mask_blocks"] == 1
+    env = gpu._run.meta["fake_mode"].shape_env
+    run = inductor(gpu._run)  # for a GPU it once made loops of 128 iterations over the 300 tokens below
+    assert all(r.lower <= 2 and r.upper >= 2**31 - 1 for r in env.var_to_range.values())
+    x = token_ids((2, 300), seed=5)
+    assert relative_error(run(x)[0], gpu(input_ids=x).logits) <= 1e-5
 
 
 class Explicit(nn.Module):

@@ -193,9 +193,10 @@ def _expanded(
     rows, columns = MASK_BLOCK
     if blocks is not None:
         of_tile = rows % tile.bm == 0 if pack == 1 else shape[2] <= rows and blocks.shape[1] == 1
-        whole = blocks.shape[2] in (1, -(-shape[2] // rows)) and blocks.shape[3] - 2 == -(-shape[3] // columns)
+        width = 2 + -(-shape[3] // columns)
+        whole = blocks.shape[2] in (width, -(-shape[2] // rows) * width)
         if diagonal is None and of_tile and whole and columns % tile.bn == 0:
-            blocks = blocks.expand(*shape[:2], -1, -1)
+            blocks = blocks.unflatten(2, (-1, width)).expand(*shape[:2], -1, -1)
             # one row of blocks for all queries
             blocks = blocks if blocks.shape[2] > 1 else blocks.as_strided(blocks.shape, (*blocks.stride()[:2], 0, 1))
         else:

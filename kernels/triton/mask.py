@@ -74,7 +74,7 @@ def mask_blocks(mask: Tensor) -> Tensor:
     bands, listed = triton.cdiv(queries, rows), triton.cdiv(keys, columns)
     blocks = torch.full((batch, heads, bands, 2 + listed), -1, dtype=torch.int32, device=mask.device)
     if blocks.shape[:3].numel() == 0:
-        return blocks
+        return blocks.flatten(2)
     is_bool = mask.dtype == torch.bool
     values = mask.view(torch.uint8) if is_bool else mask
     read = min(_ROWS, triton.next_power_of_2(queries))
@@ -83,4 +83,4 @@ def mask_blocks(mask: Tensor) -> Tensor:
         _list_blocks[(batch * heads * bands,)](
             values, blocks, heads, queries, keys, values.stride(), read, rows, columns, step, is_bool, num_warps=8,
         )  # fmt: skip
-    return blocks
+    return blocks.flatten(2)
