@@ -175,7 +175,9 @@ def inductor(
     after = dict(mode.shape_env.replacements) if mode.shape_env else {}
     fixed = {k: v for k, v in after.items() if k not in before}
     # no guard is checked at a call: a size assumed to stay below the example's next multiple of a block would go unnoticed
-    fixed |= {k: mode.shape_env.var_to_range[k] for k, r in ranges.items() if _narrowed(r, mode.shape_env.var_to_range[k])}
+    fixed |= {
+        k: mode.shape_env.var_to_range[k] for k, r in ranges.items() if _narrowed(r, mode.shape_env.var_to_range[k])
+    }
     if fixed and not guarded:
         raise StageError(
             f"Inductor fixed sizes that are dynamic ({fixed}): pass backend='eager' or dynamic_shapes=None"
