@@ -81,9 +81,10 @@ def mask_blocks(mask: Tensor) -> Tensor:
 
     Returns:
         int32 [b, h, ceil(Sq / 128) · (2 + ceil(Sk / 128))], b and h as the mask's (1 where it has none): rows of
-        2 + ceil(Sk / 128), one after the other, as a dim of ceil(Sq / 128) is 1 or more and a compiler that holds Sq as
-        a symbol would ask which, and fix it. Each row: how many blocks of keys are free (every entry True or 0), how many mixed, and their numbers: the free ones from the front
-        and ascending, the mixed ones from the back and descending; -1 between. A block that ends past Sk is mixed.
+        2 + ceil(Sk / 128), one after the other; of a dim of ceil(Sq / 128), a compiler that holds Sq as a symbol would
+        ask whether it is 1, and fix the answer. Each row: how many blocks of keys are free (every entry True or 0), how
+        many mixed, and their numbers: the free ones from the front and ascending, the mixed ones from the back and
+        descending; -1 between. A block that ends past Sk is mixed.
     """
     mask = mask.view((1,) * (4 - mask.dim()) + mask.shape)
     rows, columns = MASK_BLOCK
