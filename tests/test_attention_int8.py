@@ -26,7 +26,7 @@ from sqcompile.plan import Plan
 
 @pytest.mark.parametrize("attention", ["qk", "qk_pv"])
 @pytest.mark.parametrize(
-    "name", [n if n in ("llama", "bloom", "gemma2") else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
+    "name", [n if n in ("llama", "bloom") else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 )
 def test_lowered_attention_agrees_with_the_quantized_stage(name, attention):
     model, call = build(name)

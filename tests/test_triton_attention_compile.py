@@ -72,7 +72,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("d", [80, 128, 256])
+@pytest.mark.parametrize("d", [128, *(pytest.param(d, marks=pytest.mark.slow) for d in (80, 256))])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_fits(name, d, tmp_path):
     kernels = compile_for(90, lambda: attention(1000, 1000, d, **VARIANTS[name]))
