@@ -137,6 +137,10 @@ for _schema, (_functions, _fake) in _KERNELS.items():
     torch.library.register_fake(f"sqcompile::{_name}", _fake, lib=_library)
 
 for _plain, _kernel in fused.VISIBLE:
-    torch.library.triton_op(f"sqcompile::{_plain.__name__}", fused.on_cuda(_plain, _kernel), mutates_args=())
+    _name = f"sqcompile::{_plain.__name__}"
+    if torch.version.cuda is not None:
+        torch.library.triton_op(_name, fused.on_cuda(_plain, _kernel), mutates_args=())
+    else:  # triton_op imports Triton, which takes its time and has nothing to run here
+        torch.library.custom_op(_name, _plain, mutates_args=()).register_fake(_plain)
 
 sqcompile_ops = torch.ops.sqcompile

