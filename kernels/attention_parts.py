@@ -40,6 +40,12 @@ def _by_group(x: Tensor, y: Tensor) -> Tensor:
     return (x.reshape(batch, groups, heads // groups * rows, width) @ y).reshape(batch, heads, rows, y.shape[-1])
 
 
+def _per_head(scale: Tensor, heads: int) -> Tensor:
+    """A scale that broadcasts to [B, G, ., .] as one that broadcasts to [B, H, ., .]."""
+    groups = scale.shape[-3] if scale.dim() >= 3 else 1
+    return scale if groups in (1, heads) else scale.repeat_interleave(heads // groups, dim=-3)
+
+
 def int8_scores(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Δq Δk (q kᵀ).
 
@@ -56,9 +62,7 @@ def int8_scores(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, dtype: t
     acc = _by_group(q.to(torch.float32), k.to(torch.float32).transpose(-1, -2))
     if k_scale.dim() >= 2:
         k_scale = k_scale.transpose(-1, -2)
-        if k_scale.dim() >= 3 and k_scale.shape[-3] not in (1, q.shape[1]):
-            k_scale = k_scale.repeat_interleave(q.shape[1] // k_scale.shape[-3], dim=-3)
-    return (acc * q_scale * k_scale).to(dtype)
+    return (acc * q_scale * _per_head(k_scale, q.shape[1])).to(dtype)
 
 
 def mask_scores(scores: Tensor, mask: Tensor | None, diagonal: int | None) -> Tensor:
@@ -110,8 +114,7 @@ def int8_attend(scores: Tensor, v: Tensor, v_scale: Tensor, dtype: torch.dtype) 
         near = _finite(part.amax(-1, keepdim=True))
         p = torch.round(QMAX * torch.exp(part - near))
         out = out + _by_group(p, values.to(torch.float32)) * (torch.exp(near - top) / QMAX)
-    if v_scale.dim() >= 3 and v_scale.shape[-3] not in (1, scores.shape[1]):
-        v_scale = v_scale.repeat_interleave(scores.shape[1] // v_scale.shape[-3], dim=-3)
+    v_scale = _per_head(v_scale, scores.shape[1])
     return (out / torch.where(total == 0, 1.0, total) * v_scale).to(dtype)
 
 

@@ -13,14 +13,12 @@ computation into each of those readers and repeat it. They are stored.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import fx
 
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.passes.graph import add_op, arguments, aten, value
-from sqcompile.passes.heads import unrepeated
+from sqcompile.passes.graph import add_op, additive, arguments, aten, value
+from sqcompile.passes.heads import head_count, unrepeated_pair
 
 
 def lower_attention(gm: fx.GraphModule) -> None:
@@ -44,12 +42,10 @@ def _lower_one(
     q, k, v, mask = args["query"], args["key"], args["value"], args["attn_mask"]
     if args["dropout_p"]:
         return
-    heads = value(q).shape[1]
-    k_once, v_once = unrepeated(k), unrepeated(v)
-    if k_once is not None and v_once is not None and value(k_once).shape[1] == value(v_once).shape[1]:
-        k, v = k_once, v_once
-    elif value(k).shape[1] != heads and not args["enable_gqa"]:
+    once = unrepeated_pair(k, v)
+    if once == (k, v) and head_count(k) != head_count(q) and not args["enable_gqa"]:
         return  # heads broadcast: left to torch
+    k, v = once
     bias = kind = None
     if mask is not None:
         key = mask, value(q).dtype
@@ -65,8 +61,7 @@ def _lower_one(
 
 def _stored_mask(gm: fx.GraphModule, mask: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, fx.Node]:
     """The mask as an additive one, and its kind."""
-    if value(mask).dtype == torch.bool:  # as scaled_dot_product_attention itself does it
-        attend, not_attend = (add_op(gm, aten.scalar_tensor.default, x, dtype=dtype) for x in (0.0, -math.inf))
-        mask = add_op(gm, aten.where.self, mask, attend, not_attend)
+    if value(mask).dtype == torch.bool:
+        mask = additive(gm, mask, dtype)
     bias = add_op(gm, sqcompile_ops.stored.default, mask)
     return bias, add_op(gm, sqcompile_ops.mask_kind.default, bias)

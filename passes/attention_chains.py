@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.graph import arguments, aten, constants, find_linears, nodes_by_name, value
-from sqcompile.passes.heads import head_count, unmerged, unrepeated
+from sqcompile.passes.heads import head_count, unmerged, unrepeated_pair
 from sqcompile.passes.label_rules import OUTPUT, describe
 from sqcompile.passes.scores import SAME, Mask, Scores, read_scores
 
@@ -208,7 +208,7 @@ def _operands(a: Attention, q: fx.Node, k: fx.Node, v: fx.Node, transposed: bool
         if not transposed and all(t is not None for t in apart):
             q, k, v = apart  # type: ignore[assignment]
     elif not transposed:
-        k, v = _unrepeated_pair(k, v)
+        k, v = unrepeated_pair(k, v)
     heads, groups, batch = head_count(q), head_count(k), [value(t).shape[0] for t in (q, k, v)]
     if not all(statically_known_true(b == batch[0]) for b in batch):
         return _with(a, refused="its queries and keys have different batches")
@@ -216,12 +216,6 @@ def _operands(a: Attention, q: fx.Node, k: fx.Node, v: fx.Node, transposed: bool
         return _with(a, refused=f"{heads} query heads share {groups} key heads and {head_count(v)} value heads")
     width = int(value(q).shape[-1])
     return _with(a, q=q.name, k=k.name, v=v.name, transposed=transposed, heads=heads, groups=groups, width=width)
-
-
-def _unrepeated_pair(k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
-    once = unrepeated(k), unrepeated(v)
-    same = once[0] is not None and once[1] is not None and head_count(once[0]) == head_count(once[1])
-    return once if same else (k, v)  # type: ignore[return-value]
 
 
 def _module(linears: dict[str, str], ends: list[fx.Node]) -> str:

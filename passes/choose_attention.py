@@ -11,7 +11,6 @@ whatever mask, padding or number of keys, and costs one subtraction that is fuse
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor, fx
 from sqcompile.kernels import speedup
 from sqcompile.kernels.reference import absmax_scale, quantize, token_scale
 from sqcompile.passes.attention_chains import Attention
+from sqcompile.passes.floats import names
 from sqcompile.passes.head_labels import HeadSite, match_heads
 from sqcompile.passes.smoothing import smoothing_scale
 from sqcompile.plan import AttentionPlan
@@ -110,7 +110,7 @@ def _stays_float(chooser: Chooser, a: Attention) -> str | None:
     if a.refused:
         return a.refused
     for pattern in chooser.recipe.skip:
-        if fnmatch.fnmatch(a.name, pattern) or f".{pattern}." in f".{a.name}.":
+        if names(pattern, a.name):
             return f"skipped by the recipe ({pattern!r})"
     if any(node not in chooser.calibration.heads for node in (a.q, a.k, a.v)):
         return "no calibration token reached it"

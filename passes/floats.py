@@ -95,9 +95,14 @@ def names_linear(gm: fx.GraphModule, l: Linear, pattern: str) -> bool:
     """Whether a pattern names a linear: its module or its weight, by any of the names of a tied weight."""
     for name in gm.meta["aliases"].get(l.name.partition("#")[0], (l.name,)):
         module = name.rpartition(".")[0] or name
-        if fnmatch.fnmatch(module, pattern) or fnmatch.fnmatch(name, pattern) or f".{pattern}." in f".{name}.":
+        if fnmatch.fnmatch(module, pattern) or names(pattern, name):
             return True
     return False
+
+
+def names(pattern: str, name: str) -> bool:
+    """Whether a pattern of ``Recipe.skip`` names something: as a glob, or as dotted parts of its name."""
+    return fnmatch.fnmatch(name, pattern) or f".{pattern}." in f".{name}."
 
 
 def _check_skip(gm: fx.GraphModule, linears: list[Linear], recipe: Recipe) -> None:

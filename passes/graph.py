@@ -194,6 +194,12 @@ def add_op(gm: fx.GraphModule, target: Callable[..., Any], *args: Any, **kwargs:
     return node
 
 
+def additive(gm: fx.GraphModule, keep: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """A bool mask as one that is added, as scaled_dot_product_attention does it: minus infinity where it is False."""
+    attend, not_attend = (add_op(gm, aten.scalar_tensor.default, x, dtype=dtype) for x in (0.0, -math.inf))
+    return add_op(gm, aten.where.self, keep, attend, not_attend)
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of an operator call by the schema's names, defaults filled in."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]

@@ -53,6 +53,13 @@ def unrepeated(x: fx.Node) -> fx.Node | None:
     return _skip_copies(_source(narrow))
 
 
+def unrepeated_pair(k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Keys and values before their heads are repeated; as they are unless both are, from the same number of heads."""
+    once = unrepeated(k), unrepeated(v)
+    same = once[0] is not None and once[1] is not None and head_count(once[0]) == head_count(once[1])
+    return once if same else (k, v)  # type: ignore[return-value]
+
+
 def _skip_copies(x: fx.Node) -> fx.Node:
     """The input of copies, and of slices that keep everything, ``x[:, :]``."""
     while x.target in (aten.contiguous.default, aten.clone.default) or (

@@ -7,12 +7,12 @@
     %y = sqcompile.int8_attention(%q, %qs, %k, %ks, %v, %vs, %mask, %blocks, diagonal, scale, softcap, dtype)
 
 The quantize nodes stay, for the compiler to fuse with what makes q and k. Masks are made into one, once for all layers
-that share them; on GPUs a list of their blocks saves reading those that hold nothing. Scores that anything else happens to stay as they are: correct, in plain operators.
+that share them; on GPUs a list of their blocks saves reading those that hold nothing. Scores that anything else happens to stay as they are: correct, in plain
+operators.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import fx
 
 from sqcompile.kernels import fused
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.passes.graph import add_op, aten, value
+from sqcompile.passes.graph import add_op, additive, aten, value
 from sqcompile.passes.scores import SAME, Mask, Scores, read_scores
 
 _ENDS = {sqcompile_ops.attention_weights.default, sqcompile_ops.int8_attend.default}
@@ -100,8 +100,7 @@ def _as_keep(gm: fx.GraphModule, m: Mask, heads: int) -> fx.Node | None:
 def _as_bias(gm: fx.GraphModule, m: Mask, heads: int) -> fx.Node:
     keep = _as_keep(gm, m, heads)
     if keep is not None:
-        attend, not_attend = (add_op(gm, aten.scalar_tensor.default, x, dtype=torch.float32) for x in (0.0, -math.inf))
-        return add_op(gm, aten.where.self, keep, attend, not_attend)
+        return additive(gm, keep, torch.float32)
     node = _apart(gm, m, heads)
     return node if m.factor == 1 else add_op(gm, aten.mul.Tensor, node, m.factor)
 

@@ -12,7 +12,7 @@ from sqcompile.calibrate import calibrate as observe
 from sqcompile.emit import BACKENDS, CompiledModel, emit
 from sqcompile.errors import CalibrationError, PlanError, RecipeError
 from sqcompile.inputs import Call, as_call, first_call, from_spec, to_spec
-from sqcompile.passes.attention_chains import find_attentions
+from sqcompile.passes.attention_chains import Attention, find_attentions
 from sqcompile.passes.choose import choose
 from sqcompile.passes.fold import fold
 from sqcompile.passes.graph import find_linears
@@ -94,16 +94,17 @@ def rewrite(traced: fx.GraphModule, plan: Plan, until: str, shared: Shared | Non
     text = show_stage(gm, "traced", None)
     if until == "traced":
         return gm
+    attentions = _open_attentions(gm) if any(a.quantized != "none" for a in plan.attention) else []
     if shared is not None:
-        plan = split_attention([a.name for a in find_attentions(gm) if not a.refused], plan)
-    _check_plan(gm, plan)
+        plan = split_attention([a.name for a in attentions], plan)
+    _check_plan(gm, plan, attentions)
     sites, refusals = match(gm)
     quantized = {l.name for l in plan.layers if l.quantized}
     sites = sites + input_sites(refusals, quantized)
     if shared is not None:
         sites, plan = split_sites(find_linears(gm), sites, plan)
-    attentions = [a for a in find_attentions(gm) if a.name in _quantized_attentions(plan)]
-    heads, _ = match_heads(gm, attentions if plan.heads else [])
+    chosen = {a.name for a in plan.attention if a.quantized != "none"}
+    heads, _ = match_heads(gm, [a for a in attentions if a.name in chosen] if plan.heads else [])
     gm = verify(fold(gm, sites, plan, heads), "folded")
     text = show_stage(gm, "folded", text)
     if until == "folded":
@@ -119,21 +120,22 @@ def rewrite(traced: fx.GraphModule, plan: Plan, until: str, shared: Shared | Non
     return gm
 
 
-def _check_plan(gm: fx.GraphModule, plan: Plan) -> None:
+def _open_attentions(gm: fx.GraphModule) -> list[Attention]:
+    return [a for a in find_attentions(gm) if not a.refused]
+
+
+def _check_plan(gm: fx.GraphModule, plan: Plan, attentions: list[Attention]) -> None:
     planned = {l.name: l.shape for l in plan.layers}
     for l in find_linears(gm):
         if planned.get(l.name) != l.shape:
             shape = " x ".join(map(str, l.shape))
             raise PlanError(f"the plan has no linear {l.name!r} of shape {shape}: calibrate this model")
-    wanted = _quantized_attentions(plan)
-    have = {a.name: (a.heads, a.groups, a.width) for a in (find_attentions(gm) if wanted else []) if not a.refused}
-    for name, heads in wanted.items():
-        if have.get(name) != heads:
-            raise PlanError(f"the plan quantizes the attention {name!r}, which this model lacks: calibrate this model")
-
-
-def _quantized_attentions(plan: Plan) -> dict[str, tuple[int, ...]]:
-    return {a.name: a.shape for a in plan.attention if a.quantized != "none"}
+    have = {a.name: (a.heads, a.groups, a.width) for a in attentions}
+    for a in plan.attention:
+        if a.quantized != "none" and have.get(a.name) != a.shape:
+            raise PlanError(
+                f"the plan quantizes the attention {a.name!r}, which this model lacks: calibrate this model"
+            )
 
 
 def _analyse(

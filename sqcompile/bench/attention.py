@@ -7,7 +7,6 @@ a sample of its heads. TOPS count 4 · B · H · Sq · Sk · D operations, half 
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import gc
 import importlib.util
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sqcompile.bench.timing import gpu, publish
 from sqcompile.kernels import reference
 
 PREFILL = (
@@ -203,27 +203,20 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
-    import triton
-
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     gc.freeze()  # every graph begins with a garbage collection
-    p = torch.cuda.get_device_properties(0)
     few = ((1, 32, 8, 2048, 2048, 128), (1, 32, 8, 8192, 8192, 128), (4, 32, 8, 2048, 2048, 64))
     prefill, decode = (few if args.quick or args.tune else PREFILL), (DECODE[::2] if args.quick else DECODE)
     measured: list[dict[str, float]] = []
     make = tune if args.tune else functools.partial(table, measured=measured)
     lines = [
-        f"{p.name}, torch {torch.__version__}, triton {triton.__version__}, {datetime.date.today()}. "
-        "Medians of CUDA graphs.\n",
+        f"{gpu()} Medians of CUDA graphs.\n",
         *make(prefill, True, args.rep),
         "",
         *make(decode, False, args.rep),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    publish(lines, args.out)
     if args.speedups:
         content = json.loads(args.speedups.read_text()) | {"attention": measured}
         args.speedups.write_text(json.dumps(content, indent=1) + "\n")

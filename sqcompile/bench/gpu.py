@@ -6,7 +6,6 @@ All in one run, as CUDA graphs; every timed output is compared with float64 arit
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import gc
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sqcompile.bench import stack
+from sqcompile.bench.timing import gpu, publish
 
 SHAPES = (("qkv", 4096, 6144), ("o", 4096, 4096), ("gate, up", 4096, 28672), ("down", 14336, 4096))  # K, N
 ROWS = (1, 16, 64, 512, 2048, 4096, 8192)
@@ -166,21 +166,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
-    import triton
-
     torch.manual_seed(0)
     gc.freeze()  # every graph begins with a garbage collection
-    p = torch.cuda.get_device_properties(0)
     lines = [
-        f"{p.name}, {p.multi_processor_count} multiprocessors, torch {torch.__version__}, triton {triton.__version__}, "
-        f"{datetime.date.today()}. Medians of CUDA graphs; for M <= 512 weights come from memory, not from L2.\n",
+        f"{gpu()} Medians of CUDA graphs; for M <= 512 weights come from memory, not from L2.\n",
         *gemm_table(tuple(args.rows), args.rep),
         "",
         *fused_table(FUSED_ROWS, args.rep),
         "",
         *stack.table(),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    publish(lines, args.out)

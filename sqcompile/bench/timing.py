@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,3 +47,20 @@ def machine() -> str:
         "AMX" if torch.cpu._is_amx_tile_supported() else "AVX512-VNNI" if torch.cpu._is_vnni_supported() else "no VNNI"
     )
     return f"{name}, {isa}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def gpu() -> str:
+    """The GPU and versions, and the day."""
+    import triton
+
+    p = torch.cuda.get_device_properties(0)
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    return f"{p.name}, {p.multi_processor_count} multiprocessors, {versions}, {datetime.date.today()}."
+
+
+def publish(lines: Iterable[str], out: Path | None) -> None:
+    """Prints a benchmark's lines, and writes them to a file if there is one."""
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if out:
+        out.write_text(text)
