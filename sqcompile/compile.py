@@ -39,6 +39,7 @@ def compile(
     example_inputs: Any = None,
     dynamic_shapes: Any = "auto",
     backend: str = "inductor",
+    regional: bool = False,
     progress: bool = True,
 ) -> CompiledModel:
     """Compiles a float model to W8A8 INT8 with SmoothQuant. The model itself is never changed.
@@ -52,6 +53,8 @@ def compile(
         example_inputs: a batch to capture the model with; the first calibration batch by default.
         dynamic_shapes: "auto" (batch and sequence dynamic), None (static), or as for torch.export.
         backend: "inductor", or "eager" to run the lowered graph as it is.
+        regional: whether Inductor compiles one of the repeated blocks for all of them: a model of 32 layers takes about
+            as long as one of 2. Nothing is fused across blocks, and each is a call of its own.
         progress: whether to show a progress bar.
 
     Returns:
@@ -66,7 +69,7 @@ def compile(
     traced, plan = _analyse(model, calib_loader, resolve_recipe(recipe), plan, example_inputs, dynamic_shapes, progress)
     stages = Stages(model, traced, plan)
     lowered = rewrite(traced, plan, until="lowered")
-    return emit(lowered, inspect.signature(model.forward), plan, stages, backend)
+    return emit(lowered, inspect.signature(model.forward), plan, stages, backend, regional)
 
 
 def calibrate(

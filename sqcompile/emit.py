@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sqcompile.errors import CaptureError, StageError
+from sqcompile.inductor import compile_regions, flatten, inductor
 from sqcompile.inputs import bind, flatten_like
-from sqcompile.passes.graph import clone, get_tensor, set_tensor, value
+from sqcompile.passes.graph import get_tensor, set_tensor
 from sqcompile.plan import Plan
 from sqcompile.report import Report
 from sqcompile.stages import Stages
@@ -31,7 +32,12 @@ class CompiledModel(nn.Module):
     """
 
     def __init__(
-        self, lowered: fx.GraphModule, signature: inspect.Signature, plan: Plan, stages: Stages, backend: str
+        self,
+        lowered: fx.GraphModule,
+        signature: inspect.Signature,
+        plan: Plan,
+        stages: Stages,
+        run: Callable[[fx.GraphModule], Callable[..., Any]],
     ) -> None:
         super().__init__()
         self.lowered = lowered
@@ -39,7 +45,7 @@ class CompiledModel(nn.Module):
         self._signature = signature
         self._captured, self._out_spec = lowered.meta["captured"], lowered.meta["out_spec"]
         flat, self._used = flatten(lowered)
-        self._run: Callable[..., Any] = inductor(flat) if backend == "inductor" else flat
+        self._run = run(flat)
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +101,7 @@ class CompiledModel(nn.Module):
 
 
 def emit(
-    lowered: fx.GraphModule, signature: inspect.Signature, plan: Plan, stages: Stages, backend: str
+    lowered: fx.GraphModule, signature: inspect.Signature, plan: Plan, stages: Stages, backend: str, regional: bool
 ) -> CompiledModel:
     """Makes the module.
 
@@ -104,6 +110,7 @@ def emit(
         signature: of the model's forward.
         plan, stages: for the user.
         backend: "inductor" compiles the graph once for all shapes; "eager" runs it as it is.
+        regional: see `compile_regions`.
     """
     copies: dict[int, Tensor] = {}  # a tied tensor is copied once
     for n in lowered.graph.find_nodes(op="get_attr"):
@@ -111,7 +118,8 @@ def emit(
         if name in stages.original:
             tensor = get_tensor(lowered, name)
             set_tensor(lowered, name, _copy(tensor, copies))
-    return CompiledModel(lowered, signature, plan, stages, backend)
+    how = {"inductor": compile_regions if regional else inductor, "eager": lambda flat: flat}
+    return CompiledModel(lowered, signature, plan, stages, how[backend])
 
 
 def _copy(tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
@@ -123,81 +131,3 @@ def _copy(tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
 
 def tensor_bytes(t: Tensor) -> int:
     return t.numel() * t.element_size()
-
-
-def flatten(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
-    """The graph from flat tensors to a flat tuple, and which leaves of a call it reads."""
-    flat = clone(gm)
-    flat.graph.set_codegen(fx.graph.CodeGen())
-    used = []
-    for i, n in enumerate(flat.graph.find_nodes(op="placeholder")):
-        if isinstance(value(n), (Tensor, torch.SymInt)):
-            used.append(i)
-        elif n.users:
-            raise StageError(f"input {n.name} is a constant of the capture, and yet the graph reads it")
-        else:
-            flat.graph.erase_node(n)
-    flat.recompile()
-    return flat, used
-
-
-def inductor(
-    flat: fx.GraphModule, static: list[tuple[Any, bool]] | None = None, guarded: bool = False
-) -> Callable[..., Any]:
-    """The graph through Inductor, with the symbolic sizes that its capture gave it.
-
-    With ``static`` calls are recorded and replayed as CUDA graphs, one for each set of sizes: it is what Dynamo calls each
-    input, and whether its address never changes. ``guarded`` means that somebody checks sizes before each call (Dynamo),
-    so that Inductor may fix some.
-
-    Dynamo is not involved, so nothing is ever recompiled: one artifact serves every shape, sizes of 1 included.
-    Freezing makes the packed weights constants, which the oneDNN operators need.
-    """
-    import torch._inductor.config as config
-    from torch._guards import TracingContext, tracing
-    from torch._inductor.compile_fx import compile_fx
-
-    if static is not None:
-        _name_inputs(flat, static)
-    fakes = [value(n) for n in flat.graph.find_nodes(op="placeholder")]
-    mode = flat.meta["fake_mode"]
-    before = dict(mode.shape_env.replacements) if mode.shape_env else {}
-    ranges = dict(mode.shape_env.var_to_range) if mode.shape_env else {}
-    # the operators' fakes give exact sizes and strides (tested), which need no check at every call
-    options = {
-        "freezing": True,
-        "triton.cudagraphs": static is not None,
-        "size_asserts": False,
-        "alignment_asserts": False,
-    }
-    with torch.no_grad(), config.patch(options), tracing(TracingContext(mode)):
-        run: Any = compile_fx(flat, fakes)
-    after = dict(mode.shape_env.replacements) if mode.shape_env else {}
-    fixed = {k: v for k, v in after.items() if k not in before}
-    # no guard is checked at a call: a size assumed to stay below the example's next multiple of a block would go unnoticed
-    fixed |= {
-        k: mode.shape_env.var_to_range[k] for k, r in ranges.items() if _narrowed(r, mode.shape_env.var_to_range[k])
-    }
-    if fixed and not guarded:
-        raise StageError(
-            f"Inductor fixed sizes that are dynamic ({fixed}): pass backend='eager' or dynamic_shapes=None"
-        )
-    return run
-
-
-def _narrowed(before: Any, after: Any) -> bool:
-    """Whether a size's range became smaller, other than by indices being of 32 bits."""
-    return bool(after.lower > before.lower or after.upper < min(before.upper, 2**31 - 1))
-
-
-def _name_inputs(flat: fx.GraphModule, static: list[tuple[Any, bool]]) -> None:
-    """Says of each input what it is as Dynamo does: those of a fixed address (a KV cache) are not copied into a graph."""
-    from torch._dynamo.source import LocalSource
-
-    flat.meta["dynamo_compile_id"] = None
-    own: Any = flat
-    own._param_name_to_source = {name: LocalSource(name) for name, _ in flat.named_buffers(remove_duplicate=False)}
-    for n, (source, fixed) in zip(flat.graph.find_nodes(op="placeholder"), static, strict=True):
-        n._dynamo_source = source
-        if fixed:
-            n.meta["tensor_dict"] = {"_dynamo_static_input_type": "guarded"}

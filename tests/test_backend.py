@@ -275,6 +275,7 @@ def test_training_mode_is_refused():
         ({"compiler": "gcc"}, "compiler='gcc'"),
         ({"mode": "fast"}, "mode='fast'"),
         ({"mode": "reduce-overhead"}, "move the model to a GPU"),
+        ({"mode": "reduce-overhead", "regional": True}, "regional=True and mode='reduce-overhead'"),
     ],
 )
 def test_bad_options(options, match):

@@ -254,13 +254,13 @@ def test_memory_of_compile_stays_below_twice_the_models():
         class Block(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.norm, self.up, self.down = nn.LayerNorm(2048), nn.Linear(2048, 8192), nn.Linear(8192, 2048)
+                self.norm, self.up, self.down = nn.LayerNorm(1024), nn.Linear(1024, 4096), nn.Linear(4096, 1024)
             def forward(self, x): return x + self.down(F.relu(self.up(self.norm(x))))
         rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         def run(n, dtype):
             model = nn.Sequential(*[Block() for _ in range(n)]).eval().to(dtype)
             before = rss()
-            compiled = sqcompile.compile(model, [torch.randn(1, 16, 2048, dtype=dtype)], backend="eager", progress=False)
+            compiled = sqcompile.compile(model, [torch.randn(1, 16, 1024, dtype=dtype)], backend="eager", progress=False)
             return (rss() - before) / sum(p.numel() * p.element_size() for p in model.parameters())
         run(1, torch.{dtype})  # imports and caches, whatever the size
         print(run(8, torch.{dtype}))

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 import sqcompile
 from sqcompile import report
-from sqcompile.emit import inductor
+from sqcompile.inductor import inductor
 from sqcompile.kernels import fused, speedup, x86
 from sqcompile.kernels.ops import sqcompile_ops
 

@@ -11,6 +11,7 @@ from triton_cases import (
     DEVICE,
     DTYPES,
     INTERPRETED,
+    PARTS,
     int8,
     kernels,
     run_in_the_interpreter,
@@ -22,8 +23,9 @@ from sqcompile.kernels import reference
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
-def test_these_kernels_in_the_interpreter():
-    run_in_the_interpreter(__file__)
+@pytest.mark.parametrize("part", PARTS)
+def test_these_kernels_in_the_interpreter(part):
+    run_in_the_interpreter(__file__, part)
 
 
 # quantize ------------------------------------------------------------------------------------------------------------

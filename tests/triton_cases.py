@@ -20,7 +20,6 @@ pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 needs_kernels: Any = (
     []
@@ -43,6 +42,15 @@ if INTERPRETED:
         return wide.to(torch.bfloat16).view(torch.uint16).numpy()
 
     interpreter._convert_float = _rounding
+
+
+def long(parameter: Any) -> Any:
+    """A parameter of tests that are left to `make slow` in the interpreter."""
+    return pytest.param(parameter, marks=pytest.mark.slow)
+
+
+DTYPES = [long(torch.float16), torch.bfloat16, torch.float32]
+PARTS = ["not slow", long("slow")]
 
 
 def kernels(function: Any) -> Any:
@@ -75,10 +83,11 @@ ACTIVATIONS = {
 }
 
 
-def run_in_the_interpreter(file: str) -> None:
+def run_in_the_interpreter(file: str, part: str) -> None:
+    """Runs a file's tests of the kernels, those that are marked slow or the others."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTEST_ADDOPTS": ""}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", file],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", part, file],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]

@@ -136,19 +136,34 @@ def attach(template: Template, constants: dict[int, tuple[str, Tensor]], aliases
 
 
 def write_back(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph with what it writes to its inputs written, and the other outputs left. Changes it in place."""
+    """The graph with what it writes to its inputs written, and the other outputs left. Changes it in place.
+
+    A value is written as soon as nothing reads the old one: a KV cache in the block whose keys it gets.
+    """
     updates = gm.meta["updates"]
     nodes = {n.name: n for n in gm.graph.find_nodes(op="placeholder")}
     output = next(iter(reversed(gm.graph.nodes)))
     results = list(output.args[0])
     written: dict[fx.Node, fx.Node] = {}
-    with gm.graph.inserting_before(output):
-        for name, new in zip(updates, results, strict=False):
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    for name, new in zip(updates, results, strict=False):
+        early = new.op == "call_function" and _last_read(nodes[name], order) <= order[new]
+        with gm.graph.inserting_after(new) if early else gm.graph.inserting_before(output):
             written[new] = gm.graph.call_function(aten.copy_.default, (nodes[name], new))
             written[new].meta["val"] = value(nodes[name])
+    with gm.graph.inserting_before(output):
         output.args = (tuple(_view_of_written(gm, r, written) for r in results[len(updates) :]),)
     gm.recompile()
     return gm
+
+
+def _last_read(node: fx.Node, order: dict[fx.Node, int]) -> int:
+    """The position of the last call that reads a node, or a view of it."""
+    reads = [-1]
+    for u in node.users:
+        if u in order:  # not a write that was added
+            reads.append(max(order[u], _last_read(u, order) if u.target in LAYOUT else -1))
+    return max(reads)
 
 
 def _view_of_written(gm: fx.GraphModule, result: Any, written: dict[fx.Node, fx.Node]) -> Any:

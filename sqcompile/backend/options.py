@@ -28,6 +28,7 @@ class Options:
             code then: its freed weights read as NaN.
         mode: "default", or "reduce-overhead": CUDA graphs.
         compiler: "inductor", or "eager" to run the lowered graphs as they are.
+        regional: whether repeated blocks are compiled once, see `sqcompile.compile`.
     """
 
     plan: Plan | None = None
@@ -36,11 +37,12 @@ class Options:
     free_float: bool = False
     mode: str = "default"
     compiler: str = "inductor"
+    regional: bool = False
 
     @property
     def key(self) -> Hashable:
         """Equal for options that give the same graphs."""
-        return id(self.plan), self.recipe, self.calibration_steps, self.free_float, self.mode, self.compiler
+        return id(self.plan), *(getattr(self, f.name) for f in fields(self) if f.name != "plan")
 
 
 _plans: dict[str, Plan] = {}
@@ -78,6 +80,10 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
         found = replace(found, recipe=replace(found.recipe, attention="none"))  # type: ignore[type-var]
     if found.mode not in MODES:
         raise RecipeError(f"mode={found.mode!r} of backend 'smoothquant': choose one of {', '.join(MODES)}")
+    if found.regional and found.mode == "reduce-overhead":
+        raise RecipeError(
+            "regional=True and mode='reduce-overhead': blocks that are called one by one are no CUDA graph"
+        )
     if found.compiler not in BACKENDS:
         raise RecipeError(f"option compiler={found.compiler!r}: choose one of {', '.join(BACKENDS)}")
     if not isinstance(found.calibration_steps, int) or found.calibration_steps < 1:

@@ -14,8 +14,8 @@ from sqcompile.backend.capture import Template, attach, write_back
 from sqcompile.backend.session import Session, quantized_only, state
 from sqcompile.calibrate import Observer
 from sqcompile.compile import rewrite
-from sqcompile.emit import flatten, inductor
 from sqcompile.errors import CaptureError, StageError
+from sqcompile.inductor import compile_regions, compile_without_constants, flatten, inductor
 from sqcompile.inputs import Call, token_mask
 from sqcompile.passes.graph import value
 from sqcompile.passes.shared import held
@@ -68,6 +68,8 @@ class Runner:
         self.fallback = list(names)
         self.needs_grad = any(examples[i].requires_grad for i in self.constants)
         self.bound: list[Bound] = []
+        self.code: dict[str, Callable[..., Any]] = {}
+        self.binds = 0
         if session.plan is not None:
             self._bind([examples[i] for i in self.constants], guarded=True)
         session.runners.add(self)
@@ -133,9 +135,17 @@ class Runner:
         positions = [arguments[i] for i in used]
         if self.session.options.compiler == "eager":
             return flat, positions
-        cudagraphs = self.session.options.mode == "reduce-overhead"
-        static = [self.template.sources[i] for i in positions] if cudagraphs else None
-        return _with_layout(inductor(flat, static, guarded), flat), positions
+        self.binds += 1
+        run: Callable[..., Any]
+        if self.session.options.mode == "reduce-overhead":
+            run = inductor(flat, [self.template.sources[i] for i in positions], guarded)
+        elif self.session.options.regional:
+            run = compile_regions(flat, guarded)
+        elif self.binds > 1:  # a layer that is compiled alone, or changed weights: there will be more
+            run = compile_without_constants(flat, self.code, guarded)
+        else:
+            run = inductor(flat, guarded=guarded)
+        return _with_layout(run, flat), positions
 
     def _observe(self, args: Sequence[Any], tensors: list[Tensor]) -> Any:
         """The call in float; statistics of weights that have changed are dropped."""

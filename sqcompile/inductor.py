@@ -1,0 +1,136 @@
+"""inductor: a lowered graph through Inductor, whole or block by block. Dynamo is not involved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sqcompile.errors import StageError
+from sqcompile.passes.graph import clone, value
+from sqcompile.passes.regions import cut, find_repeats
+
+
+def flatten(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
+    """The graph from flat tensors to a flat tuple, and which leaves of a call it reads."""
+    flat = clone(gm)
+    flat.graph.set_codegen(fx.graph.CodeGen())
+    used = []
+    for i, n in enumerate(flat.graph.find_nodes(op="placeholder")):
+        if isinstance(value(n), (Tensor, torch.SymInt)):
+            used.append(i)
+        elif n.users:
+            raise StageError(f"input {n.name} is a constant of the capture, and yet the graph reads it")
+        else:
+            flat.graph.erase_node(n)
+    flat.recompile()
+    return flat, used
+
+
+def inductor(
+    flat: fx.GraphModule, static: list[tuple[Any, bool]] | None = None, guarded: bool = False, freezing: bool = True
+) -> Callable[..., Any]:
+    """The graph through Inductor, with the symbolic sizes that its capture gave it.
+
+    With ``static`` calls are recorded and replayed as CUDA graphs, one for each set of sizes: it is what Dynamo calls each
+    input, and whether its address never changes. ``guarded`` means that somebody checks sizes before each call (Dynamo),
+    so that Inductor may fix some.
+
+    Dynamo is not involved, so nothing is ever recompiled: one artifact serves every shape, sizes of 1 included.
+    Freezing folds what depends on constants alone, and packs float weights for oneDNN.
+    """
+    import torch._inductor.config as config
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx
+
+    if static is not None:
+        _name_inputs(flat, static)
+    fakes = [value(n) for n in flat.graph.find_nodes(op="placeholder")]
+    mode = flat.meta["fake_mode"]
+    before = dict(mode.shape_env.replacements) if mode.shape_env else {}
+    ranges = dict(mode.shape_env.var_to_range) if mode.shape_env else {}
+    # the operators' fakes give exact sizes and strides (tested), which need no check at every call
+    options = {
+        "freezing": freezing,
+        "triton.cudagraphs": static is not None,
+        "size_asserts": False,
+        "alignment_asserts": False,
+    }
+    with torch.no_grad(), config.patch(options), tracing(TracingContext(mode)):
+        run: Any = compile_fx(flat, fakes)
+    after = dict(mode.shape_env.replacements) if mode.shape_env else {}
+    fixed = {k: v for k, v in after.items() if k not in before}
+    # no guard is checked at a call: a size assumed to stay below the example's next multiple of a block would go unnoticed
+    fixed |= {
+        k: mode.shape_env.var_to_range[k] for k, r in ranges.items() if _narrowed(r, mode.shape_env.var_to_range[k])
+    }
+    if fixed and not guarded:
+        raise StageError(
+            f"Inductor fixed sizes that are dynamic ({fixed}): pass backend='eager' or dynamic_shapes=None"
+        )
+    return run
+
+
+def _narrowed(before: Any, after: Any) -> bool:
+    """Whether a size's range became smaller, other than by indices being of 32 bits."""
+    return bool(after.lower > before.lower or after.upper < min(before.upper, 2**31 - 1))
+
+
+def _name_inputs(flat: fx.GraphModule, static: list[tuple[Any, bool]]) -> None:
+    """Says of each input what it is as Dynamo does: those of a fixed address (a KV cache) are not copied into a graph."""
+    from torch._dynamo.source import LocalSource
+
+    flat.meta["dynamo_compile_id"] = None
+    own: Any = flat
+    own._param_name_to_source = {name: LocalSource(name) for name, _ in flat.named_buffers(remove_duplicate=False)}
+    for n, (source, fixed) in zip(flat.graph.find_nodes(op="placeholder"), static, strict=True):
+        n._dynamo_source = source
+        if fixed:
+            n.meta["tensor_dict"] = {"_dynamo_static_input_type": "guarded"}
+
+
+class _Code(nn.Module):
+    """Compiled code as a submodule."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, *args: Any) -> Any:
+        return self.run(*args)
+
+
+def compile_regions(flat: fx.GraphModule, guarded: bool = False) -> Callable[..., Any]:
+    """The graph with its repeated blocks through Inductor, one code for all blocks of a kind, and what is around them.
+
+    Args and errors: as `inductor`.
+    """
+    blocks = find_repeats(flat)
+    return _compile_parts(flat, blocks, {}, guarded) if blocks else inductor(flat, guarded=guarded)
+
+
+def compile_without_constants(
+    flat: fx.GraphModule, code: dict[str, Callable[..., Any]], guarded: bool
+) -> Callable[..., Any]:
+    """The graph through Inductor with its tensors as inputs; ``code`` keeps what equal graphs of other weights can use.
+
+    Args and errors: as `inductor`.
+    """
+    return _compile_parts(flat, [], code, guarded)
+
+
+def _compile_parts(
+    flat: fx.GraphModule, blocks: list[list[fx.Node]], code: dict[str, Callable[..., Any]], guarded: bool
+) -> Callable[..., Any]:
+    outer, regions = cut(flat, blocks)
+    for name, region in regions.items():
+        if region.key is None:
+            run = inductor(region.gm, guarded=guarded)
+        else:
+            if region.key not in code:
+                code[region.key] = inductor(region.gm, guarded=guarded, freezing=False)
+            run = code[region.key]
+        setattr(outer, name, _Code(run))
+    return outer

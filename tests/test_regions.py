@@ -1,0 +1,159 @@
+"""Regional compilation: repeated blocks are found by what they do, cut out, and compiled once."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from conftest import tiny_lm, token_batches
+from families import CAUSAL, causal_lm, roughen, token_ids
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+
+import sqcompile
+import sqcompile.inductor
+from sqcompile.backend import smoothquant
+from sqcompile.inductor import flatten
+from sqcompile.passes.regions import cut, find_repeats
+
+LAYERS = 6
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """How often Inductor compiles."""
+    calls, real = [], sqcompile.inductor.inductor
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(sqcompile.inductor, "inductor", counted)
+    torch._dynamo.reset()
+    counters.clear()
+    yield calls
+    torch._dynamo.reset()
+
+
+def deep(name):
+    kind, config = CAUSAL[name]
+    layers = "n_layer" if "n_layer" in config else "num_hidden_layers"
+    torch.manual_seed(0)
+    return roughen(causal_lm(kind, config | {layers: LAYERS}).eval())
+
+
+# gemma2's layers take turns between two kinds of attention: a block is two layers
+@pytest.mark.parametrize(
+    "name, alike",
+    [
+        ("llama", 5),
+        ("gemma2", 2),
+        *(pytest.param(name, 5, marks=pytest.mark.slow) for name in ("gpt2", "bloom", "qwen3", "mixtral", "gpt_neox")),
+    ],
+)
+def test_blocks_of_families_are_found_and_compute_the_same(name, alike):
+    model, ids = deep(name), token_ids()
+    compiled = sqcompile.compile(model, [ids], backend="eager", progress=False)
+    flat, _ = flatten(compiled.lowered)
+    outer, regions = cut(flat, find_repeats(flat))
+    keys = [r.key for r in regions.values() if r.key]
+    assert len(keys) >= alike and len(set(keys)) == 1
+    assert all(len(r.outputs) <= 2 for r in regions.values() if r.key), "cut where few tensors pass"
+    for shape in ((2, 11), (1, 5), (3, 1)):
+        x = token_ids(shape, seed=3)
+        with torch.no_grad():
+            assert torch.equal(outer(x)[0], flat(x)[0])
+
+
+class Blocks(nn.Module):
+    def __init__(self, widths):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(32) for _ in widths)
+        self.up = nn.ModuleList(nn.Linear(32, w) for w in widths)
+        self.down = nn.ModuleList(nn.Linear(w, 32) for w in widths)
+
+    def forward(self, x):
+        for norm, up, down in zip(self.norms, self.up, self.down, strict=True):
+            x = x + down(F.relu(up(norm(x))))
+        return x
+
+
+def flat_blocks(widths):
+    torch.manual_seed(0)
+    x = torch.randn(4, 7, 32)
+    compiled = sqcompile.compile(Blocks(widths).eval(), [x], backend="eager", progress=False)
+    return flatten(compiled.lowered)[0], x
+
+
+def test_a_block_that_differs_is_not_taken_for_another():
+    flat, x = flat_blocks([48] * 4 + [64] + [48] * 5)
+    outer, regions = cut(flat, find_repeats(flat))
+    assert len({r.key for r in regions.values() if r.key}) == 1
+    with torch.no_grad():
+        assert torch.equal(outer(x)[0], flat(x)[0])
+
+
+def test_one_block_is_no_repetition():
+    flat, _ = flat_blocks([48])
+    assert find_repeats(flat) == []
+
+
+def test_blocks_are_compiled_once(compilations):
+    x = torch.randn(4, 7, 32)
+    model = Blocks([48] * LAYERS).eval()
+    want = sqcompile.compile(model, [x], backend="eager", progress=False)
+    got = sqcompile.compile(model, plan=want.plan, regional=True)
+    assert len(compilations) == 1, "all of the graph is blocks of one kind"
+    for y in (x, x[:1, :5]):
+        assert float((got(y) - want(y)).abs().max()) <= 1e-5
+    assert got.weight_bytes() == want.weight_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation(compilations, cache):
+    model = tiny_lm("llama", num_hidden_layers=LAYERS, max_position_embeddings=512)
+    plan = sqcompile.calibrate(model, token_batches(), progress=False)
+    x = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(5))
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "cache_implementation": cache}
+    want = torch.compile(model, backend=smoothquant, options={"plan": plan, "compiler": "eager"}).generate(x, **options)
+    torch._dynamo.reset()
+    net = torch.compile(model, backend=smoothquant, options={"plan": plan, "regional": True})
+    assert torch.equal(net.generate(x, **options), want)
+    assert len(compilations) == 6, "three for prefill, three for decode"
+
+
+@pytest.mark.slow
+def test_layers_compiled_alone_are_compiled_twice(compilations, monkeypatch):
+    """The first keeps its weights as constants; when a second comes, what is compiled serves all."""
+    import sqcompile.backend.runner as runner
+
+    monkeypatch.setattr(runner, "inductor", sqcompile.inductor.inductor)
+    model = tiny_lm("llama", num_hidden_layers=LAYERS)
+    plan = sqcompile.calibrate(model, token_batches(), progress=False)
+    reference, x = sqcompile.compile(model, plan=plan, backend="eager"), token_batches()[0]["input_ids"]
+    for layer in model.model.layers:
+        layer.compile(backend=smoothquant, options={"plan": plan})
+    with torch.no_grad():
+        got = model(x, use_cache=False).logits
+    assert float((got - reference(input_ids=x).logits).abs().max()) <= 1e-3
+    assert len(compilations) == 2 and counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+def test_thirty_two_layers_take_about_as_long_as_two():
+    seconds = {}
+    for layers in (2, 32):
+        model = tiny_lm("llama", num_hidden_layers=layers)
+        plan = sqcompile.calibrate(model, token_batches(), progress=False)
+        x = token_batches()[0]["input_ids"]
+        torch._dynamo.reset()
+        net = torch.compile(model, backend=smoothquant, options={"plan": plan, "regional": True})
+        start = time.perf_counter()
+        with torch.no_grad():
+            net(x, use_cache=False)
+        seconds[layers] = time.perf_counter() - start
+    print(seconds)
+    assert seconds[32] < 2 * seconds[2]
