@@ -32,6 +32,7 @@ from sqcompile.passes.graph import (
     nodes_by_name,
     release_freed_memory,
     row_parts,
+    set_tensor,
     value,
 )
 from sqcompile.passes.quantize_attention import quantize_attention
@@ -59,6 +60,15 @@ def insert_qdq(gm: fx.GraphModule, plan: Plan, shared: Shared | None = None) -> 
             inserter.linear(linear, layers[linear.name])
             release_freed_memory()
     return finish(gm)
+
+
+def quantize_weights(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph made with ``shared`` that is run as it is, without `lower`: its weights are quantized now. In place."""
+    for name, lazy in gm.meta.pop("lazy").items():
+        w, scale = lazy.make()
+        set_tensor(gm, name, w)
+        set_tensor(gm, lazy.scale, scale)
+    return gm
 
 
 class _Inserter:
@@ -96,7 +106,7 @@ class _Inserter:
         w_scale = _stand_in(self.gm, f"{name}_scale", rows, torch.float32, value(weight).device)
         key = per_channel, self.shared.key(self.gm, weight)
         lazy = self.gm.meta.setdefault("lazy", {})
-        lazy[str(w_int8.target)] = Lazy(key, lambda: self._weight(linear))
+        lazy[str(w_int8.target)] = Lazy(key, lambda: self._weight(linear), str(w_scale.target))
         return w_int8, w_scale
 
     def _weight(self, linear: Linear) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
     %a = norm(%x, %g0);  %h = %x + gemm(%a, %w0);  %b = norm(%h, %g1);  %y = %h + gemm(%b, %w1);  return %y
 ->
-    %h = region_0(%x, %g0, %w0);  %y = region_1(%h, %g1, %w1);  return %y         # region_0 and region_1 are one code
+    %h = region_0(%x);  %y = region_1(%h);  return %y          # one code, called with (%g0, %w0) and with (%g1, %w1)
 
 Blocks are found by what the nodes do, not by the modules they came from: the longest stretch of the graph that goes on
 as it did p nodes before. It is cut where the fewest tensors pass. What is before and after stays as it is.
@@ -11,7 +11,7 @@ as it did p nodes before. It is cut where the fewest tensors pass. What is befor
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,16 +27,28 @@ class Region:
     """A part of a graph, as a graph of its own.
 
     Attributes:
-        gm: takes ``inputs``, gives a list of ``outputs``.
-        inputs: nodes of the whole graph; of constants, too, where the part is one of several of its kind.
-        outputs: nodes of the whole graph that are read outside.
-        key: equal for parts that differ in their tensors' values alone; None for one that holds constants of its own.
+        gm: takes ``inputs``, then ``constants``; gives a list of ``outputs``.
+        inputs, outputs: nodes of the whole graph.
+        constants: what another part of the same key has others of; empty for a part that holds its own.
+        key: equal for parts that differ in the values of their constants alone; None for a part that holds its own.
     """
 
     gm: fx.GraphModule
     inputs: list[fx.Node]
     outputs: list[fx.Node]
+    constants: list[Tensor]
     key: str | None
+
+
+class Part(torch.nn.Module):
+    """What the whole graph calls: a region's graph, or what it was compiled to, and its constants."""
+
+    def __init__(self, region: Region, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.run, self._constants = run, tuple(region.constants)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.run(*inputs, *self._constants)
 
 
 def find_repeats(gm: fx.GraphModule) -> list[list[fx.Node]]:
@@ -103,7 +115,7 @@ def cut(gm: fx.GraphModule, blocks: list[list[fx.Node]]) -> tuple[fx.GraphModule
     regions: dict[str, Region] = {}
 
     def outer(n: fx.Node) -> fx.Node:
-        if n not in env:  # a constant, or the size of an input
+        if n not in env:  # the size of an input, or a constant that is returned as it is
             if n.op == "get_attr":
                 set_tensor(root, str(n.target), get_tensor(gm, str(n.target)))
             env[n] = graph.node_copy(n, outer)
@@ -114,7 +126,7 @@ def cut(gm: fx.GraphModule, blocks: list[list[fx.Node]]) -> tuple[fx.GraphModule
             continue
         name = f"region_{len(regions)}"
         region = regions[name] = _extract(gm, nodes, lift, sizes)
-        root.add_module(name, region.gm)
+        root.add_module(name, Part(region, region.gm))
         call = graph.call_module(name, tuple(outer(n) for n in region.inputs))
         for i, n in enumerate(region.outputs):
             env[n] = graph.call_function(operator.getitem, (call, i))
@@ -134,7 +146,7 @@ def _extract(gm: fx.GraphModule, nodes: list[fx.Node], lift: bool, sizes: dict[A
     for n in nodes:
         for a in n.all_input_nodes:
             if a not in inside:
-                (inputs if lift or a.op != "get_attr" else held)[a] = None
+                (held if a.op == "get_attr" else inputs)[a] = None
     bound = _plain_symbols(inputs)
     wanted = {s: None for n in (*inputs, *nodes) for s in sorted(_symbols(value(n)), key=str)}
     for s in wanted:
@@ -147,15 +159,20 @@ def _extract(gm: fx.GraphModule, nodes: list[fx.Node], lift: bool, sizes: dict[A
     for i, n in enumerate(inputs):
         env[n] = graph.placeholder(f"input_{i}")
         env[n].meta["val"] = value(n)
-    for n in held:
-        set_tensor(root, str(n.target), get_tensor(gm, str(n.target)))
-        env[n] = graph.node_copy(n)
+    constants = [get_tensor(gm, str(n.target)) for n in held]
+    for i, (n, tensor) in enumerate(zip(held, constants, strict=True)):
+        if lift:
+            env[n] = graph.placeholder(f"constant_{i}")
+            env[n].meta["val"] = value(n)
+        else:
+            set_tensor(root, str(n.target), tensor)
+            env[n] = graph.node_copy(n)
     for n in nodes:
         env[n] = graph.node_copy(n, env.__getitem__)
     graph.output([env[n] for n in outputs])
     part = fx.GraphModule(root, graph)
     part.meta["fake_mode"] = gm.meta["fake_mode"]
-    return Region(part, list(inputs), outputs, _key(part) if lift else None)
+    return Region(part, list(inputs), outputs, constants if lift else [], _key(part) if lift else None)
 
 
 def _key(gm: fx.GraphModule) -> str:

@@ -39,10 +39,12 @@ class Lazy:
     Attributes:
         key: says which float tensors it is made of, and how.
         make: gives int8 [N, K] or [E, N, K] and its float32 scales (see `insert_qdq`).
+        scale: under which name the graph holds the scales.
     """
 
     key: Hashable
     make: Callable[[], tuple[Tensor, Tensor]]
+    scale: str
 
 
 class Shared:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from sqcompile.errors import StageError
 from sqcompile.passes.graph import clone, value
-from sqcompile.passes.regions import cut, find_repeats
+from sqcompile.passes.regions import Part, cut, find_repeats
 
 
 def flatten(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
@@ -91,17 +91,6 @@ def _name_inputs(flat: fx.GraphModule, static: list[tuple[Any, bool]]) -> None:
             n.meta["tensor_dict"] = {"_dynamo_static_input_type": "guarded"}
 
 
-class _Code(nn.Module):
-    """Compiled code as a submodule."""
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        super().__init__()
-        self.run = run
-
-    def forward(self, *args: Any) -> Any:
-        return self.run(*args)
-
-
 def compile_regions(flat: fx.GraphModule, guarded: bool = False) -> Callable[..., Any]:
     """The graph with its repeated blocks through Inductor, one code for all blocks of a kind, and what is around them.
 
@@ -132,5 +121,5 @@ def _compile_parts(
             if region.key not in code:
                 code[region.key] = inductor(region.gm, guarded=guarded, freezing=False)
             run = code[region.key]
-        setattr(outer, name, _Code(run))
+        setattr(outer, name, Part(region, run))
     return outer

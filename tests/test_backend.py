@@ -274,6 +274,7 @@ def test_training_mode_is_refused():
         ({"calibration_steps": 0}, "calibration_steps=0"),
         ({"compiler": "gcc"}, "compiler='gcc'"),
         ({"mode": "fast"}, "mode='fast'"),
+        ({"stage": "folded"}, "stage='folded'"),
         ({"mode": "reduce-overhead"}, "move the model to a GPU"),
         ({"mode": "reduce-overhead", "regional": True}, "regional=True and mode='reduce-overhead'"),
     ],

@@ -158,22 +158,33 @@ def test_text_generation_pipeline(lm):
     assert graphs() == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_two_hundred_tokens_of_the_shipped_model_through_inductor(lm, lm_windows, cache):
-    """Beside the quantized model without a cache, which reads the same tokens.
+def continued(model, plan, prompts, new, **options):
+    """Each prompt and its greedy tokens through one backend."""
+    torch._dynamo.reset()
+    net = torch.compile(model, backend=smoothquant, options={"plan": plan, **options})
+    return [net.generate(x, max_new_tokens=new, use_cache=True, **PLAIN) for x in prompts]
 
-    Attention over a cache sums in another order, a rounding in a quantization falls the other way now and then, and
-    everything behind it differs by as much as quantization does: the best token of a near tie may be the other one.
+
+@pytest.mark.slow
+def test_two_hundred_tokens_of_the_shipped_model(lm, lm_windows):
+    """Beside the quantized stage, which generates with a cache of its own.
+
+    Lowered operators give its tokens, all of them. Inductor sums norms and softmax in another order: now and then a
+    rounding in a quantization falls the other way, and of two tokens that are as good the other is taken.
     """
     model, _ = lm
     plan = sqcompile.calibrate(model, [lm_windows[0]], progress=False)
+    prompts = [lm_windows[1][i : i + 1, :64] for i in range(1, 7)]
+    want = continued(model, plan, prompts, 200, stage="quantized", compiler="eager")
+    lowered = continued(model, plan, prompts, 200, compiler="eager")
+    assert all(torch.equal(a, b) for a, b in zip(lowered, want, strict=True))
     reference = sqcompile.compile(model, plan=plan, backend="eager")
-    net = torch.compile(model, backend=smoothquant, options={"plan": plan})
-    for length in (64, 40):
-        x = lm_windows[1][:1, :length]
-        got = net.generate(x, max_new_tokens=200, cache_implementation=cache, use_cache=True, **PLAIN)
-        logits = reference(input_ids=got).logits[0, length - 1 : -1]
-        behind = logits.amax(-1) - logits.gather(-1, got[0, length:, None])[:, 0]
-        assert float(behind.max()) < 0.5 and float((behind == 0).float().mean()) > 0.95
-    assert graphs() == 2
+    counters.clear()
+    equal = 0
+    for a, b in zip(continued(model, plan, prompts, 200), want, strict=True):
+        equal += torch.equal(a, b)
+        if not torch.equal(a, b):
+            first = int((a != b)[0].nonzero()[0])
+            logits = reference(input_ids=b[:, :first]).logits[0, -1]
+            assert float(logits[b[0, first]] - logits[a[0, first]]) < 0.05, "a tie"
+    assert equal >= 5 and graphs() == 2

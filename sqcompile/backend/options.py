@@ -28,6 +28,8 @@ class Options:
             code then: its freed weights read as NaN.
         mode: "default", or "reduce-overhead": CUDA graphs.
         compiler: "inductor", or "eager" to run the lowered graphs as they are.
+        stage: "lowered", or "quantized" to run INT8 values in plain float arithmetic: the reference of what is lowered,
+            to tell what quantization costs from what a kernel does. Each graph has its own INT8 weights then.
         regional: whether repeated blocks are compiled once, see `sqcompile.compile`.
     """
 
@@ -37,6 +39,7 @@ class Options:
     free_float: bool = False
     mode: str = "default"
     compiler: str = "inductor"
+    stage: str = "lowered"
     regional: bool = False
 
     @property
@@ -86,6 +89,8 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
         )
     if found.compiler not in BACKENDS:
         raise RecipeError(f"option compiler={found.compiler!r}: choose one of {', '.join(BACKENDS)}")
+    if found.stage not in ("lowered", "quantized"):
+        raise RecipeError(f"option stage={found.stage!r}: choose 'lowered' or 'quantized'")
     if not isinstance(found.calibration_steps, int) or found.calibration_steps < 1:
         raise RecipeError(f"option calibration_steps={found.calibration_steps!r}: a number of calls, at least 1")
     return found

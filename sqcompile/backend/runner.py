@@ -18,6 +18,7 @@ from sqcompile.errors import CaptureError, StageError
 from sqcompile.inductor import compile_regions, compile_without_constants, flatten, inductor
 from sqcompile.inputs import Call, token_mask
 from sqcompile.passes.graph import value
+from sqcompile.passes.insert_qdq import quantize_weights
 from sqcompile.passes.shared import held
 
 GRAD = (
@@ -101,7 +102,9 @@ class Runner:
         self.bound = [b for b in self.bound if b.alive()]
         self.observer = None
         traced = self._attach(tensors)
-        lowered = rewrite(traced, session.plan, "lowered", session.shared)
+        lowered = rewrite(traced, session.plan, session.options.stage, session.shared)
+        if session.options.stage == "quantized":
+            quantize_weights(lowered)
         read = {str(n.target) for n in lowered.graph.find_nodes(op="get_attr")}
         for name, t in zip(self._names(tensors), tensors, strict=True):
             if name in read and session.is_freed(t):
