@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from families import CAUSAL, causal_lm, roughen
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from sqcompile import Recipe
 from sqcompile.inputs import as_call, to_spec
@@ -75,3 +77,12 @@ def lm_windows(lm: tuple[nn.Module, Any]) -> tuple[Tensor, Tensor]:
         token_windows(calibration_texts(), lm[1], 512, 16),
         token_windows(evaluation_texts(), lm[1], 512, 48),
     )
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled before, nothing left behind, and counters that start at 0."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()

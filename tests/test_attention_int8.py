@@ -1,4 +1,4 @@
-"""INT8 attention: the quantized stage, the operator, plans and reports; how much it costs."""
+"""INT8 attention: the quantized stage, the operator; how much it costs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error, tiny_lm, token_batches
+from conftest import relative_error, token_batches
 from families import FAMILIES, build
 from hand_written import HAND_WRITTEN, Spelled, inputs_of
 from test_attention_chains import CHAINS, found, operators, with_attention
 from test_families import outputs, resized, run
 
 import sqcompile
-from sqcompile import PRESETS, Recipe, report
+from sqcompile import PRESETS, Recipe
 from sqcompile.calibrate import calibrate
-from sqcompile.errors import PlanError, RecipeError
 from sqcompile.kernels import attention_parts as kernel
-from sqcompile.kernels import speedup
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import quantize, token_scale
-from sqcompile.plan import Plan
 
 
 @pytest.mark.parametrize("attention", ["qk", "qk_pv"])
@@ -159,84 +156,6 @@ def test_calibration_keeps_a_bounded_sample_of_heads_and_leaves_linears_samples_
     assert all(torch.equal(s.rows, without.inputs[name].rows) for name, s in with_heads.inputs.items())
 
 
-def test_static_recipes_have_constant_scales():
-    model, call = build("llama")
-    compiled = with_attention(model, call, Recipe(activation="per_tensor_static", attention="qk_pv"))
-    for plan in compiled.plan.attention:
-        assert plan.q_scale is not None and plan.q_scale > 0 and plan.k_scale is not None
-        assert compiled.plan.heads[f"{plan.name}/value_scale"].shape == (2, 16)
-    quantized = compiled.stages["quantized"]
-    for node in operators(quantized, "int8_scores"):
-        assert node.args[1].op == node.args[3].op == "get_attr"
-    assert all(n.args[2].op == "get_attr" for n in operators(quantized, "int8_attend"))
-    assert not operators(quantized, "token_scale") and not operators(quantized, "scale_over")
-
-
-@pytest.mark.parametrize(
-    ("qk", "shape"), [("per_token", (2, 4, 11, 1)), ("per_head", (2, 4, 1, 1)), ("per_tensor", ())]
-)
-def test_granularity_of_queries(qk, shape):
-    model, call = build("opt")
-    compiled = with_attention(model, call, Recipe(attention="qk", qk=qk))
-    (node, *_) = operators(compiled.stages["quantized"], "int8_scores")
-    scale = node.args[1].meta["val"]
-    assert scale.dtype == torch.float32 and scale.dim() == len(shape)
-    assert all(isinstance(s, torch.SymInt) or s == want for s, want in zip(scale.shape, shape, strict=True))
-
-
-def test_bad_recipes():
-    for bad in (dict(attention="pv"), dict(attention="qk", qk="per_channel"), dict(qk="per_head")):
-        with pytest.raises(RecipeError, match=next(reversed(bad))):
-            Recipe(**bad)
-    assert Recipe(attention="qk").granularity == "per_token"
-    assert Recipe(attention="qk", activation="per_tensor_static").granularity == "per_tensor_static"
-    assert PRESETS["default"].attention == "none"
-
-
-def test_the_default_leaves_attention_alone():
-    model, call = build("opt")
-    compiled = with_attention(model, call, "default")
-    assert compiled.plan.attention == () and compiled.plan.heads == {}
-    assert "attention" not in [line.strip(":") for line in str(compiled.report).splitlines()]
-    assert not operators(compiled.stages["lowered"], "int8_attention")
-
-
-def test_skipping_a_module_keeps_its_attention_in_float():
-    model, call = build("opt")
-    recipe = Recipe(attention="qk", skip=("model.decoder.layers.1.self_attn",))
-    compiled = with_attention(model, call, recipe)
-    assert [a.quantized for a in compiled.plan.attention] == ["qk", "none"]
-    assert "skipped by the recipe" in compiled.plan.attention[1].reason
-
-
-def test_a_plan_keeps_what_was_decided_about_attention(tmp_path):
-    model, call = build("llama")
-    recipe = Recipe(activation="per_tensor_static", attention="qk_pv", alpha=(0.3, 0.5))
-    compiled = with_attention(model, call, recipe)
-    compiled.plan.save(tmp_path / "plan")
-    plan = Plan.load(tmp_path / "plan")
-    assert plan.attention == compiled.plan.attention and plan.recipe == recipe
-    assert plan.heads.keys() == compiled.plan.heads.keys()
-    assert all(torch.equal(t, compiled.plan.heads[k]) for k, t in plan.heads.items())
-    again = sqcompile.compile(model, plan=plan, backend="eager")
-    x = resized(call)
-    assert torch.equal(again(**x).logits, compiled(**x).logits)
-    other, _ = build("opt")
-    with pytest.raises(PlanError):
-        sqcompile.compile(other, plan=dataclasses.replace(plan, layers=compiled.plan.layers), example_inputs=call)
-
-
-def test_the_report_has_a_line_for_each_attention():
-    model, call = build("bert")
-    compiled = with_attention(model, call, Recipe(attention="qk", alpha=(0.3, 0.5, 0.7)))
-    lines = str(compiled.report).splitlines()
-    at = lines.index("attention:")
-    assert len(compiled.report.attention) == 2 and lines[-1] == "2 of 2 attentions in INT8"
-    for i, plan in enumerate(compiled.report.attention):
-        assert lines[at + 1 + i].strip().startswith(f"{plan.name}  int8 QKᵀ")
-        assert plan.reason in lines[at + 1 + i] and f"{plan.sqnr_db:.1f} dB" in lines[at + 1 + i]
-
-
 def test_the_operator_is_its_definition_and_its_fake_agrees():
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 6, 150, 16), torch.randn(2, 3, 200, 16), torch.randn(2, 3, 200, 24)
@@ -289,34 +208,3 @@ def test_attention_costs_the_shipped_lm_next_to_nothing(lm_perplexity, preset):
     # measured: -0.05 %, 0.04 %, 0.17 % and -0.05 % for QKᵀ, which one dynamic scale per tensor (O2) costs more than others
     assert qk / linears - 1 < (0.003 if preset == "O2" else 0.001)
     assert qk_pv / linears - 1 < 0.005
-
-
-def test_min_speedup_keeps_slow_attention_in_float(monkeypatch):
-    gains = {(1, 2048, 2048): 1.3, (1, 1, 2048): 0.9}
-    monkeypatch.setattr(speedup, "expected_attention", lambda device, products, width: gains)
-    for least, quantized in ((0.8, "qk"), (1.0, "none")):
-        recipe = sqcompile.Recipe(attention="qk", min_speedup=least)
-        plan = sqcompile.calibrate(tiny_lm("llama"), token_batches(), recipe=recipe, progress=False)
-        assert [a.quantized for a in plan.attention] == [quantized] * 2
-    assert "0.90x of bf16 with 1 x 1 queries of 2048 keys, less than 1.0x" in plan.attention[0].reason
-
-
-def test_the_report_says_where_int8_attention_is_slower(monkeypatch):
-    gains = {(1, 2048, 2048): 1.3, (1, 1, 2048): 0.9}
-    monkeypatch.setattr(report, "expected_attention", lambda device, products, width: gains)
-    recipe = sqcompile.Recipe(attention="qk_pv")
-    compiled = sqcompile.compile(tiny_lm("llama"), token_batches(), recipe=recipe, backend="eager", progress=False)
-    lines = str(compiled.report).split("\n")
-    line = lines[lines.index("INT8 attention, expected speed against bf16:") + 1]
-    assert line.startswith(
-        "  2 x qk_pv, 16 channels: 1.30x with 1 x 2048 queries of 2048 keys, 0.90x with 1 x 1 queries"
-    )
-    assert "slower" in line and "min_speedup" in line
-    assert speedup.expected_attention(torch.device("cpu"), "qk", 128) == {}
-
-
-def test_the_measured_speedups_of_the_h100(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    gains = speedup.expected_attention(torch.device("cuda", 0), "qk", 128)
-    assert set(gains) == set(speedup.CALLS) and all(0.5 < gain < 3 for gain in gains.values())
-    assert speedup.expected_attention(torch.device("cuda", 0), "qk", 512) == {}

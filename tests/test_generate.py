@@ -15,13 +15,7 @@ import sqcompile
 from sqcompile.backend import smoothquant
 from sqcompile.backend.session import _sessions
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +57,16 @@ def test_greedy_tokens_and_two_compilations_for_any_prompt_length(llama, cache):
         assert torch.equal(got, greedy(reference, x, 16))
         assert graphs() == 2
     assert model._compiled_call_impl is None and "get_compiled_call" not in model.__dict__
+
+
+def test_the_quantized_stage_generates_the_same_tokens(llama):
+    model, plan, reference = llama
+    x = prompts(2, 7)
+    for stage in ("quantized", "lowered"):
+        got = compiled(model, plan, stage=stage).generate(x, max_new_tokens=16, **PLAIN)
+        assert torch.equal(got, greedy(reference, x, 16)) and graphs() == 2
+        torch._dynamo.reset()
+        counters.clear()
 
 
 @pytest.mark.parametrize("how", ["compile in place", "forward"])

@@ -22,7 +22,7 @@ LAYERS = 6
 
 
 @pytest.fixture
-def compilations(monkeypatch):
+def compilations(monkeypatch, fresh_dynamo):
     """How often Inductor compiles."""
     calls, real = [], sqcompile.inductor.inductor
 
@@ -31,10 +31,7 @@ def compilations(monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(sqcompile.inductor, "inductor", counted)
-    torch._dynamo.reset()
-    counters.clear()
-    yield calls
-    torch._dynamo.reset()
+    return calls
 
 
 def deep(name):
