@@ -64,7 +64,7 @@ def insert_qdq(gm: fx.GraphModule, plan: Plan, shared: Shared | None = None) -> 
 
 def quantize_weights(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph made with ``shared`` that is run as it is, without `lower`: its weights are quantized now. In place."""
-    for name, lazy in gm.meta.pop("lazy").items():
+    for name, lazy in gm.meta.pop("lazy", {}).items():
         w, scale = lazy.make()
         set_tensor(gm, name, w)
         set_tensor(gm, lazy.scale, scale)

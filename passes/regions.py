@@ -53,7 +53,7 @@ class Part(torch.nn.Module):
 
 def find_repeats(gm: fx.GraphModule) -> list[list[fx.Node]]:
     """The repeated blocks, in order: lists of calls, one after the other in the graph; none if nothing repeats."""
-    nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
+    nodes = _calls(gm)
     does = [_does(n) for n in nodes]
     best = (0, 0, 0)  # nodes covered, minus the period, where it begins
     for anchor in {len(nodes) * i // 8 for i in range(1, 8)}:
@@ -67,6 +67,15 @@ def find_repeats(gm: fx.GraphModule) -> list[list[fx.Node]]:
     shift = min(range(period), key=lambda i: (_crossing(nodes[start + i : start + i + period]), i))
     first, end = start + shift, start + length
     return [nodes[i : i + period] for i in range(first, end - period + 1, period)]
+
+
+def _calls(gm: fx.GraphModule) -> list[fx.Node]:
+    """All calls but those that read the size of an input, which any part can be given."""
+    return [n for n in gm.graph.nodes if n.op == "call_function" and not _reads_input_size(n)]
+
+
+def _reads_input_size(n: fx.Node) -> bool:
+    return n.target == aten.sym_size.int and n.all_input_nodes[0].op == "placeholder"
 
 
 def _does(node: fx.Node) -> Hashable:
@@ -104,7 +113,7 @@ def cut(gm: fx.GraphModule, blocks: list[list[fx.Node]]) -> tuple[fx.GraphModule
         StageError: for a symbolic size that no input has, which depends on values.
     """
     sizes = _sizes(gm)
-    calls = [n for n in gm.graph.nodes if n.op == "call_function" and n not in sizes.values()]
+    calls = _calls(gm)
     if blocks:
         first, last = calls.index(blocks[0][0]), calls.index(blocks[-1][-1]) + 1
         parts = [(calls[:first], False), *((b, True) for b in blocks), (calls[last:], False)]
@@ -148,14 +157,14 @@ def _extract(gm: fx.GraphModule, nodes: list[fx.Node], lift: bool, sizes: dict[A
             if a not in inside:
                 (held if a.op == "get_attr" else inputs)[a] = None
     bound = _plain_symbols(inputs)
+    for s in sorted({s for n in inputs for s in _symbols(value(n))} - bound - sizes.keys(), key=str):
+        raise StageError(f"the size {s} depends on values, and a region cannot be told it: leave regional out")
     wanted = {s: None for n in (*inputs, *nodes) for s in sorted(_symbols(value(n)), key=str)}
     for s in wanted:
-        if s not in bound and s not in sizes:
-            raise StageError(f"the size {s} depends on values, and a region cannot be told it: leave regional out")
-        if s not in bound:
+        if s in sizes and s not in bound:  # others come to be in this part
             inputs[sizes[s]] = None
     outputs = [n for n in nodes if any(u not in inside for u in n.users)]
-    root, graph, env = torch.nn.Module(), fx.Graph(), {}
+    root, graph, env, mode = torch.nn.Module(), fx.Graph(), {}, gm.meta["fake_mode"]
     for i, n in enumerate(inputs):
         env[n] = graph.placeholder(f"input_{i}")
         env[n].meta["val"] = value(n)
@@ -163,7 +172,8 @@ def _extract(gm: fx.GraphModule, nodes: list[fx.Node], lift: bool, sizes: dict[A
     for i, (n, tensor) in enumerate(zip(held, constants, strict=True)):
         if lift:
             env[n] = graph.placeholder(f"constant_{i}")
-            env[n].meta["val"] = value(n)
+            # what the tensor is, which need not be as it was recorded: a copy of a view is dense
+            env[n].meta["val"] = tensor if tensor.is_mkldnn else mode.from_tensor(tensor, static_shapes=True)
         else:
             set_tensor(root, str(n.target), tensor)
             env[n] = graph.node_copy(n)
@@ -171,19 +181,26 @@ def _extract(gm: fx.GraphModule, nodes: list[fx.Node], lift: bool, sizes: dict[A
         env[n] = graph.node_copy(n, env.__getitem__)
     graph.output([env[n] for n in outputs])
     part = fx.GraphModule(root, graph)
-    part.meta["fake_mode"] = gm.meta["fake_mode"]
+    part.meta["fake_mode"] = mode
     return Region(part, list(inputs), outputs, constants if lift else [], _key(part) if lift else None)
 
 
 def _key(gm: fx.GraphModule) -> str:
-    """A graph in words, without names: equal graphs have one code. Symbols are numbered as they appear."""
+    """A graph in words, without names: equal graphs have one code. Symbols are numbered as they appear.
+
+    Inputs are in it with sizes, strides and the ranges of their symbols, which Inductor makes use of.
+    """
+    ranges = gm.meta["fake_mode"].shape_env.var_to_range if gm.meta["fake_mode"].shape_env else {}
     number = {n: f"%{i}" for i, n in enumerate(gm.graph.nodes)}
     symbols: dict[Any, Any] = {}
+    lines: list[str] = []
 
     def size(x: Any) -> str:
-        expression = x.node.expr if isinstance(x, torch.SymInt) else x
+        expression = x.node.expr if isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)) else x
         for s in sorted(getattr(expression, "free_symbols", ()), key=str):
-            symbols.setdefault(s, type(s)(f"d{len(symbols)}", integer=True))
+            if s not in symbols:
+                symbols[s] = type(s)(f"d{len(symbols)}", integer=True)
+                lines.append(f"{symbols[s]} in {ranges.get(s)}")
         return str(expression.xreplace(symbols)) if hasattr(expression, "xreplace") else str(expression)
 
     def like(v: Any) -> str:
@@ -193,7 +210,6 @@ def _key(gm: fx.GraphModule) -> str:
             return f"{v.dtype} {v.device} {[size(n) for n in v.shape]} {[size(n) for n in v.stride()]}"
         return str([like(x) for x in v]) if isinstance(v, (list, tuple)) else size(v)
 
-    lines = []
     for n in gm.graph.nodes:
         args = fx.node.map_aggregate(
             (n.args, n.kwargs),
@@ -208,8 +224,8 @@ def _sizes(gm: fx.GraphModule) -> dict[Any, fx.Node]:
     """Nodes that hold the symbolic sizes of a graph's inputs; made from an input's shape where there is none."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     known = {value(n).node.expr: n for n in placeholders if isinstance(value(n), torch.SymInt)}
-    for n in gm.graph.find_nodes(op="call_function", target=aten.sym_size.int):
-        if n.args[0].op == "placeholder":
+    for n in gm.graph.nodes:
+        if _reads_input_size(n):
             known.setdefault(value(n).node.expr, n)
     for n in placeholders:
         for d, size in enumerate(value(n).shape if isinstance(value(n), Tensor) else ()):
@@ -224,7 +240,7 @@ def _symbols(v: Any) -> set[Any]:
         return {s for x in v for s in _symbols(x)}
     if isinstance(v, Tensor):
         return set() if v.is_mkldnn else _symbols([*v.shape, *v.stride(), v.storage_offset()])
-    return v.node.expr.free_symbols if isinstance(v, torch.SymInt) else set()
+    return v.node.expr.free_symbols if isinstance(v, (torch.SymInt, torch.SymFloat, torch.SymBool)) else set()
 
 
 def _plain_symbols(nodes: Iterable[fx.Node]) -> set[Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from sqcompile.errors import StageError
 from sqcompile.passes.graph import clone, value
-from sqcompile.passes.regions import Part, cut, find_repeats
+from sqcompile.passes.regions import Part, Region, cut, find_repeats
 
 
 def flatten(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
@@ -30,13 +30,18 @@ def flatten(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
 
 
 def inductor(
-    flat: fx.GraphModule, static: list[tuple[Any, bool]] | None = None, guarded: bool = False, freezing: bool = True
+    flat: fx.GraphModule,
+    static: list[tuple[Any, bool]] | None = None,
+    guarded: bool = False,
+    part: bool = False,
+    freezing: bool = True,
 ) -> Callable[..., Any]:
     """The graph through Inductor, with the symbolic sizes that its capture gave it.
 
     With ``static`` calls are recorded and replayed as CUDA graphs, one for each set of sizes: it is what Dynamo calls each
     input, and whether its address never changes. ``guarded`` means that somebody checks sizes before each call (Dynamo),
-    so that Inductor may fix some.
+    so that Inductor may fix some. A ``part`` of a graph looks itself whether its inputs have the sizes and strides that were
+    recorded.
 
     Dynamo is not involved, so nothing is ever recompiled: one artifact serves every shape, sizes of 1 included.
     Freezing folds what depends on constants alone, and packs float weights for oneDNN.
@@ -55,7 +60,7 @@ def inductor(
     options = {
         "freezing": freezing,
         "triton.cudagraphs": static is not None,
-        "size_asserts": False,
+        "size_asserts": part,
         "alignment_asserts": False,
     }
     with torch.no_grad(), config.patch(options), tracing(TracingContext(mode)):
@@ -115,11 +120,41 @@ def _compile_parts(
 ) -> Callable[..., Any]:
     outer, regions = cut(flat, blocks)
     for name, region in regions.items():
-        if region.key is None:
-            run = inductor(region.gm, guarded=guarded)
-        else:
-            if region.key not in code:
-                code[region.key] = inductor(region.gm, guarded=guarded, freezing=False)
-            run = code[region.key]
+        run = None if region.key is None else code.get(region.key)
+        if run is None:
+            run = _compile_part(region, code, guarded)
         setattr(outer, name, Part(region, run))
     return outer
+
+
+def _compile_part(region: Region, code: dict[str, Callable[..., Any]], guarded: bool) -> Callable[..., Any]:
+    """A part's code, put into ``code`` where others may use it."""
+    if region.key is None:
+        return with_layout(inductor(region.gm, guarded=guarded, part=True), region.gm)
+    try:
+        run = with_layout(inductor(region.gm, part=True, freezing=False), region.gm)
+    except StageError:
+        if not guarded:
+            raise
+        # sizes were fixed, and Dynamo looks at those of this part's inputs alone: no other part may use the code
+        return with_layout(inductor(region.gm, guarded=True, part=True, freezing=False), region.gm)
+    code[region.key] = run
+    return run
+
+
+def with_layout(run: Callable[..., Any], flat: fx.GraphModule) -> Callable[..., Any]:
+    """Gives outputs the layout they have in eager mode where that is contiguous.
+
+    Inductor returns the keys of a first call as they lie, not as the concatenation with an empty cache that they are; the
+    second call, which gets them, would be compiled for that layout, and again for the third.
+    """
+    outputs = [value(n) if isinstance(n, fx.Node) else n for n in next(iter(reversed(flat.graph.nodes))).args[0]]
+    dense = [i for i, v in enumerate(outputs) if isinstance(v, Tensor) and v.dim() > 1 and v.is_contiguous()]
+
+    def run_dense(*args: Any) -> Any:
+        out = list(run(*args))
+        for i in dense:
+            out[i] = out[i].contiguous()
+        return out
+
+    return run_dense

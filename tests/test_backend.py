@@ -147,3 +147,22 @@ def test_other_backends_and_other_models_are_left_alone():
     net = torch.compile(model, backend="eager")
     assert net.generate.__self__ is model
     assert get_tensor(model, "lm_head.weight") is model.lm_head.weight
+
+
+@torch._dynamo.config.patch(recompile_limit=3)
+def test_the_last_compilation_is_announced():
+    """Beyond Dynamo's limit a function runs in float: no call gets there without a warning."""
+    model, x = mlp(), outliers()[0]
+    plan, _ = planned(model)
+    net = compiled(model, plan=plan)
+    call(net, x, scale=1.5)
+    call(net, x)
+    with pytest.warns(UserWarning, match="last of the 3 times .* run in FLOAT"):
+        call(net, x, scale=torch.tensor(2.0))
+
+
+def test_the_quantized_stage_of_a_graph_without_a_linear():
+    model, x = mlp(broken=True), outliers()[0]
+    plan, _ = planned(mlp())
+    got, want = (call(compiled(model, plan=plan, stage=stage), x) for stage in ("quantized", "lowered"))
+    assert torch.equal(got, want)

@@ -118,6 +118,7 @@ def test_training_mode_is_refused():
         ({"compiler": "gcc"}, "compiler='gcc'"),
         ({"mode": "fast"}, "mode='fast'"),
         ({"stage": "folded"}, "stage='folded'"),
+        ({"stage": "quantized", "free_float": True}, "stage='quantized' and free_float=True"),
         ({"mode": "reduce-overhead"}, "move the model to a GPU"),
         ({"mode": "reduce-overhead", "regional": True}, "regional=True and mode='reduce-overhead'"),
     ],

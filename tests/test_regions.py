@@ -92,6 +92,47 @@ def test_a_block_that_differs_is_not_taken_for_another():
         assert torch.equal(outer(x)[0], flat(x)[0])
 
 
+class Strided(Blocks):
+    """Norm weights are views of every second number: a copy of such a tensor is dense."""
+
+    def __init__(self, widths):
+        super().__init__(widths)
+        for norm in self.norms:
+            norm.weight = nn.Parameter(torch.linspace(0.5, 1.5, 64)[::2])
+
+
+def test_constants_are_taken_as_they_lie():
+    torch.manual_seed(0)
+    model, x = Strided([48] * LAYERS).eval(), torch.randn(4, 7, 32)
+    recipe = sqcompile.Recipe(smooth=False)  # a folded weight would be another tensor
+    want = sqcompile.compile(model, [x], recipe=recipe, backend="eager", progress=False)
+    got = sqcompile.compile(model, plan=want.plan, regional=True)
+    assert float((got(x) - want(x)).abs().max()) <= 1e-5
+
+
+class Turned(nn.Module):
+    """What goes from block to block is a copy by definition, which Inductor would leave in the layout it came in."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.ModuleList(nn.Linear(32, 32) for _ in range(LAYERS))
+
+    def forward(self, x):
+        for fc in self.fc:
+            heads = F.relu(fc(x)).unflatten(-1, (4, 8)).transpose(1, 2)
+            x = torch.cat([heads[:, :, :0], heads], 2).transpose(1, 2).flatten(2)
+        return x
+
+
+def test_values_between_blocks_lie_as_they_were_captured():
+    torch.manual_seed(0)
+    model, x = Turned().eval(), torch.randn(4, 7, 32)
+    want = sqcompile.compile(model, [x], backend="eager", progress=False)
+    got = sqcompile.compile(model, plan=want.plan, regional=True)
+    for y in (x, x[:1, :5]):
+        assert float((got(y) - want(y)).abs().max()) <= 1e-5
+
+
 def test_one_block_is_no_repetition():
     flat, _ = flat_blocks([48])
     assert find_repeats(flat) == []

@@ -9,11 +9,13 @@ were changed are quantized again; the INT8 weights of those that were not are sh
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import CompileContext
 
 from sqcompile.backend.capture import capture
 from sqcompile.backend.dynamic import make_dynamic
@@ -52,10 +54,24 @@ def smoothquant(
         parameters += list(gm.parameters())
         session = session_of(parameters, found)
         make_dynamic(gm, example_inputs, lambda x: bool(session.names(x)), found.mode == "reduce-overhead")
+        _warn_of_the_last()
         names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
         return Runner(session, capture(gm), example_inputs, names)
     except SQCompileError as e:
         return _raises(e)
+
+
+def _warn_of_the_last() -> None:
+    """Dynamo runs a function in float, with a line in its log, once it has compiled it ``recompile_limit`` times."""
+    found = CompileContext.current_compile_id()
+    limit = torch._dynamo.config.recompile_limit
+    if found is not None and found.frame_compile_id is not None and found.frame_compile_id + 1 >= limit:
+        warnings.warn(
+            f"this is the last of the {limit} times that Dynamo compiles a function (torch._dynamo.config.recompile_limit): "
+            "calls that fit none of them will run in FLOAT. TORCH_LOGS=recompiles says why it compiles again. Layers compiled "
+            "one by one do where they use a KV cache: compile the whole model, with regional=True",
+            stacklevel=2,
+        )
 
 
 def _raises(error: SQCompileError) -> Callable[..., Any]:

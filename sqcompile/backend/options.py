@@ -91,6 +91,10 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
         raise RecipeError(f"option compiler={found.compiler!r}: choose one of {', '.join(BACKENDS)}")
     if found.stage not in ("lowered", "quantized"):
         raise RecipeError(f"option stage={found.stage!r}: choose 'lowered' or 'quantized'")
+    if found.stage == "quantized" and found.free_float:
+        raise RecipeError(
+            "stage='quantized' and free_float=True: each graph makes INT8 weights of its own, from the float ones"
+        )
     if not isinstance(found.calibration_steps, int) or found.calibration_steps < 1:
         raise RecipeError(f"option calibration_steps={found.calibration_steps!r}: a number of calls, at least 1")
     return found

@@ -15,9 +15,8 @@ from sqcompile.backend.session import Session, quantized_only, state
 from sqcompile.calibrate import Observer
 from sqcompile.compile import rewrite
 from sqcompile.errors import CaptureError, StageError
-from sqcompile.inductor import compile_regions, compile_without_constants, flatten, inductor
+from sqcompile.inductor import compile_regions, compile_without_constants, flatten, inductor, with_layout
 from sqcompile.inputs import Call, token_mask
-from sqcompile.passes.graph import value
 from sqcompile.passes.insert_qdq import quantize_weights
 from sqcompile.passes.shared import held
 
@@ -148,7 +147,7 @@ class Runner:
             run = compile_without_constants(flat, self.code, guarded)
         else:
             run = inductor(flat, guarded=guarded)
-        return _with_layout(run, flat), positions
+        return with_layout(run, flat), positions
 
     def _observe(self, args: Sequence[Any], tensors: list[Tensor]) -> Any:
         """The call in float; statistics of weights that have changed are dropped."""
@@ -164,24 +163,6 @@ class Runner:
             for position, new in zip(self.template.updates, results, strict=False):
                 args[position].copy_(new)
         return results[len(self.template.updates) :]
-
-
-def _with_layout(run: Callable[..., Any], flat: fx.GraphModule) -> Callable[..., Any]:
-    """Gives outputs the layout they have in eager mode where that is contiguous.
-
-    Inductor returns the keys of a first call as they lie, not as the concatenation with an empty cache that they are; the
-    second call, which gets them, would be compiled for that layout, and again for the third.
-    """
-    outputs = [value(n) if isinstance(n, fx.Node) else n for n in next(iter(reversed(flat.graph.nodes))).args[0]]
-    dense = [i for i, v in enumerate(outputs) if isinstance(v, Tensor) and v.dim() > 1 and v.is_contiguous()]
-
-    def run_dense(*args: Any) -> Any:
-        out = list(run(*args))
-        for i in dense:
-            out[i] = out[i].contiguous()
-        return out
-
-    return run_dense
 
 
 def asks_for_gradients(args: Sequence[Any]) -> bool:
