@@ -89,6 +89,7 @@ class Chooser:
         self.gm, self.calibration, self.recipe = gm, calibration, recipe
         self.columns: dict[str, Tensor] = {}  # s of a linear's input channels, [K]
         self.rows: dict[str, Tensor] = {}  # s of its output channels, [N]
+        self.producers: dict[str, Tensor] = {}  # s that a producer's output is divided by, [C], by node
         self.linears = {l.node: l for l in find_linears(gm)}
 
     def best(self, site: Site, floats: dict[str, str]) -> tuple[Tensor | None, float | None, str]:
@@ -114,10 +115,10 @@ class Chooser:
         best, choice, best_alpha = none * TOLERANCE, None, None
         for alpha in self.recipe.alphas:
             s = torch.where(site.free.to(device), smoothing_scale(x_absmax, w_absmax, alpha), 1.0)
-            saved = dict(self.columns), dict(self.rows)
+            saved = dict(self.columns), dict(self.rows), dict(self.producers)
             self.apply(site, s)
             error = sum(self.error(l) for l in touched)
-            self.columns, self.rows = saved
+            self.columns, self.rows, self.producers = saved
             if error < best:
                 best, choice, best_alpha = error, s, alpha
         return choice, best_alpha, f"smoothing would raise the quantization error here ({site.reason})"
@@ -125,6 +126,8 @@ class Chooser:
     def apply(self, site: Site, s: Tensor) -> None:
         for l, m in site.balance:
             self.columns[l.name] = s[m.to(s.device)]
+        if site.kind != "input":
+            self.producers[site.producer] = s
         if site.kind == "linear":
             self.rows[self.linears[site.producer].name] = s
 

@@ -25,6 +25,7 @@ from sqcompile.passes.attention_chains import Attention
 from sqcompile.passes.floats import names
 from sqcompile.passes.head_labels import HeadSite, match_heads
 from sqcompile.passes.smoothing import smoothing_scale
+from sqcompile.passes.value_labels import value_labels
 from sqcompile.plan import AttentionPlan
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def choose_attention(
             q, k = (", ".join(x.name for x, _ in side) for side in (site.queries, site.keys))
             reason = f"s folded into {q}" + ("" if q == k else f" and {k}")
         chosen |= {name: (choice, alpha, reason) for name, choice in choices.items()}
+    static = chooser.recipe.granularity == "per_tensor_static" and chooser.recipe.attention == "qk_pv"
+    values = value_labels(gm, list(open_.values())) if static else {}
     plans = []
     for a in attentions:
         shape = (a.heads, a.groups, a.width)
@@ -80,14 +83,23 @@ def choose_attention(
         if a.name not in chosen:
             reason = f"not smoothed: {why[a.name]}" if a.name in why else "the recipe does not smooth"
             chosen[a.name] = _least(chooser, a, _ones(chooser, a)), None, reason
-        plans.append(_plan(chooser, a, *chosen[a.name], tensors))
+        plans.append(_plan(chooser, a, *chosen[a.name], values.get(a.name), tensors))
     return tuple(plans), tensors
 
 
 def _plan(
-    chooser: Chooser, a: Attention, choice: _Choice, alpha: float | None, reason: str, tensors: dict[str, Tensor]
+    chooser: Chooser,
+    a: Attention,
+    choice: _Choice,
+    alpha: float | None,
+    reason: str,
+    values: dict[str, Tensor] | None,
+    tensors: dict[str, Tensor],
 ) -> AttentionPlan:
+    """The plan, and its tensors; ``values`` says what V is made of where it gets a static Δ (`value_labels`)."""
     recipe, shape = chooser.recipe, (a.heads, a.groups, a.width)
+    if alpha is not None:
+        tensors[f"{a.name}/query_by"], tensors[f"{a.name}/key_by"] = choice.by[0], choice.by[1].reciprocal()
     if choice.mean is not None:
         tensors[f"{a.name}/key_mean"] = choice.mean / choice.by[1]
         reason += "; K less its mean"
@@ -98,8 +110,12 @@ def _plan(
         absmax_q, absmax_k = _absmax(chooser, a)
         q_scale = float(absmax_scale((absmax_q * choice.by[0]).max()))
         k_scale = float(absmax_scale((absmax_k / choice.by[1]).max()))
-        if recipe.attention == "qk_pv":
+        if values is not None:
             absmax_v = chooser.calibration.heads[a.v].absmax.view(a.groups, -1)
+            for producer, labels in values.items():
+                s, index = chooser.producers.get(producer), labels.to(absmax_v.device)
+                if s is not None:
+                    absmax_v = torch.where(index >= 0, absmax_v / s[index.clamp_min(0)], absmax_v)
             tensors[f"{a.name}/value_scale"] = absmax_scale(absmax_v)
     sqnr = -10 * math.log10(choice.error) if choice.error > 0 else math.inf
     how: Any = "none" if alpha is None else "folded"

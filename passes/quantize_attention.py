@@ -11,11 +11,14 @@
     %y = sqcompile.attend(sqcompile.attention_weights(%t, dtype), %v)         # "qk": PV as it was
     %y = sqcompile.int8_attend(%t, %vi, %vs, dtype)                           # "qk_pv"
 
+Where the plan multiplies s explicitly, %q and %k are multiplied first; the product is not rounded to their dtype.
 scaled_dot_product_attention is spelled out first, in float32. Key heads are not repeated, and a row that sees no key
 gives zeros.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import fx
@@ -43,12 +46,13 @@ class _Inserter:
         a, product, output = self.a, self.nodes[self.a.product], self.nodes[self.a.output]
         whole = product is output
         with self.gm.graph.inserting_before(product):
-            q, q_scale = self._quantize(self._four(a.q), self.how.q_scale, "query_scale")
-            k = self._four(a.k)
-            mean = self.plan.heads.get(f"{a.name}/key_mean")
-            if mean is not None and self._cached(k) is None:
-                constant = add_tensor(self.gm, f"{a.name}.key_mean", mean[:, None].to(value(k).device))
-                k = add_op(self.gm, aten.sub.Tensor, k, constant)
+            q, k = self._four(a.q), self._four(a.k)
+            if self._cached(k) is None:  # INT8 keys of a cache are what they are
+                if self.how.smoothing == "multiplied":
+                    q = self._with_constant(aten.mul.Tensor, q, "query_by")
+                    k = self._with_constant(aten.mul.Tensor, k, "key_by")
+                k = self._with_constant(aten.sub.Tensor, k, "key_mean")
+            q, q_scale = self._quantize(q, self.how.q_scale, "query_scale")
             k, k_scale = self._quantize(k, self.how.k_scale, "key_scale")
             dtype = torch.float32 if whole else value(product).dtype
             scores = add_op(self.gm, sqcompile_ops.int8_scores.default, q, q_scale, k, k_scale, dtype)
@@ -81,6 +85,14 @@ class _Inserter:
         if name == self.a.k and self.a.transposed:
             x = add_op(self.gm, aten.transpose.int, x, -1, -2)
         return add_op(self.gm, aten.unsqueeze.default, x, 1) if value(x).dim() == 3 else x
+
+    def _with_constant(self, operator: Any, x: fx.Node, name: str) -> fx.Node:
+        """x [B, H, S, D] times or less a tensor [H, D] of the plan, if it has one."""
+        tensor = self.plan.heads.get(f"{self.a.name}/{name}")
+        if tensor is None:
+            return x
+        constant = add_tensor(self.gm, f"{self.a.name}.{name}", tensor[:, None].to(value(x).device))
+        return add_op(self.gm, operator, x, constant)
 
     def _quantize(self, x: fx.Node, static: float | None, name: str) -> tuple[fx.Node, fx.Node]:
         granularity = self.plan.recipe.granularity

@@ -57,20 +57,29 @@ def split_sites(linears: list[Linear], sites: list[Site], plan: Plan) -> tuple[l
 
 
 def split_attention(found: Collection[str], plan: Plan) -> Plan:
-    """The plan with the attentions of one graph, unsmoothed: a KV cache holds keys that other graphs have put there.
+    """The plan with the attentions of one graph, smoothed explicitly: a KV cache holds keys that others have put there.
 
     Args:
         found: names of the graph's attentions.
-        plan: of the whole model. Static scales of Q and K hold for smoothed ones, so these attentions stay in float.
+        plan: of the whole model.
+
+    Raises:
+        PlanError: if the plan does not say how a smoothed attention is scaled apart from its projections.
     """
-    attention = tuple(
-        a
-        if a.name in found and not (a.smoothing == "folded" and a.q_scale is not None)
-        else dataclasses.replace(a, quantized="none")
-        for a in plan.attention
-    )
-    heads = {name: t for name, t in plan.heads.items() if not name.endswith("/scale")}
-    return dataclasses.replace(plan, attention=attention, heads=heads)
+    attention = []
+    for a in plan.attention:
+        if a.name not in found:
+            a = dataclasses.replace(a, quantized="none")
+        elif a.smoothing == "folded":
+            if f"{a.name}/query_by" not in plan.heads:
+                raise PlanError(
+                    f"the plan does not say how {a.name} is scaled apart from its projections: calibrate again"
+                )
+            a = dataclasses.replace(a, smoothing="multiplied")
+        attention.append(a)
+    # V is not divided by the scale of v_proj -> o_proj, which its static Δ counts on: its Δ is dynamic here
+    heads = {name: t for name, t in plan.heads.items() if name.rpartition("/")[2] not in ("scale", "value_scale")}
+    return dataclasses.replace(plan, attention=tuple(attention), heads=heads)
 
 
 def _by_scale(linears: list[Linear], columns: dict[str, Tensor]) -> list[tuple[Tensor, list[Linear]]]:

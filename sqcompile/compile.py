@@ -106,8 +106,8 @@ def rewrite(traced: fx.GraphModule, plan: Plan, until: str, shared: Shared | Non
     sites = sites + input_sites(refusals, quantized)
     if shared is not None:
         sites, plan = split_sites(find_linears(gm), sites, plan)
-    chosen = {a.name for a in plan.attention if a.quantized != "none"}
-    heads, _ = match_heads(gm, [a for a in attentions if a.name in chosen] if plan.heads else [])
+    folded = {a.name for a in plan.attention if a.quantized != "none" and a.smoothing == "folded"}
+    heads, _ = match_heads(gm, [a for a in attentions if a.name in folded])
     gm = verify(fold(gm, sites, plan, heads), "folded")
     text = show_stage(gm, "folded", text)
     if until == "folded":

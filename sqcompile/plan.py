@@ -60,7 +60,8 @@ class AttentionPlan:
     Attributes:
         name: of the module that holds its projections.
         quantized: which of its products run in INT8.
-        smoothing: "folded" (Q·diag(s) and K·diag(1/s) absorbed by parameters) or "none".
+        smoothing: "folded" (Q·diag(s) and K·diag(1/s) absorbed by parameters), "multiplied" (right before quantization:
+            what a graph with a KV cache makes of "folded") or "none".
         reason: in words.
         alpha: migration strength, None without smoothing.
         sqnr_db: signal to quantization noise ratio of its scores on the calibration sample, in dB; None in float.
@@ -90,7 +91,8 @@ class Plan:
         layers: every linear, in graph order.
         attention: every attention, in graph order; empty where the recipe leaves attention alone.
         heads: tensors of attentions, by attention name and what they are, float32: "<name>/scale" [classes] (smoothing),
-            "<name>/key_mean" [G, D] (subtracted from K), "<name>/value_scale" [G, Dv] (static Δ of V).
+            "<name>/query_by" [H, D] and "<name>/key_by" [G, D] (what the scale comes to, for graphs that cannot fold it),
+            "<name>/key_mean" [G, D] (subtracted from the smoothed K), "<name>/value_scale" [G, Dv] (static Δ of V in the folded graph).
         columns: s of each smoothed linear's input channels, float32 [K], by linear name: for graphs that hold a linear
             and not all of its site, where it is multiplied explicitly.
     """

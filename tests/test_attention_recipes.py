@@ -15,6 +15,7 @@ import sqcompile
 from sqcompile import PRESETS, Recipe, report
 from sqcompile.errors import PlanError, RecipeError
 from sqcompile.kernels import speedup
+from sqcompile.passes.attention_chains import find_attentions
 from sqcompile.plan import Plan
 
 
@@ -125,3 +126,32 @@ def test_the_measured_speedups_of_the_h100(monkeypatch):
     gains = speedup.expected_attention(torch.device("cuda", 0), "qk", 128)
     assert set(gains) == set(speedup.CALLS) and all(0.5 < gain < 3 for gain in gains.values())
     assert speedup.expected_attention(torch.device("cuda", 0), "qk", 512) == {}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_static_values_are_those_of_the_folded_graph(family):
+    """v_proj -> o_proj divides V by s: its static scale is of what is left."""
+    model, batches = tiny_lm(family), token_batches()
+    recipe = Recipe(activation="per_tensor_static", attention="qk_pv", alpha=0.9)
+    compiled = sqcompile.compile(model, batches, recipe=recipe, backend="eager", progress=False)
+    assert any(
+        "v_proj" in site or "qkv" in site or "c_attn" in site or "query_key_value" in site
+        for site in compiled.plan.scales
+    )
+    folded = compiled.stages["folded"]
+    values = [a.v for a in find_attentions(compiled.stages["traced"])]
+    largest = {name: 0.0 for name in values}
+
+    class Watch(torch.fx.Interpreter):
+        def run_node(self, n):
+            out = super().run_node(n)
+            if n.name in largest:
+                here = out.float().abs().amax((0, 2)) / 127
+                largest[n.name] = torch.maximum(torch.as_tensor(largest[n.name]), here)
+            return out
+
+    with torch.no_grad():
+        for batch in batches:
+            Watch(folded).run(*torch.utils._pytree.tree_leaves(batch))
+    for plan, name in zip(compiled.plan.attention, values, strict=True):
+        torch.testing.assert_close(compiled.plan.heads[f"{plan.name}/value_scale"], largest[name], rtol=1e-3, atol=1e-7)

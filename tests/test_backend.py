@@ -166,3 +166,29 @@ def test_the_quantized_stage_of_a_graph_without_a_linear():
     plan, _ = planned(mlp())
     got, want = (call(compiled(model, plan=plan, stage=stage), x) for stage in ("quantized", "lowered"))
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("activation", ["per_token", "per_tensor_static"])
+def test_attention_is_smoothed_explicitly(activation):
+    """Keys of a cache are the model's own: s is multiplied right before quantization, in prefill and decode."""
+    recipe = sqcompile.Recipe(attention="qk", activation=activation)
+    model = tiny_lm("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight[3::16] *= 20
+            layer.self_attn.q_proj.weight[3::16] /= 20
+    plan, reference = planned(model, token_batches(), recipe=recipe)
+    assert [a.smoothing for a in plan.attention] == ["folded"] * 2
+    net, ids = compiled(model, plan=plan), torch.randint(3, 96, (2, 9))
+    want = reference(input_ids=ids).logits
+    first = call(net, ids[:, :-1], use_cache=True)
+    second = call(net, ids[:, -1:], past_key_values=first.past_key_values)
+    for got, expected in ((first.logits, want[:, :-1]), (second.logits, want[:, -1:])):
+        assert relative_error(got, expected) < 1e-4
+    for runner in session(model).runners:
+        graph = runner.bound[0].run.graph
+        attentions = graph.find_nodes(op="call_function", target=torch.ops.sqcompile.int8_attention.default)
+        assert len(attentions) == 2
+    keys = first.past_key_values.layers[0].keys
+    float_keys = call(model, ids, use_cache=True).past_key_values.layers[0].keys
+    assert relative_error(keys, float_keys) < 5e-2, "neither divided nor shifted"

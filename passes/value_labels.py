@@ -1,0 +1,56 @@
+"""value_labels: which channels of which producers an attention's values are. Analysis only.
+
+v_proj -> o_proj divides v_proj's rows by s, so that the values which are quantized in the folded graph are V / s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sqcompile.passes.attention_chains import Attention
+from sqcompile.passes.graph import Linear, find_linears
+from sqcompile.passes.label_rules import uniform
+from sqcompile.passes.labels import _Labels, at_two_sizes, execute
+
+
+class _Watching(_Labels):
+    """Labels that are kept where attentions read their values."""
+
+    def __init__(self, gm: fx.GraphModule, linears: list[Linear], nodes: set[str]) -> None:
+        super().__init__(gm, linears)
+        self.nodes, self.found = nodes, dict[str, dict[str, Tensor]]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        out = super().run_node(n)
+        if n.name in self.nodes:
+            self.found[n.name] = dict(self.labels.get(n, {}))
+        return out
+
+
+def value_labels(gm: fx.GraphModule, attentions: list[Attention]) -> dict[str, dict[str, Tensor]]:
+    """The labels of each producer at the values of attentions that can be quantized.
+
+    Returns:
+        int64 [G, Dv] by attention and producer's node, -1 for channels that are not the producer's; no attention whose
+        values are other channels for other tokens.
+    """
+    linears = find_linears(gm)
+    nodes = {a.v for a in attentions}
+    runs = at_two_sizes(gm, lambda sizes: execute(_Watching(gm, linears, nodes), sizes).found)
+    result = {}
+    for a in attentions:
+        first, second = ({p: _by_head(l) for p, l in run.get(a.v, {}).items()} for run in runs)
+        if first.keys() == second.keys() and all(
+            l is not None and (again := second[p]) is not None and torch.equal(l, again) for p, l in first.items()
+        ):
+            result[a.name] = {p: l for p, l in first.items() if l is not None}
+    return result
+
+
+def _by_head(labels: Tensor) -> Tensor | None:
+    """Labels of values [B, G, S, Dv] as [G, Dv], of [N, S, Dv] as [1, Dv]; None where tokens differ."""
+    labels = labels.unsqueeze(1) if labels.dim() == 3 else labels
+    return labels[0, :, 0] if uniform(labels, 0) and uniform(labels, 2) else None
