@@ -122,6 +122,7 @@ def with_outliers(model: nn.Module, factor: float = 30.0) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_function_preserving_outliers_are_smoothed_away(lm, lm_windows, float_perplexity):
     model = with_outliers(lm[0])
     with torch.no_grad():

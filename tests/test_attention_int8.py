@@ -21,7 +21,7 @@ from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import quantize, token_scale
 
 
-@pytest.mark.parametrize("attention", ["qk", "qk_pv"])
+@pytest.mark.parametrize("attention", [pytest.param("qk", marks=pytest.mark.slow), "qk_pv"])
 @pytest.mark.parametrize(
     "name", [n if n in ("llama", "bloom") else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 )

@@ -58,7 +58,7 @@ def test_the_same_logits_through_inductor(lm, lm_windows):
     assert float((call(net, x, use_cache=False).logits - reference(input_ids=x).logits).abs().max()) <= 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_half_precision(dtype):
     model = tiny_lm("llama", dtype)
     plan, reference = planned(model, token_batches())

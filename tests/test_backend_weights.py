@@ -29,6 +29,7 @@ def test_graphs_share_int8_weights():
     assert len(first & second) >= 2 * 3  # q/k/v, gate/up and down of each layer; o_proj is smoothed unlike before
 
 
+@pytest.mark.slow
 def test_memory_with_free_float():
     class Block(nn.Module):
         def __init__(self):

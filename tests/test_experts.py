@@ -47,7 +47,7 @@ def mixtral():
     return tiny_lm("mixtral", num_hidden_layers=1)
 
 
-@pytest.mark.parametrize("recipe", ["default", "O1", "O2", "O3"])
+@pytest.mark.parametrize("recipe", ["default", *(pytest.param(r, marks=pytest.mark.slow) for r in ("O1", "O2")), "O3"])
 def test_lowered_experts_agree_with_the_quantized_stage_to_the_bit(mixtral, recipe):
     compiled = sqcompile.compile(mixtral, token_batches(), recipe=recipe, backend="eager", progress=False)
     ids = token_ids((3, 9), seed=9)
@@ -92,7 +92,9 @@ def test_bfloat16_experts_are_captured_as_a_grouped_product():
     assert own < 0.03 and relative_error(compiled(input_ids=ids).logits, stages["quantized"]) <= 2 * own
 
 
-@pytest.mark.parametrize("recipe", ["default", "O3", Recipe(smooth=False)])
+@pytest.mark.parametrize(
+    "recipe", ["default", *(pytest.param(r, marks=pytest.mark.slow) for r in ("O3", Recipe(smooth=False)))]
+)
 def test_experts_without_calibration_tokens_are_reported_and_give_no_nan(recipe):
     model = close_one_expert(biased_embedding(tiny_lm("mixtral", num_hidden_layers=1)))
     compiled = sqcompile.compile(model, token_batches(), recipe=recipe, backend="eager", progress=False)

@@ -199,6 +199,7 @@ def test_matching_time_grows_linearly():
     assert at[12] - at[6] == pytest.approx(2 * (at[6] - at[3]), rel=0.05)
 
 
+@pytest.mark.slow
 def test_thirty_two_layers_match_in_seconds():
     gm = llama_graph(32)
     start = time.process_time()

@@ -69,7 +69,7 @@ def test_the_quantized_stage_generates_the_same_tokens(llama):
         counters.clear()
 
 
-@pytest.mark.parametrize("how", ["compile in place", "forward"])
+@pytest.mark.parametrize("how", ["compile in place", pytest.param("forward", marks=pytest.mark.slow)])
 def test_other_ways_to_compile(llama, how):
     model, plan, reference = llama
     x, options = prompts(1, 6), {"plan": plan, "compiler": "eager"}
@@ -85,6 +85,7 @@ def test_other_ways_to_compile(llama, how):
     assert graphs() == 2
 
 
+@pytest.mark.slow
 def test_layers_compiled_alone_share_one_compilation():
     model = tiny_lm("llama", num_hidden_layers=4)
     plan = sqcompile.calibrate(model, token_batches(), progress=False)
@@ -132,6 +133,7 @@ def with_forward(model, reference):
     return view
 
 
+@pytest.mark.slow
 def test_an_assistant_model(llama):
     model, plan, reference = llama
     net, x = compiled(model, plan), prompts(1, 8)
@@ -152,6 +154,7 @@ def test_the_first_calls_calibrate_while_it_generates(llama):
     assert graphs() == 2
 
 
+@pytest.mark.slow
 def test_text_generation_pipeline(lm):
     model, tokenizer = lm
     plan = sqcompile.calibrate(model, [{"input_ids": torch.randint(3, 2048, (2, 32))}], progress=False)
