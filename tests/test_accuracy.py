@@ -167,7 +167,8 @@ def test_channels_silent_in_calibration_and_active_later_do_not_hurt(preset):
     assert errors[True] <= errors[False] * 1.1 and errors[True] < 0.05
 
 
-@pytest.mark.parametrize("preset", FEW)
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
 def test_channels_silent_in_calibration_do_not_hurt_the_shipped_lm(lm, lm_windows, preset):
     """The plan comes from a copy of the model in which every sixth value and hidden channel is dead."""
     model, windows = lm[0], lm_windows[1][::4]

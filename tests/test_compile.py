@@ -245,6 +245,7 @@ def test_int8_weights_take_a_quarter_of_fp32():
     assert compiled.weight_bytes() <= linear + kept + (64 + 96) * 8 + 64
 
 
+@pytest.mark.slow
 def test_memory_of_compile_stays_below_twice_the_models():
     """Measured in a process of its own: the model counts once, everything compile() adds must be less than it."""
     code = """

@@ -97,6 +97,7 @@ def test_half_precision_differs_by_the_roundings_it_leaves_out(lowered_for_gpu):
     assert relative_error(gpu(input_ids=ids).logits, exact) <= 1.1 * relative_error(plain(input_ids=ids).logits, exact)
 
 
+@pytest.mark.slow
 def test_a_compiler_assumes_no_number_of_blocks_of_a_mask(lowered_for_gpu):
     gpu, _ = lowered_for_gpu(tiny_lm("llama"), token_batches(), sqcompile.Recipe(attention="qk"))
     assert operators(gpu)["mask_blocks"] == 1
