@@ -59,8 +59,10 @@ class CompiledModel(nn.Module):
         except TypeError as e:
             raise CaptureError(f"the call does not fit the model's signature {self._signature}: {e}") from e
         leaves = flatten_like(call, self._captured)
+        # compiled code reads its inputs as they lay in the capture, which was contiguous, and does not look
+        used = [x.contiguous() if isinstance(x, Tensor) else x for x in (leaves[i] for i in self._used)]
         with torch.no_grad():
-            out = self._run(*[leaves[i] for i in self._used])
+            out = self._run(*used)
         return pytree.tree_unflatten(list(out), self._out_spec)
 
     def draw(self, path: str | os.PathLike[str], stage: str = "traced", full: bool = False) -> None:

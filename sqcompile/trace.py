@@ -53,6 +53,8 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     """
     _register_kv_cache_pytree()
     refuse_names(model)
+    if any(isinstance(x, Tensor) and not x.is_contiguous() for x in pytree.tree_leaves((call.args, call.kwargs))):
+        call = Call(*pytree.tree_map_only(Tensor, Tensor.contiguous, (call.args, call.kwargs)))
     exported = _functional(_export(model, call, dynamic_shapes))
     gm = exported.module(check_guards=False)
     tidy(gm)

@@ -280,3 +280,17 @@ def test_the_rewritten_graph_is_shown_on_request(capfd, monkeypatch):
         "traced:", "folded:", "quantized:", "lowered:"
     ]  # fmt: skip
     assert "sqcompile.int8_linear" in err
+
+
+@pytest.mark.parametrize("view", ["strided", "transposed", "expanded"])
+def test_inputs_may_lie_in_any_way(view):
+    """Inductor's code takes the strides of the capture for granted: a view must not be read as if it were dense."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.LayerNorm(32), torch.nn.Linear(32, 48)).eval()
+    whole = torch.randn(4, 20, 32)
+    x = {"strided": whole[:, ::3], "transposed": whole.transpose(0, 1), "expanded": whole[:, :1].expand(4, 9, 32)}[view]
+    for example in (whole, x):
+        compiled = sqcompile.compile(model, [whole], example_inputs=example, progress=False)
+        want = compiled.stages["lowered"](x.contiguous())
+        assert relative_error(compiled(x), want) < 1e-5
+        assert relative_error(compiled(whole), compiled.stages["lowered"](whole)) < 1e-5
