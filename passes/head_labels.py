@@ -152,7 +152,7 @@ class _HeadLabels(_Labels):
         for side, node in (("q", q), ("k", k)):
             if node in operands:
                 labels = operands[node]  # type: ignore[index]
-                heads = _by_head(labels.mT if side == "k" and not whole else labels, a.heads)
+                heads = by_head(labels.mT if side == "k" and not whole else labels, a.heads)
                 self.reached.operands.setdefault((a.name, side), {})[flow.producer] = heads
         values = n.args[2] if whole else None
         if values not in operands or values in (q, k):
@@ -162,8 +162,8 @@ class _HeadLabels(_Labels):
         return RULES[n.target](self, n, out, flow, {values: operands[values]})  # type: ignore[index]
 
 
-def _by_head(labels: Tensor, heads: int) -> Tensor:
-    """Labels of queries or keys [B, H, S, D] or [B H, S, D], or with fewer key heads, as [H, D]."""
+def by_head(labels: Tensor, heads: int) -> Tensor:
+    """Labels of an operand [B, H, S, D] or [B H, S, D], or with fewer key heads, as [H, D]."""
     if labels.dim() == 3:
         labels = labels.reshape(-1, heads, *labels.shape[1:])
     if not uniform(labels, 0) or not uniform(labels, 2):

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from sqcompile.passes.attention_chains import Attention
 from sqcompile.passes.graph import Linear, find_linears
-from sqcompile.passes.label_rules import uniform
+from sqcompile.passes.head_labels import by_head
+from sqcompile.passes.label_rules import Refused
 from sqcompile.passes.labels import _Labels, at_two_sizes, execute
 
 
@@ -42,7 +43,7 @@ def value_labels(gm: fx.GraphModule, attentions: list[Attention]) -> dict[str, d
     runs = at_two_sizes(gm, lambda sizes: execute(_Watching(gm, linears, nodes), sizes).found)
     result = {}
     for a in attentions:
-        first, second = ({p: _by_head(l) for p, l in run.get(a.v, {}).items()} for run in runs)
+        first, second = ({p: _values(l, a.groups) for p, l in run.get(a.v, {}).items()} for run in runs)
         if first.keys() == second.keys() and all(
             l is not None and (again := second[p]) is not None and torch.equal(l, again) for p, l in first.items()
         ):
@@ -50,7 +51,8 @@ def value_labels(gm: fx.GraphModule, attentions: list[Attention]) -> dict[str, d
     return result
 
 
-def _by_head(labels: Tensor) -> Tensor | None:
-    """Labels of values [B, G, S, Dv] as [G, Dv], of [N, S, Dv] as [1, Dv]; None where tokens differ."""
-    labels = labels.unsqueeze(1) if labels.dim() == 3 else labels
-    return labels[0, :, 0] if uniform(labels, 0) and uniform(labels, 2) else None
+def _values(labels: Tensor, groups: int) -> Tensor | None:
+    try:
+        return by_head(labels, groups)
+    except Refused:
+        return None

@@ -17,7 +17,7 @@ from sqcompile.passes.choose import choose
 from sqcompile.passes.fold import fold
 from sqcompile.passes.graph import find_linears
 from sqcompile.passes.head_labels import match_heads
-from sqcompile.passes.insert_qdq import insert_qdq
+from sqcompile.passes.insert_qdq import insert_qdq, quantize_weights
 from sqcompile.passes.lower import lower
 from sqcompile.passes.match import input_sites, match
 from sqcompile.passes.shared import Shared
@@ -53,8 +53,8 @@ def compile(
         example_inputs: a batch to capture the model with; the first calibration batch by default.
         dynamic_shapes: "auto" (batch and sequence dynamic), None (static), or as for torch.export.
         backend: "inductor", or "eager" to run the lowered graph as it is.
-        regional: whether Inductor compiles one of the repeated blocks for all of them: a model of 32 layers takes about
-            as long as one of 2. Nothing is fused across blocks, and each is a call of its own.
+        regional: whether Inductor compiles one of the repeated blocks for all of them, so that its part does not grow
+            with the number of layers. Nothing is fused across blocks, and each is a call of its own.
         progress: whether to show a progress bar.
 
     Returns:
@@ -115,7 +115,7 @@ def rewrite(traced: fx.GraphModule, plan: Plan, until: str, shared: Shared | Non
     gm = verify(insert_qdq(gm, plan, shared), "quantized")
     text = show_stage(gm, "quantized", text)
     if until == "quantized":
-        return gm
+        return quantize_weights(gm)
     handed_over = [gm]
     del gm  # lower frees each plain int8 weight as it packs it, which no other reference may prevent
     gm = verify(lower(handed_over.pop(), shared), "lowered")

@@ -102,7 +102,7 @@ def compile_regions(flat: fx.GraphModule, guarded: bool = False) -> Callable[...
     Args and errors: as `inductor`.
     """
     blocks = find_repeats(flat)
-    return _compile_parts(flat, blocks, {}, guarded) if blocks else inductor(flat, guarded=guarded)
+    return _compile_parts(flat, blocks, {}, guarded) if blocks else with_layout(inductor(flat, guarded=guarded), flat)
 
 
 def compile_without_constants(

@@ -17,7 +17,6 @@ from sqcompile.compile import rewrite
 from sqcompile.errors import CaptureError, StageError
 from sqcompile.inductor import compile_regions, compile_without_constants, flatten, inductor, with_layout
 from sqcompile.inputs import Call, token_mask
-from sqcompile.passes.insert_qdq import quantize_weights
 from sqcompile.passes.shared import held
 
 GRAD = (
@@ -102,8 +101,6 @@ class Runner:
         self.observer = None
         traced = self._attach(tensors)
         lowered = rewrite(traced, session.plan, session.options.stage, session.shared)
-        if session.options.stage == "quantized":
-            quantize_weights(lowered)
         read = {str(n.target) for n in lowered.graph.find_nodes(op="get_attr")}
         for name, t in zip(self._names(tensors), tensors, strict=True):
             if name in read and session.is_freed(t):
@@ -138,16 +135,13 @@ class Runner:
         if self.session.options.compiler == "eager":
             return flat, positions
         self.binds += 1
-        run: Callable[..., Any]
-        if self.session.options.mode == "reduce-overhead":
-            run = inductor(flat, [self.template.sources[i] for i in positions], guarded)
-        elif self.session.options.regional:
-            run = compile_regions(flat, guarded)
-        elif self.binds > 1:  # a layer that is compiled alone, or changed weights: there will be more
-            run = compile_without_constants(flat, self.code, guarded)
-        else:
-            run = inductor(flat, guarded=guarded)
-        return with_layout(run, flat), positions
+        if self.session.options.regional:
+            return compile_regions(flat, guarded), positions
+        cudagraphs = self.session.options.mode == "reduce-overhead"
+        if self.binds > 1 and not cudagraphs:  # a layer that is compiled alone, or changed weights: there will be more
+            return compile_without_constants(flat, self.code, guarded), positions
+        static = [self.template.sources[i] for i in positions] if cudagraphs else None
+        return with_layout(inductor(flat, static, guarded), flat), positions
 
     def _observe(self, args: Sequence[Any], tensors: list[Tensor]) -> Any:
         """The call in float; statistics of weights that have changed are dropped."""

@@ -104,26 +104,26 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{gpu() if device == 'cuda' else machine()}, {args.layers} layers\n")
     print("| | bf16 torch.compile, tokens/s | sqcompile INT8, tokens/s | vs bf16 |\n|---|---|---|---|")
     cases = [(1, 128), (16, 128), (1, 2048)] if device == "cuda" else [(1, 64), (4, 64), (1, 512)]
-    speed: dict[tuple[str, int, int], tuple[float, float]] = {}
-    logits = {}
-    for name in ("INT8", "bf16"):
-        net = None
-        for batch, prompt in cases:
-            if net is None or name == "bf16":  # compiled for each case: one code for all sizes may be slower
-                net = None
-                torch._dynamo.reset()
-                gc.collect()
-                net = contender(name, model, plan, device)
-            speed[name, batch, prompt] = measure(net, device, batch, prompt, args.new, args.rounds)
-            if name == "bf16":
-                for k, what in enumerate((f"decode, batch {batch} after {prompt}", f"prefill, {batch} x {prompt}")):
-                    bf16, ours = speed["bf16", batch, prompt][k], speed["INT8", batch, prompt][k]
-                    print(f"| {what} | {bf16:.1f} | {ours:.1f} | {ours / bf16:.2f}x |", flush=True)
-        assert net is not None
-        with torch.no_grad():
-            logits[name] = net(torch.arange(3, 67, device=device)[None], use_cache=False).logits.float()
-        model._compiled_call_impl = None
+    net = contender("INT8", model, plan, device)
+    ours = [measure(net, device, *case, args.new, args.rounds) for case in cases]
+    logits = {"INT8": _logits(net, device)}
+    for (batch, prompt), int8 in zip(cases, ours, strict=True):
+        torch._dynamo.reset()  # compiled for each case: one code for all sizes may be slower
+        del net
+        gc.collect()
+        net = contender("bf16", model, plan, device)
+        bf16 = measure(net, device, batch, prompt, args.new, args.rounds)
+        for what, a, b in zip(
+            (f"decode, batch {batch} after {prompt}", f"prefill, {batch} x {prompt}"), bf16, int8, strict=True
+        ):
+            print(f"| {what} | {a:.1f} | {b:.1f} | {b / a:.2f}x |", flush=True)
+    logits["bf16"] = _logits(net, device)
     print(f"\nSQNR of the logits beside bf16: {sqnr_db(logits['bf16'], logits['INT8']):.1f} dB")
+
+
+@torch.no_grad()
+def _logits(net: Any, device: str) -> Tensor:
+    return net(torch.arange(3, 67, device=device)[None], use_cache=False).logits.float()
 
 
 def _wait(device: str) -> None:
