@@ -31,15 +31,13 @@ def flatten(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
 
 def inductor(
     flat: fx.GraphModule,
-    static: list[tuple[Any, bool]] | None = None,
     guarded: bool = False,
     part: bool = False,
     freezing: bool = True,
 ) -> Callable[..., Any]:
     """The graph through Inductor, with the symbolic sizes that its capture gave it.
 
-    With ``static`` calls are recorded and replayed as CUDA graphs, one for each set of sizes: it is what Dynamo calls each
-    input, and whether its address never changes. ``guarded`` means that somebody checks sizes before each call (Dynamo),
+    ``guarded`` means that somebody checks sizes before each call (Dynamo),
     so that Inductor may fix some. A ``part`` of a graph looks itself whether its inputs have the sizes and strides that were
     recorded.
 
@@ -50,8 +48,6 @@ def inductor(
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx
 
-    if static is not None:
-        _name_inputs(flat, static)
     fakes = [value(n) for n in flat.graph.find_nodes(op="placeholder")]
     mode = flat.meta["fake_mode"]
     before = dict(mode.shape_env.replacements) if mode.shape_env else {}
@@ -59,7 +55,7 @@ def inductor(
     # the operators' fakes give exact sizes and strides (tested), which need no check at every call
     options = {
         "freezing": freezing,
-        "triton.cudagraphs": static is not None,
+        "triton.cudagraphs": False,  # see backend/cuda_graphs.py
         "size_asserts": part,
         "alignment_asserts": False,
     }
@@ -83,26 +79,13 @@ def _narrowed(before: Any, after: Any) -> bool:
     return bool(after.lower > before.lower or after.upper < min(before.upper, 2**31 - 1))
 
 
-def _name_inputs(flat: fx.GraphModule, static: list[tuple[Any, bool]]) -> None:
-    """Says of each input what it is as Dynamo does: those of a fixed address (a KV cache) are not copied into a graph."""
-    from torch._dynamo.source import LocalSource
-
-    flat.meta["dynamo_compile_id"] = None
-    own: Any = flat
-    own._param_name_to_source = {name: LocalSource(name) for name, _ in flat.named_buffers(remove_duplicate=False)}
-    for n, (source, fixed) in zip(flat.graph.find_nodes(op="placeholder"), static, strict=True):
-        n._dynamo_source = source
-        if fixed:
-            n.meta["tensor_dict"] = {"_dynamo_static_input_type": "guarded"}
-
-
 def compile_regions(flat: fx.GraphModule, guarded: bool = False) -> Callable[..., Any]:
     """The graph with its repeated blocks through Inductor, one code for all blocks of a kind, and what is around them.
 
     Args and errors: as `inductor`.
     """
     blocks = find_repeats(flat)
-    return _compile_parts(flat, blocks, {}, guarded) if blocks else with_layout(inductor(flat, guarded=guarded), flat)
+    return _compile_parts(flat, blocks, {}, guarded) if blocks else with_layout(inductor(flat, guarded), flat)
 
 
 def compile_without_constants(
@@ -130,7 +113,7 @@ def _compile_parts(
 def _compile_part(region: Region, code: dict[str, Callable[..., Any]], guarded: bool) -> Callable[..., Any]:
     """A part's code, put into ``code`` where others may use it."""
     if region.key is None:
-        return with_layout(inductor(region.gm, guarded=guarded, part=True), region.gm)
+        return with_layout(inductor(region.gm, guarded, part=True), region.gm)
     try:
         run = with_layout(inductor(region.gm, part=True, freezing=False), region.gm)
     except StageError:

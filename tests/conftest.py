@@ -34,6 +34,11 @@ def relative_error(y: Tensor, reference: Tensor) -> float:
     return float((y.double() - reference.double()).norm() / reference.double().norm())
 
 
+def typical_error(y: Tensor, reference: Tensor) -> float:
+    """The median of the rows' relative errors: a router may send single tokens to another expert."""
+    return float(((y - reference).norm(dim=-1) / reference.norm(dim=-1).clamp_min(1e-12)).median())
+
+
 def tiny_lm(family: str, dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
     """A tiny causal LM of a transformers family with random weights, norms and outliers."""
     kind, sizes = CAUSAL[family]

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error, token_batches
+from conftest import relative_error, token_batches, typical_error
 from families import FAMILIES, build
 from hand_written import HAND_WRITTEN, Spelled, inputs_of
 from test_attention_chains import CHAINS, found, operators, with_attention
@@ -19,11 +19,6 @@ from sqcompile.calibrate import calibrate
 from sqcompile.kernels import attention_parts as kernel
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import quantize, token_scale
-
-
-def typical_error(y, reference):
-    """The median of the rows' relative errors: a router may send single tokens to another expert."""
-    return float(((y - reference).norm(dim=-1) / reference.norm(dim=-1).clamp_min(1e-12)).median())
 
 
 @pytest.mark.parametrize("attention", [pytest.param("qk", marks=pytest.mark.slow), "qk_pv"])

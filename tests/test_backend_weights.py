@@ -121,7 +121,6 @@ def test_training_mode_is_refused():
         ({"stage": "folded"}, "stage='folded'"),
         ({"stage": "quantized", "free_float": True}, "stage='quantized' and free_float=True"),
         ({"mode": "reduce-overhead"}, "move the model to a GPU"),
-        ({"mode": "reduce-overhead", "regional": True}, "regional=True and mode='reduce-overhead'"),
     ],
 )
 def test_bad_options(options, match):

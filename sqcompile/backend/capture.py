@@ -34,14 +34,12 @@ class Template:
         held: those tensors.
         updates: the argument that each of the first outputs is written back to.
         fake_mode: of the recorded values.
-        sources: what Dynamo calls each argument, and whether its address never changes.
     """
 
     graph: fx.GraphModule
     held: tuple[Tensor, ...]
     updates: tuple[int, ...]
     fake_mode: Any
-    sources: tuple[tuple[Any, bool], ...]
 
 
 def capture(gm: fx.GraphModule) -> Template:
@@ -66,10 +64,6 @@ def capture(gm: fx.GraphModule) -> Template:
         if n.target is torch._C._set_grad_enabled:  # there are no gradients anyway
             own.graph.erase_node(n)
     own.recompile()
-    sources = tuple(
-        (getattr(n, "_dynamo_source", None), bool(n.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")))
-        for n in placeholders
-    )
     try:
         with torch.no_grad(), mode:
             exported: Any
@@ -85,7 +79,7 @@ def capture(gm: fx.GraphModule) -> Template:
         raise CaptureError("the model writes to a constant of its graph when it runs: remove the update from forward")
     arguments = names[len(held) :]
     updates = tuple(arguments.index(name) for name in signature.user_inputs_to_mutate.values())
-    return Template(exported, tensors, updates, mode, sources)
+    return Template(exported, tensors, updates, mode)
 
 
 def attach(template: Template, constants: dict[int, tuple[str, Tensor]], aliases: Any) -> fx.GraphModule:

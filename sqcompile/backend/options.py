@@ -26,7 +26,8 @@ class Options:
         calibration_steps: how many calls run in float and are observed.
         free_float: whether float weights are freed once they are in INT8. The model cannot run without the compiled
             code then: its freed weights read as NaN.
-        mode: "default", or "reduce-overhead": CUDA graphs.
+        mode: "default", or "reduce-overhead": calls whose sizes come three times in a row, such as decoding with a static
+            cache, are replayed as CUDA graphs.
         compiler: "inductor", or "eager" to run the lowered graphs as they are.
         stage: "lowered", or "quantized" to run INT8 values in plain float arithmetic: the reference of what is lowered,
             to tell what quantization costs from what a kernel does. Each graph has its own INT8 weights then.
@@ -83,10 +84,6 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
         found = replace(found, recipe=replace(found.recipe, attention="none"))  # type: ignore[type-var]
     if found.mode not in MODES:
         raise RecipeError(f"mode={found.mode!r} of backend 'smoothquant': choose one of {', '.join(MODES)}")
-    if found.regional and found.mode == "reduce-overhead":
-        raise RecipeError(
-            "regional=True and mode='reduce-overhead': blocks that are called one by one are no CUDA graph"
-        )
     if found.compiler not in BACKENDS:
         raise RecipeError(f"option compiler={found.compiler!r}: choose one of {', '.join(BACKENDS)}")
     if found.stage not in ("lowered", "quantized"):

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sqcompile.backend.cuda_graphs import Pool
 from sqcompile.backend.options import Options
 from sqcompile.calibrate import Calibration, InputStats
 from sqcompile.errors import NothingToQuantizeError, RecipeError, StageError
@@ -65,6 +66,12 @@ class Session:
         self._blocks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._seen: set[Runner] = set()
         self._calls = 0
+        self._pool: Pool | None = None
+
+    def pool(self, device: torch.device) -> Pool:
+        """Where CUDA graphs are recorded."""
+        self._pool = self._pool or Pool(device)
+        return self._pool
 
     def names(self, tensor: Tensor) -> tuple[str, ...]:
         """All names of a tensor of the model, the one that the plan has first; none for any other tensor."""
@@ -188,6 +195,15 @@ def quantized_only(traced: fx.GraphModule, lowered: fx.GraphModule, plan: Plan) 
 def state(tensor: Tensor) -> tuple[int, int]:
     """Version and address of a tensor's values. A tensor made in inference mode has no version."""
     return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+
+
+def states(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
+    """`state` of each tensor: versions and addresses."""
+    try:
+        versions = [t._version for t in tensors]
+    except RuntimeError:  # one was made in inference mode; to ask each is slow
+        versions = [state(t)[0] for t in tensors]
+    return versions, [t.data_ptr() for t in tensors]
 
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Session]] = weakref.WeakKeyDictionary()

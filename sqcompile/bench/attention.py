@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sqcompile.bench.timing import gpu, publish
+import sqcompile
+from sqcompile.bench import stack
+from sqcompile.bench.timing import gpu, publish, sqnr_db
 from sqcompile.kernels import reference
 
 PREFILL = (
@@ -147,6 +149,34 @@ def table(
     return ["| B H G Sq Sk D | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|", *rows]
 
 
+def in_a_model(layers: int = 2, seconds: float = 0.5) -> Iterator[str]:
+    """Lines of a table: layers of Llama-3-8B shape with INT8 linears, and attention as each recipe has it.
+
+    Here the operands are quantized, too, by code that Inductor fuses with the rotary embedding.
+    """
+    model = stack.stack(layers)
+    batches = [torch.randn(2, 256, stack.HIDDEN, device="cuda", dtype=HALF)]
+    recipes: dict[str, Any] = {"bf16": "none", "qk": "qk", "qk_pv": "qk_pv"}
+    compiled = {
+        name: sqcompile.compile(model, batches, recipe=sqcompile.Recipe(attention=attention), progress=False)
+        for name, attention in recipes.items()
+    }
+    yield f"| batch x tokens | {' | '.join(f'attention {name}, us' for name in recipes)} | bf16 / qk | SQNR, qk and bf16 |"
+    yield "|---" * (3 + len(recipes)) + "|"
+    for shape in ((1, 2048), (4, 2048), (1, 8192)):
+        x = torch.randn(*shape, stack.HIDDEN, device="cuda", dtype=HALF)
+        with torch.no_grad():
+            want = model(x)
+        us, sqnr = {}, {}
+        for name, run in compiled.items():
+            replay, read = stack.captured(run, x)
+            us[name] = stack.median_us(replay, seconds)
+            sqnr[name] = sqnr_db(want, read())
+        cells = " | ".join(f"{t:.0f}" for t in us.values())
+        quality = f"{sqnr['qk']:.1f} and {sqnr['bf16']:.1f} dB"
+        yield f"| {shape[0]} x {shape[1]} | {cells} | {us['bf16'] / us['qk']:.2f}x | {quality} |"
+
+
 def candidates(prefill: bool) -> Iterator[Any]:
     """Tiles worth timing on an H100."""
     from sqcompile.kernels.triton.attention import Tile
@@ -215,6 +245,8 @@ def main(argv: list[str] | None = None) -> None:
         *make(prefill, True, args.rep),
         "",
         *make(decode, False, args.rep),
+        "",
+        *([] if args.tune else in_a_model()),
     ]
     publish(lines, args.out)
     if args.speedups:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import sqcompile
 from sqcompile.backend import smoothquant
@@ -26,6 +26,7 @@ SHAPES = {
     "cuda": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
     "cpu": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8},
 }
+PROMPTS = {"cuda": {1: (128, 2048), 16: (128,)}, "cpu": {1: (64, 512), 4: (64,)}}  # lengths by batch size
 
 
 def llama(device: str, layers: int) -> LlamaForCausalLM:
@@ -36,8 +37,7 @@ def llama(device: str, layers: int) -> LlamaForCausalLM:
         **SHAPES[device], num_hidden_layers=layers, vocab_size=32000, max_position_embeddings=4096, rope_theta=500000.0
     )
     with torch.device(device):
-        model = LlamaForCausalLM(config)
-    torch.nn.Module.to(model, torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 2:
@@ -61,34 +61,42 @@ def seconds(run: Callable[[], Any], device: str, rounds: int) -> float:
     return statistics.median(times)
 
 
-def measure(model: Any, device: str, batch: int, prompt: int, new: int, rounds: int) -> tuple[float, float]:
+def static_cache(model: Any, batch: int, length: int) -> StaticCache:
+    """A cache whose tensors exist before the first call, as CUDA graphs of torch.compile need it."""
+    config = model.config
+    cache = StaticCache(config=config, max_cache_len=length)
+    cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, model.dtype, model.device)
+    return cache
+
+
+def measure(model: Any, cache: StaticCache, batch: int, prompt: int, new: int, rounds: int) -> tuple[float, float]:
     """Decoded tokens a second, all sequences together, and prompt tokens a second, of one ``generate`` call.
 
     Decode is the difference of generating ``new`` tokens and one, so that prefill counts in neither twice.
     """
-    x = torch.randint(3, 32000, (batch, prompt), device=device)
+    x = torch.randint(3, 32000, (batch, prompt), device=model.device)
 
     def generate(tokens: int) -> Tensor:
+        cache.reset()
         return model.generate(
             x, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0,
-            past_key_values=None, cache_implementation="static",
+            past_key_values=cache, disable_compile=True,
         )  # fmt: skip
 
-    whole = seconds(lambda: generate(new), device, rounds)
-    first = seconds(lambda: generate(1), device, rounds)
+    whole = seconds(lambda: generate(new), model.device.type, rounds)
+    first = seconds(lambda: generate(1), model.device.type, rounds)
     return batch * (new - 1) / (whole - first), batch * prompt / first
 
 
-def contender(name: str, model: LlamaForCausalLM, plan: sqcompile.Plan, device: str) -> Any:
-    """bf16: compiled as transformers does it for a static cache on a GPU; INT8: one line."""
+def contender(name: str, model: LlamaForCausalLM, plan: sqcompile.Plan) -> Any:
+    """The model compiled, prefill and decode; on a GPU as CUDA graphs."""
+    cuda = model.device.type == "cuda"
     if name == "bf16":
         own = copy.copy(model)
-        own.generation_config = copy.deepcopy(model.generation_config)
-        if device == "cuda":
-            own.generation_config.compile_config = CompileConfig(mode="reduce-overhead", dynamic=False)
-        own.compile(**({} if device == "cuda" else {"dynamic": None}))
+        options: Any = {"mode": "reduce-overhead", "dynamic": False} if cuda else {"dynamic": None}
+        own.compile(**options)
         return own
-    options: Any = {"plan": plan, "mode": "reduce-overhead" if device == "cuda" else "default"}
+    options = {"plan": plan, "mode": "reduce-overhead" if cuda else "default", "regional": cuda}
     return torch.compile(model, backend=smoothquant, options=options)  # as backend="smoothquant", installed or not
 
 
@@ -100,30 +108,33 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5 if device == "cuda" else 3)
     args = parser.parse_args(argv)
     model = llama(device, args.layers)
-    plan = sqcompile.calibrate(model, [torch.randint(3, 32000, (2, 256), device=device)], progress=False)
+    batches = [torch.randint(3, 32000, (2, 256), device=device)]
+    plan = sqcompile.calibrate(model, batches, recipe=sqcompile.Recipe(), progress=False)  # random weights: any alpha
     print(f"{gpu() if device == 'cuda' else machine()}, {args.layers} layers\n")
     print("| | bf16 torch.compile, tokens/s | sqcompile INT8, tokens/s | vs bf16 |\n|---|---|---|---|")
-    cases = [(1, 128), (16, 128), (1, 2048)] if device == "cuda" else [(1, 64), (4, 64), (1, 512)]
-    net = contender("INT8", model, plan, device)
-    ours = [measure(net, device, *case, args.new, args.rounds) for case in cases]
-    logits = {"INT8": _logits(net, device)}
+    prompts = PROMPTS[device]
+    net = contender("INT8", model, plan)
+    caches = {batch: static_cache(model, batch, max(lengths) + args.new) for batch, lengths in prompts.items()}
+    cases = [(batch, length) for batch, lengths in prompts.items() for length in lengths]
+    ours = [measure(net, caches[case[0]], *case, args.new, args.rounds) for case in cases]
+    logits = {"INT8": _logits(net)}
     for (batch, prompt), int8 in zip(cases, ours, strict=True):
         torch._dynamo.reset()  # compiled for each case: one code for all sizes may be slower
         del net
         gc.collect()
-        net = contender("bf16", model, plan, device)
-        bf16 = measure(net, device, batch, prompt, args.new, args.rounds)
+        net = contender("bf16", model, plan)
+        bf16 = measure(net, caches[batch], batch, prompt, args.new, args.rounds)
         for what, a, b in zip(
             (f"decode, batch {batch} after {prompt}", f"prefill, {batch} x {prompt}"), bf16, int8, strict=True
         ):
             print(f"| {what} | {a:.1f} | {b:.1f} | {b / a:.2f}x |", flush=True)
-    logits["bf16"] = _logits(net, device)
+    logits["bf16"] = _logits(net)
     print(f"\nSQNR of the logits beside bf16: {sqnr_db(logits['bf16'], logits['INT8']):.1f} dB")
 
 
 @torch.no_grad()
-def _logits(net: Any, device: str) -> Tensor:
-    return net(torch.arange(3, 67, device=device)[None], use_cache=False).logits.float()
+def _logits(net: Any) -> Tensor:
+    return net(torch.arange(3, 67, device=net.device)[None], use_cache=False).logits.float()
 
 
 def _wait(device: str) -> None:

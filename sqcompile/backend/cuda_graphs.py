@@ -1,0 +1,166 @@
+"""cuda_graphs: a compiled graph that is replayed as a CUDA graph where calls of the same sizes come again and again.
+
+    call 1 of some sizes    runs
+    call 2                  runs on buffers of its own for the inputs: kernels are ready for these addresses then
+    call 3                  is recorded, and replayed
+    call 4, ...             copies the inputs into the buffers, replays, copies the results out
+
+What a graph writes to (a static KV cache) is read and written where it lies: another address is another recording. Sizes
+must come three times in a row, so decoding with a static cache is recorded, while prompts of changing lengths and caches
+that grow with each token are not. Results are the caller's own: the next call does not overwrite them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sqcompile.explain import first_line
+
+_MOST = 16  # recordings of one graph: batch sizes and caches in use at a time
+
+
+class Recorder:
+    """Runs a function of tensors and numbers, or replays it.
+
+    Attributes:
+        written: the positions of the arguments that the function writes to.
+        recordings: by the sizes and strides of the arguments, and the addresses of the written ones.
+    """
+
+    def __init__(self, run: Callable[..., Any], written: Sequence[int], pool: Pool) -> None:
+        self.run, self.written, self.pool = run, frozenset(written), pool
+        self.recordable = True
+        self.recordings: dict[Hashable, Recording] = {}
+        self.last: Hashable = None
+
+    def __call__(self, *args: Any) -> Any:
+        if not self.recordable:
+            return self.run(*args)
+        key = self._key(args)
+        again, self.last = key == self.last, key
+        found = self.recordings.pop(key, None)
+        if found is None and not (again and self._can_record(args)):
+            return self.run(*args)
+        found = found or Recording(self.run, args, self.written)
+        try:
+            results = found(args, self.pool)
+        except NotRecorded as e:
+            warnings.warn(
+                f"a graph cannot be recorded as a CUDA graph and runs kernel by kernel: {first_line(e.__cause__ or e)}",
+                stacklevel=2,
+            )
+            self.recordable = False
+            self.recordings.clear()
+            return self.run(*args)
+        self.recordings[key] = found  # the one used last is the last to go
+        if len(self.recordings) > _MOST:
+            del self.recordings[next(iter(self.recordings))]
+        return results
+
+    def _key(self, args: Sequence[Any]) -> Hashable:
+        """What a recording depends on; a few dozen microseconds for the cache of 32 layers."""
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        return (
+            *[args[i].data_ptr() for i in self.written],
+            *[a.shape for a in tensors],
+            *[a.stride() for a in tensors],
+            *[a for a in args if not isinstance(a, Tensor)],
+        )
+
+    def _can_record(self, args: Sequence[Any]) -> bool:
+        """Not with inputs elsewhere, such as numbers on the CPU, or inputs that are part of a written one."""
+        states = {args[i].untyped_storage().data_ptr() for i in self.written}
+        return all(
+            a.device == self.pool.device
+            and (i in self.written or a.untyped_storage().data_ptr() not in states)
+            and torch._debug_has_internal_overlap(a) != 1  # the same element twice: nothing to copy into
+            for i, a in enumerate(args)
+            if isinstance(a, Tensor)
+        )
+
+
+class NotRecorded(Exception):
+    """A call that cannot be recorded; its cause says why. Nothing has run."""
+
+
+class Recording:
+    """The calls of one set of sizes.
+
+    Attributes:
+        buffers: a copy of each input that is not written to, in its layout; None for the others.
+        replay: None until the second call.
+    """
+
+    def __init__(self, run: Callable[..., Any], args: Sequence[Any], written: frozenset[int]) -> None:
+        with torch.inference_mode(False):  # it must not matter in which mode later calls are
+            self.buffers = [
+                torch.empty_strided(a.size(), a.stride(), dtype=a.dtype, device=a.device)
+                if isinstance(a, Tensor) and i not in written
+                else None
+                for i, a in enumerate(args)
+            ]
+        self.run = run
+        self.warm = False
+        self.replay: Callable[[], None] | None = None
+        self.results: list[Any] = []
+
+    def __call__(self, args: Sequence[Any], pool: Pool) -> list[Any]:
+        for buffer, a in zip(self.buffers, args, strict=True):
+            if buffer is not None:
+                buffer.copy_(a)
+        if self.replay is not None:
+            self.replay()
+            return [make(args) for make in self.results]
+        inputs = [a if buffer is None else buffer for buffer, a in zip(self.buffers, args, strict=True)]
+        if not self.warm:
+            self.warm = True
+            return [self._result(r, inputs)(args) for r in self.run(*inputs)]
+        results, self.replay = pool.record(lambda: self.run(*inputs))
+        self.results = [self._result(r, inputs) for r in results]
+        return [make(args) for make in self.results]
+
+    def _result(self, result: Any, inputs: Sequence[Any]) -> Callable[[Sequence[Any]], Any]:
+        """A function from a call's arguments to its result: a view of an argument where it is one, or a copy.
+
+        No written tensor is kept: a cache that nobody uses any more must be freed.
+        """
+        if not isinstance(result, Tensor):
+            return lambda args: result
+        storage = result.untyped_storage().data_ptr()
+        for i, x in enumerate(inputs):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() == storage:
+                size, stride, offset = result.size(), result.stride(), result.storage_offset() - x.storage_offset()
+                return lambda args: args[i].as_strided(size, stride, args[i].storage_offset() + offset)
+        return lambda args: result.clone()
+
+
+class Pool:
+    """Records CUDA graphs that share their memory: the results of one are copied before another one runs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.handle = torch.cuda.graph_pool_handle()
+
+    def record(self, run: Callable[[], Any]) -> tuple[list[Any], Callable[[], None]]:
+        """Records a function, runs it, and gives its results and what runs it again on the same tensors.
+
+        Raises:
+            NotRecorded: if it does what a CUDA graph cannot; it has not run then.
+        """
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(graph, self.handle, self.stream, capture_error_mode="thread_local"),
+            ):
+                results = run()
+        except RuntimeError as e:
+            raise NotRecorded from e
+        graph.replay()
+        return results, graph.replay
