@@ -22,13 +22,14 @@ from sqcompile.kernels.attention_parts import (
     int8_scores,
     mask_scores,
 )
+from sqcompile.kernels.reference import quantize, token_scale
 
 MASK_BLOCK = (128, 128)  # queries and keys of a block in `mask_blocks`
 
 
 def int8_attention(
     q: Tensor,
-    q_scale: Tensor,
+    q_scale: Tensor | None,
     k: Tensor,
     k_scale: Tensor,
     v: Tensor,
@@ -43,8 +44,9 @@ def int8_attention(
     """softmax(Δq Δk (q kᵀ) · scale + mask) v.
 
     Args:
-        q: int8 [B, H, Sq, D].
-        q_scale: float32, broadcasts to [B, H, Sq, 1]: [] per tensor, [H, 1, 1] per head, [B, H, Sq, 1] per token.
+        q: int8 [B, H, Sq, D]; or float16, bfloat16 or float32, which is quantized first, with q_scale.
+        q_scale: float32, broadcasts to [B, H, Sq, 1]: [] per tensor, [H, 1, 1] per head, [B, H, Sq, 1] per token. None:
+            a q that is not int8 gets its own scale per token.
         k: int8 [B, G, Sk, D]; query head h reads key head h // (H / G).
         k_scale: float32, broadcasts to [B, G, Sk, 1].
         v: float16, bfloat16 or float32 [B, G, Sk, Dv]; or int8.
@@ -62,6 +64,10 @@ def int8_attention(
         ``dtype`` [B, H, Sq, Dv], laid out as [B, Sq, H, Dv]. A query that sees no key gets zeros. A NaN or infinite
         scale makes NaN of what it reaches.
     """
+    if q.dtype != torch.int8:
+        q_scale = token_scale(q) if q_scale is None else q_scale
+        q = quantize(q, q_scale)
+    assert q_scale is not None
     scores = int8_scores(q, q_scale, k, k_scale, torch.float32) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
@@ -133,7 +139,7 @@ def _mask_blocks_fake(mask: Tensor) -> Tensor:
 
 # schema: (plain PyTorch, Triton, fake), as in fused.py
 ATTENTION: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
-    "int8_attention(Tensor q, Tensor q_scale, Tensor k, Tensor k_scale, Tensor v, Tensor? v_scale, Tensor? mask, "
+    "int8_attention(Tensor q, Tensor? q_scale, Tensor k, Tensor k_scale, Tensor v, Tensor? v_scale, Tensor? mask, "
     "Tensor? blocks, SymInt? diagonal, float scale, float softcap, ScalarType dtype) -> Tensor": (
         int8_attention, _int8_attention_triton, _int8_attention_fake,
     ),

@@ -9,6 +9,7 @@
     quantize(mul(%x, %inv_s))               -> one of these with the multiplier %inv_s, or sqcompile.quantize_rows
     add(%r, sqcompile.int8_gemm(%q, ...))   -> sqcompile.int8_gemm(%q, ..., residual=%r)
     quantize(relu(int8_gemm(%q, ...)), %s)  -> sqcompile.int8_gemm(%q, ..., "relu", out_scale=%s)      (static %s)
+    int8_attention(quantize(%x, token_scale(%x)), ...)  -> sqcompile.int8_attention(%x, None, ...)
 
 Values between are rounded as before, but for the GEMM's own result, which is rounded once, after residual or activation.
 """
@@ -40,7 +41,8 @@ def fuse(gm: fx.GraphModule) -> None:
         _residual(gm, node)
     for q in list(gm.graph.find_nodes(op="call_function", target=sqcompile_ops.quantize.default)):
         if any(u.target in _ATTENTION for u in q.users):
-            continue  # the compiler fuses it with the rotary embedding before it
+            _into_attention(gm, q)
+            continue  # the compiler fuses those of keys and values with the rotary embedding before them
         q = _before_views(gm, q)
         if not _into_gemm(gm, q, const):
             _quantize(gm, q, const)
@@ -109,6 +111,19 @@ def _into_gemm(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> bool:
         return False
     _replace(gm, q, sqcompile_ops.int8_gemm.default, *args[:6], activation or "none", None, scale)
     return True
+
+
+def _into_attention(gm: fx.GraphModule, q: fx.Node) -> None:
+    """Queries are quantized by the attention kernel, which reads them once."""
+    x, scale = q.args[:2]
+    assert isinstance(x, fx.Node) and isinstance(scale, fx.Node)
+    target = sqcompile_ops.int8_attention.default
+    if len(q.args) > 2 or any(u.target != target or u.args[0] is not q or q in u.args[1:] for u in q.users):
+        return
+    own = scale.target == sqcompile_ops.token_scale.default and scale.args[0] is x
+    for attention in list(q.users):
+        if attention.args[1] is scale:
+            attention.args = (x, None if own else scale, *attention.args[2:])
 
 
 def _quantize(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> None:

@@ -10,6 +10,7 @@ from attention_cases import FLOAT, GRANULARITIES, HALF, TILES, case, check, exac
 from triton_cases import DEVICE, INTERPRETED, PARTS, kernels, long, run_in_the_interpreter, same
 
 from sqcompile.kernels import attention_int8 as plain
+from sqcompile.kernels import reference
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
@@ -48,6 +49,28 @@ def test_grouped_query_heads(name, values):
 def test_head_sizes(d, values):
     for sq in (1, 70) if d in (80, 128) or not INTERPRETED else (40,):
         check(case((1, 2, 1, sq, 100, d), values=values, dtype=FLOAT if values == FLOAT else HALF))
+
+
+@kernels
+@pytest.mark.parametrize("granularity", ["tensor", "head", "its own"])
+@pytest.mark.parametrize("dtype", [FLOAT, HALF])
+def test_queries_quantized_by_the_kernel(dtype, granularity):
+    """As quantized before, to the bit."""
+    from sqcompile.kernels.triton.attention import int8_attention
+
+    for shape in ((2, 4, 2, 70, 75, 64), (1, 8, 2, 1, 90, 40), (1, 2, 2, 65, 70, 160)):
+        own = granularity == "its own"
+        _, scale, *rest = case(shape, granularity="token" if own else granularity, diagonal=shape[4] - shape[3])
+        q = torch.randn(*shape[:2], shape[3], shape[5], generator=torch.Generator().manual_seed(4)).to(dtype).to(DEVICE)
+        q[..., ::7] *= 5
+        q[0, 0, 0] = 0
+        used = reference.token_scale(q) if own else scale
+        want = check((reference.quantize(q, used), used, *rest))
+        same(int8_attention(q, None if own else scale, *rest), want)
+        same(
+            plain.int8_attention(q, None if own else scale, *rest),
+            plain.int8_attention(reference.quantize(q, used), used, *rest),
+        )
 
 
 @kernels
@@ -134,3 +157,6 @@ def test_a_mismatch_is_an_error():
 
     with pytest.raises(ValueError, match="do not belong together"):
         int8_attention(*case((1, 3, 2, 4, 4, 32)))
+    with pytest.raises(ValueError, match="int8 q without a scale"):
+        q, _, *rest = case((1, 2, 2, 4, 4, 32))
+        int8_attention(q, None, *rest)

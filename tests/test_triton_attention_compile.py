@@ -25,17 +25,20 @@ def attention(
     diagonal: int | None = 0,
     mask: torch.Tensor | None = None,
     softcap: float = 0.0,
+    queries: torch.dtype = INT8,
     tile: Any = None,
 ) -> None:
     from sqcompile.kernels.triton.attention import int8_attention
     from sqcompile.kernels.triton.mask import mask_blocks
 
-    q, k = empty(1, heads, sq, d, dtype=INT8), empty(1, groups, sk, d, dtype=INT8)
+    q, k = empty(1, heads, sq, d, dtype=queries), empty(1, groups, sk, d, dtype=INT8)
     v, v_scale = empty(1, groups, sk, d, dtype=values), None
     if values == INT8:
         v, v_scale = v.transpose(2, 3).contiguous().transpose(2, 3), empty(groups, 1, d, dtype=FLOAT)
     token = ((1, heads, sq, 1), (1, groups, sk, 1)) if per_token else ((heads, 1, 1), (groups, 1, 1))
     q_scale, k_scale = (empty(*s, dtype=FLOAT) for s in token)
+    if queries != INT8 and per_token:
+        q_scale = None
     blocks = None if mask is None else mask_blocks(mask)
     int8_attention(q, q_scale, k, k_scale, v, v_scale, mask, blocks, diagonal, 0.1, softcap, BF16, tile=tile)
 
@@ -44,9 +47,12 @@ def attention(
 @pytest.mark.parametrize("values", [BF16, INT8])
 def test_the_prefill_kernels_use_int8_tensor_cores(values, capability, tmp_path):
     for d in (64, 128, 256):
-        kernels = compile_for(capability, lambda d=d: attention(4096, 4096, d, values, per_token=d == 128))
+        queries = BF16 if d != 64 else INT8
+        kernels = compile_for(
+            capability, lambda d=d, q=queries: attention(4096, 4096, d, values, per_token=d == 128, queries=q)
+        )
         check_resources(kernels, capability, tmp_path)
-        ptx = kernels[0].asm["ptx"]
+        ptx = kernels[-1].asm["ptx"]
         assert re.search(INSTRUCTION[capability], ptx), d
         assert ("cp.async.bulk.tensor" in ptx) == (capability == 90)
 
@@ -55,7 +61,7 @@ def test_the_prefill_kernels_use_int8_tensor_cores(values, capability, tmp_path)
 @pytest.mark.parametrize("values", [BF16, INT8])
 def test_the_decode_kernels(values, capability, tmp_path):
     for d in (64, 128, 256):
-        kernels = compile_for(capability, lambda d=d: attention(1, 8192, d, values, diagonal=8191))
+        kernels = compile_for(capability, lambda d=d: attention(1, 8192, d, values, diagonal=8191, queries=BF16))
         check_resources(kernels, capability, tmp_path)
         assert [k.metadata.name for k in kernels] == ["forward", "combine"]
         assert re.search(r"mma\S*s8\.s8", kernels[0].asm["ptx"])

@@ -14,7 +14,7 @@ import triton.language as tl
 from sqcompile.kernels.attention_int8 import MASK_BLOCK
 from sqcompile.kernels.attention_parts import BLOCKED
 from sqcompile.kernels.triton.attention_split import rows_of, scaled
-from sqcompile.kernels.triton.common import ROUND
+from sqcompile.kernels.triton.common import ROUND, absmax_bits, reciprocal, scale_of, to_int8
 
 MAGIC = tl.constexpr(0x4B400000)  # the bits of 1.5 · 2²³, `ROUND`
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -180,7 +180,7 @@ def forward(
 ):  # fmt: skip
     """BM rows of queries against the keys, or against one of ``splits`` parts of them.
 
-    A row is a query; with PACK heads a query of one of the heads that share a key head, all of which read each key
+    A row is a query, int8 or quantized here: with q_scale_ptr, or with a scale of its own; with PACK heads a query of one of the heads that share a key head, all of which read each key
     once. k_one_ptr: the scale of a key head; k_scale_ptr: one per key; one of them is given. Programs take the tiles
     with most keys first, over ``section`` heads at a time, whose keys and values stay in L2. part_ptr: where splits
     leave their sums, float32 [splits, B · H · Sq, Dv + 2], to be put together by `attention_split.combine`.
@@ -212,7 +212,13 @@ def forward(
     c = tl.arange(0, C)
     q_ptrs = q_ptr + rows_of(q_strides, b, h, s)[:, None] + c[None, :]
     q = tl.load(q_ptrs, mask=inside[:, None] & (c < WIDTH)[None, :], other=0)
-    factor = tl.load(q_scale_ptr + rows_of(q_scale_strides, b, h, s), mask=inside, other=0.0) * scale
+    if q_scale_ptr is None:
+        q_scale = scale_of(tl.max(absmax_bits(q.to(tl.float32)), 1))
+    else:
+        q_scale = tl.load(q_scale_ptr + rows_of(q_scale_strides, b, h, s), mask=inside, other=0.0)
+    if q_ptr.dtype.element_ty != tl.int8:
+        q = to_int8(q.to(tl.float32), reciprocal(q_scale)[:, None])
+    factor = q_scale * scale
     if k_one_ptr is not None:
         factor = factor * tl.load(k_one_ptr + rows_of(k_scale_strides, b, g, 0 * g))
     if not SOFTCAP:

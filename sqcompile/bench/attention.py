@@ -52,21 +52,38 @@ class Operands:
         k[..., :: d // 4] *= 4
         return Operands(q.to(HALF), k.to(HALF), v.to(HALF))
 
-    def quantized(self, per_token: bool, values: bool) -> tuple[Any, ...]:
-        """The first six arguments of int8_attention."""
+    def call(self, kind: str, causal: bool, **options: Any) -> Callable[[], Tensor]:
+        """INT8 attention from q and k in bf16, which it quantizes in its own time; in decode k and v are an INT8 cache.
 
-        def of(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-            scale = reference.absmax_scale(x.abs().amax(dims, keepdim=True))
-            return reference.quantize(x, scale), scale
+        ``kind``: "qk" or "qk_pv", " per token" or " static" (one scale, as calibration gives it). V of "qk_pv" is given in
+        INT8, as a projection with a static scale per channel leaves it.
+        """
+        from sqcompile.kernels.triton.attention import int8_attention
+        from sqcompile.kernels.triton.quantize import quantize_rows
 
-        dims = (3,) if per_token else (0, 2, 3)
-        (q, q_scale), (k, k_scale) = of(self.q, dims), of(self.k, dims)
-        if not values:
-            return q, q_scale, k, k_scale, self.v, None
-        v, v_scale = of(self.v, (0, 2))
-        if self.q.shape[2] > 1:  # prefill: as the tensor cores read it
-            v = v.transpose(2, 3).contiguous().transpose(2, 3)
-        return q, q_scale, k, k_scale, v, v_scale
+        values, static = kind.startswith("qk_pv"), kind.endswith("static")
+        q_scale, k_scale = (reference.tensor_scale(x) if static else None for x in (self.q, self.k))
+        v, v_scale = self.v, None
+        if values:
+            v_scale = reference.absmax_scale(v.abs().amax((0, 2), keepdim=True))
+            v = reference.quantize(v, v_scale)
+            if self.prefill:  # as the tensor cores read it
+                v = v.transpose(2, 3).contiguous().transpose(2, 3)
+        cache = None if self.prefill else quantize_rows(self.k, scale=k_scale)
+        tail: tuple[Any, ...] = (None, None, 0 if causal else None, self.q.shape[3] ** -0.5, 0.0, HALF)
+
+        def run() -> Tensor:
+            k, scale = cache or quantize_rows(self.k, scale=k_scale)
+            return int8_attention(self.q, q_scale, k, scale, v, v_scale, *tail, **options)
+
+        return run
+
+    @property
+    def prefill(self) -> bool:
+        return self.q.shape[2] > 1
+
+
+KINDS = ("qk per token", "qk_pv per token", "qk static", "qk_pv static")
 
 
 def _cosine(y: Tensor, o: Operands, causal: bool) -> float:
@@ -86,15 +103,9 @@ def _cosine(y: Tensor, o: Operands, causal: bool) -> float:
 
 def contenders(o: Operands, causal: bool) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """(name, call) of every implementation; calls return [B, H, Sq, D]."""
-    from sqcompile.kernels.ops import sqcompile_ops
-
-    scale, gqa = o.q.shape[3] ** -0.5, o.q.shape[1] != o.k.shape[1]
-    diagonal = 0 if causal else None
-    tail: tuple[Any, ...] = (None, None, diagonal, scale, 0.0, HALF)
-    for per_token, values in itertools.product((False, True), (False, True)):
-        arguments = o.quantized(per_token, values)
-        name = f"{'qk_pv' if values else 'qk'} per {'token' if per_token else 'head'}"
-        yield name, functools.partial(sqcompile_ops.int8_attention, *arguments, *tail)
+    gqa = o.q.shape[1] != o.k.shape[1]
+    for kind in KINDS:
+        yield kind, o.call(kind, causal)
     sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=causal, enable_gqa=gqa)
     yield "SDPA bf16", functools.partial(sdpa, o.q, o.k, o.v)
     if causal and importlib.util.find_spec("sageattention"):
@@ -196,16 +207,14 @@ def candidates(prefill: bool) -> Iterator[Any]:
 def tune(shapes: tuple[tuple[int, ...], ...], causal: bool, rep_ms: float) -> list[str]:
     """The five fastest tiles of each shape, per kind of values and scales, after a check of each one's result."""
     from sqcompile.kernels.triton import timing
-    from sqcompile.kernels.triton.attention import int8_attention
 
     lines = []
-    for shape, values, per_token in itertools.product(shapes, (False, True), (False, True)):
+    for shape, kind in itertools.product(shapes, KINDS):
         o = Operands.make(shape)
-        arguments = (*o.quantized(per_token, values), None, None, 0 if causal else None, shape[5] ** -0.5, 0.0, HALF)
         found = []
         for tile in candidates(shape[3] > 1):
             try:
-                call = functools.partial(int8_attention, *arguments, tile=tile)
+                call = o.call(kind, causal, tile=tile)
                 cosine = _cosine(call(), o, causal)
                 if cosine < 0.98:
                     print(f"  WRONG {cosine:.3f} at {shape}: {tile}", flush=True)
@@ -216,7 +225,6 @@ def tune(shapes: tuple[tuple[int, ...], ...], causal: bool, rep_ms: float) -> li
                     raise
                 print(f"  {type(error).__name__} at {shape}: {tile}", flush=True)
         operations = 4e-6 * torch.tensor(shape).prod().item() / shape[2] / (2 if causal else 1)
-        kind = f"{'qk_pv' if values else 'qk'} per {'token' if per_token else 'head'}"
         for us, name in sorted(found)[:5]:
             lines.append(f"| {' '.join(map(str, shape))} | {kind} | {us:.1f} | {operations / us:.0f} | {name} |")
             print(lines[-1], flush=True)
