@@ -52,7 +52,7 @@ def test_the_prefill_kernels_use_int8_tensor_cores(values, capability, tmp_path)
             capability, lambda d=d, q=queries: attention(4096, 4096, d, values, per_token=d == 128, queries=q)
         )
         check_resources(kernels, capability, tmp_path)
-        ptx = kernels[-1].asm["ptx"]
+        ptx = kernels[0].asm["ptx"]
         assert re.search(INSTRUCTION[capability], ptx), d
         assert ("cp.async.bulk.tensor" in ptx) == (capability == 90)
 

@@ -13,19 +13,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sqcompile.kernels import reference
 from sqcompile.kernels.attention_int8 import MASK_BLOCK
 from sqcompile.kernels.triton import attention_kernels as kernels
 from sqcompile.kernels.triton import attention_split
 from sqcompile.kernels.triton.common import on
-from sqcompile.kernels.triton.quantize import quantize_rows
 from sqcompile.kernels.triton.tiles import Gpu, gpu_of
 
 _FEW_ROWS = 64  # up to as many rows of queries a key head, all of its query heads share a tile
 _MOST_SPLITS = 64
-_QUANTIZED_HERE = (
-    128  # channels up to which queries are quantized by the attention kernel: more do not fit its registers
-)
 _KEYS_PER_SPLIT = 256  # at least
 _ALIGNED = 16  # bytes: what TMA asks of base addresses and strides
 _L2 = 24 * 2**20  # bytes of keys and values that programs at work should share; about half of an H100's L2
@@ -118,13 +113,12 @@ def int8_attention(
     pv = "float" if v_scale is None else "cast" if few and v.stride(3) == 1 else "int8"
     c, cv = (max(32, triton.next_power_of_2(x)) for x in (width, dv))
     tile = tile or default_tile(gpu, queries * group, max(c, cv), v.dtype, mask is not None)
-    if q.dtype != torch.int8 and not few and max(c, cv) > _QUANTIZED_HERE:
-        q, q_scale = _quantized(q, q_scale)
     q, k, v = _contiguous(q), _contiguous(k), _turned(v) if pv == "int8" else _contiguous(v)
     tma = tile.tma and _fits_tma(k) and _fits_tma(v)
     programs = triton.cdiv(queries * pack, tile.bm) * batch * heads // pack
     splits = tile.splits or _splits(gpu, programs, keys)
     rows = batch * heads * queries
+    q8 = None if few or q.dtype == torch.int8 else torch.empty((rows, c), dtype=torch.int8, device=q.device)
     part = torch.empty((splits, rows, dv + 2), dtype=torch.float32, device=q.device) if splits > 1 else None
     k_one, k_each = (None, k_scale) if k_scale.dim() >= 2 and k_scale.shape[-2] != 1 else (k_scale, None)
     q_scale = None if q_scale is None else q_scale.expand(batch, heads, queries, 1)
@@ -133,7 +127,7 @@ def int8_attention(
     mask, blocks = _expanded(mask, blocks, (batch, heads, queries, keys), diagonal, tile, pack)
     with on(q.device):
         kernels.forward[(programs, splits)](
-            q,
+            q, q8,
             _descriptor(k, (1, 1, tile.bn, c)) if tma else k,
             _descriptor(v, (1, 1, cv, tile.bn) if pv == "int8" else (1, 1, tile.bn, cv)) if tma else v,
             out, part, q_scale, k_one, k_each, v_scale, mask, blocks,
@@ -149,13 +143,6 @@ def int8_attention(
                 triton.next_power_of_2(splits), dv, cv, num_warps=4,
             )  # fmt: skip
     return out
-
-
-def _quantized(q: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q in int8 and its scale, by a kernel of its own."""
-    if scale is None or scale.numel() == 1:
-        return quantize_rows(q, scale=scale)
-    return reference.quantize(q, scale), scale
 
 
 def _contiguous(x: Tensor) -> Tensor:

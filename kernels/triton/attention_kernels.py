@@ -170,7 +170,7 @@ def _block(acc, total, top, x, j, factor, v, b, g, h, s, seen, Sk, softcap, k_sc
 
 @triton.jit(do_not_specialize=["heads", "Sq", "Sk", "diagonal", "section", "splits"])
 def forward(
-    q_ptr, k, v, out_ptr, part_ptr, q_scale_ptr, k_one_ptr, k_scale_ptr, v_scale_ptr, mask_ptr, blocks_ptr,
+    q_ptr, q8_ptr, k, v, out_ptr, part_ptr, q_scale_ptr, k_one_ptr, k_scale_ptr, v_scale_ptr, mask_ptr, blocks_ptr,
     q_strides, k_strides, v_strides, out_strides, q_scale_strides, k_scale_strides, v_scale_strides,
     mask_strides, blocks_strides,
     heads, Sq, Sk, diagonal, scale, softcap, section, splits,
@@ -183,7 +183,8 @@ def forward(
     A row is a query, int8 or quantized here: with q_scale_ptr, or with a scale of its own; with PACK heads a query of one of the heads that share a key head, all of which read each key
     once. k_one_ptr: the scale of a key head; k_scale_ptr: one per key; one of them is given. Programs take the tiles
     with most keys first, over ``section`` heads at a time, whose keys and values stay in L2. part_ptr: where splits
-    leave their sums, float32 [splits, B · H · Sq, Dv + 2], to be put together by `attention_split.combine`.
+    leave their sums, float32 [splits, B · H · Sq, Dv + 2], to be put together by `attention_split.combine`. q8_ptr: room
+    for queries that are quantized here, int8 [B · H · Sq, C].
     """
     tiles = tl.cdiv(Sq * PACK, BM)
     key_heads = heads // GROUP
@@ -218,6 +219,12 @@ def forward(
         q_scale = tl.load(q_scale_ptr + rows_of(q_scale_strides, b, h, s), mask=inside, other=0.0)
     if q_ptr.dtype.element_ty != tl.int8:
         q = to_int8(q.to(tl.float32), reciprocal(q_scale)[:, None])
+        if q8_ptr is not None:
+            # by way of memory: wgmma would read from registers what comes from registers, which takes a fifth longer
+            q8_ptrs = q8_ptr + ((b.to(tl.int64) * heads + h) * Sq + s)[:, None] * C + c[None, :]
+            tl.store(q8_ptrs, q, mask=inside[:, None])
+            tl.debug_barrier()
+            q = tl.load(q8_ptrs, mask=inside[:, None], other=0)
     factor = q_scale * scale
     if k_one_ptr is not None:
         factor = factor * tl.load(k_one_ptr + rows_of(k_scale_strides, b, g, 0 * g))
