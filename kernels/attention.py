@@ -1,8 +1,7 @@
-"""Attention in float: scaled_dot_product_attention, told at run time what its mask and its heads really are.
+"""Attention on CPUs: scaled_dot_product_attention, told at run time what its mask and its heads really are.
 
 A traced model hands attention a mask tensor and key and value heads repeated for every query head. Seen as it is,
-the mask is nearly always causal or empty, and the repeated heads are copies: both are twice the work. On GPUs the mask
-is not looked at, as the host would wait for it.
+the mask is nearly always causal or empty, and the repeated heads are copies: both are twice the work.
 """
 
 from __future__ import annotations
@@ -47,14 +46,14 @@ def attention(
     Args:
         q: [B, H, Sq, D].
         k, v: [B, G, Sk, D] and [B, G, Sk, Dv]; query head h reads key head h // (H / G).
-        mask: additive, broadcastable to [B, H, Sq, Sk], with its `mask_kind`, or None for one that is not known.
+        mask: additive, broadcastable to [B, H, Sq, Sk], with its `mask_kind`; None with None.
         is_causal, scale: as of scaled_dot_product_attention.
 
     Returns:
         [B, H, Sq, Dv], laid out as [B, Sq, H, Dv].
     """
     batch, heads, queries, _ = q.shape
-    if kind is not None and kind.item() != GENERAL:
+    if mask is not None and kind is not None and kind.item() != GENERAL:
         mask, is_causal = None, kind.item() == CAUSAL
     groups = k.shape[1]
     shared = mask is None or mask.dim() < 3 or mask.shape[-3] == 1  # one mask for all heads
@@ -64,12 +63,9 @@ def attention(
             q.reshape(batch, groups, heads // groups, -1), k, v, mask, 0.0, scale=scale
         )
         return out.reshape(batch, 1, heads, -1).transpose(1, 2)
-    if mask is None and queries >= FLASH_QUERIES and q.device.type == "cpu" and x86.flash_fits(q, k, v, scale):
+    if mask is None and queries >= FLASH_QUERIES and x86.flash_fits(q, k, v, scale):
         return x86.flash(q, k, v, is_causal, scale)
-    if mask is not None and q.is_cuda:  # no kernel there knows both a mask and shared heads
-        k, v = (x.repeat_interleave(heads // groups, 1) for x in (k, v))
-    gqa = k.shape[1] != heads
-    out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=gqa)
+    out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=groups != heads)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 

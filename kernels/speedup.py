@@ -1,9 +1,10 @@
 """How much faster INT8 is than bfloat16 on a GPU, from measured tables: speedups/*.json, one per GPU kind.
 
 A table (written by ``python -m sqcompile.bench speedup``) has rows {"m", "n", "k", "bf16_us", "int8_us"} of
-y [m, n] = q [m, k] · w [n, k]ᵀ with its epilogue, weights read from memory; and {"b", "h", "g", "sq", "sk", "d", "sdpa_us", "qk_us", "qk_pv_us"} of attention (written by
-``python -m sqcompile.bench attention``), scales per token, causal where sq > 1, without
-quantizing q, k and v, which the compiler fuses with what makes them. Nothing is timed at a user's run time.
+y [m, n] = q [m, k] · w [n, k]ᵀ with its epilogue, weights read from memory; and of attention (written by ``python -m
+sqcompile.bench attention``) {"b", "h", "g", "sq", "sk", "d", "sdpa_us", "qk_us", "qk_pv_us"}: scales per token; causal and
+with the quantization of q and k where sq > 1, else with keys and values in an INT8 cache. Nothing is timed at a user's
+run time.
 """
 
 from __future__ import annotations

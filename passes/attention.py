@@ -1,14 +1,14 @@
-"""lower_attention: attention that reads its mask (on CPUs) and its shared heads once. Reads only the graph.
+"""lower_attention: on CPUs, attention that reads its mask and its shared heads once. Reads only the graph.
 
     %k4 = reshape(expand(unsqueeze(%k, 2), [B, G, R, S, D]), [B, G R, S, D])      # each key head repeated R times
     %y = scaled_dot_product_attention(%q, %k4, %v4, %mask)
 ->
     %bias = sqcompile.stored(where(%mask, 0.0, -inf))                             # once for all layers
-    %kind = sqcompile.mask_kind(%bias)                                            # None on GPUs
+    %kind = sqcompile.mask_kind(%bias)
     %y = sqcompile.attention(%q, %k, %v, %bias, %kind, False, scale)
 
 The angles of a rotary embedding and the mask are read by every head of every layer; Inductor would fuse their
-computation into each of those readers and repeat it. They are stored (the angles on CPUs).
+computation into each of those readers and repeat it. They are stored.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from sqcompile.passes.heads import head_count, unrepeated_pair
 
 
 def lower_attention(gm: fx.GraphModule) -> None:
-    """Rewrites the attentions and, of CPU tensors, rotary angles in place."""
-    masks: dict[tuple[fx.Node, torch.dtype], tuple[fx.Node, fx.Node | None]] = {}
+    """Rewrites the attentions and rotary angles of CPU tensors in place."""
+    masks: dict[tuple[fx.Node, torch.dtype], tuple[fx.Node, fx.Node]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
-        if value(node).device.type in ("cpu", "cuda") and value(node).dim() == 4:
+        if value(node).device.type == "cpu" and value(node).dim() == 4:
             _lower_one(gm, node, masks)
     for target in (aten.cos.default, aten.sin.default):
         for node in gm.graph.find_nodes(op="call_function", target=target):
@@ -36,7 +36,7 @@ def lower_attention(gm: fx.GraphModule) -> None:
 
 
 def _lower_one(
-    gm: fx.GraphModule, node: fx.Node, masks: dict[tuple[fx.Node, torch.dtype], tuple[fx.Node, fx.Node | None]]
+    gm: fx.GraphModule, node: fx.Node, masks: dict[tuple[fx.Node, torch.dtype], tuple[fx.Node, fx.Node]]
 ) -> None:
     args = arguments(node)
     q, k, v, mask = args["query"], args["key"], args["value"], args["attn_mask"]
@@ -45,8 +45,6 @@ def _lower_one(
     once = unrepeated_pair(k, v)
     if once == (k, v) and head_count(k) != head_count(q) and not args["enable_gqa"]:
         return  # heads broadcast: left to torch
-    if once == (k, v) and value(q).device.type != "cpu":
-        return
     k, v = once
     bias = kind = None
     if mask is not None:
@@ -61,9 +59,9 @@ def _lower_one(
     gm.graph.erase_node(node)
 
 
-def _stored_mask(gm: fx.GraphModule, mask: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, fx.Node | None]:
-    """The mask as an additive one, and its kind; None on GPUs."""
+def _stored_mask(gm: fx.GraphModule, mask: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, fx.Node]:
+    """The mask as an additive one, and its kind."""
     if value(mask).dtype == torch.bool:
         mask = additive(gm, mask, dtype)
     bias = add_op(gm, sqcompile_ops.stored.default, mask)
-    return bias, add_op(gm, sqcompile_ops.mask_kind.default, bias) if value(bias).device.type == "cpu" else None
+    return bias, add_op(gm, sqcompile_ops.mask_kind.default, bias)

@@ -18,8 +18,9 @@ class Tape:
 
     device = CPU
 
-    def __init__(self):
+    def __init__(self, recording=False):
         self.recorded = self.replayed = 0
+        self.recording = lambda: recording
 
     def record(self, run):
         results = run()
@@ -53,6 +54,13 @@ def test_the_third_call_of_equal_sizes_in_a_row_is_recorded():
         assert torch.equal(got[0], expected[0]) and got[3] == 7
     assert torch.equal(cache, want)
     assert (tape.recorded, tape.replayed) == (1, 3)
+
+
+def test_nothing_is_recorded_while_somebody_else_records():
+    tape = Tape(recording=True)
+    recorder, cache = Recorder(step, [1], tape), torch.zeros(4)
+    calls(recorder, cache, 6)
+    assert tape.recorded == 0 and float(cache[2]) == 3 * 15
 
 
 def test_growing_and_changing_sizes_are_not_recorded():

@@ -127,16 +127,3 @@ def test_without_triton_the_reference_serves_with_a_warning(monkeypatch):
         gpu = sqcompile.compile(tiny_lm("llama").cuda(), plan=plan, backend="eager")
     x = torch.randint(3, 96, (3, 40))
     assert relative_error(gpu(x.cuda()).logits.cpu(), cpu(x).logits) < 2e-2
-
-
-@pytest.mark.parametrize("queries", [1, 5])
-def test_attention_reads_shared_heads_once(queries):
-    q, k, v = (torch.randn(2, n, s, 64, device="cuda") for n, s in ((8, queries), (2, 300), (2, 300)))
-    allowed = torch.rand(2, 1, queries, 300, device="cuda") < 0.7
-    mask = torch.zeros(allowed.shape, device="cuda").masked_fill(~allowed, float("-inf"))
-    half = [x.bfloat16() for x in (q, k, v, mask)]
-    got = sqcompile_ops.attention(*half, None, False, None)
-    repeated = (x.bfloat16().double().repeat_interleave(4, 1) for x in (k, v))
-    want = torch.nn.functional.scaled_dot_product_attention(q.bfloat16().double(), *repeated, mask.double())
-    assert got.transpose(1, 2).is_contiguous() and relative_error(got, want) < 1e-2
-    torch.library.opcheck(sqcompile_ops.attention.default, (*half, None, False, None))

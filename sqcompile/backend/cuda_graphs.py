@@ -39,7 +39,7 @@ class Recorder:
         self.last: Hashable = None
 
     def __call__(self, *args: Any) -> Any:
-        if not self.recordable:
+        if not self.recordable or self.pool.recording():
             return self.run(*args)
         key = self._key(args)
         again, self.last = key == self.last, key
@@ -146,6 +146,11 @@ class Pool:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.handle = torch.cuda.graph_pool_handle()
+
+    @staticmethod
+    def recording() -> bool:
+        """Whether somebody else records the calls of this stream."""
+        return torch.cuda.is_current_stream_capturing()
 
     def record(self, run: Callable[[], Any]) -> tuple[list[Any], Callable[[], None]]:
         """Records a function, runs it, and gives its results and what runs it again on the same tensors.

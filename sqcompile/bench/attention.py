@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 import sqcompile
 from sqcompile.bench import stack
+from sqcompile.bench.speedup import write_table
 from sqcompile.bench.timing import gpu, publish, sqnr_db
 from sqcompile.kernels import reference
 
@@ -258,5 +259,4 @@ def main(argv: list[str] | None = None) -> None:
     ]
     publish(lines, args.out)
     if args.speedups:
-        content = json.loads(args.speedups.read_text()) | {"attention": measured}
-        args.speedups.write_text(json.dumps(content, indent=1) + "\n")
+        write_table(args.speedups, json.loads(args.speedups.read_text()) | {"attention": measured})

@@ -8,7 +8,9 @@ import functools
 import gc
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -16,6 +18,15 @@ from torch.nn import functional as F
 ROWS = (1, 16, 64, 512, 2048, 8192)
 SIZES = (1024, 2048, 4096)
 LLAMA_3_8B = ((6144, 4096), (28672, 4096), (4096, 14336))
+
+
+def write_table(path: Path, table: Mapping[str, Any]) -> None:
+    """A file of kernels/speedups, one measured row a line."""
+
+    def text(x: Any) -> str:
+        return "[\n  " + ",\n  ".join(map(json.dumps, x)) + "\n ]" if isinstance(x, list) else json.dumps(x)
+
+    path.write_text("{\n" + ",\n".join(f" {json.dumps(k)}: {text(v)}" for k, v in table.items()) + "\n}\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,9 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{m:5} x {k:5} -> {n:5}: {bf16 / int8:.2f}", flush=True)
         name = torch.cuda.get_device_name()
         measured = f"{name}, torch {torch.__version__}, triton {triton.__version__}, {datetime.date.today()}"
-        head = {"name": args.name or name, "measured": measured}
-        lines = ",\n  ".join(json.dumps(r) for r in rows)
-        args.out.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n  {lines}\n ]\n}}\n')
+        write_table(args.out, {"name": args.name or name, "measured": measured, "rows": rows})
 
 
 if __name__ == "__main__":
