@@ -37,9 +37,8 @@ def inductor(
 ) -> Callable[..., Any]:
     """The graph through Inductor, with the symbolic sizes that its capture gave it.
 
-    ``guarded`` means that somebody checks sizes before each call (Dynamo),
-    so that Inductor may fix some. A ``part`` of a graph looks itself whether its inputs have the sizes and strides that were
-    recorded.
+    ``guarded`` means that somebody checks sizes before each call (Dynamo), so that Inductor may fix some. A ``part`` of a
+    graph looks itself whether its inputs have the sizes and strides that were recorded.
 
     Dynamo is not involved, so nothing is ever recompiled: one artifact serves every shape, sizes of 1 included.
     Freezing folds what depends on constants alone, and packs float weights for oneDNN.

@@ -86,7 +86,7 @@ def test_results_are_the_callers_own_and_views_stay_views():
         assert r[2].data_ptr() == cache[1:].data_ptr() and torch.equal(r[2], cache[1:])
 
 
-def test_another_cache_is_another_recording_and_none_is_kept_alive():
+def test_another_cache_is_another_recording():
     tape = Tape()
     recorder = Recorder(step, [1], tape)
     a, b = torch.zeros(4), torch.zeros(4)
@@ -95,6 +95,22 @@ def test_another_cache_is_another_recording_and_none_is_kept_alive():
     assert tape.recorded == 2 and float(a[2]) == float(b[2]) == 9.0
     calls(recorder, a, 1, start=5.0)
     assert tape.recorded == 2 and float(a[2]) == 24.0
+
+
+def test_replays_count_as_writes_and_marked_inputs_are_not_copied():
+    tape = Tape()
+    recorder = Recorder(lambda x, cache: step(x, cache, 2), [1], tape)
+    cache, read = torch.zeros(4), torch.ones(3)
+    torch._dynamo.mark_static_address(read)
+    for _ in range(4):
+        recorder(read, cache)
+    [recording] = recorder.recordings.values()
+    assert recording.buffers == [None, None] and tape.replayed == 1
+    version = cache._version
+    recorder(read, cache)
+    assert cache._version > version + 1  # the tape's own write, and the one that is counted for a CUDA graph
+    recorder(torch.ones(3), cache)
+    assert tape.recorded == 1 and len(recorder.recordings) == 1  # another address
 
 
 def test_a_recording_keeps_no_cache_alive():

@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import tiny_lm, token_batches
 from torch.profiler import ProfilerActivity, profile
-from transformers import StaticCache
 
 import sqcompile
 from sqcompile.backend import smoothquant
-from sqcompile.backend.cuda_graphs import Recorder
+from sqcompile.backend.cuda_graphs import NotRecorded, Pool, Recorder
 from sqcompile.backend.session import _sessions
+from sqcompile.bench.generate import static_cache
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,14 +39,6 @@ def recordings(model):
     return sorted(len(run.recordings) for run in runs if isinstance(run, Recorder))
 
 
-def early(model, batch, length):
-    """A static cache whose tensors exist before the first call."""
-    config = model.config
-    cache = StaticCache(config=config, max_cache_len=length)
-    cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, model.dtype, model.device)
-    return cache
-
-
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_cuda_graphs_generate_the_same_tokens(llama, compiler):
     model, plan = llama
@@ -72,7 +64,7 @@ def test_a_growing_cache_is_not_recorded(llama):
 def test_a_decoded_token_is_one_cuda_graph(llama):
     model, plan = llama
     net = compiled(model, plan, mode="reduce-overhead")
-    cache, x = early(model, 1, 64), torch.randint(3, 96, (1, 9), device="cuda")
+    cache, x = static_cache(model, 1, 64), torch.randint(3, 96, (1, 9), device="cuda")
     net(x, past_key_values=cache)
     token = x[:, :1]
     for _ in range(4):
@@ -95,3 +87,27 @@ def test_regional_blocks_are_recorded_as_one_graph(llama):
     want = compiled(model, plan, regional=True).generate(x, **options)
     got = compiled(model, plan, regional=True, mode="reduce-overhead").generate(x, **options)
     assert torch.equal(got, want) and recordings(model)[-1] == 1
+
+
+def test_graphs_are_recorded_again_after_weights_change(llama):
+    model, plan = llama
+    x = torch.randint(3, 96, (1, 12), device="cuda")
+    options = {**PLAIN, "max_new_tokens": 12, "cache_implementation": "static"}
+    net = compiled(model, plan, compiler="eager", mode="reduce-overhead")
+    net.generate(x, **options)
+    model.load_state_dict({k: v * (0.5 if "down_proj" in k else 1.0) for k, v in model.state_dict().items()})
+    got = net.generate(x, **options)
+    assert recordings(model)[-1] == 1
+    assert torch.equal(got, compiled(model, plan, compiler="eager").generate(x, **options))
+
+
+def test_what_cannot_be_recorded_leaves_the_device_as_it_was():
+    pool = Pool(torch.device("cuda", 0))
+    x, stream = torch.ones(3, device="cuda"), torch.cuda.current_stream()
+    with pytest.raises(NotRecorded):
+        pool.record(lambda: [x * float(x.sum())])
+    assert torch.cuda.current_stream() == stream
+    results, replay = pool.record(lambda: [x + 1])
+    x.fill_(4)
+    replay()
+    assert results[0].tolist() == [5.0, 5.0, 5.0] and torch.rand(2, device="cuda").shape == (2,)

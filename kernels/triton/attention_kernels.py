@@ -180,11 +180,11 @@ def forward(
 ):  # fmt: skip
     """BM rows of queries against the keys, or against one of ``splits`` parts of them.
 
-    A row is a query, int8 or quantized here: with q_scale_ptr, or with a scale of its own; with PACK heads a query of one of the heads that share a key head, all of which read each key
-    once. k_one_ptr: the scale of a key head; k_scale_ptr: one per key; one of them is given. Programs take the tiles
-    with most keys first, over ``section`` heads at a time, whose keys and values stay in L2. part_ptr: where splits
-    leave their sums, float32 [splits, B · H · Sq, Dv + 2], to be put together by `attention_split.combine`. q8_ptr: room
-    for queries that are quantized here, int8 [B · H · Sq, C].
+    A row is a query, int8 or quantized here (with q_scale_ptr, or with a scale of its own); with PACK heads a query of one
+    of the heads that share a key head, all of which read each key once. k_one_ptr: the scale of a key head; k_scale_ptr:
+    one per key; one of them is given. Programs take the tiles with most keys first, over ``section`` heads at a time,
+    whose keys and values stay in L2. part_ptr: where splits leave their sums, float32 [splits, B · H · Sq, Dv + 2], to be
+    put together by `attention_split.combine`. q8_ptr: room for queries that are quantized here, int8 [B · H · Sq, C].
     """
     tiles = tl.cdiv(Sq * PACK, BM)
     key_heads = heads // GROUP

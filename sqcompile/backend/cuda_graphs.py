@@ -5,14 +5,16 @@
     call 3                  is recorded, and replayed
     call 4, ...             copies the inputs into the buffers, replays, copies the results out
 
-What a graph writes to (a static KV cache) is read and written where it lies: another address is another recording. Sizes
-must come three times in a row, so decoding with a static cache is recorded, while prompts of changing lengths and caches
-that grow with each token are not. Results are the caller's own: the next call does not overwrite them.
+What a graph writes to (a static KV cache), or is marked to keep its address, is used where it lies: another address is
+another recording. Sizes must come three times in a row, so decoding with a static cache is recorded, while prompts of
+changing lengths and caches that grow with each token are not. Results are the caller's own: the next call does not
+overwrite them. Calls of one model come one after another, on one stream.
 """
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -34,6 +36,7 @@ class Recorder:
 
     def __init__(self, run: Callable[..., Any], written: Sequence[int], pool: Pool) -> None:
         self.run, self.written, self.pool = run, frozenset(written), pool
+        self.fixed: frozenset[int] | None = None  # what is used where it lies; known from the first call
         self.recordable = True
         self.recordings: dict[Hashable, Recording] = {}
         self.last: Hashable = None
@@ -41,12 +44,15 @@ class Recorder:
     def __call__(self, *args: Any) -> Any:
         if not self.recordable or self.pool.recording():
             return self.run(*args)
-        key = self._key(args)
+        if self.fixed is None:
+            marked = {i for i, a in enumerate(args) if hasattr(a, "_dynamo_static_input_type")}
+            self.fixed = self.written | marked
+        key = self._key(args, self.fixed)
         again, self.last = key == self.last, key
         found = self.recordings.pop(key, None)
         if found is None and not (again and self._can_record(args)):
             return self.run(*args)
-        found = found or Recording(self.run, args, self.written)
+        found = found or Recording(self.run, args, self.fixed, self.written)
         try:
             results = found(args, self.pool)
         except NotRecorded as e:
@@ -62,11 +68,12 @@ class Recorder:
             del self.recordings[next(iter(self.recordings))]
         return results
 
-    def _key(self, args: Sequence[Any]) -> Hashable:
+    @staticmethod
+    def _key(args: Sequence[Any], fixed: frozenset[int]) -> Hashable:
         """What a recording depends on; a few dozen microseconds for the cache of 32 layers."""
         tensors = [a for a in args if isinstance(a, Tensor)]
         return (
-            *[args[i].data_ptr() for i in self.written],
+            *[args[i].data_ptr() for i in fixed],
             *[a.shape for a in tensors],
             *[a.stride() for a in tensors],
             *[a for a in args if not isinstance(a, Tensor)],
@@ -92,19 +99,21 @@ class Recording:
     """The calls of one set of sizes.
 
     Attributes:
-        buffers: a copy of each input that is not written to, in its layout; None for the others.
+        buffers: a copy of each input that has no fixed address, in its layout; None for the others.
         replay: None until the second call.
     """
 
-    def __init__(self, run: Callable[..., Any], args: Sequence[Any], written: frozenset[int]) -> None:
+    def __init__(
+        self, run: Callable[..., Any], args: Sequence[Any], fixed: frozenset[int], written: frozenset[int]
+    ) -> None:
         with torch.inference_mode(False):  # it must not matter in which mode later calls are
             self.buffers = [
                 torch.empty_strided(a.size(), a.stride(), dtype=a.dtype, device=a.device)
-                if isinstance(a, Tensor) and i not in written
+                if isinstance(a, Tensor) and i not in fixed
                 else None
                 for i, a in enumerate(args)
             ]
-        self.run = run
+        self.run, self.written = run, written
         self.warm = False
         self.replay: Callable[[], None] | None = None
         self.results: list[Any] = []
@@ -115,6 +124,8 @@ class Recording:
                 buffer.copy_(a)
         if self.replay is not None:
             self.replay()
+            # as the operators that are replayed would: versions say whether a tensor of the model has changed
+            torch.autograd.graph.increment_version([args[i] for i in self.written if not args[i].is_inference()])
             return [make(args) for make in self.results]
         inputs = [a if buffer is None else buffer for buffer, a in zip(self.buffers, args, strict=True)]
         if not self.warm:
@@ -145,7 +156,8 @@ class Pool:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.handle = torch.cuda.graph_pool_handle()
+        self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self.handle: Any = None
 
     @staticmethod
     def recording() -> bool:
@@ -158,14 +170,22 @@ class Pool:
         Raises:
             NotRecorded: if it does what a CUDA graph cannot; it has not run then.
         """
+        if not self.graphs:  # a pool goes with the last of its graphs
+            self.handle = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.current_stream(self.device)
         try:
             with (
                 torch.cuda.device(self.device),
                 torch.cuda.graph(graph, self.handle, self.stream, capture_error_mode="thread_local"),
             ):
                 results = run()
+        except torch.OutOfMemoryError:
+            torch.cuda.set_stream(before)
+            raise
         except RuntimeError as e:
+            torch.cuda.set_stream(before)  # torch.cuda.graph leaves its own behind where the capture itself fails
             raise NotRecorded from e
+        self.graphs.add(graph)
         graph.replay()
         return results, graph.replay

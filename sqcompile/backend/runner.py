@@ -136,9 +136,10 @@ class Runner:
         flat, used = flatten(write_back(lowered))
         positions = [arguments[i] for i in used]
         run = self._compile(flat, guarded)
-        if self.session.options.mode == "reduce-overhead" and tensors:
+        devices = {t.device for t in tensors if t.is_cuda}
+        if self.session.options.mode == "reduce-overhead" and len(devices) == 1:  # a CUDA graph is of one device
             written = [i for i, position in enumerate(positions) if position in self.template.updates]
-            run = Recorder(run, written, self.session.pool(tensors[0].device))
+            run = Recorder(run, written, self.session.pool(devices.pop()))
         return run, positions
 
     def _compile(self, flat: fx.GraphModule, guarded: bool) -> Callable[..., Any]:

@@ -66,12 +66,13 @@ class Session:
         self._blocks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._seen: set[Runner] = set()
         self._calls = 0
-        self._pool: Pool | None = None
+        self._pools: dict[torch.device, Pool] = {}
 
     def pool(self, device: torch.device) -> Pool:
         """Where CUDA graphs are recorded."""
-        self._pool = self._pool or Pool(device)
-        return self._pool
+        if device not in self._pools:
+            self._pools[device] = Pool(device)
+        return self._pools[device]
 
     def names(self, tensor: Tensor) -> tuple[str, ...]:
         """All names of a tensor of the model, the one that the plan has first; none for any other tensor."""

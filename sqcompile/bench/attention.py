@@ -164,7 +164,7 @@ def table(
 def in_a_model(layers: int = 2, seconds: float = 0.5) -> Iterator[str]:
     """Lines of a table: layers of Llama-3-8B shape with INT8 linears, and attention as each recipe has it.
 
-    Here the operands are quantized, too, by code that Inductor fuses with the rotary embedding.
+    Keys and values are quantized by code that Inductor fuses with what makes them, queries by the attention kernel.
     """
     model = stack.stack(layers)
     batches = [torch.randn(2, 256, stack.HIDDEN, device="cuda", dtype=HALF)]
