@@ -6,7 +6,8 @@
 ->
     %y = sqcompile.int8_attention(%q, %qs, %k, %ks, %v, %vs, %mask, %blocks, diagonal, scale, softcap, dtype)
 
-The quantize nodes stay, for the compiler to fuse with what makes q and k (on GPUs `fuse` gives those of q to the kernel). Masks are made into one, once for all layers
+The quantize nodes stay, for the compiler to fuse with what makes q and k (on GPUs `fuse` gives those of q to the
+kernel). Masks are made into one, once for all layers
 that share them; on GPUs a list of their blocks saves reading those that hold nothing. Scores that anything else happens to stay as they are: correct, in plain
 operators.
 """

@@ -10,13 +10,11 @@ import torch
 
 from sqcompile.backend.cuda_graphs import NotRecorded, Recorder
 
-CPU = torch.device("cpu")
-
 
 class Tape:
     """Records on the CPU: a replay runs the function on the tensors it was recorded with, and gives into its results."""
 
-    device = CPU
+    device = torch.device("cpu")
 
     def __init__(self, recording=False):
         self.recorded = self.replayed = 0

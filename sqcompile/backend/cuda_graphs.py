@@ -31,12 +31,13 @@ class Recorder:
 
     Attributes:
         written: the positions of the arguments that the function writes to.
-        recordings: by the sizes and strides of the arguments, and the addresses of the written ones.
+        fixed: the positions of those that are used where they lie: written to, or marked; known from the first call.
+        recordings: by the sizes and strides of the arguments, and the addresses of the fixed ones.
     """
 
     def __init__(self, run: Callable[..., Any], written: Sequence[int], pool: Pool) -> None:
         self.run, self.written, self.pool = run, frozenset(written), pool
-        self.fixed: frozenset[int] | None = None  # what is used where it lies; known from the first call
+        self.fixed: frozenset[int] | None = None
         self.recordable = True
         self.recordings: dict[Hashable, Recording] = {}
         self.last: Hashable = None
@@ -52,7 +53,7 @@ class Recorder:
         found = self.recordings.pop(key, None)
         if found is None and not (again and self._can_record(args)):
             return self.run(*args)
-        found = found or Recording(self.run, args, self.fixed, self.written)
+        found = found or Recording(self.run, args, self.fixed)
         try:
             results = found(args, self.pool)
         except NotRecorded as e:
@@ -63,6 +64,8 @@ class Recorder:
             self.recordable = False
             self.recordings.clear()
             return self.run(*args)
+        # a replay does not count as a write, and versions say whether a tensor of the model has changed
+        torch.autograd.graph.increment_version([args[i] for i in self.written if not args[i].is_inference()])
         self.recordings[key] = found  # the one used last is the last to go
         if len(self.recordings) > _MOST:
             del self.recordings[next(iter(self.recordings))]
@@ -103,9 +106,7 @@ class Recording:
         replay: None until the second call.
     """
 
-    def __init__(
-        self, run: Callable[..., Any], args: Sequence[Any], fixed: frozenset[int], written: frozenset[int]
-    ) -> None:
+    def __init__(self, run: Callable[..., Any], args: Sequence[Any], fixed: frozenset[int]) -> None:
         with torch.inference_mode(False):  # it must not matter in which mode later calls are
             self.buffers = [
                 torch.empty_strided(a.size(), a.stride(), dtype=a.dtype, device=a.device)
@@ -113,7 +114,7 @@ class Recording:
                 else None
                 for i, a in enumerate(args)
             ]
-        self.run, self.written = run, written
+        self.run = run
         self.warm = False
         self.replay: Callable[[], None] | None = None
         self.results: list[Any] = []
@@ -124,8 +125,6 @@ class Recording:
                 buffer.copy_(a)
         if self.replay is not None:
             self.replay()
-            # as the operators that are replayed would: versions say whether a tensor of the model has changed
-            torch.autograd.graph.increment_version([args[i] for i in self.written if not args[i].is_inference()])
             return [make(args) for make in self.results]
         inputs = [a if buffer is None else buffer for buffer, a in zip(self.buffers, args, strict=True)]
         if not self.warm:
