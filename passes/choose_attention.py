@@ -4,7 +4,8 @@
 
 j runs over the classes of head channels that share a scale (`head_labels`). Every α, and no smoothing, is tried on a
 sample of queries and keys, with and without K's mean subtracted, and the one with the smallest error of the scores is
-taken. The error leaves out what is the same for all keys of a query: softmax does not see it. For the same reason a
+taken. Where no parameter absorbs s, it is multiplied explicitly, before quantization, if that pays; then every channel
+of a key head has a scale of its own. The error leaves out what is the same for all keys of a query: softmax does not see it. For the same reason a
 constant per head and channel may be subtracted from all keys: K's mean over the calibration tokens. That is exact for
 whatever mask, padding or number of keys, and costs one subtraction that is fused into the quantization.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -26,10 +27,14 @@ from sqcompile.passes.floats import names
 from sqcompile.passes.head_labels import HeadSite, match_heads
 from sqcompile.passes.smoothing import smoothing_scale
 from sqcompile.passes.value_labels import value_labels
-from sqcompile.plan import AttentionPlan
+from sqcompile.plan import AttentionPlan, Smoothing
 
 if TYPE_CHECKING:
     from sqcompile.passes.choose import Chooser
+
+
+# A scale that must be multiplied explicitly is taken where it makes the error of the scores this much smaller.
+PAYS = 0.9
 
 
 @dataclass(frozen=True)
@@ -80,16 +85,20 @@ def choose_attention(
         if a.name in reasons:
             plans.append(AttentionPlan(a.name, "none", "none", reasons[a.name], shape=shape))
             continue
-        if a.name not in chosen:
-            reason = f"not smoothed: {why[a.name]}" if a.name in why else "the recipe does not smooth"
-            chosen[a.name] = _least(chooser, a, _ones(chooser, a)), None, reason
-        plans.append(_plan(chooser, a, *chosen[a.name], values.get(a.name), tensors))
+        how: Smoothing = "folded"
+        if a.name in why:
+            how = "multiplied"
+            chosen[a.name] = _explicit(chooser, a, why[a.name])
+        elif a.name not in chosen:
+            chosen[a.name] = _least(chooser, a, _ones(chooser, a)), None, "the recipe does not smooth"
+        plans.append(_plan(chooser, a, how, *chosen[a.name], values.get(a.name), tensors))
     return tuple(plans), tensors
 
 
 def _plan(
     chooser: Chooser,
     a: Attention,
+    how: Smoothing,
     choice: _Choice,
     alpha: float | None,
     reason: str,
@@ -118,7 +127,7 @@ def _plan(
                     absmax_v = torch.where(index >= 0, absmax_v / s[index.clamp_min(0)], absmax_v)
             tensors[f"{a.name}/value_scale"] = absmax_scale(absmax_v)
     sqnr = -10 * math.log10(choice.error) if choice.error > 0 else math.inf
-    how: Any = "none" if alpha is None else "folded"
+    how = "none" if alpha is None else how
     return AttentionPlan(a.name, recipe.attention, how, reason, alpha, sqnr, q_scale, k_scale, shape)
 
 
@@ -172,6 +181,23 @@ def _best(
         if error < best[0]:
             best = error, None if alpha is None else s, alpha, choices
     return best[1:]
+
+
+def _explicit(chooser: Chooser, a: Attention, why: str) -> tuple[_Choice, float | None, str]:
+    """The choice where no parameter absorbs s, its alpha, and the reason: q·s and k·(1/s) cost an operation each."""
+    best, alpha = _least(chooser, a, _ones(chooser, a)), None
+    most = best.error * PAYS
+    absmax_q, absmax_k = _absmax(chooser, a)
+    repeats = a.heads // a.groups
+    together = absmax_q.view(a.groups, repeats, a.width).amax(1)
+    for candidate in chooser.recipe.alphas:
+        s = smoothing_scale(absmax_k.flatten(), together.flatten(), candidate).view_as(together)
+        choice = _least(chooser, a, (s.repeat_interleave(repeats, 0), s))
+        if choice.error < most:
+            best, most, alpha = choice, choice.error, candidate
+    if alpha is None:
+        return best, None, f"not smoothed: {why}"
+    return best, alpha, f"q·s and k·(1/s) before quantization: {why}"
 
 
 def _apply(chooser: Chooser, site: HeadSite, s: Tensor) -> None:

@@ -2,16 +2,24 @@
 
 %k4 = reshape(expand(unsqueeze(%k, 2), [B, G, R, S, D]), [B, G R, S, D])    -> %k: each head repeated R times
 %k3 = reshape(%k, [B H, S, D])                                              -> %k: batch and heads merged
+%ks = cat([%past, %k], -2)                                                  -> %k: what a call adds to a KV cache
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.graph import aten, value
+
+# What stands between a cache and its readers, and between the values written to one and their computation.
+_READS = {aten.slice.Tensor, sqcompile_ops.dequantize_tokens.default, sqcompile_ops.quantize.default}
+# What writes (dst, .., src) into a cache; the position of src among the arguments.
+_WRITES = {aten.index_copy.default: 3, aten.index_put.default: 2, aten.slice_scatter.default: 1}
 
 
 def head_count(x: fx.Node) -> int:
@@ -58,6 +66,37 @@ def unrepeated_pair(k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
     once = unrepeated(k), unrepeated(v)
     same = once[0] is not None and once[1] is not None and head_count(once[0]) == head_count(once[1])
     return once if same else (k, v)  # type: ignore[return-value]
+
+
+def brought(x: fx.Node) -> fx.Node:
+    """The keys or values [B, G, S, D] that this call adds to the cache that x is read from; x itself without a cache."""
+    new, written = x, False
+    while True:
+        if new.target in _READS:
+            new = _source(new)
+            continue
+        behind = _written(new)
+        if behind is None:
+            break
+        new, written = behind, True
+    same = value(new).dim() == value(x).dim() and value(new).shape[1] == value(x).shape[1]
+    return new if written and same else x
+
+
+def _written(x: fx.Node) -> fx.Node | None:
+    """What is written, where x is the new content of a cache."""
+    if x.target == aten.cat.default:
+        parts: Any = x.args[0]
+        new = [p for p in parts if not _is_old(p)]
+        return new[0] if len(new) == 1 < len(parts) else None
+    if x.target in _WRITES and _is_old(_source(x)):
+        return x.args[_WRITES[x.target]]  # type: ignore[return-value]
+    return None
+
+
+def _is_old(x: fx.Node) -> bool:
+    """Whether x was there before the call: an input, a constant, or room that has just been made."""
+    return x.op != "call_function" or x.target in (aten.lift_fresh_copy.default, aten.zeros.default)
 
 
 def _skip_copies(x: fx.Node) -> fx.Node:

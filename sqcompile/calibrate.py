@@ -18,7 +18,8 @@ from sqcompile.errors import CalibrationError, CaptureError
 from sqcompile.explain import first_line, operation, source
 from sqcompile.inputs import Call, calls, flatten_like, real_tokens, run_callable, token_mask
 from sqcompile.passes.attention_chains import Attention
-from sqcompile.passes.graph import Linear, aten, find_linears
+from sqcompile.passes.graph import Linear, aten, find_linears, nodes_by_name
+from sqcompile.passes.heads import brought
 
 SAMPLE_ROWS = 128
 
@@ -150,10 +151,12 @@ class Observer(fx.Interpreter):
         self.routed = {l.x: l.offsets for l in self.linears if l.offsets}
         self.stats: dict[tuple[str, str | None], InputStats] = {}
         self.generator = torch.Generator().manual_seed(0)
-        operands = [
-            (a, t) for a in attentions if a.refused is None for t in ((a.q, "queries"), (a.k, "keys"), (a.v, "values"))
-        ]
-        self.operands = {node: (what, a) for a, (node, what) in operands}
+        self.attentions, nodes = attentions, nodes_by_name(gm)
+        self.operands: dict[str, dict[str, tuple[str, Attention]]] = {}  # operands by the node that is observed
+        for a in attentions:
+            if a.refused is None:
+                for name, what in ((a.q, "queries"), (a.k, "keys"), (a.v, "values")):
+                    self.operands.setdefault(brought(nodes[name]).name, {})[name] = what, a
         self.heads: dict[str, InputStats] = {}
         self.head_generator = torch.Generator().manual_seed(0)  # its own: linears' samples stay what they are
         self.batches = 0
@@ -196,19 +199,18 @@ class Observer(fx.Interpreter):
         if n.name in self.readers:
             self._read(n, self.readers[n.name])
         out = super().run_node(n)
-        if n.name in self.operands:
-            self._observe_heads(n, out)
+        for name, (what, a) in self.operands.get(n.name, {}).items():
+            self._observe_heads(name, what, a, out)
         return out
 
-    def _observe_heads(self, n: fx.Node, x: Tensor) -> None:
-        what, a = self.operands[n.name]
+    def _observe_heads(self, name: str, what: str, a: Attention, x: Tensor) -> None:
         x = x.transpose(-1, -2) if what == "keys" and a.transposed else x
         rows = real_tokens(x.transpose(1, 2).flatten(2) if x.dim() == 4 else x, self.mask)
         if len(rows):
-            stats = self.heads.setdefault(n.name, InputStats.empty(rows, None))
+            stats = self.heads.setdefault(name, InputStats.empty(rows, None))
             experts = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
             stats.update(rows, experts, self.head_generator)
-            self._check_finite(stats, f"one of the {what} of {a.name} (node {n.name})")
+            self._check_finite(stats, f"one of the {what} of {a.name} (node {name})")
 
     def _follow_mask(self, n: fx.Node, mask: Tensor) -> None:
         """Experts read picked rows: padding is picked with them, and every input with the same offsets is in that order."""

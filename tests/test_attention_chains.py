@@ -178,8 +178,8 @@ def test_what_cannot_be_quantized_is_refused_in_words(what, reason):
 
 
 class Unsmoothable(Attend):
-    def __init__(self, what):
-        super().__init__()
+    def __init__(self, what, groups=None):
+        super().__init__(groups=groups)
         self.what = what
 
     def forward(self, x):
@@ -190,7 +190,7 @@ class Unsmoothable(Attend):
             q = k
         elif self.what == "residual":
             k = k + v
-        y = self.join(F.scaled_dot_product_attention(q, k, v))
+        y = self.join(F.scaled_dot_product_attention(q, k, v, enable_gqa=self.groups != self.count))
         return (y, k) if self.what == "read" else y
 
 
@@ -203,14 +203,32 @@ class Unsmoothable(Attend):
         ("read", "is an output of the model"),
     ],
 )
-def test_attention_that_cannot_be_smoothed_is_quantized_all_the_same(what, reason):
+def test_attention_that_no_parameter_can_smooth_is_quantized_all_the_same(what, reason):
     model = Unsmoothable(what).eval()
     x = inputs_of(model)
     gm, attentions = found(model, x)
     sites, why = match_heads(gm, attentions)
     assert sites == [] and reason in why[attentions[0].name]
     (plan,) = with_attention(model, x, Recipe(attention="qk")).report.attention
-    assert plan.quantized == "qk" and plan.smoothing == "none" and reason in plan.reason
+    assert plan.quantized == "qk" and plan.smoothing != "folded" and reason in plan.reason
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_a_scale_that_nothing_absorbs_is_multiplied_where_that_pays(groups):
+    """Keys that are an output of the model, with a channel 20 times as large as others."""
+    model = Unsmoothable("read", groups).eval()
+    x = inputs_of(model)
+    with torch.no_grad():
+        model.k.weight[3::8] *= 20
+        model.q.weight[3::8] /= 20
+    none, smooth = (with_attention(model, x, Recipe(attention="qk", smooth=s)) for s in (False, True))
+    (before,), (after,) = none.report.attention, smooth.report.attention
+    assert after.smoothing == "multiplied" and after.alpha is not None
+    assert "is an output of the model" in after.reason
+    assert after.sqnr_db > before.sqnr_db + 6
+    want, got = model(*x), smooth(*x)
+    assert relative_error(got[0], want[0]) < relative_error(none(*x)[0], want[0])
+    assert relative_error(got[1], want[1]) < 0.02, "the keys themselves are not scaled"
 
 
 def test_a_softmax_of_a_linear_is_no_attention():

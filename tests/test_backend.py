@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from torch._dynamo.utils import counters
 import sqcompile
 from sqcompile.backend import smoothquant
 from sqcompile.passes.graph import get_tensor
+from sqcompile.recipe import resolve_recipe
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -166,6 +168,20 @@ def test_the_quantized_stage_of_a_graph_without_a_linear():
     plan, _ = planned(mlp())
     got, want = (call(compiled(model, plan=plan, stage=stage), x) for stage in ("quantized", "lowered"))
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("recipe", ["O2", "O3"])
+def test_the_first_calls_calibrate_attention(recipe):
+    recipe = dataclasses.replace(resolve_recipe(recipe), attention="qk_pv")
+    model, batches = tiny_lm("llama"), token_batches()
+    plan, _ = planned(model, batches, recipe=recipe)
+    net = compiled(model, recipe=recipe, calibration_steps=len(batches))
+    for ids in (*batches, batches[0]):
+        call(net, **ids, use_cache=False)
+    mine = session(model).plan
+    assert mine is not None and [a.quantized for a in mine.attention] == ["qk_pv"] * 2
+    assert mine.attention == plan.attention
+    assert mine.heads.keys() == plan.heads.keys() and all(torch.equal(mine.heads[k], plan.heads[k]) for k in plan.heads)
 
 
 @pytest.mark.parametrize("activation", ["per_token", "per_tensor_static"])

@@ -120,7 +120,7 @@ def test_training_mode_is_refused():
         ({"mode": "fast"}, "mode='fast'"),
         ({"stage": "folded"}, "stage='folded'"),
         ({"stage": "quantized", "free_float": True}, "stage='quantized' and free_float=True"),
-        ({"mode": "reduce-overhead"}, "move the model to a GPU"),
+        ({"mode": "reduce-overhead"}, "are on cpu: move them to one GPU"),
     ],
 )
 def test_bad_options(options, match):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import sqcompile
 from sqcompile.backend import smoothquant
+from sqcompile.backend.decide import decide
 from sqcompile.backend.session import _sessions
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -149,6 +151,23 @@ def test_the_first_calls_calibrate_while_it_generates(llama):
     session = next(s for s in _sessions[model].values() if s.options.calibration_steps == 8 and s.options.plan is None)
     assert session.plan is not None and sum(l.quantized for l in session.plan.layers) == 14
     assert graphs() == 2
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_attention_calibrates_while_it_generates(llama, cache):
+    """A cache hands every key to each later token: what counts is the keys that a call brings."""
+    model, _, _ = llama
+    recipe = sqcompile.Recipe(attention="qk", alpha=0.5 if cache == "dynamic" else 0.6)  # a session for each
+    net = torch.compile(model, backend=smoothquant, options={"compiler": "eager", "recipe": recipe})
+    x = prompts(2, 9)
+    seen = []
+    with mock.patch("sqcompile.backend.session.decide", lambda *args: seen.append(args) or decide(*args)):
+        net.generate(x, max_new_tokens=12, cache_implementation=cache, **PLAIN)
+    [(observers, _, calls)] = seen
+    tokens = [s.count for o in observers for s in o.heads.values()]
+    assert calls == 8 and sorted(tokens) == [16] * 6 + [18] * 6, "two prompts of nine, then eight tokens each"
+    plan = next(s.plan for s in _sessions[model].values() if s.options.recipe == recipe)
+    assert [a.quantized for a in plan.attention] == ["qk"] * 2 and graphs() == 2
 
 
 @pytest.mark.slow

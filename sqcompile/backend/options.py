@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sqcompile.emit import BACKENDS
@@ -75,13 +74,6 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     if plan is not None and ("recipe" in given or "calibration_steps" in given):
         raise RecipeError("options plan and recipe or calibration_steps: a plan needs no calibration, leave them out")
     found = Options(**{**given, "recipe": resolve_recipe(given.get("recipe", "default"))})
-    if plan is None and found.recipe.attention != "none":  # type: ignore[union-attr]
-        warnings.warn(
-            "attention stays in float where the first calls calibrate: to quantize it, pass the plan that "
-            "sqcompile.calibrate makes",
-            stacklevel=2,
-        )
-        found = replace(found, recipe=replace(found.recipe, attention="none"))  # type: ignore[type-var]
     if found.mode not in MODES:
         raise RecipeError(f"mode={found.mode!r} of backend 'smoothquant': choose one of {', '.join(MODES)}")
     if found.compiler not in BACKENDS:

@@ -18,7 +18,9 @@ from sqcompile.compile import rewrite
 from sqcompile.errors import CaptureError, StageError
 from sqcompile.inductor import compile_regions, compile_without_constants, flatten, inductor, with_layout
 from sqcompile.inputs import Call, token_mask
+from sqcompile.passes.attention_chains import find_attentions
 from sqcompile.passes.shared import held
+from sqcompile.recipe import resolve_recipe
 
 GRAD = (
     "backend 'smoothquant' computes no gradients, and this call asks for them: call the model under torch.no_grad() or "
@@ -155,7 +157,9 @@ class Runner:
     def _observe(self, args: Sequence[Any], tensors: list[Tensor]) -> Any:
         """The call in float; statistics of weights that have changed are dropped."""
         if self.observer is None:
-            self.observer = Observer(self._attach(tensors))
+            traced = self._attach(tensors)
+            quantizes = resolve_recipe(self.session.options.recipe).attention != "none"
+            self.observer = Observer(traced, find_attentions(traced) if quantizes else [])
             self.updates = self.observer.module.meta["updates"]  # type: ignore[index]
         gm: Any = self.observer.module
         leaves = [args[i] for i in gm.meta["arguments"]]

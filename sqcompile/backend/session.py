@@ -11,7 +11,7 @@ import sys
 import types
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,17 +20,13 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sqcompile.backend.cuda_graphs import Pool
+from sqcompile.backend.decide import decide
 from sqcompile.backend.options import Options
-from sqcompile.calibrate import Calibration, InputStats
-from sqcompile.errors import NothingToQuantizeError, RecipeError, StageError
-from sqcompile.inputs import Call, to_spec
-from sqcompile.passes.choose import choose
-from sqcompile.passes.floats import names_linear
+from sqcompile.errors import RecipeError, StageError
 from sqcompile.passes.graph import find_linears, first_leaf, nodes_by_name
-from sqcompile.passes.match import match
 from sqcompile.passes.shared import Shared
 from sqcompile.plan import Plan
-from sqcompile.recipe import Recipe, resolve_recipe
+from sqcompile.recipe import resolve_recipe
 from sqcompile.trace import aliases
 
 if TYPE_CHECKING:
@@ -130,59 +126,9 @@ class Session:
             self._calls += 1
             self._seen = set()
             if self._calls >= self.options.calibration_steps:
-                self.plan = self._decide()
+                observers = [r.observer for r in self.runners if r.observer is not None]
+                self.plan = decide(observers, resolve_recipe(self.options.recipe), self._calls)
         self._seen.add(runner)
-
-    def _decide(self) -> Plan:
-        """The plan for all graphs that were seen: statistics of a linear are those of every graph that has it."""
-        observers = [r.observer for r in self.runners if r.observer is not None]
-        stats: dict[str, InputStats] = {}
-        for o in observers:
-            for name, found in o.found().items():
-                stats[name] = stats[name].merged(found) if name in stats else found
-        calibration = Calibration(stats, self._calls)
-        captured: list[Any] = [o.module for o in observers]
-        graphs: list[fx.GraphModule] = sorted(captured, key=lambda gm: -len(find_linears(gm)))
-        recipe = resolve_recipe(self.options.recipe)
-        plan: Plan | None = None
-        error: Exception | None = None
-        for gm in graphs:
-            known = {l.name for l in plan.layers} if plan else set()
-            if all(l.name in known for l in find_linears(gm)):
-                continue
-            sites, refusals = match(gm)
-            try:
-                with torch.no_grad():
-                    more = choose(
-                        gm, sites, refusals, calibration, _for_graph(recipe, graphs, gm), to_spec(Call((), {}))
-                    )
-            except NothingToQuantizeError as e:
-                error = e
-                continue
-            plan = more if plan is None else _joined(plan, more)
-        if plan is None:
-            raise error or NothingToQuantizeError("nothing to quantize: the observed graphs have no linear")
-        return plan
-
-
-def _for_graph(recipe: Recipe, graphs: list[fx.GraphModule], gm: fx.GraphModule) -> Recipe:
-    """The recipe with what it skips in this graph; a name that no graph has is left for `choose` to refuse."""
-
-    def named(pattern: str, where: fx.GraphModule) -> bool:
-        return any(names_linear(where, l, pattern) for l in find_linears(where))
-
-    skip = tuple(p for p in recipe.skip if p == "lm_head" or named(p, gm) or not any(named(p, g) for g in graphs))
-    return replace(recipe, skip=skip)
-
-
-def _joined(plan: Plan, more: Plan) -> Plan:
-    """Both plans' layers; where both have one, the first's."""
-    known = {l.name for l in plan.layers}
-    new = tuple(l for l in more.layers if l.name not in known)
-    names = {l.name for l in new}
-    scales = {k: s for k, s in more.scales.items() if all(n in names for n in k.partition(" -> ")[2].split(", "))}
-    columns = {k: s for k, s in more.columns.items() if k in names}
-    return replace(plan, scales=plan.scales | scales, layers=plan.layers + new, columns=plan.columns | columns)
 
 
 def quantized_only(traced: fx.GraphModule, lowered: fx.GraphModule, plan: Plan) -> set[str]:
@@ -214,10 +160,14 @@ def session_of(parameters: Sequence[Tensor], options: Options) -> Session:
     """The session of the model that is being called.
 
     Raises:
-        RecipeError: for CUDA graphs of a model that is not on a GPU.
+        RecipeError: for CUDA graphs of a model that is not on one GPU.
     """
-    if options.mode == "reduce-overhead" and any(p.device.type != "cuda" for p in parameters):
-        raise RecipeError("mode='reduce-overhead' records CUDA graphs: move the model to a GPU, or leave it out")
+    devices = {str(p.device) for p in parameters}
+    if options.mode == "reduce-overhead" and (len(devices) > 1 or any(p.device.type != "cuda" for p in parameters)):
+        raise RecipeError(
+            "mode='reduce-overhead' records CUDA graphs, each of one GPU, and the model's parameters are on "
+            f"{', '.join(sorted(devices))}: move them to one GPU, or leave the mode out"
+        )
     wanted = {l.name for l in options.plan.layers} if options.plan else set()
     best, most = None, -1
     for module in _modules():

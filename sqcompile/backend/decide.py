@@ -1,0 +1,106 @@
+"""decide: the plan of a model that has calibrated itself, from the statistics of all its graphs.
+
+What a linear or an attention has seen is what it has seen in every graph that has it: prefill and decode, or the calls
+before and after a recompilation. Of an attention with a KV cache only the new keys and values of each call count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from sqcompile.calibrate import Calibration, InputStats, Observer
+from sqcompile.errors import NothingToQuantizeError
+from sqcompile.inputs import Call, to_spec
+from sqcompile.passes.attention_chains import Attention
+from sqcompile.passes.choose import choose
+from sqcompile.passes.floats import names_linear
+from sqcompile.passes.graph import find_linears
+from sqcompile.passes.match import match
+from sqcompile.plan import Plan
+from sqcompile.recipe import Recipe
+
+
+def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
+    """The plan for all graphs that were observed.
+
+    Args:
+        observers: one for each graph, with what it has seen.
+        recipe: the user's choices.
+        calls: of the model that were observed.
+
+    Raises:
+        NothingToQuantizeError: if no linear would run in INT8.
+    """
+    inputs: dict[str, InputStats] = {}
+    heads: dict[tuple[str, str], InputStats] = {}  # by attention and operand, as nodes are named by their graph
+    for o in observers:
+        for name, found in o.found().items():
+            inputs[name] = inputs[name].merged(found) if name in inputs else found
+        for a in o.attentions:
+            for side, node in _operands(a).items():
+                if node in o.heads:
+                    before, found = heads.get((a.name, side)), o.heads[node]
+                    heads[a.name, side] = found if before is None else before.merged(found)
+    ordered = sorted(observers, key=lambda o: -len(o.linears))
+    graphs: list[Any] = [o.module for o in ordered]
+    plan: Plan | None = None
+    error: Exception | None = None
+    for o, gm in zip(ordered, graphs, strict=True):
+        known = {l.name for l in plan.layers} if plan else set()
+        if all(l.name in known for l in o.linears):
+            continue
+        sites, refusals = match(gm)
+        nodes = {
+            node: heads[a.name, side]
+            for a in o.attentions
+            for side, node in _operands(a).items()
+            if (a.name, side) in heads
+        }
+        calibration = Calibration(inputs, calls, nodes)
+        own, call = _for_graph(recipe, graphs, gm), to_spec(Call((), {}))
+        try:
+            with torch.no_grad():
+                more = choose(gm, sites, refusals, calibration, own, call, o.attentions)
+        except NothingToQuantizeError as e:
+            error = e
+            continue
+        plan = more if plan is None else _joined(plan, more)
+    if plan is None:
+        raise error or NothingToQuantizeError("nothing to quantize: the observed graphs have no linear")
+    return plan
+
+
+def _operands(a: Attention) -> dict[str, str]:
+    return {"q": a.q, "k": a.k, "v": a.v}
+
+
+def _for_graph(recipe: Recipe, graphs: list[fx.GraphModule], gm: fx.GraphModule) -> Recipe:
+    """The recipe with what it skips in this graph; a name that no graph has is left for `choose` to refuse."""
+
+    def named(pattern: str, where: fx.GraphModule) -> bool:
+        return any(names_linear(where, l, pattern) for l in find_linears(where))
+
+    skip = tuple(p for p in recipe.skip if p == "lm_head" or named(p, gm) or not any(named(p, g) for g in graphs))
+    return replace(recipe, skip=skip)
+
+
+def _joined(plan: Plan, more: Plan) -> Plan:
+    """Both plans' layers and attentions; where both have one, the first's."""
+    known, attended = {l.name for l in plan.layers}, {a.name for a in plan.attention}
+    layers = tuple(l for l in more.layers if l.name not in known)
+    attention = tuple(a for a in more.attention if a.name not in attended)
+    new, heads = {l.name for l in layers}, {a.name for a in attention}
+    return replace(
+        plan,
+        scales=plan.scales
+        | {k: s for k, s in more.scales.items() if all(n in new for n in k.partition(" -> ")[2].split(", "))},
+        layers=plan.layers + layers,
+        attention=plan.attention + attention,
+        heads=plan.heads | {k: t for k, t in more.heads.items() if k.rpartition("/")[0] in heads},
+        columns=plan.columns | {k: s for k, s in more.columns.items() if k in new},
+    )
