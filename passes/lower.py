@@ -89,6 +89,7 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None) -> fx.GraphModule:
         else:
             _lower_group(gm, group, shared)
         release_freed_memory()
+    gm.meta.pop("lazy", None)  # it holds the float weights
     _materialize(gm)
     lower_int8_attention(gm)
     lower_attention(gm)

@@ -50,14 +50,18 @@ class Lazy:
 class Shared:
     """Weights by what they are made of. An entry lives as long as a graph that holds it (see `held`)."""
 
-    def __init__(self, identity: Callable[[Tensor], Hashable]) -> None:
-        """``identity`` says which tensor of the model a tensor is, and None for one that a pass made."""
-        self.identity = identity
+    def __init__(self, identity: Callable[[Tensor], Hashable], check: Callable[[Hashable], None]) -> None:
+        """``identity`` says which tensor of the model a tensor is, and None for one that a pass made.
+
+        ``check`` raises where a weight of a key can no longer be made.
+        """
+        self.identity, self.check = identity, check
         self._made: weakref.WeakValueDictionary[Hashable, Merged] = weakref.WeakValueDictionary()
 
     def get(self, gm: fx.GraphModule, key: Hashable, make: Callable[[], Merged]) -> Merged:
         merged = self._made.get(key)
         if merged is None:
+            self.check(key)
             self._made[key] = merged = make()
         held(gm).append(merged)
         return merged

@@ -22,7 +22,7 @@ from sqcompile.backend.dynamic import make_dynamic
 from sqcompile.backend.methods import follow_methods
 from sqcompile.backend.options import Options, parse
 from sqcompile.backend.runner import GRAD, Runner, asks_for_gradients
-from sqcompile.backend.session import session_of
+from sqcompile.backend.session import model_tensors, reset, session_of
 from sqcompile.errors import CaptureError, SQCompileError
 
 __all__ = ["Options", "smoothquant"]
@@ -50,13 +50,15 @@ def smoothquant(
         found = parse(options, mode)
         if torch.is_grad_enabled() and asks_for_gradients(example_inputs):
             raise CaptureError(GRAD)
-        parameters = [x for x in example_inputs if isinstance(x, nn.Parameter)]
+        parameters: list[Tensor] = [x for x in example_inputs if isinstance(x, nn.Parameter)]
         parameters += list(gm.parameters())
+        if not parameters:  # there may be buffers
+            parameters = model_tensors(x for x in example_inputs if isinstance(x, Tensor))
         session = session_of(parameters, found)
         make_dynamic(gm, example_inputs, lambda x: bool(session.names(x)), found.mode == "reduce-overhead")
         _warn_of_the_last()
         names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
-        return Runner(session, capture(gm), example_inputs, names)
+        return Runner(session, found, capture(gm), example_inputs, names)
     except SQCompileError as e:
         return _raises(e)
 
@@ -83,4 +85,5 @@ def _raises(error: SQCompileError) -> Callable[..., Any]:
     return run
 
 
+smoothquant.reset = reset  # type: ignore[attr-defined]
 follow_methods(smoothquant)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 def follow_methods(backend: Callable[..., Any]) -> None:
@@ -29,12 +32,7 @@ def follow_methods(backend: Callable[..., Any]) -> None:
         if not is_method or not _compiled_by(self, backend):
             return found
 
-        @functools.wraps(found)
-        def method(*args: Any, **kwargs: Any) -> Any:
-            with _calls(model, self):
-                return found(*args, **kwargs)
-
-        return method
+        return _within(found, lambda: _calls(model, self))
 
     OptimizedModule.__getattr__ = getattr_  # type: ignore[method-assign]
 
@@ -46,16 +44,81 @@ def _compiled_by(module: OptimizedModule, backend: Callable[..., Any]) -> bool:
     return getattr(callback, "compiler_fn", callback) is backend
 
 
+def _within(found: Callable[..., Any], context: Callable[[], Any]) -> Callable[..., Any]:
+    """The method with its body, of whatever kind, run in a context; a generator leaves it while it is suspended."""
+    if inspect.isgeneratorfunction(found):
+
+        @functools.wraps(found)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            running, sent = found(*args, **kwargs), None
+            try:
+                while True:
+                    with context():
+                        try:
+                            item = running.send(sent)
+                        except StopIteration as e:
+                            return e.value
+                    sent = yield item
+            finally:
+                running.close()
+
+    elif inspect.isasyncgenfunction(found):
+
+        @functools.wraps(found)
+        async def method(*args: Any, **kwargs: Any) -> Any:
+            running = found(*args, **kwargs)
+            try:
+                while True:
+                    with context():
+                        try:
+                            item = await anext(running)
+                        except StopAsyncIteration:
+                            return
+                    yield item
+            finally:
+                await running.aclose()
+
+    elif inspect.iscoroutinefunction(found):
+
+        @functools.wraps(found)
+        async def method(*args: Any, **kwargs: Any) -> Any:
+            with context():
+                return await found(*args, **kwargs)
+
+    else:
+
+        @functools.wraps(found)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            with context():
+                return found(*args, **kwargs)
+
+    return method
+
+
+_running: Any = WeakIdKeyDictionary()  # of a model: how many methods run, and how the model was called before the first
+_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def _calls(model: Any, compiled: OptimizedModule) -> Iterator[None]:
-    """While this lasts, calls of the model run the compiled code, and transformers compiles nothing on top of it."""
-    before = model._compiled_call_impl
+    """While this lasts, calls of the model run the compiled code, and transformers compiles nothing on top of it.
+
+    Threads may be in several methods of one model: the first to enter puts the compiled code in, the last takes it out.
+    """
     own = {"get_compiled_call": lambda config: model.__call__} if hasattr(model, "get_compiled_call") else {}
-    try:
+    with _lock:
+        count, before = _running.get(model, (0, model._compiled_call_impl))
+        _running[model] = count + 1, before
         model._compiled_call_impl = compiled.dynamo_ctx(nn.Module._call_impl.__get__(model))
         model.__dict__.update(own)
+    try:
         yield
     finally:
-        model._compiled_call_impl = before
-        for name in own:
-            model.__dict__.pop(name, None)
+        with _lock:
+            count, before = _running.pop(model)
+            if count > 1:
+                _running[model] = count - 1, before
+            else:
+                model._compiled_call_impl = before
+                for name in own:
+                    model.__dict__.pop(name, None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sqcompile.emit import BACKENDS
-from sqcompile.errors import RecipeError
+from sqcompile.errors import PlanError, RecipeError
 from sqcompile.plan import Plan
 from sqcompile.recipe import Recipe, resolve_recipe
 
@@ -48,7 +48,7 @@ class Options:
         return id(self.plan), *(getattr(self, f.name) for f in fields(self) if f.name != "plan")
 
 
-_plans: dict[str, Plan] = {}
+_plans: dict[str, tuple[tuple[int, int], Plan]] = {}
 
 
 def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
@@ -67,8 +67,7 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
         given["mode"] = mode
     plan = given.get("plan")
     if isinstance(plan, (str, os.PathLike)):
-        path = os.path.abspath(plan)
-        given["plan"] = plan = _plans.setdefault(path, Plan.load(path))
+        given["plan"] = plan = _load(os.path.abspath(plan))
     if plan is not None and not isinstance(plan, Plan):
         raise RecipeError(f"option plan={plan!r}: pass what sqcompile.calibrate gives, or the path of a saved one")
     if plan is not None and ("recipe" in given or "calibration_steps" in given):
@@ -87,3 +86,15 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     if not isinstance(found.calibration_steps, int) or found.calibration_steps < 1:
         raise RecipeError(f"option calibration_steps={found.calibration_steps!r}: a number of calls, at least 1")
     return found
+
+
+def _load(path: str) -> Plan:
+    """The plan in a file: one object as long as the file stays as it is."""
+    try:
+        found = os.stat(path)
+    except OSError as e:
+        raise PlanError(f"{path} is not a sqcompile plan ({e!r}): make one with Plan.save") from e
+    version = found.st_mtime_ns, found.st_size
+    if path not in _plans or _plans[path][0] != version:
+        _plans[path] = version, Plan.load(path)
+    return _plans[path][1]

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import operator
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from sqcompile.backend.bound import Bound, Observed
 from sqcompile.backend.capture import Template, attach, write_back
 from sqcompile.backend.cuda_graphs import Recorder
-from sqcompile.backend.session import Session, quantized_only, states
+from sqcompile.backend.options import Options
+from sqcompile.backend.session import Session, quantized_only, session_of
+from sqcompile.backend.weights import is_freed, source
 from sqcompile.calibrate import Observer
 from sqcompile.compile import rewrite
 from sqcompile.errors import CaptureError, StageError
 from sqcompile.inductor import compile_regions, compile_without_constants, flatten, inductor, with_layout
-from sqcompile.inputs import Call, token_mask
 from sqcompile.passes.attention_chains import find_attentions
+from sqcompile.passes.graph import find_linears, nodes_by_name
 from sqcompile.passes.shared import held
 from sqcompile.recipe import resolve_recipe
 
@@ -28,54 +29,31 @@ GRAD = (
 )
 
 
-class Bound:
-    """A graph with one set of weights.
-
-    Attributes:
-        run: takes the arguments at ``used``.
-        keep: INT8 weights shared with other graphs.
-    """
-
-    def __init__(self, tensors: list[Tensor], run: Callable[..., Any], used: list[int], keep: list[Any]) -> None:
-        """``tensors``: the model's tensors it was made from; none is kept alive."""
-        self.tensors = [weakref.ref(t) for t in tensors]
-        self.states = states(tensors)
-        self.run, self.used, self.keep = run, used, keep
-
-    def fits(self, tensors: list[Tensor]) -> bool:
-        """At every call, so in few Python operations: some 0.2 µs a tensor."""
-        return (
-            all(map(operator.is_, map(weakref.ref.__call__, self.tensors), tensors)) and states(tensors) == self.states
-        )
-
-    def alive(self) -> bool:
-        tensors = [t for ref in self.tensors if (t := ref()) is not None]
-        return len(tensors) == len(self.tensors) and states(tensors) == self.states
-
-
 class Runner:
-    """What Dynamo calls in place of its graph.
+    """What Dynamo calls in place of its graph. Models of one class share it: Dynamo looks at code, not at modules.
 
     Attributes:
-        observer: the graph in float with its statistics, while the session has no plan.
+        bound: the compiled graphs, the newest first.
+        observed: the graphs in float of the sessions that have no plan yet.
     """
 
-    def __init__(self, session: Session, template: Template, examples: Sequence[Any], names: Sequence[str]) -> None:
-        """``examples`` and ``names`` are of Dynamo's arguments."""
-        self.session, self.template = session, template
-        self.observer: Observer | None = None
+    def __init__(
+        self, session: Session, options: Options, template: Template, examples: Sequence[Any], names: Sequence[str]
+    ) -> None:
+        """``session`` is of the model at hand; ``examples`` and ``names`` are of Dynamo's arguments."""
+        self.options, self.template, self.fallback = options, template, list(names)
         written = set(template.updates)
         self.constants = [
-            i for i, x in enumerate(examples) if i not in written and isinstance(x, Tensor) and self._is_constant(x)
+            i
+            for i, x in enumerate(examples)
+            if i not in written and (isinstance(x, torch.nn.Parameter) or (isinstance(x, Tensor) and session.names(x)))
         ]
-        self.fallback = list(names)
-        self.needs_grad = any(examples[i].requires_grad for i in self.constants)
         self.bound: list[Bound] = []
+        self.observed: list[Observed] = []
         self.code: dict[str, Callable[..., Any]] = {}
         self.binds = 0
         if session.plan is not None:
-            self._bind([examples[i] for i in self.constants], guarded=True)
-        session.runners.add(self)
+            self._bind(session, [examples[i] for i in self.constants], guarded=True)
 
     def __call__(self, *args: Any) -> Any:
         """Runs the graph.
@@ -86,90 +64,118 @@ class Runner:
         if torch.is_grad_enabled() and asks_for_gradients(args):
             raise CaptureError(GRAD)
         tensors = [args[i] for i in self.constants]
-        if self.session.plan is None:
-            self.session.step(self)
-            if self.session.plan is None:
-                return self._observe(args, tensors)
-        bound = next((b for b in self.bound if b.fits(tensors)), None) or self._bind(tensors)
-        with torch.no_grad():
-            return bound.run(*[args[i] for i in bound.used])
+        found = next((b for b in self.bound if b.fits(tensors)), None) or self._enter(args, tensors)
+        return found(args)
 
-    def _is_constant(self, x: Tensor) -> bool:
-        return isinstance(x, torch.nn.Parameter) or bool(self.session.names(x))
+    def _enter(self, args: Sequence[Any], tensors: list[Tensor]) -> Bound | Observed:
+        """What serves weights that no compiled graph was made for."""
+        observed = next((o for o in self.observed if o.fits(tensors)), None)
+        session = observed.session if observed else session_of(tensors, self.options)
+        if session.plan is None:
+            if observed is None:
+                observed = self._observe(session, tensors)
+            session.step(observed)
+            if session.plan is None:
+                return observed
+        if self.bound and self._release(self.bound[0].changed(tensors), tensors, session):
+            tensors = [args[i] for i in self.constants]
+        return self._bind(session, tensors)
 
-    def _bind(self, tensors: list[Tensor], guarded: bool = False) -> Bound:
+    def _release(self, changed: list[int], tensors: list[Tensor], session: Session) -> bool:
+        """Makes inputs of buffers that are written to between calls, such as counters, unless weights are made of them."""
+        buffers = [i for i in changed if not isinstance(tensors[i], torch.nn.Parameter)]
+        if not buffers:
+            return False
+        traced, names = self._attach(session, tensors), self._names(session, tensors)
+        weights = _parameters(traced)
+        inputs = {self.constants[i] for i in buffers if names[i] not in weights}
+        self.constants = [i for i in self.constants if i not in inputs]
+        if inputs:
+            self.bound, self.observed = [], []
+        return bool(inputs)
+
+    def _bind(self, session: Session, tensors: list[Tensor], guarded: bool = False) -> Bound:
         """Rewrites and compiles the graph for these weights; graphs of weights that are no more are dropped."""
-        session = self.session
         assert session.plan is not None
-        self.bound = [b for b in self.bound if b.alive()]
-        self.observer = None
-        traced = self._attach(tensors)
-        lowered = rewrite(traced, session.plan, session.options.stage, session.shared)
-        read = {str(n.target) for n in lowered.graph.find_nodes(op="get_attr")}
-        for name, t in zip(self._names(tensors), tensors, strict=True):
-            if name in read and session.is_freed(t):
-                raise StageError(f"a graph reads {name} in float, and free_float=True has freed it: compile without it")
-        freed = quantized_only(traced, lowered, session.plan) if session.options.free_float else set()
-        del traced
-        keep = held(lowered)
-        run, used = self._emit(lowered, guarded, tensors)
-        session.free(t for name, t in zip(self._names(tensors), tensors, strict=True) if name in freed)
-        self.bound.insert(0, Bound(tensors, run, used, keep))
-        return self.bound[0]
+        session.runners.add(self)
+        session.warn_of_uncounted(tensors)
+        with torch.inference_mode(False), torch.no_grad():
+            traced = self._attach(session, tensors)
+            names = self._names(session, tensors)
+            lowered = rewrite(traced, session.plan, self.options.stage, session.shared)
+            read = {str(n.target) for n in lowered.graph.find_nodes(op="get_attr")}
+            for name, t in zip(names, tensors, strict=True):
+                if name in read and is_freed(t):
+                    raise StageError(
+                        f"a graph reads {name} in float, and free_float=True has freed it: compile without it"
+                    )
+            freed = quantized_only(traced, lowered, session.plan) if self.options.free_float else set()
+            del traced
+            keep = held(lowered)
+            run, used = self._emit(lowered, guarded, session, tensors)
+            session.blocks.free((name, t) for name, t in zip(names, tensors, strict=True) if name in freed)
+        bound = Bound(session, tensors, run, used, keep)
+        self.bound = [bound, *(b for b in self.bound if b.alive())]  # the old ones until now: INT8 weights are shared
+        return bound
 
-    def _attach(self, tensors: list[Tensor]) -> fx.GraphModule:
-        session = self.session
+    def _observe(self, session: Session, tensors: list[Tensor]) -> Observed:
+        session.runners.add(self)
+        traced = self._attach(session, tensors)
+        quantizes = resolve_recipe(self.options.recipe).attention != "none"
+        observer = Observer(traced, find_attentions(traced) if quantizes else [])
+        masks = [i for i, name in enumerate(self.fallback) if "attention_mask" in name]
+        observed = Observed(session, tensors, observer, self.template.updates, masks)
+        self.observed = [observed, *(o for o in self.observed if o.alive())]
+        return observed
+
+    def _attach(self, session: Session, tensors: list[Tensor]) -> fx.GraphModule:
         constants: dict[int, tuple[str, Tensor]] = {}
-        for i, name, t in zip(self.constants, self._names(tensors), tensors, strict=True):
+        for i, name, t in zip(self.constants, self._names(session, tensors), tensors, strict=True):
             own: Any = t.detach()
-            own._sqcompile_source = session.source(t)
+            own._sqcompile_source = source(t, name)
             constants[i] = name, own
         constants |= {len(self.fallback) + i: (f"held_{i}", t) for i, t in enumerate(self.template.held)}
         return attach(self.template, constants, session.aliases())
 
-    def _names(self, tensors: list[Tensor]) -> list[str]:
-        names = [self.session.names(t) for t in tensors]
+    def _names(self, session: Session, tensors: list[Tensor]) -> list[str]:
+        names = [session.names(t) for t in tensors]
         return [found[0] if found else self.fallback[i] for i, found in zip(self.constants, names, strict=True)]
 
     def _emit(
-        self, lowered: fx.GraphModule, guarded: bool, tensors: list[Tensor]
+        self, lowered: fx.GraphModule, guarded: bool, session: Session, tensors: list[Tensor]
     ) -> tuple[Callable[..., Any], list[int]]:
         arguments = lowered.meta["arguments"]
         flat, used = flatten(write_back(lowered))
         positions = [arguments[i] for i in used]
         run = self._compile(flat, guarded)
         devices = {t.device for t in tensors if t.is_cuda}
-        if self.session.options.mode == "reduce-overhead" and len(devices) == 1:  # a CUDA graph is of one device
+        if self.options.mode == "reduce-overhead" and len(devices) == 1:  # a graph without weights has none
             written = [i for i, position in enumerate(positions) if position in self.template.updates]
-            run = Recorder(run, written, self.session.pool(devices.pop()))
+            run = Recorder(run, written, session.pool(devices.pop()))
         return run, positions
 
     def _compile(self, flat: fx.GraphModule, guarded: bool) -> Callable[..., Any]:
-        if self.session.options.compiler == "eager":
+        if self.options.compiler == "eager":
             return flat
         self.binds += 1
-        if self.session.options.regional:
+        if self.options.regional:
             return compile_regions(flat, guarded)
         if self.binds > 1:  # a layer that is compiled alone, or changed weights: there will be more
             return compile_without_constants(flat, self.code, guarded)
         return with_layout(inductor(flat, guarded), flat)
 
-    def _observe(self, args: Sequence[Any], tensors: list[Tensor]) -> Any:
-        """The call in float; statistics of weights that have changed are dropped."""
-        if self.observer is None:
-            traced = self._attach(tensors)
-            quantizes = resolve_recipe(self.session.options.recipe).attention != "none"
-            self.observer = Observer(traced, find_attentions(traced) if quantizes else [])
-            self.updates = self.observer.module.meta["updates"]  # type: ignore[index]
-        gm: Any = self.observer.module
-        leaves = [args[i] for i in gm.meta["arguments"]]
-        masks = [args[i] for i, name in enumerate(self.fallback) if "attention_mask" in name]
-        mask = token_mask(Call((), {"attention_mask": masks[0]})) if len(masks) == 1 else None
-        results = self.observer.batch(leaves, mask)
-        with torch.no_grad():
-            for position, new in zip(self.template.updates, results, strict=False):
-                args[position].copy_(new)
-        return results[len(self.template.updates) :]
+
+def _parameters(gm: fx.GraphModule) -> set[str]:
+    """Names of all tensors that the weights and biases of linears are made of."""
+    nodes = nodes_by_name(gm)
+    todo = [nodes[n] for l in find_linears(gm) for n in (l.weight, l.bias) if n]
+    seen: set[fx.Node] = set()
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo += node.all_input_nodes
+    return {str(n.target) for n in seen if n.op == "get_attr"}
 
 
 def asks_for_gradients(args: Sequence[Any]) -> bool:

@@ -7,22 +7,25 @@ after a graph break, and those of a layer compiled alone.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
+import warnings
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._dynamo.eval_frame import _PyInterpreterFrame
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sqcompile.backend.cuda_graphs import Pool
 from sqcompile.backend.decide import decide
 from sqcompile.backend.options import Options
-from sqcompile.errors import RecipeError, StageError
+from sqcompile.backend.weights import Blocks, check_not_freed
+from sqcompile.errors import PlanError, RecipeError
 from sqcompile.passes.graph import find_linears, first_leaf, nodes_by_name
 from sqcompile.passes.shared import Shared
 from sqcompile.plan import Plan
@@ -30,15 +33,8 @@ from sqcompile.recipe import resolve_recipe
 from sqcompile.trace import aliases
 
 if TYPE_CHECKING:
+    from sqcompile.backend.bound import Observed
     from sqcompile.backend.runner import Runner
-
-
-@dataclass(frozen=True)
-class Freed:
-    """A parameter whose float values are gone: what it was, and how it is left."""
-
-    source: Hashable
-    left: tuple[int, int]
 
 
 class Session:
@@ -48,21 +44,23 @@ class Session:
         options: of torch.compile.
         plan: None until calibration is over.
         shared: the INT8 weights.
+        blocks: what freed weights are views of.
         runners: the graphs.
     """
 
     def __init__(self, root: nn.Module | None, options: Options) -> None:
         self._root = weakref.ref(root) if root is not None else lambda: None
         self.options, self.plan = options, options.plan
-        self.shared = Shared(lambda t: getattr(t, "_sqcompile_source", None))
+        self.shared = Shared(lambda t: getattr(t, "_sqcompile_source", None), check_not_freed)
+        self.blocks = Blocks()
         self.runners: weakref.WeakSet[Runner] = weakref.WeakSet()
-        self._names: dict[int, tuple[str, ...]] = {}
-        self._serial: Any = WeakIdKeyDictionary()
-        self._freed: Any = WeakIdKeyDictionary()
-        self._blocks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._seen: set[Runner] = set()
+        self._names: Any = WeakIdKeyDictionary()
+        self._seen: set[Observed] = set()
         self._calls = 0
+        self._warned = False
         self._pools: dict[torch.device, Pool] = {}
+        if root is not None:  # Dynamo keeps graphs with the code of a class, which outlives the model
+            weakref.finalize(root, _forget, weakref.ref(self)).atexit = False
 
     def pool(self, device: torch.device) -> Pool:
         """Where CUDA graphs are recorded."""
@@ -75,11 +73,11 @@ class Session:
         root = self._root()
         if root is None:
             return ()
-        if id(tensor) not in self._names:
-            self._names = {}
+        if tensor not in self._names:
+            self._names = WeakIdKeyDictionary()
             for name, t in _tensors(root):
-                self._names[id(t)] = (*self._names.get(id(t), ()), name)
-        found = self._names.get(id(tensor), ())
+                self._names[t] = (*self._names.get(t, ()), name)
+        found = self._names.get(tensor, ())
         planned = {l.name for l in self.plan.layers} if self.plan and len(found) > 1 else set()
         return tuple(sorted(found, key=lambda name: name not in planned))
 
@@ -88,47 +86,37 @@ class Session:
         root = self._root()
         return {} if root is None else aliases(root)
 
-    def source(self, tensor: Tensor) -> Hashable:
-        """Which values a tensor has now: changes when it is written to or moved.
+    def warn_of_uncounted(self, tensors: Sequence[Tensor]) -> None:
+        """Says once that writes to tensors of inference mode cannot be seen."""
+        if not self._warned and any(t.is_inference() for t in tensors):
+            self._warned = True
+            warnings.warn(
+                "the model was made under torch.inference_mode(), where PyTorch counts no writes: weights that are "
+                "changed in place will not be quantized again. Make or load it outside of that mode",
+                stacklevel=2,
+            )
 
-        Raises:
-            StageError: if its float values were freed and it has been written to since.
-        """
-        freed = self._freed.get(tensor)
-        if freed is not None:
-            if state(tensor) != freed.left:
-                name = next(iter(self.names(tensor)), "a parameter")
-                raise StageError(
-                    f"{name} was written to or moved after its float values were freed (free_float=True): load the model "
-                    "again and compile that one"
-                )
-            return freed.source
-        return (self._serial.setdefault(tensor, len(self._serial)), *state(tensor))
-
-    def is_freed(self, tensor: Tensor) -> bool:
-        return tensor in self._freed
-
-    def free(self, parameters: Iterable[Tensor]) -> None:
-        """Frees the values of parameters: each becomes a view of one block of NaN, of the same sizes and strides."""
-        for p in parameters:
-            if self.is_freed(p):
-                continue
-            source, key = self.source(p), (p.dtype, p.device)
-            size = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
-            if key not in self._blocks or len(self._blocks[key]) < size:
-                self._blocks[key] = torch.full((size,), float("nan"), dtype=p.dtype, device=p.device)
-            p.data = self._blocks[key].as_strided(p.shape, p.stride())
-            self._freed[p] = Freed(source, state(p))
-
-    def step(self, runner: Runner) -> None:
+    def step(self, observed: Observed) -> None:
         """Counts a call in float; after the last one, makes the plan. A call of a model runs each graph once at most."""
-        if runner in self._seen:
+        if observed in self._seen:
             self._calls += 1
             self._seen = set()
             if self._calls >= self.options.calibration_steps:
-                observers = [r.observer for r in self.runners if r.observer is not None]
-                self.plan = decide(observers, resolve_recipe(self.options.recipe), self._calls)
-        self._seen.add(runner)
+                mine = [o for r in self.runners for o in r.observed if o.session is self and o.alive()]
+                recipe = resolve_recipe(self.options.recipe)
+                with torch.inference_mode(False):
+                    self.plan = decide([o.observer for o in mine], recipe, self._calls)
+                self.forget(bound=False)
+                return
+        self._seen.add(observed)
+
+    def forget(self, bound: bool = True) -> None:
+        """Has the graphs drop what they hold for this model: what they have seen, and what they compiled."""
+        self._seen = set()
+        for r in self.runners:
+            r.observed = [o for o in r.observed if o.session is not self]
+            if bound:
+                r.bound = [b for b in r.bound if b.session is not self]
 
 
 def quantized_only(traced: fx.GraphModule, lowered: fx.GraphModule, plan: Plan) -> set[str]:
@@ -139,31 +127,36 @@ def quantized_only(traced: fx.GraphModule, lowered: fx.GraphModule, plan: Plan) 
     return {w for w in weights if w} - left
 
 
-def state(tensor: Tensor) -> tuple[int, int]:
-    """Version and address of a tensor's values. A tensor made in inference mode has no version."""
-    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
-
-
-def states(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
-    """`state` of each tensor: versions and addresses."""
-    try:
-        versions = [t._version for t in tensors]
-    except RuntimeError:  # one was made in inference mode; to ask each is slow
-        versions = [state(t)[0] for t in tensors]
-    return versions, [t.data_ptr() for t in tensors]
+def _forget(session: weakref.ref[Session]) -> None:
+    if (found := session()) is not None:
+        found.forget()
 
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Session]] = weakref.WeakKeyDictionary()
 
 
-def session_of(parameters: Sequence[Tensor], options: Options) -> Session:
+def reset() -> None:
+    """Forgets all plans that models have made by calibrating themselves, with ``torch._dynamo.reset()``."""
+    _sessions.clear()
+
+
+def session_of(tensors: Sequence[Tensor], options: Options) -> Session:
     """The session of the model that is being called.
+
+    Args:
+        tensors: the model's parameters and buffers that a graph reads; for none, a session of the graph alone.
+        options: of torch.compile.
 
     Raises:
         RecipeError: for CUDA graphs of a model that is not on one GPU.
+        PlanError: if there is a plan, and the model is not found.
     """
-    devices = {str(p.device) for p in parameters}
-    if options.mode == "reduce-overhead" and (len(devices) > 1 or any(p.device.type != "cuda" for p in parameters)):
+    if not tensors:
+        alone = Session(None, options)
+        alone.plan = options.plan or Plan(resolve_recipe(options.recipe), None, {}, ())
+        return alone
+    devices = {str(t.device) for t in tensors}
+    if options.mode == "reduce-overhead" and (len(devices) > 1 or any(t.device.type != "cuda" for t in tensors)):
         raise RecipeError(
             "mode='reduce-overhead' records CUDA graphs, each of one GPU, and the model's parameters are on "
             f"{', '.join(sorted(devices))}: move them to one GPU, or leave the mode out"
@@ -171,27 +164,59 @@ def session_of(parameters: Sequence[Tensor], options: Options) -> Session:
     wanted = {l.name for l in options.plan.layers} if options.plan else set()
     best, most = None, -1
     for module in _modules():
-        tensors = dict(_tensors(module))
-        if {id(p) for p in parameters} <= {id(t) for t in tensors.values()}:
-            hits = len(wanted & tensors.keys())
+        own = dict(_tensors(module))
+        if {id(t) for t in tensors} <= {id(t) for t in own.values()}:
+            hits = len(wanted & own.keys())
             if hits >= most:  # of equals the outermost, which comes last
                 best, most = module, hits
+    if best is None and options.plan is not None:
+        raise PlanError(
+            "the model that a compiled function calls is not found, and so the plan's names are not those of its "
+            "parameters: pass the model itself to torch.compile, or make it a local variable or an attribute where it is called"
+        )
     if best is None:
         return Session(None, options)
     return _sessions.setdefault(best, {}).setdefault(options.key, Session(best, options))
 
 
+def model_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those that are parameters or buffers of modules on the call stack."""
+    known = {id(t) for module in _modules() for _, t in _tensors(module)}
+    return [t for t in tensors if id(t) in known]
+
+
 def _modules() -> Iterator[nn.Module]:
-    """The modules on the call stack, the innermost first: locals of frames, and what their methods are bound to."""
+    """The modules on the call stack, the innermost first: what frames and the objects of their methods refer to."""
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__", "").partition(".")[0] != "sqcompile":
-            for v in [*frame.f_locals.values()]:
-                v = v.__self__ if isinstance(v, types.MethodType) else v
-                v = v._orig_mod if isinstance(v, OptimizedModule) else v
-                if isinstance(v, nn.Module) and not isinstance(v, fx.GraphModule):
-                    yield v
+            used = (frame.f_globals.get(name) for name in frame.f_code.co_names)
+            for v in [*_locals(frame), *used]:
+                if isinstance(v, _PyInterpreterFrame):  # the one that Dynamo compiles, which does not run yet
+                    for x in v.f_locals.values():
+                        yield from _modules_of(x)
+                yield from _modules_of(v)
         frame = frame.f_back
+
+
+def _locals(frame: types.FrameType) -> list[Any]:
+    """The values of a frame's variables."""
+    found = frame.f_locals
+    values = [*found.values()]
+    # before Python 3.13, a function's frame keeps this copy, and with it a model that the function deletes later
+    copied = sys.version_info < (3, 13) and frame.f_code.co_flags & inspect.CO_OPTIMIZED
+    if copied and sys.getrefcount(found) <= 3:  # the frame's, ours and the call's: nobody else has asked for it
+        found.clear()
+    return values
+
+
+def _modules_of(v: Any) -> Iterator[nn.Module]:
+    v = v.__self__ if isinstance(v, types.MethodType) else v
+    attributes = [] if isinstance(v, (nn.Module, types.ModuleType, type)) else [*getattr(v, "__dict__", {}).values()]
+    for x in (v, *attributes):
+        x = x._orig_mod if isinstance(x, OptimizedModule) else x
+        if isinstance(x, nn.Module) and not isinstance(x, fx.GraphModule):
+            yield x
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,101 @@
+"""weights: which values a model's tensors have, and freeing them. Known by tensor, whatever graph or session asks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sqcompile.errors import StageError
+
+
+@dataclass(frozen=True)
+class Freed:
+    """A parameter whose float values are gone: its name, what it was, and how it is left."""
+
+    name: str
+    source: Hashable
+    left: tuple[int, int]
+
+
+_serial: Any = WeakIdKeyDictionary()
+_freed: Any = WeakIdKeyDictionary()
+_numbers = itertools.count()
+
+
+def state(tensor: Tensor) -> tuple[int, int]:
+    """Version and address of a tensor's values. A tensor made in inference mode has no version."""
+    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+
+
+def states(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
+    """`state` of each tensor: versions and addresses."""
+    try:
+        versions = [t._version for t in tensors]
+    except RuntimeError:  # one was made in inference mode; to ask each is slow
+        versions = [state(t)[0] for t in tensors]
+    return versions, [t.data_ptr() for t in tensors]
+
+
+def source(tensor: Tensor, name: str) -> Hashable:
+    """Which values a tensor has now: changes when it is written to or moved.
+
+    Raises:
+        StageError: if its float values were freed and it has been written to since.
+    """
+    freed = _freed.get(tensor)
+    if freed is not None:
+        if state(tensor) != freed.left:
+            raise StageError(
+                f"{name} was written to or moved after its float values were freed (free_float=True): load the model "
+                "again and compile that one"
+            )
+        return freed.source
+    return (_serial.setdefault(tensor, next(_numbers)), *state(tensor))
+
+
+def is_freed(tensor: Tensor) -> bool:
+    return tensor in _freed
+
+
+def check_not_freed(key: Hashable) -> None:
+    """Before an INT8 weight is made of what ``key`` says (nested tuples that hold sources).
+
+    Raises:
+        StageError: if the float values of one of its tensors were freed.
+    """
+    names = {f.source: f.name for f in _freed.values()}
+    todo = [key]
+    while todo:
+        part = todo.pop()
+        if part in names:
+            raise StageError(
+                f"{names[part]} is needed in float to be quantized in another way than before (a graph that folds other "
+                "scales into it, a recompilation, or other options), and free_float=True has freed it: load the model "
+                "again, or compile without free_float"
+            )
+        todo += part if isinstance(part, tuple) else ()
+
+
+class Blocks:
+    """Blocks of NaN that freed parameters are views of, one of each dtype and device."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def free(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Frees the values of parameters: each becomes a view of a block of NaN, of the same sizes and strides."""
+        for name, p in named:
+            if is_freed(p):
+                continue
+            was, key = source(p, name), (p.dtype, p.device)
+            size = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
+            if key not in self._blocks or len(self._blocks[key]) < size:
+                self._blocks[key] = torch.full((size,), float("nan"), dtype=p.dtype, device=p.device)
+            p.data = self._blocks[key].as_strided(p.shape, p.stride())
+            _freed[p] = Freed(name, was, state(p))
