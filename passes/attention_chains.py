@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.graph import arguments, aten, constants, find_linears, nodes_by_name, value
-from sqcompile.passes.heads import head_count, unmerged, unrepeated_pair
+from sqcompile.passes.heads import head_count, same_batch, unmerged, unrepeated_pair
 from sqcompile.passes.label_rules import OUTPUT, describe
 from sqcompile.passes.scores import SAME, Mask, Scores, read_scores
 
@@ -209,8 +209,8 @@ def _operands(a: Attention, q: fx.Node, k: fx.Node, v: fx.Node, transposed: bool
             q, k, v = apart  # type: ignore[assignment]
     elif not transposed:
         k, v = unrepeated_pair(k, v)
-    heads, groups, batch = head_count(q), head_count(k), [value(t).shape[0] for t in (q, k, v)]
-    if not all(statically_known_true(b == batch[0]) for b in batch):
+    heads, groups = head_count(q), head_count(k)
+    if not same_batch(q, k, v):
         return _with(a, refused="its queries and keys have different batches")
     if groups != head_count(v) or heads % groups:
         return _with(a, refused=f"{heads} query heads share {groups} key heads and {head_count(v)} value heads")

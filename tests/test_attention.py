@@ -183,6 +183,30 @@ def test_padding_that_leaves_one_key_is_not_taken_for_causal():
         assert relative_error(compiled(x, memory, keep), compiled.stages["quantized"](x, memory, keep)) < 1e-5, kept
 
 
+class Broadcasts(Attend):
+    """Attention in which something is the same for every sequence, or for every head."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.learned = what, nn.Parameter(torch.randn(1, 6, 32))
+
+    def forward(self, x):
+        (q, k, v), (learned_q, *learned) = self.heads(x), self.heads(self.learned)
+        if self.what == "one head of values":
+            return self.join(F.scaled_dot_product_attention(q, k, v[:, :1]))
+        return self.join(F.scaled_dot_product_attention(*((q, *learned) if self.what == "keys" else (learned_q, k, v))))
+
+
+@pytest.mark.parametrize("what", ["keys", "queries", "one head of values"])
+def test_attention_whose_operands_broadcast_is_left_to_torch(what):
+    torch.manual_seed(0)
+    model = Broadcasts(what).eval()
+    compiled = sqcompile.compile(model, [(torch.randn(2, 5, 32),)], backend="eager")
+    assert not attention_nodes(compiled)
+    x = torch.randn(3, 5, 32)
+    assert relative_error(compiled(x), compiled.stages["quantized"](x)) < 1e-5
+
+
 def test_left_padding_through_a_compiled_model():
     model = tiny_lm("llama")
     ids = token_batches(1, (2, 17))[0]["input_ids"]
