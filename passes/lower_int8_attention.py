@@ -33,7 +33,7 @@ def lower_int8_attention(gm: fx.GraphModule) -> None:
     lists: dict[fx.Node, fx.Node] = {}
     for product in gm.graph.find_nodes(op="call_function", target=sqcompile_ops.int8_scores.default):
         path = _forward(product, _ENDS)
-        scores = None if path is None else read_scores(path[:-1])
+        scores = None if path is None else read_scores(path[:-1], value(product).shape[1])
         if path is None or not isinstance(scores, Scores):
             continue
         end = path[-1]

@@ -84,7 +84,7 @@ class _Inserter:
         x = self.nodes[name]
         if name == self.a.k and self.a.transposed:
             x = add_op(self.gm, aten.transpose.int, x, -1, -2)
-        return add_op(self.gm, aten.unsqueeze.default, x, 1) if value(x).dim() == 3 else x
+        return self._apart(x)
 
     def _with_constant(self, operator: Any, x: fx.Node, name: str) -> fx.Node:
         """x [B, H, S, D] times or less a tensor [H, D] of the plan, if it has one."""
@@ -153,7 +153,7 @@ class _Inserter:
         return add_op(self.gm, aten.flatten.using_ints, y, 0, 1) if value(output).dim() == 3 else y
 
     def _apart(self, x: fx.Node) -> fx.Node:
-        """[B H, Sq, Sk] as [B, H, Sq, Sk]."""
+        """[B H, ., .] as [B, H, ., .]."""
         return add_op(self.gm, aten.unflatten.int, x, 0, [-1, self.a.heads]) if value(x).dim() == 3 else x
 
     def _replace(self, old: fx.Node, new: fx.Node) -> None:

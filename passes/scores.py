@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,8 +60,11 @@ SAME = {
 }  # fmt: skip
 
 
-def read_scores(path: list[fx.Node]) -> Scores | str:
-    """What the nodes from a product (the first) to the scores (the last) do; or, in words, what one of them does else."""
+def read_scores(path: list[fx.Node], heads: int) -> Scores | str:
+    """What the nodes from a product (the first) to the scores (the last) do; or, in words, what one of them does else.
+
+    ``heads`` is H where scores are [B, H, Sq, Sk] or [B H, Sq, Sk]: masks are read in these two shapes.
+    """
     scores, inner = Scores(), None  # inner: the factor in a tanh just passed; softcap · tanh(QKᵀ · inner)
     for before, node in itertools.pairwise(path):
         if node.target in SAME:
@@ -89,10 +93,22 @@ def read_scores(path: list[fx.Node]) -> Scores | str:
             mask = _mask(before, node)
             if mask is None:
                 return f"one of its scores {describe(node)}"
+            if not _by_head(path[0], node, heads):
+                return "its scores are masked in another shape"
             scores = replace(scores, masks=(*scores.masks, mask))
     if inner is not None:
         scores = replace(scores, softcap=1.0, scale=inner)
     return scores if scores.scale >= 0 else "its scores are scaled by a negative number"
+
+
+def _by_head(product: fx.Node, node: fx.Node, heads: int) -> bool:
+    """Whether a node holds the scores of a product, no more of them, as [B, H, Sq, Sk] or [B H, Sq, Sk]."""
+    *batch, queries, keys = value(node).shape
+    *whole, sq, sk = value(product).shape
+    if len(batch) not in (1, 2) or (len(batch) == 2 and batch[1] != heads):
+        return False
+    same = (math.prod(batch) == math.prod(whole), queries == sq, keys == sk)
+    return all(statically_known_true(x) for x in same)
 
 
 def _factor(x: fx.Node, node: fx.Node) -> float | None:
@@ -118,9 +134,6 @@ def _number(x: Any) -> float | None:
 def _mask(x: fx.Node, node: fx.Node) -> Mask | None:
     """What a node does to the scores x, where it adds a tensor or blocks keys."""
     t, args, merged = node.target, node.args, value(node).dim() == 3
-    shapes = zip(value(x).shape, value(node).shape, strict=False)
-    if value(x).dim() != value(node).dim() or not all(statically_known_true(a == b) for a, b in shapes):
-        return None
     if t in (aten.add.Tensor, aten.sub.Tensor):
         other = args[1] if args[0] is x else args[0]
         alpha: Any = node.kwargs.get("alpha", 1)

@@ -151,6 +151,31 @@ class Transposed(Attend):
         return self.join((q @ k / 2.0).softmax(-1) @ v)
 
 
+class ScaledKeys(Attend):
+    """Batch and heads merged, but where padding is masked; the scale divides the keys, as in DeBERTa."""
+
+    def forward(self, x):
+        b, s, _ = x.shape
+        q, k, v = (t.reshape(b * self.count, s, self.d) for t in self.heads(x))
+        scores = torch.bmm(q, k.transpose(-1, -2) / math.sqrt(self.d)).view(b, self.count, s, s)
+        padding = torch.arange(s, device=x.device) > torch.arange(b, device=x.device)[:, None] + 2
+        scores = scores.masked_fill(padding[:, None, None], torch.finfo(x.dtype).min)
+        y = torch.bmm(scores.softmax(-1).view(b * self.count, s, s), v)
+        return self.join(y.view(b, self.count, s, self.d))
+
+
+class Windows(Attend):
+    """Every second sequence has another mask, added where the windows of an image have a dim of their own, as in Swin."""
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-1, -2) * self.d**-0.5
+        at = torch.arange(x.shape[1], device=x.device)
+        mask = (torch.stack([at <= at[:, None], at >= at[:, None]]).float() - 1) * 100
+        windows = scores.view(-1, 2, *scores.shape[1:]) + mask[None, :, None]
+        return self.join(windows.view(scores.shape).softmax(-1) @ v)
+
+
 HAND_WRITTEN = {
     "whole": lambda: (Spelled("whole"), 32, True),
     "eager": lambda: (Spelled("eager"), 32, True),
@@ -164,6 +189,8 @@ HAND_WRITTEN = {
     "normed": lambda: (Normed(), 8, True),
     "clamped": lambda: (Clamped(), 32, False),
     "transposed keys": lambda: (Transposed(), 32, True),
+    "scaled keys": lambda: (ScaledKeys(), 32, True),
+    "windows": lambda: (Windows(), 32, False),
 }
 
 
