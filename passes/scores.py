@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels.attention_parts import BLOCKED
@@ -139,6 +139,8 @@ def _mask(x: fx.Node, node: fx.Node) -> Mask | None:
         alpha: Any = node.kwargs.get("alpha", 1)
         if not isinstance(other, fx.Node) or other is x or (args[0] is not x and (alpha != 1 or t == aten.sub.Tensor)):
             return None
+        if not isinstance(value(other), Tensor) or not value(other).dtype.is_floating_point:
+            return None  # a bool mask that is added is none that blocks keys
         return Mask(other, float(alpha) * (-1 if t == aten.sub.Tensor else 1), merged=merged)
     if t == sqcompile_ops.mask_scores.default:
         return Mask(args[1], causal=args[2] is not None)  # type: ignore[arg-type]

@@ -176,6 +176,16 @@ class Windows(Attend):
         return self.join(windows.view(scores.shape).softmax(-1) @ v)
 
 
+class Alike(Attend):
+    """Tokens of one kind score 1 more: a bool tensor is added, no key is blocked."""
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        kind = x[..., 0] > 0
+        alike = kind[:, None, :, None] == kind[:, None, None]
+        return self.join((q @ k.transpose(-1, -2) * 0.3 + alike).softmax(-1) @ v)
+
+
 HAND_WRITTEN = {
     "whole": lambda: (Spelled("whole"), 32, True),
     "eager": lambda: (Spelled("eager"), 32, True),
@@ -191,6 +201,7 @@ HAND_WRITTEN = {
     "transposed keys": lambda: (Transposed(), 32, True),
     "scaled keys": lambda: (ScaledKeys(), 32, True),
     "windows": lambda: (Windows(), 32, False),
+    "alike": lambda: (Alike(), 32, False),
 }
 
 
