@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.attention_chains import Attention, find_attentions
@@ -131,7 +132,8 @@ class _Inserter:
         if mask is None and not args["is_causal"]:
             return scores
         if mask is not None and value(mask).dim() == 3:
-            mask = add_op(self.gm, aten.unsqueeze.default, mask, 1 if value(node).dim() == 3 else 0)
+            shared = value(node).dim() == 4 or statically_known_true(value(mask).shape[0] == 1)
+            mask = add_op(self.gm, aten.unsqueeze.default, mask, 0) if shared else self._apart(mask)
         return add_op(self.gm, sqcompile_ops.mask_scores.default, scores, mask, 0 if args["is_causal"] else None)
 
     def _attend(self, masked: fx.Node, p: fx.Node | None, output: fx.Node) -> fx.Node:

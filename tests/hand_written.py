@@ -151,6 +151,19 @@ class Transposed(Attend):
         return self.join((q @ k / 2.0).softmax(-1) @ v)
 
 
+class Merged(Attend):
+    """Batch and heads merged in one operator's operands, and in its mask: padding, and a slope for each head."""
+
+    def forward(self, x):
+        b, s, _ = x.shape
+        q, k, v = (t.reshape(b * self.count, s, self.d) for t in self.heads(x))
+        at = torch.arange(s, device=x.device)
+        slopes = torch.arange(1.0, 1.0 + self.count, device=x.device)[:, None, None] * at
+        padding = torch.where(at > torch.arange(b, device=x.device)[:, None] + 2, float("-inf"), 0.0)
+        mask = (slopes + padding[:, None, None]).reshape(b * self.count, 1, s)
+        return self.join(F.scaled_dot_product_attention(q, k, v, mask).view(b, self.count, s, self.d))
+
+
 class ScaledKeys(Attend):
     """Batch and heads merged, but where padding is masked; the scale divides the keys, as in DeBERTa."""
 
@@ -200,6 +213,7 @@ HAND_WRITTEN = {
     "clamped": lambda: (Clamped(), 32, False),
     "transposed keys": lambda: (Transposed(), 32, True),
     "scaled keys": lambda: (ScaledKeys(), 32, True),
+    "merged": lambda: (Merged(), 32, True),
     "windows": lambda: (Windows(), 32, False),
     "alike": lambda: (Alike(), 32, False),
 }
