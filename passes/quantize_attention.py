@@ -33,15 +33,17 @@ from sqcompile.plan import AttentionPlan, Plan
 def quantize_attention(gm: fx.GraphModule, plan: Plan) -> None:
     """Quantizes the plan's attentions."""
     plans = {p.name: p for p in plan.attention if p.quantized != "none"}
-    for a in find_attentions(gm) if plans else []:
+    attentions, nodes = find_attentions(gm) if plans else [], nodes_by_name(gm)
+    for a in attentions:
         if a.name in plans:
-            _Inserter(gm, plan, a, plans[a.name]).run()
+            _Inserter(gm, plan, a, plans[a.name], nodes).run()
 
 
 class _Inserter:
-    def __init__(self, gm: fx.GraphModule, plan: Plan, a: Attention, how: AttentionPlan) -> None:
-        self.gm, self.plan, self.a, self.how = gm, plan, a, how
-        self.nodes = nodes_by_name(gm)
+    def __init__(
+        self, gm: fx.GraphModule, plan: Plan, a: Attention, how: AttentionPlan, nodes: dict[str, fx.Node]
+    ) -> None:
+        self.gm, self.plan, self.a, self.how, self.nodes = gm, plan, a, how, nodes
 
     def run(self) -> None:
         a, product, output = self.a, self.nodes[self.a.product], self.nodes[self.a.output]
@@ -161,3 +163,4 @@ class _Inserter:
     def _replace(self, old: fx.Node, new: fx.Node) -> None:
         old.replace_all_uses_with(new)
         self.gm.graph.erase_node(old)
+        self.nodes[old.name] = new  # another attention may read it
