@@ -189,6 +189,14 @@ class Windows(Attend):
         return self.join(windows.view(scores.shape).softmax(-1) @ v)
 
 
+class Biased(Attend):
+    """The first channel of each key is its bias, too."""
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        return self.join(F.scaled_dot_product_attention(q, k, v, k[..., :1].transpose(-1, -2)))
+
+
 class Alike(Attend):
     """Tokens of one kind score 1 more: a bool tensor is added, no key is blocked."""
 
@@ -214,6 +222,7 @@ HAND_WRITTEN = {
     "transposed keys": lambda: (Transposed(), 32, True),
     "scaled keys": lambda: (ScaledKeys(), 32, True),
     "merged": lambda: (Merged(), 32, True),
+    "biased": lambda: (Biased(), 28, True),
     "windows": lambda: (Windows(), 32, False),
     "alike": lambda: (Alike(), 32, False),
 }
