@@ -25,7 +25,7 @@ from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.graph import arguments, aten, constants, find_linears, nodes_by_name, value
 from sqcompile.passes.heads import head_count, same_batch, unmerged, unrepeated_pair
 from sqcompile.passes.label_rules import OUTPUT, describe
-from sqcompile.passes.scores import SAME, Mask, Scores, read_scores
+from sqcompile.passes.scores import SAME, Mask, Number, Scores, numbers, read_scores
 
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 
@@ -77,7 +77,7 @@ class Attention:
 
 def find_attentions(gm: fx.GraphModule) -> list[Attention]:
     """Every attention, in graph order; see `Attention`."""
-    const = constants(gm)
+    const, number = constants(gm), numbers(gm)
     by_node = {l.node: l.name for l in find_linears(gm)}
     found: list[Attention] = []
     for node in gm.graph.nodes:
@@ -85,7 +85,7 @@ def find_attentions(gm: fx.GraphModule) -> list[Attention]:
         if node.target == aten.scaled_dot_product_attention.default:
             attention = _whole(node)
         elif node.target in SOFTMAX and node not in const:
-            attention = _spelled_out(node, const)
+            attention = _spelled_out(node, const, number)
         if attention is not None:
             found.append(attention)
     nodes, uses = nodes_by_name(gm), dict[str, int]()
@@ -117,7 +117,7 @@ def _whole(node: fx.Node) -> Attention:
     return _operands(a, q, k, v, False)
 
 
-def _spelled_out(softmax: fx.Node, const: set[fx.Node]) -> Attention | None:
+def _spelled_out(softmax: fx.Node, const: set[fx.Node], number: Number) -> Attention | None:
     """A softmax of the product of two tensors of data; None if it is not one."""
     scores, dim = softmax.args[:2]
     assert isinstance(scores, fx.Node)
@@ -147,7 +147,7 @@ def _spelled_out(softmax: fx.Node, const: set[fx.Node]) -> Attention | None:
     if v in const:
         return _with(a, refused="its values are constant")
     a = _operands(_with(a, output=output.name), q, k or kt, v, k is None)
-    return _with(a, scores=read_scores(paths[0], a.heads))
+    return _with(a, scores=read_scores(paths[0], a.heads, number))
 
 
 def _paths(scores: fx.Node, const: set[fx.Node]) -> list[list[fx.Node]]:

@@ -197,6 +197,22 @@ class Biased(Attend):
         return self.join(F.scaled_dot_product_attention(q, k, v, k[..., :1].transpose(-1, -2)))
 
 
+class HeldNumbers(Attend):
+    """Numbers that are tensors: a buffer divides the scores, a parameter is their temperature, as GPT-Neo blocks keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("root", torch.tensor(self.d).sqrt())
+        self.temperature = nn.Parameter(torch.full((1,), 0.7))
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-1, -2) / self.root * self.temperature.exp()
+        at = torch.arange(x.shape[1], device=x.device)
+        lowest = torch.tensor(torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device)
+        return self.join(torch.where(at <= at[:, None], scores, lowest).softmax(-1) @ v)
+
+
 class Alike(Attend):
     """Tokens of one kind score 1 more: a bool tensor is added, no key is blocked."""
 
@@ -223,6 +239,7 @@ HAND_WRITTEN = {
     "scaled keys": lambda: (ScaledKeys(), 32, True),
     "merged": lambda: (Merged(), 32, True),
     "biased": lambda: (Biased(), 28, True),
+    "held numbers": lambda: (HeldNumbers(), 32, True),
     "windows": lambda: (Windows(), 32, False),
     "alike": lambda: (Alike(), 32, False),
 }
