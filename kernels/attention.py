@@ -23,14 +23,15 @@ def mask_kind(mask: Tensor) -> Tensor:
     Args:
         mask: [..., Sq, Sk], additive, of a floating dtype. CAUSAL means exactly 0 where ``key <= query`` and minus
             infinity, or the dtype's lowest number, elsewhere, for every batch and head. Such a row has a key to attend
-            to, so that both leave nothing of the others. A sliding window or padding is GENERAL.
+            to, so that both leave nothing of the others. A sliding window or padding is GENERAL, and so is a mask of one
+            row: it may stand for any number of queries.
     """
     kind = GENERAL
     as_bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[mask.element_size()]
     bits = mask.view(as_bits).numpy()
     if not bits.any():
         kind = FULL
-    elif mask.dim() >= 2:
+    elif mask.dim() >= 2 and mask.shape[-2] > 1:
         blocked = mask[(0,) * (mask.dim() - 1)][-1]  # the last key, as the first query sees it
         if blocked <= torch.finfo(mask.dtype).min:
             causal = blocked.repeat(mask.shape[-2:]).triu_(1)

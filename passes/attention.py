@@ -18,7 +18,7 @@ from torch import fx
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.graph import add_op, additive, arguments, aten, value
-from sqcompile.passes.heads import head_count, unrepeated_pair
+from sqcompile.passes.heads import head_count, same_batch, unrepeated_pair
 
 
 def lower_attention(gm: fx.GraphModule) -> None:
@@ -46,6 +46,8 @@ def _lower_one(
     if once == (k, v) and head_count(k) != head_count(q) and not args["enable_gqa"]:
         return  # heads broadcast: left to torch
     k, v = once
+    if head_count(k) != head_count(v) or not same_batch(q, k, v):
+        return
     bias = kind = None
     if mask is not None:
         key = mask, value(q).dtype

@@ -23,9 +23,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.graph import arguments, aten, constants, find_linears, nodes_by_name, value
-from sqcompile.passes.heads import head_count, unmerged, unrepeated_pair
+from sqcompile.passes.heads import head_count, same_batch, unmerged, unrepeated_pair
 from sqcompile.passes.label_rules import OUTPUT, describe
-from sqcompile.passes.scores import SAME, Mask, Scores, read_scores
+from sqcompile.passes.scores import SAME, Mask, Number, Scores, numbers, read_scores
 
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 
@@ -50,7 +50,7 @@ class Attention:
         softmax: computes the weights.
         output: computes P V: [B, H, Sq, Dv], or [N, Sq, Dv].
         q: [B, H, Sq, D], or [N, Sq, D] where a graph merges batch and heads.
-        k: [B, G, Sk, D] before its heads are repeated; [B, G, D, Sk] if ``transposed``; or 3-D as q.
+        k: [B, G, Sk, D] before its heads are repeated; [B, G, D, Sk] if ``transposed``; or 3-D, [B G, ., .].
         v: [B, G, Sk, Dv], or 3-D as q.
         transposed: whether k's last two dims are swapped.
         heads: H, 1 where q is 3-D.
@@ -77,7 +77,7 @@ class Attention:
 
 def find_attentions(gm: fx.GraphModule) -> list[Attention]:
     """Every attention, in graph order; see `Attention`."""
-    const = constants(gm)
+    const, number = constants(gm), numbers(gm)
     by_node = {l.node: l.name for l in find_linears(gm)}
     found: list[Attention] = []
     for node in gm.graph.nodes:
@@ -85,7 +85,7 @@ def find_attentions(gm: fx.GraphModule) -> list[Attention]:
         if node.target == aten.scaled_dot_product_attention.default:
             attention = _whole(node)
         elif node.target in SOFTMAX and node not in const:
-            attention = _spelled_out(node, const)
+            attention = _spelled_out(node, const, number)
         if attention is not None:
             found.append(attention)
     nodes, uses = nodes_by_name(gm), dict[str, int]()
@@ -117,7 +117,7 @@ def _whole(node: fx.Node) -> Attention:
     return _operands(a, q, k, v, False)
 
 
-def _spelled_out(softmax: fx.Node, const: set[fx.Node]) -> Attention | None:
+def _spelled_out(softmax: fx.Node, const: set[fx.Node], number: Number) -> Attention | None:
     """A softmax of the product of two tensors of data; None if it is not one."""
     scores, dim = softmax.args[:2]
     assert isinstance(scores, fx.Node)
@@ -125,7 +125,7 @@ def _spelled_out(softmax: fx.Node, const: set[fx.Node]) -> Attention | None:
     if not paths:
         return None
     product = paths[0][0]
-    a = Attention("", product.name, softmax.name, scores=read_scores(paths[0]))
+    a = Attention("", product.name, softmax.name)
     if len(paths) > 1:
         return _with(a, refused="its scores are a sum of several products")
     if dim not in (-1, value(softmax).dim() - 1):
@@ -146,7 +146,8 @@ def _spelled_out(softmax: fx.Node, const: set[fx.Node]) -> Attention | None:
     v: Any = output.args[1]
     if v in const:
         return _with(a, refused="its values are constant")
-    return _operands(_with(a, output=output.name), q, k or kt, v, k is None)
+    a = _operands(_with(a, output=output.name), q, k or kt, v, k is None)
+    return _with(a, scores=read_scores(paths[0], a.heads, number))
 
 
 def _paths(scores: fx.Node, const: set[fx.Node]) -> list[list[fx.Node]]:
@@ -203,17 +204,17 @@ def _operands(a: Attention, q: fx.Node, k: fx.Node, v: fx.Node, transposed: bool
     if len(dims) > 1 or not dims <= {3, 4}:
         sizes = ", ".join(str(value(t).dim()) for t in (q, k, v))
         return _with(a, refused=f"its queries, keys and values have {sizes} dims: 3 or 4 are expected")
+    if not same_batch(q, k, v):
+        return _with(a, refused="its queries and keys have different batches")
     if dims == {3}:
-        apart = [unmerged(q), k if transposed else unmerged(k), unmerged(v)]
-        if not transposed and all(t is not None for t in apart):
-            q, k, v = apart  # type: ignore[assignment]
+        apart = unmerged(q), unmerged(v)
+        if apart[0] is not None and apart[1] is not None:
+            q, k, v = apart[0], unmerged(k) or k, apart[1]
     elif not transposed:
         k, v = unrepeated_pair(k, v)
-    heads, groups, batch = head_count(q), head_count(k), [value(t).shape[0] for t in (q, k, v)]
-    if not all(statically_known_true(b == batch[0]) for b in batch):
-        return _with(a, refused="its queries and keys have different batches")
-    if groups != head_count(v) or heads % groups:
-        return _with(a, refused=f"{heads} query heads share {groups} key heads and {head_count(v)} value heads")
+    heads, groups = head_count(q), head_count(v)
+    if (value(k).dim() == 4 and head_count(k) != groups) or heads % groups:
+        return _with(a, refused=f"{heads} query heads share {head_count(k)} key heads and {groups} value heads")
     width = int(value(q).shape[-1])
     return _with(a, q=q.name, k=k.name, v=v.name, transposed=transposed, heads=heads, groups=groups, width=width)
 

@@ -24,7 +24,7 @@ from networkx.utils import UnionFind
 from torch import Tensor, fx
 
 from sqcompile.passes.attention_chains import Attention
-from sqcompile.passes.graph import Linear, aten, constants, find_linears, nodes_by_name
+from sqcompile.passes.graph import Linear, arguments, aten, constants, find_linears, nodes_by_name
 from sqcompile.passes.label_rules import (
     HOMOGENEOUS,
     LAYOUT,
@@ -154,6 +154,9 @@ class _HeadLabels(_Labels):
                 labels = operands[node]  # type: ignore[index]
                 heads = by_head(labels.mT if side == "k" and not whole else labels, a.heads)
                 self.reached.operands.setdefault((a.name, side), {})[flow.producer] = heads
+        mask = arguments(n)["attn_mask"] if whole else None
+        if mask in operands:
+            flow.refuse(operands[mask], "is a mask of scores")
         values = n.args[2] if whole else None
         if values not in operands or values in (q, k):
             if values is not None and values in operands:

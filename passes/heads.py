@@ -27,6 +27,12 @@ def head_count(x: fx.Node) -> int:
     return int(value(x).shape[1]) if value(x).dim() == 4 else 1
 
 
+def same_batch(q: fx.Node, k: fx.Node, v: fx.Node) -> bool:
+    """Whether queries, keys and values surely have one batch size: none of them broadcasts."""
+    sizes = [value(t).shape[0] for t in (q, k, v)]
+    return all(statically_known_true(size == sizes[0]) for size in sizes)
+
+
 def unmerged(x: fx.Node) -> fx.Node | None:
     """The [B, H, S, D] that x [B H, S, D] merges batch and heads of, or None."""
     x = _skip_copies(x)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.attention_chains import Attention, find_attentions
@@ -32,15 +33,17 @@ from sqcompile.plan import AttentionPlan, Plan
 def quantize_attention(gm: fx.GraphModule, plan: Plan) -> None:
     """Quantizes the plan's attentions."""
     plans = {p.name: p for p in plan.attention if p.quantized != "none"}
-    for a in find_attentions(gm) if plans else []:
+    attentions, nodes = find_attentions(gm) if plans else [], nodes_by_name(gm)
+    for a in attentions:
         if a.name in plans:
-            _Inserter(gm, plan, a, plans[a.name]).run()
+            _Inserter(gm, plan, a, plans[a.name], nodes).run()
 
 
 class _Inserter:
-    def __init__(self, gm: fx.GraphModule, plan: Plan, a: Attention, how: AttentionPlan) -> None:
-        self.gm, self.plan, self.a, self.how = gm, plan, a, how
-        self.nodes = nodes_by_name(gm)
+    def __init__(
+        self, gm: fx.GraphModule, plan: Plan, a: Attention, how: AttentionPlan, nodes: dict[str, fx.Node]
+    ) -> None:
+        self.gm, self.plan, self.a, self.how, self.nodes = gm, plan, a, how, nodes
 
     def run(self) -> None:
         a, product, output = self.a, self.nodes[self.a.product], self.nodes[self.a.output]
@@ -84,7 +87,7 @@ class _Inserter:
         x = self.nodes[name]
         if name == self.a.k and self.a.transposed:
             x = add_op(self.gm, aten.transpose.int, x, -1, -2)
-        return add_op(self.gm, aten.unsqueeze.default, x, 1) if value(x).dim() == 3 else x
+        return self._apart(x)
 
     def _with_constant(self, operator: Any, x: fx.Node, name: str) -> fx.Node:
         """x [B, H, S, D] times or less a tensor [H, D] of the plan, if it has one."""
@@ -131,7 +134,8 @@ class _Inserter:
         if mask is None and not args["is_causal"]:
             return scores
         if mask is not None and value(mask).dim() == 3:
-            mask = add_op(self.gm, aten.unsqueeze.default, mask, 1 if value(node).dim() == 3 else 0)
+            shared = value(node).dim() == 4 or statically_known_true(value(mask).shape[0] == 1)
+            mask = add_op(self.gm, aten.unsqueeze.default, mask, 0) if shared else self._apart(mask)
         return add_op(self.gm, sqcompile_ops.mask_scores.default, scores, mask, 0 if args["is_causal"] else None)
 
     def _attend(self, masked: fx.Node, p: fx.Node | None, output: fx.Node) -> fx.Node:
@@ -153,9 +157,10 @@ class _Inserter:
         return add_op(self.gm, aten.flatten.using_ints, y, 0, 1) if value(output).dim() == 3 else y
 
     def _apart(self, x: fx.Node) -> fx.Node:
-        """[B H, Sq, Sk] as [B, H, Sq, Sk]."""
+        """[B H, ., .] as [B, H, ., .]."""
         return add_op(self.gm, aten.unflatten.int, x, 0, [-1, self.a.heads]) if value(x).dim() == 3 else x
 
     def _replace(self, old: fx.Node, new: fx.Node) -> None:
         old.replace_all_uses_with(new)
         self.gm.graph.erase_node(old)
+        self.nodes[old.name] = new  # another attention may read it

@@ -8,16 +8,18 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels.attention_parts import BLOCKED
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.passes.graph import aten, value
+from sqcompile.passes.graph import aten, constants, evaluate, value
 from sqcompile.passes.label_rules import describe
 
 
@@ -59,15 +61,38 @@ SAME = {
 }  # fmt: skip
 
 
-def read_scores(path: list[fx.Node]) -> Scores | str:
-    """What the nodes from a product (the first) to the scores (the last) do; or, in words, what one of them does else."""
+Number = Callable[[Any], float | None]
+
+
+def numbers(gm: fx.GraphModule) -> Number:
+    """What reads an operator's argument as a number: one, or a tensor of one that a graph makes, or holds."""
+    const = constants(gm)
+
+    def number(x: Any) -> float | None:
+        if isinstance(x, fx.Node) and x.target == aten.full.default and not x.args[0]:
+            x = x.args[1]
+        elif isinstance(x, fx.Node) and x.target == aten.scalar_tensor.default:
+            x = x.args[0]
+        elif x in const and isinstance(value(x), Tensor) and value(x).numel() == 1:
+            return float(evaluate(gm, x))
+        return float(x) if isinstance(x, (int, float)) else None
+
+    return number
+
+
+def read_scores(path: list[fx.Node], heads: int, number: Number) -> Scores | str:
+    """What the nodes from a product (the first) to the scores (the last) do; or, in words, what one of them does else.
+
+    ``heads`` is H where scores are [B, H, Sq, Sk] or [B H, Sq, Sk]: masks are read in these two shapes. ``number`` reads
+    the graph's numbers (`numbers`).
+    """
     scores, inner = Scores(), None  # inner: the factor in a tanh just passed; softcap · tanh(QKᵀ · inner)
     for before, node in itertools.pairwise(path):
         if node.target in SAME:
             if not value(node).dtype.is_floating_point:
                 return f"its scores are cast to {value(node).dtype}"
             continue
-        factor = _factor(before, node)
+        factor = _factor(before, node, number)
         if inner is not None:
             softcap = 1.0 if factor is None else factor
             scores, inner = replace(scores, softcap=softcap, scale=inner * softcap), None
@@ -86,46 +111,48 @@ def read_scores(path: list[fx.Node]) -> Scores | str:
                     return "its scores pass tanh twice, or after a mask"
                 inner = scores.scale
                 continue
-            mask = _mask(before, node)
+            mask = _mask(before, node, number)
             if mask is None:
                 return f"one of its scores {describe(node)}"
+            if not _by_head(path[0], node, heads):
+                return "its scores are masked in another shape"
             scores = replace(scores, masks=(*scores.masks, mask))
     if inner is not None:
         scores = replace(scores, softcap=1.0, scale=inner)
     return scores if scores.scale >= 0 else "its scores are scaled by a negative number"
 
 
-def _factor(x: fx.Node, node: fx.Node) -> float | None:
+def _by_head(product: fx.Node, node: fx.Node, heads: int) -> bool:
+    """Whether a node holds the scores of a product, no more of them, as [B, H, Sq, Sk] or [B H, Sq, Sk]."""
+    *batch, queries, keys = value(node).shape
+    *whole, sq, sk = value(product).shape
+    if len(batch) not in (1, 2) or (len(batch) == 2 and batch[1] != heads):
+        return False
+    same = (math.prod(batch) == math.prod(whole), queries == sq, keys == sk)
+    return all(statically_known_true(x) for x in same)
+
+
+def _factor(x: fx.Node, node: fx.Node, number: Number) -> float | None:
     """c, where a node is x · c for a number c."""
     if node.target in (aten.mul.Tensor, aten.mul.Scalar):
         other = node.args[1] if node.args[0] is x else node.args[0]
-        return _number(other)
+        return number(other)
     if node.target in (aten.div.Tensor, aten.div.Scalar) and node.args[0] is x and not node.kwargs:
-        c = _number(node.args[1])
+        c = number(node.args[1])
         return 1.0 / c if c else None
     return None
 
 
-def _number(x: Any) -> float | None:
-    """A number, or a tensor of one that a graph makes of it."""
-    if isinstance(x, fx.Node) and x.target == aten.full.default and not x.args[0]:
-        x = x.args[1]
-    elif isinstance(x, fx.Node) and x.target == aten.scalar_tensor.default:
-        x = x.args[0]
-    return float(x) if isinstance(x, (int, float)) else None
-
-
-def _mask(x: fx.Node, node: fx.Node) -> Mask | None:
+def _mask(x: fx.Node, node: fx.Node, number: Number) -> Mask | None:
     """What a node does to the scores x, where it adds a tensor or blocks keys."""
     t, args, merged = node.target, node.args, value(node).dim() == 3
-    shapes = zip(value(x).shape, value(node).shape, strict=False)
-    if value(x).dim() != value(node).dim() or not all(statically_known_true(a == b) for a, b in shapes):
-        return None
     if t in (aten.add.Tensor, aten.sub.Tensor):
         other = args[1] if args[0] is x else args[0]
         alpha: Any = node.kwargs.get("alpha", 1)
         if not isinstance(other, fx.Node) or other is x or (args[0] is not x and (alpha != 1 or t == aten.sub.Tensor)):
             return None
+        if not isinstance(value(other), Tensor) or not value(other).dtype.is_floating_point:
+            return None  # a bool mask that is added is none that blocks keys
         return Mask(other, float(alpha) * (-1 if t == aten.sub.Tensor else 1), merged=merged)
     if t == sqcompile_ops.mask_scores.default:
         return Mask(args[1], causal=args[2] is not None)  # type: ignore[arg-type]
@@ -136,7 +163,7 @@ def _mask(x: fx.Node, node: fx.Node) -> Mask | None:
         fill = args[1] if blocked else args[2]
     else:
         return None
-    number = _number(fill)
-    if number is None or number > BLOCKED or not isinstance(keys, fx.Node) or value(keys).dtype != torch.bool:
+    filled = number(fill)
+    if filled is None or filled > BLOCKED or not isinstance(keys, fx.Node) or value(keys).dtype != torch.bool:
         return None
-    return Mask(keys, fill=number, blocked=blocked, merged=merged)
+    return Mask(keys, fill=filled, blocked=blocked, merged=merged)

@@ -205,7 +205,8 @@ class Observer(fx.Interpreter):
 
     def _observe_heads(self, name: str, what: str, a: Attention, x: Tensor) -> None:
         x = x.transpose(-1, -2) if what == "keys" and a.transposed else x
-        rows = real_tokens(x.transpose(1, 2).flatten(2) if x.dim() == 4 else x, self.mask)
+        x = x.unflatten(0, (-1, a.groups)) if x.dim() == 3 else x
+        rows = real_tokens(x.transpose(1, 2).flatten(2), self.mask)
         if len(rows):
             stats = self.heads.setdefault(name, InputStats.empty(rows, None))
             experts = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)

@@ -151,6 +151,78 @@ class Transposed(Attend):
         return self.join((q @ k / 2.0).softmax(-1) @ v)
 
 
+class Merged(Attend):
+    """Batch and heads merged in one operator's operands, and in its mask: padding, and a slope for each head."""
+
+    def forward(self, x):
+        b, s, _ = x.shape
+        q, k, v = (t.reshape(b * self.count, s, self.d) for t in self.heads(x))
+        at = torch.arange(s, device=x.device)
+        slopes = torch.arange(1.0, 1.0 + self.count, device=x.device)[:, None, None] * at
+        padding = torch.where(at > torch.arange(b, device=x.device)[:, None] + 2, float("-inf"), 0.0)
+        mask = (slopes + padding[:, None, None]).reshape(b * self.count, 1, s)
+        return self.join(F.scaled_dot_product_attention(q, k, v, mask).view(b, self.count, s, self.d))
+
+
+class ScaledKeys(Attend):
+    """Batch and heads merged, but where padding is masked; the scale divides the keys, as in DeBERTa."""
+
+    def forward(self, x):
+        b, s, _ = x.shape
+        q, k, v = (t.reshape(b * self.count, s, self.d) for t in self.heads(x))
+        scores = torch.bmm(q, k.transpose(-1, -2) / math.sqrt(self.d)).view(b, self.count, s, s)
+        padding = torch.arange(s, device=x.device) > torch.arange(b, device=x.device)[:, None] + 2
+        scores = scores.masked_fill(padding[:, None, None], torch.finfo(x.dtype).min)
+        y = torch.bmm(scores.softmax(-1).view(b * self.count, s, s), v)
+        return self.join(y.view(b, self.count, s, self.d))
+
+
+class Windows(Attend):
+    """Every second sequence has another mask, added where the windows of an image have a dim of their own, as in Swin."""
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-1, -2) * self.d**-0.5
+        at = torch.arange(x.shape[1], device=x.device)
+        mask = (torch.stack([at <= at[:, None], at >= at[:, None]]).float() - 1) * 100
+        windows = scores.view(-1, 2, *scores.shape[1:]) + mask[None, :, None]
+        return self.join(windows.view(scores.shape).softmax(-1) @ v)
+
+
+class Biased(Attend):
+    """The first channel of each key is its bias, too."""
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        return self.join(F.scaled_dot_product_attention(q, k, v, k[..., :1].transpose(-1, -2)))
+
+
+class HeldNumbers(Attend):
+    """Numbers that are tensors: a buffer divides the scores, a parameter is their temperature, as GPT-Neo blocks keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("root", torch.tensor(self.d).sqrt())
+        self.temperature = nn.Parameter(torch.full((1,), 0.7))
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-1, -2) / self.root * self.temperature.exp()
+        at = torch.arange(x.shape[1], device=x.device)
+        lowest = torch.tensor(torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device)
+        return self.join(torch.where(at <= at[:, None], scores, lowest).softmax(-1) @ v)
+
+
+class Alike(Attend):
+    """Tokens of one kind score 1 more: a bool tensor is added, no key is blocked."""
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        kind = x[..., 0] > 0
+        alike = kind[:, None, :, None] == kind[:, None, None]
+        return self.join((q @ k.transpose(-1, -2) * 0.3 + alike).softmax(-1) @ v)
+
+
 HAND_WRITTEN = {
     "whole": lambda: (Spelled("whole"), 32, True),
     "eager": lambda: (Spelled("eager"), 32, True),
@@ -164,6 +236,12 @@ HAND_WRITTEN = {
     "normed": lambda: (Normed(), 8, True),
     "clamped": lambda: (Clamped(), 32, False),
     "transposed keys": lambda: (Transposed(), 32, True),
+    "scaled keys": lambda: (ScaledKeys(), 32, True),
+    "merged": lambda: (Merged(), 32, True),
+    "biased": lambda: (Biased(), 28, True),
+    "held numbers": lambda: (HeldNumbers(), 32, True),
+    "windows": lambda: (Windows(), 32, False),
+    "alike": lambda: (Alike(), 32, False),
 }
 
 

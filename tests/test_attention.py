@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error, tiny_lm, token_batches
+from hand_written import Attend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -50,7 +51,8 @@ def test_masks_that_are_nearly_causal_are_general():
     bottom_right = torch.arange(9) <= torch.arange(5)[:, None] + 4
     bias = additive(causal(n, n))
     bias[4, 2] = 0.5
-    for mask in (sliding, padded, one_more, one_less, bottom_right):
+    one_key = (torch.arange(n) < 1).expand(2, 1, 1, n)  # padding, the same for every query: its one row looks causal
+    for mask in (sliding, padded, one_more, one_less, bottom_right, one_key):
         assert mask_kind(additive(mask)) == GENERAL
     assert mask_kind(bias) == GENERAL
 
@@ -159,6 +161,50 @@ def test_a_sliding_window_is_not_taken_for_causal(backend):
     for s in (1, 8, 20, 21, 50):
         x = torch.randn(3, s, 64)
         assert relative_error(compiled(x), compiled.stages["quantized"](x)) < 1e-2, s
+
+
+class Cross(Attend):
+    """Attention to other tokens, of which some are padding."""
+
+    def forward(self, x, memory, keep):
+        q = self.q(x).unflatten(-1, (-1, self.d)).transpose(1, 2)
+        k, v = (f(memory).unflatten(-1, (-1, self.d)).transpose(1, 2) for f in (self.k, self.v))
+        return self.join(F.scaled_dot_product_attention(q, k, v, keep[:, None, None, :]))
+
+
+def test_padding_that_leaves_one_key_is_not_taken_for_causal():
+    torch.manual_seed(0)
+    model = Cross().eval()
+    x, memory, keep = torch.randn(2, 5, 32), torch.randn(2, 7, 32), torch.arange(7).expand(2, 7) < 4
+    compiled = sqcompile.compile(model, [(x, memory, keep)], backend="eager")
+    assert len(attention_nodes(compiled)) == 1
+    for kept in (4, 1):
+        keep = torch.arange(7).expand(2, 7) < kept
+        assert relative_error(compiled(x, memory, keep), compiled.stages["quantized"](x, memory, keep)) < 1e-5, kept
+
+
+class Broadcasts(Attend):
+    """Attention in which something is the same for every sequence, or for every head."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.learned = what, nn.Parameter(torch.randn(1, 6, 32))
+
+    def forward(self, x):
+        (q, k, v), (learned_q, *learned) = self.heads(x), self.heads(self.learned)
+        if self.what == "one head of values":
+            return self.join(F.scaled_dot_product_attention(q, k, v[:, :1]))
+        return self.join(F.scaled_dot_product_attention(*((q, *learned) if self.what == "keys" else (learned_q, k, v))))
+
+
+@pytest.mark.parametrize("what", ["keys", "queries", "one head of values"])
+def test_attention_whose_operands_broadcast_is_left_to_torch(what):
+    torch.manual_seed(0)
+    model = Broadcasts(what).eval()
+    compiled = sqcompile.compile(model, [(torch.randn(2, 5, 32),)], backend="eager")
+    assert not attention_nodes(compiled)
+    x = torch.randn(3, 5, 32)
+    assert relative_error(compiled(x), compiled.stages["quantized"](x)) < 1e-5
 
 
 def test_left_padding_through_a_compiled_model():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error, token_batches, typical_error
 from families import FAMILIES, build
-from hand_written import HAND_WRITTEN, Spelled, inputs_of
+from hand_written import HAND_WRITTEN, Attend, Spelled, inputs_of
 from test_attention_chains import CHAINS, found, operators, with_attention
 from test_families import outputs, resized, run
 
@@ -60,6 +60,27 @@ def test_attention_in_other_spellings_is_quantized_and_lowered(name):
         with torch.no_grad():
             assert relative_error(compiled.stages["quantized"](*x), model(*x)) < 0.03
         assert relative_error(compiled(*x), compiled.stages["quantized"](*x)) < 1e-5
+
+
+class Agents(Attend):
+    """A few queries attend first, all others to what they found."""
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        agents = q[:, :, :4]
+        found = F.scaled_dot_product_attention(agents, k, v)
+        return self.join(F.scaled_dot_product_attention(q, agents, found))
+
+
+@pytest.mark.parametrize("attention", ["qk", "qk_pv"])
+def test_an_attention_to_what_another_one_found(attention):
+    torch.manual_seed(0)
+    model, x = Agents().eval(), torch.randn(2, 9, 32)
+    compiled = with_attention(model, (x,), Recipe(attention=attention))
+    assert len(operators(compiled.stages["lowered"], "int8_attention")) == 2
+    with torch.no_grad():
+        assert relative_error(compiled.stages["quantized"](x), model(x)) < 0.03
+    assert relative_error(compiled(x), compiled.stages["quantized"](x)) < 1e-5
 
 
 def cosine(a, b):
