@@ -152,6 +152,14 @@ class Shows(Attend):
         scores = q @ k.transpose(-1, -2)
         if self.what == "two products":
             scores = scores + v @ k.transpose(-1, -2)
+        if self.what == "sinks":  # a column of its own for each head, dropped after the softmax
+            scores = torch.cat([scores, self.q.bias[:4].view(1, 4, 1, 1).expand(*scores.shape[:3], 1)], -1)
+            scores = scores - scores.amax(-1, keepdim=True)
+            return self.join(scores.softmax(-1)[..., :-1] @ v)
+        if self.what == "grouped einsum":
+            q, k, v = q.unflatten(1, (2, 2)), k[:, ::2], v[:, ::2]
+            p = torch.einsum("bgrqd,bgkd->bgrqk", q, k).softmax(-1)
+            return self.join(torch.einsum("bgrqk,bgkd->bgrqd", p, v).flatten(1, 2))
         p = scores.softmax(2 if self.what == "other dim" else -1)
         out = self.join(p @ v)
         return {"weights": (out, p), "scores": (out, scores)}.get(self.what, out)
@@ -164,6 +172,8 @@ class Shows(Attend):
         ("scores", "its scores are read elsewhere, too: is an output of the model"),
         ("two products", "its scores are a sum of several products"),
         ("other dim", "its softmax does not run over the last dim"),
+        ("sinks", "one of its scores reaches cat, which scales cannot pass"),
+        ("grouped einsum", "one of its scores reaches einsum, which scales cannot pass"),
     ],
 )
 def test_what_cannot_be_quantized_is_refused_in_words(what, reason):
@@ -238,6 +248,7 @@ def test_a_softmax_of_a_linear_is_no_attention():
             self.gate, self.up = nn.Linear(32, 4), nn.Linear(32, 32)
 
         def forward(self, x):
+            x = x @ x.transpose(1, 2) @ x  # a product of data, but not of the router's scores
             return self.gate(x).softmax(-1) @ torch.ones(4, 32) * self.up(x)
 
     assert found(Router().eval(), (torch.randn(2, 5, 32),))[1] == []
