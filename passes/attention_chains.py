@@ -229,11 +229,15 @@ def _operands(a: Attention, q: fx.Node, k: fx.Node, v: fx.Node, transposed: bool
     elif not transposed:
         k, v = unrepeated_pair(k, v)
     heads, groups, batch = head_count(q), head_count(k), [value(t).shape[0] for t in (q, k, v)]
+    width = value(q).shape[-1]
+    if heads is None or groups is None:
+        return _with(a, refused="its heads are a dim that varies from call to call")
+    if not isinstance(width, int) or not isinstance(value(v).shape[-1], int):
+        return _with(a, refused="its channels are a dim that varies from call to call")
     if not all(statically_known_true(b == batch[0]) for b in batch):
         return _with(a, refused="its queries and keys have different batches")
     if groups != head_count(v) or heads % groups:
         return _with(a, refused=f"{heads} query heads share {groups} key heads and {head_count(v)} value heads")
-    width = int(value(q).shape[-1])
     return _with(a, q=q.name, k=k.name, v=v.name, transposed=transposed, heads=heads, groups=groups, width=width)
 
 

@@ -252,3 +252,29 @@ def test_a_softmax_of_a_linear_is_no_attention():
             return self.gate(x).softmax(-1) @ torch.ones(4, 32) * self.up(x)
 
     assert found(Router().eval(), (torch.randn(2, 5, 32),))[1] == []
+
+
+class Unmoved(Attend):
+    """Heads that are left behind the tokens, or taken for tokens: one of their dims varies from call to call."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (4, 8)) for f in (self.q, self.k, self.v))
+        if self.what == "heads":
+            return self.o(F.scaled_dot_product_attention(q, k, v).flatten(2))
+        q, k, v = (t.permute(0, 2, 3, 1) for t in (q, k, v))  # channels attend to channels
+        return self.o(F.scaled_dot_product_attention(q, k, v).permute(0, 3, 1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("what", ["heads", "channels"])
+def test_attention_over_a_dim_that_varies_is_refused_and_serves_every_size(what):
+    model = Unmoved(what).eval()
+    batches = [torch.randn(2, tokens, 32) for tokens in (9, 6)]
+    compiled = sqcompile.compile(model, batches, recipe=Recipe(attention="qk"), backend="eager", progress=False)
+    assert [a.reason for a in compiled.report.attention] == [f"its {what} are a dim that varies from call to call"]
+    for x in (*batches, torch.randn(3, 5, 32)):
+        with torch.no_grad():
+            assert relative_error(compiled(x), model(x)) < 0.05
