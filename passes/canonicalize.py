@@ -11,6 +11,7 @@
     dropout(%x, p, False), detach(%x)       -> %x
     _to_copy(%x, dtype=d)                   -> to(%x, d)
     _unsafe_view(clone(%x), size)           -> reshape(%x, size)
+    mT(%x), concat(%xs), tile(%x, dims) ... -> transpose, cat, repeat ...       (`aliases`)
 
 A linear is ``linear(x, w, b)`` with w [N, K], or [E, N, K] for experts over rows sorted by expert. A weight is a constant expression, so that transposing or reshaping it costs
 nothing and writes to no parameter. A view looks at memory, whose layout a rewrite may change; a reshape does not.
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.passes.aliases import rename
 from sqcompile.passes.graph import add_op, add_tensor, arguments, aten, constants, value
 
 
@@ -33,6 +35,7 @@ def canonicalize(gm: fx.GraphModule) -> None:
     """Rewrites a traced graph in place; what only looks like a linear is left as it is."""
     const = constants(gm)
     for node in list(gm.graph.nodes):
+        rename(node)
         if node.target in (aten.view.default, aten._unsafe_view.default):
             _reshape(gm, node)
             continue
