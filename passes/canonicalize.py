@@ -30,6 +30,19 @@ from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.aliases import rename
 from sqcompile.passes.graph import add_op, add_tensor, arguments, aten, constants, value
 
+DROPOUTS = (
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+)
+
+
+def drops(dropout: fx.Node) -> bool:
+    """Whether one of `DROPOUTS` changes what it is given."""
+    args = arguments(dropout)
+    return bool(args["train"] and args["p"])
+
 
 def canonicalize(gm: fx.GraphModule) -> None:
     """Rewrites a traced graph in place; what only looks like a linear is left as it is."""
@@ -42,7 +55,7 @@ def canonicalize(gm: fx.GraphModule) -> None:
         if node.target == aten._to_copy.default and set(node.kwargs) == {"dtype"}:
             node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], node.kwargs["dtype"]), {}
             continue
-        eval_dropout = node.target == aten.dropout.default and not arguments(node)["train"]
+        eval_dropout = node.target in DROPOUTS and not drops(node)
         if eval_dropout or node.target == aten.detach.default:
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
