@@ -48,6 +48,7 @@ CHAINS = {
     "t5 gated": (6, (4, 4, 16), 64, "linear"),
     "whisper": (6, (4, 4, 16), 64, "linear"),
     "vit": PLAIN,
+    "swin": PLAIN,
     "clip": (4, (4, 4, 16), 64, "linear"),
 }
 # those with a switch; Gemma-2 and BLOOM are spelled out as they come, Falcon never is

@@ -100,6 +100,24 @@ BODIES = {
         lambda m, x: m.b(torch.cat([(y := m.a(m.norm(x)).flatten(0, 1))[:, 12:], y[:, :12].t().contiguous().t()], -1)),
         {"a.weight", "b.weight"}, {},
     ),
+    "dropouts": (
+        lambda m, x: m.a(F.feature_alpha_dropout(F.dropout1d(F.alpha_dropout(m.norm(x)), training=False))),
+        {"a.weight"}, {},
+    ),
+    "padded tokens": (lambda m, x: m.b(F.relu(m.a(F.pad(m.norm(x), (0, 0, 1, 2))))), {"a.weight", "b.weight"}, {}),
+    "padded by nothing": (lambda m, x: m.a(F.pad(m.norm(x), (0, 0, 0, 0))), {"a.weight"}, {}),
+    "padded and cut": (
+        lambda m, x: m.b(F.pad(m.a(m.norm(x)).repeat(1, 1, 2), (-20, -4, -2, 5))), {"a.weight", "b.weight"}, {}
+    ),
+    "padded channels": (
+        lambda m, x: m.b(F.pad(m.a(m.norm(x))[..., 2:], (0, 2))), {"a.weight"}, {"b.weight": "covers only part"}
+    ),
+    "padded windows": (
+        lambda m, x: m.a(F.pad(m.norm(x).view(x.shape[0], 4, 6, 16), (0, 0, 0, -x.shape[0] % 4, 0, 2)).flatten(1, 2)),
+        {"a.weight"}, {},
+    ),
+    "padded by a number": (lambda m, x: m.a(F.pad(m.norm(x), (0, 0, 1, 2), value=1.0)), set(), {"a.weight": "number"}),
+    "padded by itself": (lambda m, x: m.a(F.pad(m.norm(x), (0, 0, 1, 2), "replicate")), set(), {"a.weight": "pad"}),
     "mixed with positions": (
         lambda m, x: m.b(m.a(m.norm(x)).transpose(1, 2).reshape(x.shape[0], -1, 24)), {"a.weight"}, {"b.weight": "column"}
     ),
