@@ -46,7 +46,8 @@ def _lower_one(
     if once == (k, v) and head_count(k) != head_count(q) and not args["enable_gqa"]:
         return  # heads broadcast: left to torch
     k, v = once
-    if head_count(k) != head_count(v) or not same_batch(q, k, v):
+    heads = [head_count(x) for x in (q, k, v)]
+    if None in heads or heads[1] != heads[2] or not same_batch(q, k, v):
         return
     bias = kind = None
     if mask is not None:

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.passes.graph import arguments, aten, constants, find_linears, nodes_by_name, value
+from sqcompile.passes.graph import LINEARS, arguments, aten, constants, find_linears, nodes_by_name, value
 from sqcompile.passes.heads import head_count, same_batch, unmerged, unrepeated_pair
 from sqcompile.passes.label_rules import OUTPUT, describe
 from sqcompile.passes.scores import SAME, Mask, Number, Scores, numbers, read_scores
@@ -36,6 +36,9 @@ POINTWISE = SAME | {
     aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.maximum.default, aten.clamp.default,
     aten.clamp_min.default, sqcompile_ops.mask_scores.default,
 }  # fmt: skip
+
+# Products of tensors of data that `canonicalize` leaves.
+PRODUCTS = {aten.matmul.default, aten.mm.default, aten.einsum.default}
 
 NOT_ATTENDING = "its weights are not multiplied with values"
 
@@ -123,7 +126,7 @@ def _spelled_out(softmax: fx.Node, const: set[fx.Node], number: Number) -> Atten
     assert isinstance(scores, fx.Node)
     paths = _paths(scores, const)
     if not paths:
-        return None
+        return _out_of_reach(softmax, const)
     product = paths[0][0]
     a = Attention("", product.name, softmax.name)
     if len(paths) > 1:
@@ -164,6 +167,22 @@ def _paths(scores: fx.Node, const: set[fx.Node]) -> list[list[fx.Node]]:
         elif node.target in POINTWISE:
             todo += [(a, [a, *path]) for a in node.all_input_nodes]
     return found
+
+
+def _out_of_reach(softmax: fx.Node, const: set[fx.Node]) -> Attention | None:
+    """A softmax of something else made of a product of data, refused with the first operation on the way up to it."""
+    todo: list[tuple[Any, str]] = [(softmax.args[0], "")]
+    seen = set[fx.Node]()
+    for node, why in todo:  # nearest first
+        if node in seen or node in const or node.target in (*LINEARS, aten.scaled_dot_product_attention.default):
+            continue
+        seen.add(node)
+        why = why or ("" if node.target in POINTWISE else f"one of its scores {describe(node)}")
+        factors = node.args[1] if node.target == aten.einsum.default else node.args
+        if node.target in PRODUCTS and sum(isinstance(a, fx.Node) and a not in const for a in factors) > 1:
+            return Attention("", node.name, softmax.name, refused=why)
+        todo += [(a, why) for a in node.all_input_nodes]
+    return None
 
 
 def _weighted(softmax: fx.Node) -> fx.Node | str:
@@ -212,10 +231,13 @@ def _operands(a: Attention, q: fx.Node, k: fx.Node, v: fx.Node, transposed: bool
             q, k, v = apart[0], unmerged(k) or k, apart[1]
     elif not transposed:
         k, v = unrepeated_pair(k, v)
-    heads, groups = head_count(q), head_count(v)
+    heads, groups, width = head_count(q), head_count(v), value(q).shape[-1]
+    if heads is None or groups is None:
+        return _with(a, refused="its heads are a dim that varies from call to call")
+    if not isinstance(width, int) or not isinstance(value(v).shape[-1], int):
+        return _with(a, refused="its channels are a dim that varies from call to call")
     if (value(k).dim() == 4 and head_count(k) != groups) or heads % groups:
         return _with(a, refused=f"{heads} query heads share {head_count(k)} key heads and {groups} value heads")
-    width = int(value(q).shape[-1])
     return _with(a, q=q.name, k=k.name, v=v.name, transposed=transposed, heads=heads, groups=groups, width=width)
 
 

@@ -11,6 +11,7 @@
     dropout(%x, p, False), detach(%x)       -> %x
     _to_copy(%x, dtype=d)                   -> to(%x, d)
     _unsafe_view(clone(%x), size)           -> reshape(%x, size)
+    mT(%x), concat(%xs), tile(%x, dims) ... -> transpose, cat, repeat ...       (`aliases`)
 
 A linear is ``linear(x, w, b)`` with w [N, K], or [E, N, K] for experts over rows sorted by expert. A weight is a constant expression, so that transposing or reshaping it costs
 nothing and writes to no parameter. A view looks at memory, whose layout a rewrite may change; a reshape does not.
@@ -26,20 +27,35 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.passes.aliases import rename
 from sqcompile.passes.graph import add_op, add_tensor, arguments, aten, constants, value
+
+DROPOUTS = (
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+)
+
+
+def drops(dropout: fx.Node) -> bool:
+    """Whether one of `DROPOUTS` changes what it is given."""
+    args = arguments(dropout)
+    return bool(args["train"] and args["p"])
 
 
 def canonicalize(gm: fx.GraphModule) -> None:
     """Rewrites a traced graph in place; what only looks like a linear is left as it is."""
     const = constants(gm)
     for node in list(gm.graph.nodes):
+        rename(node)
         if node.target in (aten.view.default, aten._unsafe_view.default):
             _reshape(gm, node)
             continue
         if node.target == aten._to_copy.default and set(node.kwargs) == {"dtype"}:
             node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], node.kwargs["dtype"]), {}
             continue
-        eval_dropout = node.target == aten.dropout.default and not arguments(node)["train"]
+        eval_dropout = node.target in DROPOUTS and not drops(node)
         if eval_dropout or node.target == aten.detach.default:
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)

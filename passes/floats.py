@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 
+import torch
 from torch import fx
 
 from sqcompile.calibrate import Calibration
@@ -12,6 +13,14 @@ from sqcompile.kernels import speedup
 from sqcompile.passes.graph import Linear, aten, find_linears, nodes_by_name, value
 from sqcompile.passes.label_rules import LAYOUT, behind
 from sqcompile.recipe import Recipe
+
+# Ids are still ids afterwards, in another dtype or some of them replaced.
+_EDITS = {
+    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default, aten.clone.default,
+    aten.contiguous.default, aten.alias.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default,
+    aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf,
+    aten.index_put.default, aten.slice_scatter.default, aten.select_scatter.default, aten.cat.default,
+}  # fmt: skip
 
 
 def stay_float(gm: fx.GraphModule, linears: list[Linear], calibration: Calibration, recipe: Recipe) -> dict[str, str]:
@@ -131,8 +140,17 @@ def _is_lm_head(gm: fx.GraphModule, l: Linear) -> bool:
 
 
 def _is_input(node: fx.Node) -> bool:
-    """Whether a node is an input of the model in some layout: token ids, not positions, which a model counts itself."""
-    return behind(node, LAYOUT).op == "placeholder"
+    """Whether a node is an input of the model, edited or not: token ids, not positions, which a model counts itself."""
+    todo = [node]
+    while todo:
+        node = todo.pop()
+        if node.op == "placeholder":
+            return True
+        if node.target in LAYOUT:
+            todo += node.args[:1]  # type: ignore[arg-type]
+        elif node.target in _EDITS:
+            todo += [a for a in node.all_input_nodes if getattr(value(a), "dtype", torch.bool) != torch.bool]
+    return False
 
 
 def _nothing(linears: list[Linear], floats: dict[str, str]) -> str:

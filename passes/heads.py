@@ -22,9 +22,10 @@ _READS = {aten.slice.Tensor, sqcompile_ops.dequantize_tokens.default, sqcompile_
 _WRITES = {aten.index_copy.default: 3, aten.index_put.default: 2, aten.slice_scatter.default: 1}
 
 
-def head_count(x: fx.Node) -> int:
-    """H of x [B, H, S, D]; 1 of x [N, S, D]."""
-    return int(value(x).shape[1]) if value(x).dim() == 4 else 1
+def head_count(x: fx.Node) -> int | None:
+    """H of x [B, H, S, D], None where it varies from call to call; 1 of x [N, S, D]."""
+    size = value(x).shape[1] if value(x).dim() == 4 else 1
+    return size if isinstance(size, int) else None
 
 
 def same_batch(q: fx.Node, k: fx.Node, v: fx.Node) -> bool:

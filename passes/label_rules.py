@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sqcompile.passes.graph import aten, value
+from sqcompile.passes.graph import arguments, aten, value
 
 RESIDUAL = "joins a residual stream"
 OUTPUT = "is an output of the model"
@@ -63,13 +63,13 @@ LAYOUT = {
     aten.squeeze.default, aten.squeeze.dims, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
     aten.unbind.int, aten.flatten.using_ints, aten.unflatten.int, aten.repeat.default, aten.narrow.default,
     aten.repeat_interleave.self_int, aten.index.Tensor, aten.index_select.default, aten.flip.default,
-    aten.movedim.int, aten.swapaxes.default, aten.expand_as.default, aten.view_as.default, aten.reshape_as.default,
+    aten.movedim.int, aten.movedim.intlist, aten.tensor_split.sections, aten.tensor_split.indices, aten.expand_as.default, aten.view_as.default, aten.reshape_as.default,
     aten.roll.default, operator.getitem,
 }  # fmt: skip
 
 # f(x / s) = f(x) / s for every s > 0, element by element, whatever the other arguments are.
 HOMOGENEOUS = {
-    aten.relu.default, aten.leaky_relu.default, aten.neg.default, aten.abs.default, aten.dropout.default,
+    aten.relu.default, aten.leaky_relu.default, aten.neg.default, aten.abs.default,
     aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default, aten.mul.Scalar,
     aten.div.Scalar, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default,
 }  # fmt: skip
@@ -220,6 +220,21 @@ def _masked_fill(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[f
     return labels.broadcast_to(out.shape)
 
 
+def _pad(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:
+    """0 / s = 0 for every s: zeros take the labels beside them where those do not vary, and need none elsewhere."""
+    _, labels = _only(operands, n)
+    args = arguments(n)
+    if args.get("mode", "constant") != "constant":
+        raise Refused(describe(n))
+    if args["value"] not in (None, 0):
+        raise Refused("is padded with a number")
+    sizes: Any = list(fx.node.map_arg(args["pad"], lambda a: ctx.env[a]))
+    for i in range(len(sizes) // 2):
+        if uniform(labels, -1 - i):
+            labels, sizes[2 * i : 2 * i + 2] = labels.narrow(-1 - i, 0, 1), [0, 0]
+    return aten.constant_pad_nd.default(labels, sizes, -1).broadcast_to(out.shape)
+
+
 def _clamp(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:
     low = n.args[1] if len(n.args) > 1 else n.kwargs.get("min")
     high = n.args[2] if len(n.args) > 2 else n.kwargs.get("max")
@@ -242,6 +257,8 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.mean.dim: _reduce,
     aten.sum.dim_IntList: _reduce,
     aten.masked_fill.Scalar: _masked_fill,
+    aten.pad.default: _pad,
+    aten.constant_pad_nd.default: _pad,
     aten.clamp.default: _clamp,
     aten.clamp_min.default: _clamp,
 }

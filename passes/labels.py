@@ -202,7 +202,7 @@ class _Labels(fx.Interpreter):
         if not isinstance(v, Tensor):
             return v
         if a in self.const:
-            return evaluate(self.module, a)  # type: ignore[arg-type]
+            return evaluate(self.module, a).cpu()  # type: ignore[arg-type]  # as labels are
         if n.target in LIKE_SECOND:
             return torch.empty(v.shape, device="meta")
         # rows picked by data (a router's tokens, the last token): fine if every row has the same labels

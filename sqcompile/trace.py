@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from sqcompile.errors import CaptureError
 from sqcompile.explain import check_shapes, export_error, one_error, source
 from sqcompile.inputs import Call, Captured
-from sqcompile.passes.canonicalize import canonicalize
+from sqcompile.passes.canonicalize import DROPOUTS, canonicalize, drops
 from sqcompile.passes.graph import aten, clone, finish, set_tensor, value
 
 # What export leaves to check at run time; none of it computes anything.
@@ -239,8 +239,8 @@ def _refuse_training(gm: fx.GraphModule) -> None:
     for n in gm.graph.nodes:
         name = str(n.target)
         p = 0.0
-        if n.target == aten.dropout.default and n.args[2]:
-            p = n.args[1]
+        if n.target in DROPOUTS:
+            p = float(drops(n))
         elif n.target == aten.scaled_dot_product_attention.default and len(n.args) > 4:
             p = n.args[4]
         elif ("batch_norm" in name and True in n.args[5:6]) or n.target in (

@@ -63,7 +63,7 @@ INNER_NORMS = {
     "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),
 }
 
-OTHERS = ["bert", "roberta", "t5", "t5 gated", "whisper", "vit", "clip"]
+OTHERS = ["bert", "roberta", "t5", "t5 gated", "whisper", "vit", "swin", "clip"]
 FAMILIES = [*CAUSAL, *OTHERS]
 
 
@@ -109,6 +109,9 @@ def build(name: str, outlier: float = 20.0, **kwargs: Any) -> tuple[nn.Module, d
     elif name == "vit":
         model = _base("vit", dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=112, image_size=32, patch_size=8))  # fmt: skip
         call = {"pixel_values": _floats(2, 3, 32, 32)}
+    elif name == "swin":  # 14 x 14 patches, padded to windows of 4 x 4
+        model = _base("swin", dict(embed_dim=64, depths=[2], num_heads=[4], image_size=28, patch_size=2, window_size=4))
+        call = {"pixel_values": _floats(2, 3, 28, 28)}
     else:
         tower = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=112)
         text = dict(tower, vocab_size=96, eos_token_id=2, bos_token_id=1, pad_token_id=0, max_position_embeddings=32)

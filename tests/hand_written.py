@@ -73,7 +73,7 @@ class OneHead(Attend):
     """No heads: three dims all the way."""
 
     def forward(self, x):
-        scores = torch.bmm(self.q(x) * 0.2, self.k(x).transpose(1, 2))
+        scores = torch.bmm(self.q(x) * 0.2, self.k(x).mT)
         return self.o(torch.bmm(scores.softmax(-1), self.v(x)))
 
 

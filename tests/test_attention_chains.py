@@ -48,6 +48,7 @@ CHAINS = {
     "t5 gated": (6, (4, 4, 16), 64, "linear"),
     "whisper": (6, (4, 4, 16), 64, "linear"),
     "vit": PLAIN,
+    "swin": PLAIN,
     "clip": (4, (4, 4, 16), 64, "linear"),
 }
 # those with a switch; Gemma-2 and BLOOM are spelled out as they come, Falcon never is
@@ -152,6 +153,14 @@ class Shows(Attend):
         scores = q @ k.transpose(-1, -2)
         if self.what == "two products":
             scores = scores + v @ k.transpose(-1, -2)
+        if self.what == "sinks":  # a column of its own for each head, dropped after the softmax
+            scores = torch.cat([scores, self.q.bias[:4].view(1, 4, 1, 1).expand(*scores.shape[:3], 1)], -1)
+            scores = scores - scores.amax(-1, keepdim=True)
+            return self.join(scores.softmax(-1)[..., :-1] @ v)
+        if self.what == "grouped einsum":
+            q, k, v = q.unflatten(1, (2, 2)), k[:, ::2], v[:, ::2]
+            p = torch.einsum("bgrqd,bgkd->bgrqk", q, k).softmax(-1)
+            return self.join(torch.einsum("bgrqk,bgkd->bgrqd", p, v).flatten(1, 2))
         p = scores.softmax(2 if self.what == "other dim" else -1)
         out = self.join(p @ v)
         return {"weights": (out, p), "scores": (out, scores)}.get(self.what, out)
@@ -164,6 +173,8 @@ class Shows(Attend):
         ("scores", "its scores are read elsewhere, too: is an output of the model"),
         ("two products", "its scores are a sum of several products"),
         ("other dim", "its softmax does not run over the last dim"),
+        ("sinks", "one of its scores reaches cat, which scales cannot pass"),
+        ("grouped einsum", "one of its scores reaches einsum, which scales cannot pass"),
     ],
 )
 def test_what_cannot_be_quantized_is_refused_in_words(what, reason):
@@ -238,6 +249,33 @@ def test_a_softmax_of_a_linear_is_no_attention():
             self.gate, self.up = nn.Linear(32, 4), nn.Linear(32, 32)
 
         def forward(self, x):
+            x = x @ x.transpose(1, 2) @ x  # a product of data, but not of the router's scores
             return self.gate(x).softmax(-1) @ torch.ones(4, 32) * self.up(x)
 
     assert found(Router().eval(), (torch.randn(2, 5, 32),))[1] == []
+
+
+class Unmoved(Attend):
+    """Heads that are left behind the tokens, or taken for tokens: one of their dims varies from call to call."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (4, 8)) for f in (self.q, self.k, self.v))
+        if self.what == "heads":
+            return self.o(F.scaled_dot_product_attention(q, k, v).flatten(2))
+        q, k, v = (t.permute(0, 2, 3, 1) for t in (q, k, v))  # channels attend to channels
+        return self.o(F.scaled_dot_product_attention(q, k, v).permute(0, 3, 1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("what", ["heads", "channels"])
+def test_attention_over_a_dim_that_varies_is_refused_and_serves_every_size(what):
+    model = Unmoved(what).eval()
+    batches = [torch.randn(2, tokens, 32) for tokens in (9, 6)]
+    compiled = sqcompile.compile(model, batches, recipe=Recipe(attention="qk"), backend="eager", progress=False)
+    assert [a.reason for a in compiled.report.attention] == [f"its {what} are a dim that varies from call to call"]
+    for x in (*batches, torch.randn(3, 5, 32)):
+        with torch.no_grad():
+            assert relative_error(compiled(x), model(x)) < 0.05

@@ -145,6 +145,26 @@ def test_skip_knows_tied_weights_by_every_name_and_refuses_unknown_ones():
         compiled(model, torch.randn(4, 8, 16), recipe=Recipe(skip=("q_proj",)))
 
 
+@pytest.mark.parametrize(
+    ("ids", "head"),
+    [
+        (lambda m, x: x, True),
+        (lambda m, x: x.int().long(), True),
+        (lambda m, x: x.clamp(0), True),
+        (lambda m, x: x.masked_fill(x == -100, 0), True),
+        (lambda m, x: torch.where(x < 0, 0, x), True),
+        (lambda m, x: write(x.clone(), 3), True),
+        (lambda m, x: torch.cat([m.steps[:1].expand(x.shape[0], 1), x[:, :-1]], 1), True),
+        (lambda m, x: m.steps[: x.shape[1]], False),
+        (lambda m, x: x.ne(0).cumsum(1), False),
+    ],
+)
+def test_the_head_is_known_by_the_table_of_ids_however_they_are_edited(ids, head):
+    model = net(lambda m, x: m.b(torch.tanh(m.a(F.embedding(ids(m, x), m.memory)))))
+    c = compiled(model, torch.randint(0, 16, (2, 7)))
+    assert [l.quantized for l in c.report.layers] == [True, not head]
+
+
 def test_a_skipped_reader_of_a_multiplied_input():
     class Heads(nn.Module):
         def __init__(self):

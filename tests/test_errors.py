@@ -178,8 +178,12 @@ def test_an_operation_that_fails_on_one_batch_is_named():
     assert "test_errors.py" in message and "self.embed(ids)" in message and "\n" not in message
 
 
-def test_training_mode_with_dropout():
-    fails(sqcompile.CaptureError, r"training mode .*model.eval\(\)", model=Net(nn.Dropout(0.1)).train())
+@pytest.mark.parametrize("dropout", [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout])
+def test_training_mode_with_dropout(dropout):
+    fails(sqcompile.CaptureError, r"training mode .*model.eval\(\)", model=Net(dropout(0.1)).train())
+
+
+def test_dropout_is_nothing_in_eval_mode():
     sqcompile.compile(Net(nn.Dropout(0.1)).eval(), batches(), backend="eager", progress=False)
 
 

@@ -50,6 +50,7 @@ COVERAGE: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
     "t5 gated": (36, {"scale": 10, "linear": 10}, T5_REFUSED),
     "whisper": (32, {"norm": 10, "linear": 6}, {GELU: 4, OUTPUT: 4}),
     "vit": (13, {"norm": 4, "linear": 2}, {GELU: 2, OUTPUT: 1}),
+    "swin": (12, {"norm": 4, "linear": 2}, {GELU: 2}),
     "clip": (26, {"norm": 9, "linear": 4}, {"passes sigmoid": 4, OUTPUT: 1}),
 }
 

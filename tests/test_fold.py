@@ -100,6 +100,24 @@ BODIES = {
         lambda m, x: m.b(torch.cat([(y := m.a(m.norm(x)).flatten(0, 1))[:, 12:], y[:, :12].t().contiguous().t()], -1)),
         {"a.weight", "b.weight"}, {},
     ),
+    "dropouts": (
+        lambda m, x: m.a(F.feature_alpha_dropout(F.dropout1d(F.alpha_dropout(m.norm(x)), training=False))),
+        {"a.weight"}, {},
+    ),
+    "padded tokens": (lambda m, x: m.b(F.relu(m.a(F.pad(m.norm(x), (0, 0, 1, 2))))), {"a.weight", "b.weight"}, {}),
+    "padded by nothing": (lambda m, x: m.a(F.pad(m.norm(x), (0, 0, 0, 0))), {"a.weight"}, {}),
+    "padded and cut": (
+        lambda m, x: m.b(F.pad(m.a(m.norm(x)).repeat(1, 1, 2), (-20, -4, -2, 5))), {"a.weight", "b.weight"}, {}
+    ),
+    "padded channels": (
+        lambda m, x: m.b(F.pad(m.a(m.norm(x))[..., 2:], (0, 2))), {"a.weight"}, {"b.weight": "covers only part"}
+    ),
+    "padded windows": (
+        lambda m, x: m.a(F.pad(m.norm(x).view(x.shape[0], 4, 6, 16), (0, 0, 0, -x.shape[0] % 4, 0, 2)).flatten(1, 2)),
+        {"a.weight"}, {},
+    ),
+    "padded by a number": (lambda m, x: m.a(F.pad(m.norm(x), (0, 0, 1, 2), value=1.0)), set(), {"a.weight": "number"}),
+    "padded by itself": (lambda m, x: m.a(F.pad(m.norm(x), (0, 0, 1, 2), "replicate")), set(), {"a.weight": "pad"}),
     "mixed with positions": (
         lambda m, x: m.b(m.a(m.norm(x)).transpose(1, 2).reshape(x.shape[0], -1, 24)), {"a.weight"}, {"b.weight": "column"}
     ),
@@ -120,6 +138,40 @@ def test_bodies_fold_or_are_refused_with_the_reason(body):
     out, want = folded(x), model(x)
     for y, w in zip(out, want, strict=True) if isinstance(want, tuple) else [(out, want)]:
         assert relative_error(y, w) <= 1e-5
+
+
+ALIASES = {
+    "mT": lambda h: h.mT.mT,
+    "T": lambda h: h[0].T.T,
+    "mH": lambda h: h.mH.mH,
+    "adjoint": lambda h: h.adjoint().adjoint(),
+    "matrix_H": lambda h: h[0].H.H,
+    "concat": lambda h: torch.concat([h, h], 1),
+    "concatenate": lambda h: torch.concatenate([h, h], -1)[..., 8:24],
+    "hstack": lambda h: torch.hstack([h, h]),
+    "hstack of vectors": lambda h: torch.hstack([*h[0, :3]]).view(3, 16),
+    "tile": lambda h: h.tile(2, 1),
+    "broadcast_to": lambda h: h[None].broadcast_to(3, *h.shape),
+    "swapdims": lambda h: h.swapdims(0, 1),
+    "swapaxes": lambda h: h.swapaxes(1, 2).swapaxes(-1, -2),
+    "moveaxis": lambda h: h.moveaxis(0, 1),
+    "moveaxis of several": lambda h: h.moveaxis((0, 1), (1, 0)),
+    "ravel": lambda h: h.ravel().view(-1, 16),
+    "tensor_split": lambda h: h.tensor_split(3, 1)[1],
+    "tensor_split at": lambda h: torch.cat(h.tensor_split([3, 5], -1), -1),
+    "arithmetic": lambda h: torch.multiply(torch.divide(h.negative(), 2.0), 3.0).absolute().clip(0.0),
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_labels_pass_operations_by_all_their_names(name):
+    torch.manual_seed(0)
+    model = Block(nn.LayerNorm(16), lambda m, x: m.a(ALIASES[name](m.norm(x)))).eval()
+    x = torch.randn(2, 24, 16)
+    folded, sites, refusals = fold_everything(model, x)
+    assert [len(s.balance) for s in sites] == [1] and not refusals
+    with torch.no_grad():
+        assert relative_error(folded(x), model(x)) <= 1e-5
 
 
 def test_shared_weight_is_changed_for_its_site_alone():

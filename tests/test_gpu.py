@@ -115,6 +115,24 @@ def test_calibration_on_a_gpu_gives_the_cpus_plan():
     assert all(relative_error(b.scales[k].cpu(), s) < 1e-3 for k, s in a.scales.items())
 
 
+def test_a_plan_of_the_cpu_fits_where_channels_are_picked_by_a_buffer():
+    class Picked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc = torch.nn.LayerNorm(32), torch.nn.Linear(32, 48)
+            self.register_buffer("order", torch.arange(31, -1, -1))
+
+        def forward(self, x):
+            return self.fc(self.norm(x)[..., self.order])
+
+    model, x = Picked().eval(), torch.randn(2, 9, 32)
+    plan = sqcompile.calibrate(model, [x], progress=False)
+    assert [l.smoothing for l in plan.layers] == ["folded"]
+    want = model(x)
+    gpu = sqcompile.compile(model.cuda(), plan=plan, backend="eager")
+    assert relative_error(gpu(x.cuda()).cpu(), want) < 2e-2
+
+
 def test_without_triton_the_reference_serves_with_a_warning(monkeypatch):
     from sqcompile.passes import lower
 
