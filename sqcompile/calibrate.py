@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from sqcompile.captured import flatten_like
 from sqcompile.errors import CalibrationError, CaptureError
 from sqcompile.explain import first_line, operation, source
-from sqcompile.inputs import Call, calls, flatten_like, real_tokens, run_callable, token_mask
+from sqcompile.inputs import Call, calls, real_tokens, run_callable, token_mask
 from sqcompile.passes.attention_chains import Attention
 from sqcompile.passes.graph import Linear, aten, find_linears, nodes_by_name
 from sqcompile.passes.heads import brought

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from sqcompile.captured import flatten_like
 from sqcompile.errors import CaptureError, StageError
 from sqcompile.inductor import compile_regions, flatten, inductor
-from sqcompile.inputs import bind, flatten_like
+from sqcompile.inputs import bind
 from sqcompile.passes.graph import get_tensor, set_tensor
 from sqcompile.plan import Plan
 from sqcompile.report import Report
@@ -52,7 +53,7 @@ class CompiledModel(nn.Module):
         """The model's own signature and output type; no gradients.
 
         Raises:
-            CaptureError: for a call with other arguments than the captured ones.
+            CaptureError: for a call with other arguments than the captured ones, or with sizes that the capture does not serve.
         """
         try:
             call = bind(self._signature, args, kwargs)

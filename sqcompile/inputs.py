@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -128,65 +127,7 @@ def run_callable(model: nn.Module, loader: Callable[..., Any], observe: Callable
         handle.remove()
 
 
-@dataclass(frozen=True)
-class Captured:
-    """What a graph was captured with: the structure of the call, and for each leaf a fake tensor or a constant."""
-
-    spec: pytree.TreeSpec
-    leaves: tuple[Any, ...]
-
-    @functools.cached_property
-    def names(self) -> tuple[str, ...]:
-        """Of the keyword arguments, in the captured order."""
-        return tuple(self.spec.unflatten([None] * self.spec.num_leaves)[1])
-
-
-def flatten_like(call: Call, captured: Captured) -> list[Any]:
-    """The call's leaves in the order of the captured call.
-
-    Raises:
-        CaptureError: if the call has other arguments, constants, dtypes or static sizes than the captured one.
-    """
-    spec = captured.spec
-    ordered = {k: call.kwargs[k] for k in captured.names if k in call.kwargs}
-    leaves, got = pytree.tree_flatten((call.args, ordered))
-    if len(ordered) != len(call.kwargs) or got != spec:
-        raise CaptureError(
-            f"the model was captured with the arguments ({describe(spec)}), this call has "
-            f"({describe(pytree.tree_structure((call.args, call.kwargs)))}): call it with the captured ones, or "
-            "compile with example_inputs= that has these"
-        )
-    for i, (have, want) in enumerate(zip(leaves, captured.leaves, strict=True)):
-        if not _fits(have, want):
-            path, _ = pytree.tree_flatten_with_path((call.args, ordered))[0][i]
-            raise CaptureError(
-                f"argument {pytree.keystr(path[1:])} was captured as {_spell(want)}, this call has {_spell(have)}: sizes "
-                "that are numbers, dtypes and constants are fixed by the capture; compile with example_inputs= like this"
-            )
-    return leaves
-
-
-def _fits(have: Any, want: Any) -> bool:
-    if not isinstance(want, Tensor) or not isinstance(have, Tensor):
-        return type(have) is type(want) and have == want
-    sizes = zip(have.shape, want.shape, strict=False)
-    same = all(isinstance(w, torch.SymInt) or h == w for h, w in sizes)
-    return have.dim() == want.dim() and have.dtype == want.dtype and same
-
-
-def _spell(x: Any) -> str:
-    if isinstance(x, Tensor):
-        return f"{x.dtype} [{', '.join('any' if isinstance(s, torch.SymInt) else str(s) for s in x.shape)}]"
-    return repr(x)
-
-
-def describe(spec: pytree.TreeSpec) -> str:
-    """The argument names of a captured call, for messages."""
-    args, kwargs = spec.unflatten([None] * spec.num_leaves)
-    return ", ".join([f"argument {i}" for i in range(len(args))] + list(kwargs))
-
-
-def token_mask(call: Call) -> Tensor | None:
+def token_mask(call: Call, name: str = "attention_mask") -> Tensor | None:
     """The call's attention mask as bool [batch, tokens]: True where a token is real; None where there is none."""
     mask = call.kwargs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:

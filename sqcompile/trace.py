@@ -17,9 +17,10 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from sqcompile.captured import captured
 from sqcompile.errors import CaptureError
 from sqcompile.explain import check_shapes, export_error, one_error, source
-from sqcompile.inputs import Call, Captured
+from sqcompile.inputs import Call
 from sqcompile.passes.canonicalize import canonicalize
 from sqcompile.passes.graph import aten, clone, finish, set_tensor, value
 
@@ -79,8 +80,8 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     info: Any = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
     given = pytree.tree_leaves((call.args, call.kwargs))
     inputs = [value(n) for n in gm.graph.find_nodes(op="placeholder")]
-    leaves = tuple(v if isinstance(g, Tensor) else g for v, g in zip(inputs, given, strict=True))
-    gm.meta["captured"], gm.meta["out_spec"] = Captured(info.in_spec, leaves), info.out_spec
+    gm.meta["captured"] = captured(info.in_spec, given, inputs, fakes[0].fake_mode.shape_env, dynamic_shapes)
+    gm.meta["out_spec"] = info.out_spec
     gm.meta["aliases"] = aliases(model)
     canonicalize(gm)
     gm.graph.eliminate_dead_code()
