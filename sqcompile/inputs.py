@@ -49,7 +49,7 @@ def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[st
     # None means "not given" where that is the default; elsewhere it is a value of its own
     defaults = {n: p.default for n, p in signature.parameters.items()}
     named = {k: _sorted(v) for k, v in named.items() if v is not None or defaults.get(k) is not None}
-    if named.get("use_cache") is False:
+    if named.get("use_cache") is False and "use_cache" in signature.parameters:
         del named["use_cache"]
     return Call(tuple(_sorted(v) for v in rest), named)
 

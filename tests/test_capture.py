@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from conftest import relative_error, tiny_lm
@@ -73,6 +75,42 @@ def test_state_is_refused_and_the_model_is_not_advanced():
     with pytest.raises(sqcompile.CaptureError, match="writes to 'steps'"):
         compiled(model, x)
     assert torch.equal(model.steps, torch.arange(16))
+
+
+def test_the_model_keeps_nothing_of_a_run_on_fake_tensors():
+    def lazy(m, x):
+        if not hasattr(m, "cos"):
+            m.cos, m.tables[x.shape[-1]] = torch.cos(m.memory), torch.sin(m.memory)
+            m.a.register_buffer("sin", torch.sin(m.memory))
+        return m.b(m.a(x) * m.cos[0] * m.a.sin[0] + m.tables[16][0])
+
+    model, x = net(lazy), torch.randn(2, 24, 16)
+    model.tables = {}
+    c = compiled(model, x)
+    assert not hasattr(model, "cos") and not model.tables and not hasattr(model.a, "sin")
+    assert relative_error(c(x), model(x)) < 0.03
+
+
+@pytest.mark.parametrize("takes_it", [True, False])
+def test_a_cache_asked_for_by_the_configuration_is_turned_off_where_that_can_be_passed(takes_it):
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.config = nn.Linear(16, 16), types.SimpleNamespace(use_cache=takes_it)
+
+        def forward(self, x, **kwargs):
+            if kwargs and not takes_it:
+                raise TypeError(f"no such arguments: {kwargs}")
+            y = self.fc(x)
+            return (y, y) if kwargs.get("use_cache", self.config.use_cache) else y
+
+    model, x = Wrapper().eval(), torch.randn(2, 6, 16)
+    c = compiled(model, x)
+    assert relative_error(c(x), model.fc(x)) < 0.03
+    if takes_it:  # and where the user says so
+        c = compiled(model, {"x": x, "use_cache": False})
+        assert relative_error(c(x, use_cache=False), model.fc(x)) < 0.03
+        assert len(compiled(model, {"x": x, "use_cache": True})(x, use_cache=True)) == 2
 
 
 def test_nothing_is_shared_with_the_model():
