@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +21,11 @@ from sqcompile.report import Report
 from sqcompile.stages import Stages
 
 BACKENDS = ("inductor", "eager")
+
+_UNSAVED = (
+    "a compiled model is neither saved, loaded nor copied, since its INT8 weights are packed for this machine: save "
+    "compiled.plan and the float weights, then sqcompile.compile(model, plan=...), which needs no data"
+)
 
 
 class CompiledModel(nn.Module):
@@ -95,6 +100,16 @@ class CompiledModel(nn.Module):
         if mode:
             raise StageError("a compiled model cannot be trained: train the float model and compile it again")
         return super().train(False)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises StageError: a file of it would lack the packed weights."""
+        raise StageError(_UNSAVED)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise StageError(_UNSAVED)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:  # pickle, copy and deepcopy
+        raise StageError(_UNSAVED)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
         raise StageError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -236,6 +238,22 @@ def test_changing_the_model_later_changes_nothing_compiled():
         compiled.to(torch.bfloat16)
     with pytest.raises(sqcompile.StageError, match="trained"):
         compiled.train()
+
+
+def test_a_compiled_model_is_not_saved_in_part():
+    _model, compiled = compiled_mlp()
+    whole = nn.ModuleDict({"net": compiled})
+    for save in (
+        compiled.state_dict,
+        whole.state_dict,
+        lambda: copy.deepcopy(compiled),
+        lambda: pickle.dumps(compiled),
+    ):
+        with pytest.raises(sqcompile.StageError, match=r"save compiled\.plan and the float weights.*plan=\.\.\."):
+            save()
+    for module, prefix in ((compiled, ""), (whole, "net.")):
+        with pytest.raises(sqcompile.StageError, match=r"plan=\.\.\."):
+            module.load_state_dict({f"{prefix}lowered.{k}": v for k, v in compiled.lowered.state_dict().items()})
 
 
 def test_int8_weights_take_a_quarter_of_fp32():
