@@ -130,7 +130,7 @@ def emit(
         backend: "inductor" compiles the graph once for all shapes; "eager" runs it as it is.
         regional: see `compile_regions`.
     """
-    copies: dict[int, Tensor] = {}  # a tied tensor is copied once
+    copies: dict[Hashable, Tensor] = {}  # a tied tensor is copied once
     for n in lowered.graph.find_nodes(op="get_attr"):
         name = str(n.target)
         if name in stages.original:
@@ -140,9 +140,9 @@ def emit(
     return CompiledModel(lowered, signature, plan, stages, how[backend])
 
 
-def _copy(tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
-    key = tensor.data_ptr()
-    if key not in copies or copies[key].shape != tensor.shape:
+def _copy(tensor: Tensor, copies: dict[Hashable, Tensor]) -> Tensor:
+    key = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    if key not in copies:
         copies[key] = tensor.clone()
     return copies[key]
 
