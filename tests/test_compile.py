@@ -15,6 +15,7 @@ import torch
 from conftest import relative_error, tiny_lm, token_batches
 from expecttest import assert_expected_inline
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 import sqcompile
@@ -216,12 +217,24 @@ def test_one_quantization_for_linears_that_share_an_input():
 def test_the_float_model_can_be_freed_and_stages_say_so():
     model, compiled = compiled_mlp()
     x = torch.randn(1, 2, 64)
+    assert compiled.stages["traced"](x).shape == compiled.stages["folded"](x).shape  # looking keeps nothing either
     want, alive = compiled(x), weakref.ref(model.up.weight)
+    values = [StorageWeakRef(p.untyped_storage()) for p in model.parameters()]
     del model
     gc.collect()
-    assert alive() is None and torch.equal(compiled(x), want)
+    assert alive() is None and all(v.expired() for v in values) and torch.equal(compiled(x), want)
     with pytest.raises(sqcompile.StageError, match="keep a reference"):
         compiled.stages["folded"]
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model, compiled = compiled_mlp()
+        x = torch.randn(1, 2, 64)
+        want = model(x)
+        assert relative_error(compiled.stages["folded"](x), want) < 1e-5
+    again = sqcompile.compile(model, plan=compiled.plan, backend="eager")
+    assert torch.equal(again(x), compiled(x)) and relative_error(again(x), want) < 0.02
 
 
 def test_changing_the_model_later_changes_nothing_compiled():

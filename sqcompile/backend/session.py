@@ -27,6 +27,7 @@ from sqcompile.passes.graph import find_linears, first_leaf, nodes_by_name
 from sqcompile.passes.shared import Shared
 from sqcompile.plan import Plan
 from sqcompile.recipe import resolve_recipe
+from sqcompile.stages import state
 from sqcompile.trace import aliases
 
 if TYPE_CHECKING:
@@ -137,11 +138,6 @@ def quantized_only(traced: fx.GraphModule, lowered: fx.GraphModule, plan: Plan) 
     weights = {first_leaf(nodes[l.weight]) for l in find_linears(traced) if l.name in layers}
     left = {str(n.target) for n in lowered.graph.find_nodes(op="get_attr")}
     return {w for w in weights if w} - left
-
-
-def state(tensor: Tensor) -> tuple[int, int]:
-    """Version and address of a tensor's values. A tensor made in inference mode has no version."""
-    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
 
 
 def states(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
