@@ -129,7 +129,7 @@ def run_callable(model: nn.Module, loader: Callable[..., Any], observe: Callable
 
 def token_mask(call: Call, name: str = "attention_mask") -> Tensor | None:
     """The call's attention mask as bool [batch, tokens]: True where a token is real; None where there is none."""
-    mask = call.kwargs.get("attention_mask")
+    mask = call.kwargs.get(name)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
     if mask.dtype.is_floating_point and not bool(((mask == 0) | (mask == 1)).all()):

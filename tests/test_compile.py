@@ -168,6 +168,32 @@ def test_the_attention_mask_keeps_padding_out_of_the_statistics():
     assert not torch.allclose(unmasked[first].absmax, want.absmax, rtol=1e-5)
 
 
+def test_a_decoders_tokens_are_masked_by_its_own_mask():
+    from families import build
+
+    from sqcompile.calibrate import calibrate
+    from sqcompile.trace import trace
+
+    model, call = build("t5")
+    ids, decoder_ids = call["input_ids"], call["input_ids"].flip(-1)  # of one shape
+    mask, decoder_mask = torch.ones_like(ids), torch.ones_like(ids)
+    mask[:, 8:], decoder_mask[:, 3:] = 0, 0
+    masks = {"attention_mask": mask, "decoder_attention_mask": decoder_mask}
+    batch = {"input_ids": ids, "decoder_input_ids": decoder_ids, **masks}
+    counts = {}
+    for given in (masks, {"attention_mask": mask}):
+        call = {k: v for k, v in batch.items() if k in given or k not in masks}
+        gm = trace(model, as_call(model, call))
+        stats = calibrate(gm, model, [call], progress=False).inputs
+        for kind in ("encoder.block.1.layer.0.SelfAttention.q", "decoder.block.1.layer.0.SelfAttention.q"):
+            counts[kind.split(".")[0], len(given)] = stats[f"{kind}.weight"].count
+        # the decoder's keys and values of the encoder's tokens
+        assert stats["decoder.block.1.layer.1.EncDecAttention.k.weight"].count == int(mask.sum())
+        assert stats["decoder.block.1.layer.1.EncDecAttention.q.weight"].count == counts["decoder", len(given)]
+    real, every = int(mask.sum()), ids.numel()
+    assert counts == {("encoder", 2): real, ("encoder", 1): real, ("decoder", 2): 6, ("decoder", 1): every}
+
+
 def test_the_sample_is_bounded_and_uniform():
     from sqcompile.calibrate import SAMPLE_ROWS, InputStats
 
