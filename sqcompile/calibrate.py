@@ -6,7 +6,7 @@ O(channels): absmax per channel and a bounded sample of rows, never the activati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +94,7 @@ def calibrate(
     loader: Iterable[Any] | Callable[..., Any],
     progress: bool = True,
     attentions: Sequence[Attention] = (),
+    total: int | None = None,
 ) -> Calibration:
     """Runs a traced graph over the calibration data.
 
@@ -104,16 +105,13 @@ def calibrate(
             inputs excludes padding from the statistics, ``decoder_attention_mask`` that of a decoder's own tokens.
         progress: whether to show a progress bar.
         attentions: those whose queries, keys and values are observed.
+        total: number of batches, for the bar.
 
     Raises:
         CalibrationError: for a batch the model refuses, or a non-finite activation (names the tensor and the batch).
     """
     observer = Observer(gm, attentions)
     captured = gm.meta["captured"]
-    try:
-        total = len(loader) if isinstance(loader, Sized) else None
-    except TypeError:  # a DataLoader over an iterable dataset
-        total = None
     bar = tqdm(desc="calibrate", unit="batch", disable=not progress, total=total)
 
     def observe(call: Call) -> None:
@@ -131,7 +129,11 @@ def calibrate(
         else:
             run_callable(model, loader, observe)
     if not observer.batches:
-        raise CalibrationError("the calibration callable made no call: it is run twice, first to see what it passes")
+        raise CalibrationError(
+            "the calibration loader is empty: pass at least one batch of real input"
+            if isinstance(loader, Iterable)
+            else "the calibration callable made no call the second time: it is run twice, first to see what it passes"
+        )
     return Calibration(observer.found(), observer.batches, observer.heads)
 
 

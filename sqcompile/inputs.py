@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,21 +63,29 @@ def as_call(model: nn.Module, batch: Any, index: int = 0) -> Call:
     """The call a calibration batch stands for: a tensor, a tuple or list of arguments, or a mapping of keywords.
 
     Raises:
-        CalibrationError: if the batch does not fit the model's signature, naming the batch and the reason.
+        CalibrationError: if the batch does not fit the model's signature or holds no tensor, naming the batch.
     """
     signature = inspect.signature(model.forward)
+    args: tuple[Any, ...] = (batch,)
+    kwargs: dict[str, Any] = {}
+    if isinstance(batch, Mapping):
+        args, kwargs = (), dict(batch)
+    elif isinstance(batch, (tuple, list)):
+        args = tuple(batch)
     try:
-        if isinstance(batch, Mapping):
-            return bind(signature, (), dict(batch))
-        if isinstance(batch, (tuple, list)):
-            return bind(signature, tuple(batch), {})
-        return bind(signature, (batch,), {})
+        call = bind(signature, args, kwargs)
     except TypeError as e:
         names = ", ".join(signature.parameters)
         raise CalibrationError(
             f"calibration batch {index} ({type(batch).__name__}) does not fit {type(model).__name__}.forward({names}): {e}. "
             "Pass a tensor, a tuple of arguments or a dict of keyword arguments that the model accepts"
         ) from e
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((call.args, call.kwargs))):
+        raise CalibrationError(
+            f"calibration batch {index} ({type(batch).__name__}) holds no tensor: convert lists to tensors "
+            '(return_tensors="pt" of a tokenizer, dataset.with_format("torch")) and batch them, [batch, tokens]'
+        )
+    return call
 
 
 def first_call(model: nn.Module, loader: Any) -> tuple[Call, Iterable[Any] | Callable[..., Any]]:
@@ -96,8 +104,8 @@ def first_call(model: nn.Module, loader: Any) -> tuple[Call, Iterable[Any] | Cal
             batch = next(iterator)
         except StopIteration:
             raise CalibrationError("the calibration loader is empty: pass at least one batch of real input") from None
-        rest = loader if iterator is not loader else itertools.chain([batch], iterator)
-        return as_call(model, batch), rest
+        # never iterated anew: what wraps a generator, tqdm for one, goes on where it stood
+        return as_call(model, batch), itertools.chain([batch], iterator)
     if callable(loader):
         calls: list[Call] = []
         run_callable(model, loader, lambda call: calls.append(call) if not calls else None)
@@ -105,6 +113,14 @@ def first_call(model: nn.Module, loader: Any) -> tuple[Call, Iterable[Any] | Cal
             raise CalibrationError("the calibration callable never called the model: call it on at least one batch")
         return calls[0], loader
     raise CalibrationError(f"calib_loader is a {type(loader).__name__}: pass an iterable of batches or a callable")
+
+
+def length(loader: Any) -> int | None:
+    """The number of batches, where the loader knows it."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:  # a DataLoader over an iterable dataset
+        return None
 
 
 def calls(model: nn.Module, loader: Iterable[Any]) -> Iterator[Call]:

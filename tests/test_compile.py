@@ -17,6 +17,7 @@ from expecttest import assert_expected_inline
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import sqcompile
 from sqcompile import PRESETS, Recipe
@@ -124,7 +125,7 @@ def test_a_plan_fits_the_same_model_with_other_captures():
 
 
 @pytest.mark.parametrize(
-    "kind", ["tensors", "tuples", "lists", "dicts", "encodings", "generator", "callable", "callable0"]
+    "kind", ["tensors", "tuples", "lists", "dicts", "encodings", "generator", "wrapped", "callable", "callable0"]
 )
 def test_batches_of_every_kind_give_the_same_plan(kind):
     from transformers import BatchEncoding
@@ -138,7 +139,7 @@ def test_batches_of_every_kind_give_the_same_plan(kind):
 
     loader = {
         "tensors": ids, "tuples": [(x,) for x in ids], "lists": [[x] for x in ids], "dicts": [{"input_ids": x} for x in ids],
-        "encodings": [BatchEncoding({"input_ids": x}) for x in ids], "generator": (x for x in ids), "callable": run,
+        "encodings": [BatchEncoding({"input_ids": x}) for x in ids], "generator": (x for x in ids), "wrapped": tqdm((x for x in ids), disable=True), "callable": run,
         "callable0": lambda: run(model),
     }[kind]  # fmt: skip
     plan = sqcompile.calibrate(model, loader, progress=False)
