@@ -3,8 +3,9 @@
     Δ = max|X| / 127            q = clamp(round_half_even(X · 1/Δ), -127, 127)
     Y = Δx Δw (X̂ Ŵᵀ)            with the inner product in int32
 
-Symmetric, zero point 0; the divisor is 2^7 - 1 = 127. Scales are float32 whatever the model's dtype. A row with a NaN
-or an infinity has a NaN or infinite scale and comes out as NaN, never as a plausible number.
+Symmetric, zero point 0; the divisor is 2^7 - 1 = 127. Scales are float32 whatever the model's dtype. With dynamic scales
+a row with a NaN or an infinity has a NaN or infinite scale and comes out as NaN, never as a plausible number. Static
+scales are those of calibration: values beyond them, infinities too, saturate, and what a NaN becomes is undefined.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ O(channels): absmax per channel and a bounded sample of rows, never the activati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from sqcompile.captured import flatten_like
 from sqcompile.errors import CalibrationError, CaptureError
 from sqcompile.explain import first_line, operation, source
-from sqcompile.inputs import Call, calls, flatten_like, real_tokens, run_callable, token_mask
+from sqcompile.inputs import Call, calls, real_tokens, run_callable, token_mask
 from sqcompile.passes.attention_chains import Attention
-from sqcompile.passes.graph import Linear, aten, find_linears, nodes_by_name
+from sqcompile.passes.graph import Linear, aten, find_linears, nodes_by_name, value
 from sqcompile.passes.heads import brought
 
 SAMPLE_ROWS = 128
@@ -93,6 +94,7 @@ def calibrate(
     loader: Iterable[Any] | Callable[..., Any],
     progress: bool = True,
     attentions: Sequence[Attention] = (),
+    total: int | None = None,
 ) -> Calibration:
     """Runs a traced graph over the calibration data.
 
@@ -100,19 +102,16 @@ def calibrate(
         gm: the traced graph; it is not changed.
         model: the module it was traced from, for its signature (and to be run, where ``loader`` is a callable).
         loader: batches, or a callable that runs the model itself. An ``attention_mask`` [batch, tokens] among the
-            inputs excludes padding from the statistics.
+            inputs excludes padding from the statistics, ``decoder_attention_mask`` that of a decoder's own tokens.
         progress: whether to show a progress bar.
         attentions: those whose queries, keys and values are observed.
+        total: number of batches, for the bar.
 
     Raises:
         CalibrationError: for a batch the model refuses, or a non-finite activation (names the tensor and the batch).
     """
     observer = Observer(gm, attentions)
     captured = gm.meta["captured"]
-    try:
-        total = len(loader) if isinstance(loader, Sized) else None
-    except TypeError:  # a DataLoader over an iterable dataset
-        total = None
     bar = tqdm(desc="calibrate", unit="batch", disable=not progress, total=total)
 
     def observe(call: Call) -> None:
@@ -120,7 +119,7 @@ def calibrate(
             leaves = flatten_like(call, captured)
         except CaptureError as e:
             raise CalibrationError(f"calibration batch {observer.batches}: {e}") from e
-        observer.batch(leaves, token_mask(call))
+        observer.batch(leaves, token_mask(call), token_mask(call, "decoder_attention_mask"))
         bar.update()
 
     with bar:
@@ -130,13 +129,28 @@ def calibrate(
         else:
             run_callable(model, loader, observe)
     if not observer.batches:
-        raise CalibrationError("the calibration callable made no call: it is run twice, first to see what it passes")
+        raise CalibrationError(
+            "the calibration loader is empty: pass at least one batch of real input"
+            if isinstance(loader, Iterable)
+            else "the calibration callable made no call the second time: it is run twice, first to see what it passes"
+        )
     return Calibration(observer.found(), observer.batches, observer.heads)
 
 
 def _key(l: Linear) -> tuple[str, str | None]:
     """What statistics belong to: an input, and how its rows are dealt out to experts."""
     return l.x, l.offsets
+
+
+def _decoder(gm: fx.GraphModule) -> set[fx.Node]:
+    """The tensors of an encoder-decoder's decoder: what is computed from tokens of its own."""
+    own = ("decoder_input_ids", "decoder_inputs_embeds")
+    found: set[fx.Node] = set()
+    for n in gm.graph.nodes:  # sizes of the encoder's tensors, too, may be read from the decoder's tokens
+        given = n.op == "placeholder" and any(name in str(n.target) for name in own)
+        if given or (isinstance(value(n), Tensor) and not found.isdisjoint(n.all_input_nodes)):
+            found.add(n)
+    return found
 
 
 class Observer(fx.Interpreter):
@@ -161,17 +175,20 @@ class Observer(fx.Interpreter):
         self.head_generator = torch.Generator().manual_seed(0)  # its own: linears' samples stay what they are
         self.batches = 0
         self.mask: Tensor | None = None
+        self.decoder_mask: Tensor | None = None
+        self.decoder = _decoder(gm)
 
     def found(self) -> dict[str, InputStats]:
         """Statistics by linear name."""
         return {l.name: self.stats[_key(l)] for l in self.linears if _key(l) in self.stats}
 
-    def batch(self, leaves: Sequence[Any], mask: Tensor | None) -> Any:
+    def batch(self, leaves: Sequence[Any], mask: Tensor | None, decoder_mask: Tensor | None = None) -> Any:
         """Runs one batch.
 
         Args:
             leaves: an argument for each placeholder.
             mask: bool [batch, tokens], True where a token is real; or None.
+            decoder_mask: the same of what the decoder of an encoder-decoder reads.
 
         Returns:
             What the graph returns.
@@ -179,7 +196,7 @@ class Observer(fx.Interpreter):
         Raises:
             CalibrationError: if the model refuses the batch, or an activation is not finite.
         """
-        self.mask = mask
+        self.mask, self.decoder_mask = mask, decoder_mask
         self.routed_masks: dict[str | None, Tensor] = {}
         try:
             with torch.no_grad():
@@ -194,19 +211,20 @@ class Observer(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self.at = n
-        if n.name in self.routed and self.mask is not None:
-            self._follow_mask(n, self.mask.flatten())
+        mask = self.decoder_mask if n in self.decoder else self.mask
+        if n.name in self.routed and mask is not None:
+            self._follow_mask(n, mask.flatten())
         if n.name in self.readers:
-            self._read(n, self.readers[n.name])
+            self._read(n, self.readers[n.name], mask)
         out = super().run_node(n)
         for name, (what, a) in self.operands.get(n.name, {}).items():
-            self._observe_heads(name, what, a, out)
+            self._observe_heads(name, what, a, out, mask)
         return out
 
-    def _observe_heads(self, name: str, what: str, a: Attention, x: Tensor) -> None:
+    def _observe_heads(self, name: str, what: str, a: Attention, x: Tensor, mask: Tensor | None) -> None:
         x = x.transpose(-1, -2) if what == "keys" and a.transposed else x
         x = x.unflatten(0, (-1, a.groups)) if x.dim() == 3 else x
-        rows = real_tokens(x.transpose(1, 2).flatten(2), self.mask)
+        rows = real_tokens(x.transpose(1, 2).flatten(2), mask)
         if len(rows):
             stats = self.heads.setdefault(name, InputStats.empty(rows, None))
             experts = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
@@ -229,7 +247,7 @@ class Observer(fx.Interpreter):
         if rows.dim() == 2 and len(rows) == len(mask):
             self.routed_masks[self.routed[n.name]] = mask.to(picked.device)[picked]
 
-    def _read(self, n: fx.Node, l: Linear) -> None:
+    def _read(self, n: fx.Node, l: Linear, mask: Tensor | None) -> None:
         x = self.env[n.args[0]]  # type: ignore[index]
         if l.offsets:
             rows = x
@@ -241,7 +259,7 @@ class Observer(fx.Interpreter):
                 keep &= self.routed_masks[l.offsets]
             rows, experts = rows[keep], experts[keep]
         else:
-            rows = real_tokens(x, self.mask)
+            rows = real_tokens(x, mask)
             experts = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         if len(rows):
             self._update(l, rows, experts)

@@ -11,7 +11,7 @@ from torch import fx, nn
 from sqcompile.calibrate import calibrate as observe
 from sqcompile.emit import BACKENDS, CompiledModel, emit
 from sqcompile.errors import CalibrationError, PlanError, RecipeError
-from sqcompile.inputs import Call, as_call, first_call, from_spec, to_spec
+from sqcompile.inputs import Call, as_call, first_call, from_spec, length, to_spec
 from sqcompile.passes.attention_chains import Attention, find_attentions
 from sqcompile.passes.choose import choose
 from sqcompile.passes.fold import fold
@@ -151,11 +151,11 @@ def _analyse(
         return trace(model, _example(model, example) or from_spec(plan.call, _device(model)), dynamic_shapes), plan
     if loader is None:
         raise CalibrationError("pass calib_loader (an iterable of real batches, or a callable), or a plan")
-    first, loader = first_call(model, loader)
+    first, data = first_call(model, loader)
     call = _example(model, example) or first
     traced = trace(model, call, dynamic_shapes)
     attentions = find_attentions(traced) if recipe.attention != "none" else []
-    calibration = observe(traced, model, loader, progress, attentions)
+    calibration = observe(traced, model, data, progress, attentions, length(loader))
     sites, refusals = match(traced)
     with torch.no_grad():
         return traced, choose(traced, sites, refusals, calibration, recipe, to_spec(call), attentions)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from sqcompile.captured import flatten_like
 from sqcompile.errors import CaptureError, StageError
 from sqcompile.inductor import compile_regions, flatten, inductor
-from sqcompile.inputs import bind, flatten_like
+from sqcompile.inputs import bind
 from sqcompile.passes.graph import get_tensor, set_tensor
 from sqcompile.plan import Plan
 from sqcompile.report import Report
 from sqcompile.stages import Stages
 
 BACKENDS = ("inductor", "eager")
+
+_UNSAVED = (
+    "a compiled model is neither saved, loaded nor copied, since its INT8 weights are packed for this machine: save "
+    "compiled.plan and the float weights, then sqcompile.compile(model, plan=...), which needs no data"
+)
 
 
 class CompiledModel(nn.Module):
@@ -52,7 +58,7 @@ class CompiledModel(nn.Module):
         """The model's own signature and output type; no gradients.
 
         Raises:
-            CaptureError: for a call with other arguments than the captured ones.
+            CaptureError: for a call with other arguments than the captured ones, or with sizes that the capture does not serve.
         """
         try:
             call = bind(self._signature, args, kwargs)
@@ -95,6 +101,16 @@ class CompiledModel(nn.Module):
             raise StageError("a compiled model cannot be trained: train the float model and compile it again")
         return super().train(False)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises StageError: a file of it would lack the packed weights."""
+        raise StageError(_UNSAVED)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise StageError(_UNSAVED)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:  # pickle, copy and deepcopy
+        raise StageError(_UNSAVED)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
         raise StageError(
             "a compiled model stays on the device and in the dtype it was compiled for: move the float model, then "
@@ -114,7 +130,7 @@ def emit(
         backend: "inductor" compiles the graph once for all shapes; "eager" runs it as it is.
         regional: see `compile_regions`.
     """
-    copies: dict[int, Tensor] = {}  # a tied tensor is copied once
+    copies: dict[Hashable, Tensor] = {}  # a tied tensor is copied once
     for n in lowered.graph.find_nodes(op="get_attr"):
         name = str(n.target)
         if name in stages.original:
@@ -124,9 +140,9 @@ def emit(
     return CompiledModel(lowered, signature, plan, stages, how[backend])
 
 
-def _copy(tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
-    key = tensor.data_ptr()
-    if key not in copies or copies[key].shape != tensor.shape:
+def _copy(tensor: Tensor, copies: dict[Hashable, Tensor]) -> Tensor:
+    key = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    if key not in copies:
         copies[key] = tensor.clone()
     return copies[key]
 

@@ -36,7 +36,7 @@ _HINTS: tuple[tuple[str, str], ...] = (
 
 def export_error(model: nn.Module, error: Exception) -> CaptureError:
     """What to raise for an error of torch.export."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(f.filename)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
     where = f" at {frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
     what = f"{type(error).__name__}: {first_line(error)}"
     return CaptureError(f"{type(model).__name__} cannot be exported: {what}{where}. What to try: {_hint(error, what)}")
@@ -76,7 +76,7 @@ def source(node: fx.Node) -> str:
 
 def _users_line(stack_trace: str) -> str | None:
     lines = [line.strip() for line in stack_trace.splitlines()]
-    found = [i for i, line in enumerate(lines) if line.startswith("File") and _is_users(line.split('"')[1])]
+    found = [i for i, line in enumerate(lines) if line.startswith("File") and is_users(line.split('"')[1])]
     if not found:
         return None
     _, path, rest = lines[found[-1]].split('"')
@@ -102,7 +102,8 @@ def one_error() -> Iterator[None]:
             l.disabled = was
 
 
-def _is_users(filename: str) -> bool:
+def is_users(filename: str) -> bool:
+    """Whether a file is the model's own code, and neither PyTorch's nor ours."""
     inside = (os.path.join(os.path.dirname(module), "") for module in (torch.__file__, __file__))
     return not filename.startswith((*inside, "<frozen", "<string>", "<eval_with_key>"))
 

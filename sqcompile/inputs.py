@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +49,7 @@ def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[st
     # None means "not given" where that is the default; elsewhere it is a value of its own
     defaults = {n: p.default for n, p in signature.parameters.items()}
     named = {k: _sorted(v) for k, v in named.items() if v is not None or defaults.get(k) is not None}
-    if named.get("use_cache") is False:
+    if named.get("use_cache") is False and "use_cache" in signature.parameters:
         del named["use_cache"]
     return Call(tuple(_sorted(v) for v in rest), named)
 
@@ -64,21 +63,29 @@ def as_call(model: nn.Module, batch: Any, index: int = 0) -> Call:
     """The call a calibration batch stands for: a tensor, a tuple or list of arguments, or a mapping of keywords.
 
     Raises:
-        CalibrationError: if the batch does not fit the model's signature, naming the batch and the reason.
+        CalibrationError: if the batch does not fit the model's signature or holds no tensor, naming the batch.
     """
     signature = inspect.signature(model.forward)
+    args: tuple[Any, ...] = (batch,)
+    kwargs: dict[str, Any] = {}
+    if isinstance(batch, Mapping):
+        args, kwargs = (), dict(batch)
+    elif isinstance(batch, (tuple, list)):
+        args = tuple(batch)
     try:
-        if isinstance(batch, Mapping):
-            return bind(signature, (), dict(batch))
-        if isinstance(batch, (tuple, list)):
-            return bind(signature, tuple(batch), {})
-        return bind(signature, (batch,), {})
+        call = bind(signature, args, kwargs)
     except TypeError as e:
         names = ", ".join(signature.parameters)
         raise CalibrationError(
             f"calibration batch {index} ({type(batch).__name__}) does not fit {type(model).__name__}.forward({names}): {e}. "
             "Pass a tensor, a tuple of arguments or a dict of keyword arguments that the model accepts"
         ) from e
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((call.args, call.kwargs))):
+        raise CalibrationError(
+            f"calibration batch {index} ({type(batch).__name__}) holds no tensor: convert lists to tensors "
+            '(return_tensors="pt" of a tokenizer, dataset.with_format("torch")) and batch them, [batch, tokens]'
+        )
+    return call
 
 
 def first_call(model: nn.Module, loader: Any) -> tuple[Call, Iterable[Any] | Callable[..., Any]]:
@@ -97,8 +104,8 @@ def first_call(model: nn.Module, loader: Any) -> tuple[Call, Iterable[Any] | Cal
             batch = next(iterator)
         except StopIteration:
             raise CalibrationError("the calibration loader is empty: pass at least one batch of real input") from None
-        rest = loader if iterator is not loader else itertools.chain([batch], iterator)
-        return as_call(model, batch), rest
+        # never iterated anew: what wraps a generator, tqdm for one, goes on where it stood
+        return as_call(model, batch), itertools.chain([batch], iterator)
     if callable(loader):
         calls: list[Call] = []
         run_callable(model, loader, lambda call: calls.append(call) if not calls else None)
@@ -106,6 +113,14 @@ def first_call(model: nn.Module, loader: Any) -> tuple[Call, Iterable[Any] | Cal
             raise CalibrationError("the calibration callable never called the model: call it on at least one batch")
         return calls[0], loader
     raise CalibrationError(f"calib_loader is a {type(loader).__name__}: pass an iterable of batches or a callable")
+
+
+def length(loader: Any) -> int | None:
+    """The number of batches, where the loader knows it."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:  # a DataLoader over an iterable dataset
+        return None
 
 
 def calls(model: nn.Module, loader: Iterable[Any]) -> Iterator[Call]:
@@ -128,67 +143,9 @@ def run_callable(model: nn.Module, loader: Callable[..., Any], observe: Callable
         handle.remove()
 
 
-@dataclass(frozen=True)
-class Captured:
-    """What a graph was captured with: the structure of the call, and for each leaf a fake tensor or a constant."""
-
-    spec: pytree.TreeSpec
-    leaves: tuple[Any, ...]
-
-    @functools.cached_property
-    def names(self) -> tuple[str, ...]:
-        """Of the keyword arguments, in the captured order."""
-        return tuple(self.spec.unflatten([None] * self.spec.num_leaves)[1])
-
-
-def flatten_like(call: Call, captured: Captured) -> list[Any]:
-    """The call's leaves in the order of the captured call.
-
-    Raises:
-        CaptureError: if the call has other arguments, constants, dtypes or static sizes than the captured one.
-    """
-    spec = captured.spec
-    ordered = {k: call.kwargs[k] for k in captured.names if k in call.kwargs}
-    leaves, got = pytree.tree_flatten((call.args, ordered))
-    if len(ordered) != len(call.kwargs) or got != spec:
-        raise CaptureError(
-            f"the model was captured with the arguments ({describe(spec)}), this call has "
-            f"({describe(pytree.tree_structure((call.args, call.kwargs)))}): call it with the captured ones, or "
-            "compile with example_inputs= that has these"
-        )
-    for i, (have, want) in enumerate(zip(leaves, captured.leaves, strict=True)):
-        if not _fits(have, want):
-            path, _ = pytree.tree_flatten_with_path((call.args, ordered))[0][i]
-            raise CaptureError(
-                f"argument {pytree.keystr(path[1:])} was captured as {_spell(want)}, this call has {_spell(have)}: sizes "
-                "that are numbers, dtypes and constants are fixed by the capture; compile with example_inputs= like this"
-            )
-    return leaves
-
-
-def _fits(have: Any, want: Any) -> bool:
-    if not isinstance(want, Tensor) or not isinstance(have, Tensor):
-        return type(have) is type(want) and have == want
-    sizes = zip(have.shape, want.shape, strict=False)
-    same = all(isinstance(w, torch.SymInt) or h == w for h, w in sizes)
-    return have.dim() == want.dim() and have.dtype == want.dtype and same
-
-
-def _spell(x: Any) -> str:
-    if isinstance(x, Tensor):
-        return f"{x.dtype} [{', '.join('any' if isinstance(s, torch.SymInt) else str(s) for s in x.shape)}]"
-    return repr(x)
-
-
-def describe(spec: pytree.TreeSpec) -> str:
-    """The argument names of a captured call, for messages."""
-    args, kwargs = spec.unflatten([None] * spec.num_leaves)
-    return ", ".join([f"argument {i}" for i in range(len(args))] + list(kwargs))
-
-
-def token_mask(call: Call) -> Tensor | None:
+def token_mask(call: Call, name: str = "attention_mask") -> Tensor | None:
     """The call's attention mask as bool [batch, tokens]: True where a token is real; None where there is none."""
-    mask = call.kwargs.get("attention_mask")
+    mask = call.kwargs.get(name)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
     if mask.dtype.is_floating_point and not bool(((mask == 0) | (mask == 1)).all()):

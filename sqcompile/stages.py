@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, fx, nn
 
 from sqcompile.errors import StageError
-from sqcompile.passes.graph import get_tensor, set_tensor
+from sqcompile.passes.graph import clone, get_tensor, set_tensor
 from sqcompile.plan import Plan
 from sqcompile.verify import STAGES
 
@@ -31,8 +31,8 @@ class Stages(Mapping[str, fx.GraphModule]):
         self.shared = frozenset(n for n in names if n in own)
         self.original = frozenset(names)  # every tensor that came with the capture
         self._constants = {n: get_tensor(traced, n) for n in names - self.shared}
-        self._graph, self._meta = traced.graph, dict(traced.meta)
-        self._versions = {n: (own[n].data_ptr(), own[n]._version) for n in self.shared}
+        self._graph, self._meta = _ownerless(clone(traced)), dict(traced.meta)
+        self._states = {n: state(own[n]) for n in self.shared}
         self._plan = plan
         self._cache: weakref.WeakValueDictionary[str, fx.GraphModule] = weakref.WeakValueDictionary()
 
@@ -57,7 +57,7 @@ class Stages(Mapping[str, fx.GraphModule]):
         if model is None:
             raise StageError("the float model was freed, and a stage is rebuilt from it: keep a reference to the model")
         own = _tensors(model)
-        if any((own[n].data_ptr(), own[n]._version) != v for n, v in self._versions.items()):
+        if any(state(own[n]) != s for n, s in self._states.items()):
             raise StageError("the model's parameters changed since it was compiled: compile it again to see its stages")
         root = nn.Module()
         for n in self.shared:
@@ -66,7 +66,20 @@ class Stages(Mapping[str, fx.GraphModule]):
             set_tensor(root, n, tensor)
         gm = fx.GraphModule(root, self._graph)
         gm.meta.update(self._meta)
-        return gm
+        traced = clone(gm)
+        _ownerless(gm)
+        return traced
+
+
+def _ownerless(gm: fx.GraphModule) -> fx.Graph:
+    """The module's graph, which no longer keeps the module alive, and so the model's tensors."""
+    gm.graph.owning_module = None
+    return gm.graph
+
+
+def state(tensor: Tensor) -> tuple[int, int]:
+    """Version and address of a tensor's values. A tensor made in inference mode has no version."""
+    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -8,8 +8,11 @@ The graph's tensors are detached aliases of the model's own: same storage, never
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,9 +20,10 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from sqcompile.captured import captured
 from sqcompile.errors import CaptureError
 from sqcompile.explain import check_shapes, export_error, one_error, source
-from sqcompile.inputs import Call, Captured
+from sqcompile.inputs import Call
 from sqcompile.passes.canonicalize import DROPOUTS, canonicalize, drops
 from sqcompile.passes.graph import aten, clone, finish, set_tensor, value
 
@@ -79,8 +83,8 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     info: Any = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
     given = pytree.tree_leaves((call.args, call.kwargs))
     inputs = [value(n) for n in gm.graph.find_nodes(op="placeholder")]
-    leaves = tuple(v if isinstance(g, Tensor) else g for v, g in zip(inputs, given, strict=True))
-    gm.meta["captured"], gm.meta["out_spec"] = Captured(info.in_spec, leaves), info.out_spec
+    gm.meta["captured"] = captured(info.in_spec, given, inputs, fakes[0].fake_mode.shape_env, dynamic_shapes)
+    gm.meta["out_spec"] = info.out_spec
     gm.meta["aliases"] = aliases(model)
     canonicalize(gm)
     gm.graph.eliminate_dead_code()
@@ -107,21 +111,41 @@ def tidy(gm: fx.GraphModule) -> None:
 
 
 def _export(model: nn.Module, call: Call, dynamic_shapes: Any) -> torch.export.ExportedProgram:
-    view = _as_called(model, call)
-    attempts: list[tuple[Call, Any]] = [(call, dynamic_shapes)]
+    attempts: list[tuple[Call, Any]] = [(call, lambda _: dynamic_shapes)]
     if dynamic_shapes == "auto":
         grown = _grown(call)
         # Sizes of the model's own choosing are tried last: some models accept no other.
-        attempts = [(grown, _auto(view, grown)), (call, _auto(view, call))]
+        attempts = [(example, functools.partial(_auto, call=example)) for example in (grown, call)]
+    # parameters made in inference mode are refused outside it
+    inference = torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters())
     error: Exception | None = None
-    for example, shapes in attempts:
-        try:
-            with torch.no_grad(), one_error():
-                return torch.export.export(view, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
-        except Exception as e:
-            error = e
+    for fixed in _fixed(model, call):
+        view = _as_called(model, call, fixed)
+        for example, shapes in attempts:
+            try:
+                with torch.inference_mode(inference), torch.no_grad(), one_error(), _left_alone(model):
+                    return torch.export.export(
+                        view, example.args, example.kwargs, dynamic_shapes=shapes(view), strict=False
+                    )
+            except Exception as e:
+                error = e
     assert error is not None
     raise export_error(model, error) from error
+
+
+@contextlib.contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """Takes back what a model keeps when it runs, here on fake tensors: a table that forward makes once, a cache."""
+    own = [m.__dict__ for m in model.modules()]
+    entries = [*own, *(v for d in own for v in d.values() if isinstance(v, dict))]  # buffers and submodules among them
+    before = [dict(d) for d in entries]
+    try:
+        yield
+    finally:
+        for now, was in zip(entries, before, strict=True):
+            for name in now.keys() - was.keys():
+                del now[name]
+            now.update(was)
 
 
 def _functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -166,14 +190,25 @@ def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: tuple(groups[id(t)]) for name, t in tensors}
 
 
-def _as_called(model: nn.Module, call: Call) -> nn.Module:
-    """A view of the model whose forward has exactly the call's arguments: export cannot name those in ``**kwargs``.
+def _fixed(model: nn.Module, call: Call) -> list[dict[str, Any]]:
+    """Arguments that are added to the call, in the order to try them.
 
     A forward with a ``use_cache`` argument that the call leaves open gets False: a KV cache among the outputs would
-    show every key and value to the caller, and no scale could pass through them.
+    show every key and value to the caller, and no scale could pass through them. So does a forward with ``**kwargs`` if
+    the model's configuration knows the argument, and if it may be passed.
     """
-    given = {} if "use_cache" in call.kwargs else {"use_cache": False}
-    fixed = {k: v for k, v in given.items() if k in inspect.signature(model.forward).parameters}
+    parameters = inspect.signature(model.forward).parameters
+    if "use_cache" in call.kwargs:
+        return [{}]
+    if "use_cache" in parameters:
+        return [{"use_cache": False}]
+    known = hasattr(getattr(model, "config", None), "use_cache")
+    passes = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return [{"use_cache": False}, {}] if known and passes else [{}]
+
+
+def _as_called(model: nn.Module, call: Call, fixed: dict[str, Any]) -> nn.Module:
+    """A view of the model whose forward has exactly the call's arguments: export cannot name those in ``**kwargs``."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return model.forward(*args, **kwargs, **fixed)

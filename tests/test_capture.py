@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
-from conftest import relative_error
+from conftest import relative_error, tiny_lm
 from test_fold import fold_everything
 from torch import nn
 from torch.nn import functional as F
@@ -73,6 +75,42 @@ def test_state_is_refused_and_the_model_is_not_advanced():
     with pytest.raises(sqcompile.CaptureError, match="writes to 'steps'"):
         compiled(model, x)
     assert torch.equal(model.steps, torch.arange(16))
+
+
+def test_the_model_keeps_nothing_of_a_run_on_fake_tensors():
+    def lazy(m, x):
+        if not hasattr(m, "cos"):
+            m.cos, m.tables[x.shape[-1]] = torch.cos(m.memory), torch.sin(m.memory)
+            m.a.register_buffer("sin", torch.sin(m.memory))
+        return m.b(m.a(x) * m.cos[0] * m.a.sin[0] + m.tables[16][0])
+
+    model, x = net(lazy), torch.randn(2, 24, 16)
+    model.tables = {}
+    c = compiled(model, x)
+    assert not hasattr(model, "cos") and not model.tables and not hasattr(model.a, "sin")
+    assert relative_error(c(x), model(x)) < 0.03
+
+
+@pytest.mark.parametrize("takes_it", [True, False])
+def test_a_cache_asked_for_by_the_configuration_is_turned_off_where_that_can_be_passed(takes_it):
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.config = nn.Linear(16, 16), types.SimpleNamespace(use_cache=takes_it)
+
+        def forward(self, x, **kwargs):
+            if kwargs and not takes_it:
+                raise TypeError(f"no such arguments: {kwargs}")
+            y = self.fc(x)
+            return (y, y) if kwargs.get("use_cache", self.config.use_cache) else y
+
+    model, x = Wrapper().eval(), torch.randn(2, 6, 16)
+    c = compiled(model, x)
+    assert relative_error(c(x), model.fc(x)) < 0.03
+    if takes_it:  # and where the user says so
+        c = compiled(model, {"x": x, "use_cache": False})
+        assert relative_error(c(x, use_cache=False), model.fc(x)) < 0.03
+        assert len(compiled(model, {"x": x, "use_cache": True})(x, use_cache=True)) == 2
 
 
 def test_nothing_is_shared_with_the_model():
@@ -165,6 +203,21 @@ def test_the_head_is_known_by_the_table_of_ids_however_they_are_edited(ids, head
     assert [l.quantized for l in c.report.layers] == [True, not head]
 
 
+def test_a_weight_and_its_transpose_in_one_storage_stay_apart():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc, self.mid, self.dec = (nn.Linear(16, 16, bias=False) for _ in range(3))
+            self.dec.weight = nn.Parameter(self.enc.weight.detach().t())
+
+        def forward(self, x):
+            return self.dec(torch.tanh(self.mid(self.enc(x))))
+
+    torch.manual_seed(0)
+    model, x = Tied().eval(), torch.randn(4, 8, 16)
+    assert relative_error(compiled(model, x, recipe=Recipe(smooth=False, skip=("enc", "dec")))(x), model(x)) < 0.03
+
+
 def test_a_skipped_reader_of_a_multiplied_input():
     class Heads(nn.Module):
         def __init__(self):
@@ -204,3 +257,64 @@ def test_a_loader_over_an_iterable_dataset():
 
     loader = torch.utils.data.DataLoader(Stream(), batch_size=2)
     assert sqcompile.compile(net(lambda m, x: m.a(x)), loader, backend="eager").report.layers[0].quantized
+
+
+def refuses(c, match, *args, **kwargs):
+    with pytest.raises(sqcompile.CaptureError, match=match):
+        c(*args, **kwargs)
+
+
+def test_sizes_that_were_equal_in_the_capture_must_be_equal():
+    model, x = net(lambda m, x, y: m.a(x + y)), torch.randn(1, 6, 16)
+    c = compiled(model, {"x": x, "y": x})
+    x, y = torch.randn(4, 9, 16), torch.randn(1, 9, 16)
+    remedy = r"which were equal in the capture.* pass equal sizes .*example_inputs="
+    names = r"^y\.shape\[0\] is 1 and x\.shape\[0\] is 4, "
+    refuses(c, names + remedy, x=x, y=y)
+    refuses(c, r"y\.shape\[1\] is 7 and x\.shape\[1\] is 9", x=x, y=x[:, :7])
+    assert relative_error(c(x=x, y=x), model(x, y=x)) < 0.03
+    c = compiled(model, (x[:2], y))  # a broadcast is part of the capture
+    assert relative_error(c(x, y), model(x, y)) < 0.03
+    loader = [{"input_ids": torch.ones(2, 6).long(), "attention_mask": torch.ones(2, 6).long()} for _ in range(2)]
+    loader[1]["attention_mask"] = torch.ones(2, 5).long()
+    with pytest.raises(
+        sqcompile.CalibrationError, match=r"batch 1: attention_mask\.shape\[1\] is 5 and input_ids\.shape"
+    ):
+        sqcompile.calibrate(tiny_lm("llama"), loader, progress=False)
+
+
+# forward's body, lengths that are served, lengths that are not, the condition
+CONDITIONS = {
+    "a table of positions": (lambda m, x: m.a(x + m.memory[: x.shape[1]]), (16, 1, 2, 0), (17,), "<= 16"),
+    "a branch": (lambda m, x: m.a(x) if x.shape[1] <= 8 else m.b(x), (8, 1), (9, 40), "<= 8"),
+    "one length": (lambda m, x: m.a(x) if x.shape[1] == 9 else m.b(x), (8, 1, 10), (9,), "!= 9"),
+    "the last few": (lambda m, x: m.a(x[:, -4:]), (4, 9), (3, 1), "<= -4"),
+    "a multiple": (lambda m, x: m.a(x) if x.shape[1] % 3 == 0 else m.b(x), (3, 9), (4, 1), r"x\.shape\[1\] % 3\) == 0"),
+    "all but the first": (lambda m, x: m.a(x[:, 1:]), (7, 3, 2), (), ""),
+    "a check": (lambda m, x: (torch._check(x.shape[1] <= 8), m.a(x))[1], (8, 1), (9,), "<= 8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_sizes_for_which_the_model_does_something_else_are_refused(name):
+    body, served, refused, condition = CONDITIONS[name]
+    model = net(body)
+    c = compiled(model, torch.randn(2, 6, 16))
+    for length in served:
+        x = torch.randn(3, length, 16)
+        assert c(x).shape == model(x).shape and (length == 0 or relative_error(c(x), model(x)) < 0.03)
+    for length in refused:
+        refuses(c, rf"{condition}.* has x\.shape\[1\] = {length}\. .*example_inputs=", torch.randn(3, length, 16))
+
+
+def test_ranges_of_the_users_own_dims_are_kept():
+    dims = {"x": {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", min=4, max=32)}}
+    c = compiled(net(lambda m, x: m.a(x)), torch.randn(2, 6, 16), dynamic_shapes=dims)
+    assert c(torch.randn(1, 32, 16)).shape == (1, 32, 16)
+    refuses(c, r"x\.shape\[1\] <= 32", torch.randn(1, 33, 16))
+    refuses(c, r"x\.shape\[1\] >= 4", torch.randn(1, 3, 16))
+
+
+def test_a_tensor_on_another_device_is_refused():
+    c = compiled(net(lambda m, x: m.a(x)), torch.randn(2, 6, 16))
+    refuses(c, r"argument x was captured as .* on cpu, this call has .* on meta", torch.randn(2, 6, 16, device="meta"))

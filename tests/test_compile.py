@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -13,7 +15,9 @@ import torch
 from conftest import relative_error, tiny_lm, token_batches
 from expecttest import assert_expected_inline
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import sqcompile
 from sqcompile import PRESETS, Recipe
@@ -121,7 +125,7 @@ def test_a_plan_fits_the_same_model_with_other_captures():
 
 
 @pytest.mark.parametrize(
-    "kind", ["tensors", "tuples", "lists", "dicts", "encodings", "generator", "callable", "callable0"]
+    "kind", ["tensors", "tuples", "lists", "dicts", "encodings", "generator", "wrapped", "callable", "callable0"]
 )
 def test_batches_of_every_kind_give_the_same_plan(kind):
     from transformers import BatchEncoding
@@ -135,7 +139,7 @@ def test_batches_of_every_kind_give_the_same_plan(kind):
 
     loader = {
         "tensors": ids, "tuples": [(x,) for x in ids], "lists": [[x] for x in ids], "dicts": [{"input_ids": x} for x in ids],
-        "encodings": [BatchEncoding({"input_ids": x}) for x in ids], "generator": (x for x in ids), "callable": run,
+        "encodings": [BatchEncoding({"input_ids": x}) for x in ids], "generator": (x for x in ids), "wrapped": tqdm((x for x in ids), disable=True), "callable": run,
         "callable0": lambda: run(model),
     }[kind]  # fmt: skip
     plan = sqcompile.calibrate(model, loader, progress=False)
@@ -163,6 +167,32 @@ def test_the_attention_mask_keeps_padding_out_of_the_statistics():
     assert stats[first].count == 20 == want.count and unmasked[first].count == 32
     assert torch.allclose(stats[first].absmax, want.absmax, rtol=1e-5)
     assert not torch.allclose(unmasked[first].absmax, want.absmax, rtol=1e-5)
+
+
+def test_a_decoders_tokens_are_masked_by_its_own_mask():
+    from families import build
+
+    from sqcompile.calibrate import calibrate
+    from sqcompile.trace import trace
+
+    model, call = build("t5")
+    ids, decoder_ids = call["input_ids"], call["input_ids"].flip(-1)  # of one shape
+    mask, decoder_mask = torch.ones_like(ids), torch.ones_like(ids)
+    mask[:, 8:], decoder_mask[:, 3:] = 0, 0
+    masks = {"attention_mask": mask, "decoder_attention_mask": decoder_mask}
+    batch = {"input_ids": ids, "decoder_input_ids": decoder_ids, **masks}
+    counts = {}
+    for given in (masks, {"attention_mask": mask}):
+        call = {k: v for k, v in batch.items() if k in given or k not in masks}
+        gm = trace(model, as_call(model, call))
+        stats = calibrate(gm, model, [call], progress=False).inputs
+        for kind in ("encoder.block.1.layer.0.SelfAttention.q", "decoder.block.1.layer.0.SelfAttention.q"):
+            counts[kind.split(".")[0], len(given)] = stats[f"{kind}.weight"].count
+        # the decoder's keys and values of the encoder's tokens
+        assert stats["decoder.block.1.layer.1.EncDecAttention.k.weight"].count == int(mask.sum())
+        assert stats["decoder.block.1.layer.1.EncDecAttention.q.weight"].count == counts["decoder", len(given)]
+    real, every = int(mask.sum()), ids.numel()
+    assert counts == {("encoder", 2): real, ("encoder", 1): real, ("decoder", 2): 6, ("decoder", 1): every}
 
 
 def test_the_sample_is_bounded_and_uniform():
@@ -214,12 +244,24 @@ def test_one_quantization_for_linears_that_share_an_input():
 def test_the_float_model_can_be_freed_and_stages_say_so():
     model, compiled = compiled_mlp()
     x = torch.randn(1, 2, 64)
+    assert compiled.stages["traced"](x).shape == compiled.stages["folded"](x).shape  # looking keeps nothing either
     want, alive = compiled(x), weakref.ref(model.up.weight)
+    values = [StorageWeakRef(p.untyped_storage()) for p in model.parameters()]
     del model
     gc.collect()
-    assert alive() is None and torch.equal(compiled(x), want)
+    assert alive() is None and all(v.expired() for v in values) and torch.equal(compiled(x), want)
     with pytest.raises(sqcompile.StageError, match="keep a reference"):
         compiled.stages["folded"]
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model, compiled = compiled_mlp()
+        x = torch.randn(1, 2, 64)
+        want = model(x)
+        assert relative_error(compiled.stages["folded"](x), want) < 1e-5
+    again = sqcompile.compile(model, plan=compiled.plan, backend="eager")
+    assert torch.equal(again(x), compiled(x)) and relative_error(again(x), want) < 0.02
 
 
 def test_changing_the_model_later_changes_nothing_compiled():
@@ -236,6 +278,22 @@ def test_changing_the_model_later_changes_nothing_compiled():
         compiled.to(torch.bfloat16)
     with pytest.raises(sqcompile.StageError, match="trained"):
         compiled.train()
+
+
+def test_a_compiled_model_is_not_saved_in_part():
+    _model, compiled = compiled_mlp()
+    whole = nn.ModuleDict({"net": compiled})
+    for save in (
+        compiled.state_dict,
+        whole.state_dict,
+        lambda: copy.deepcopy(compiled),
+        lambda: pickle.dumps(compiled),
+    ):
+        with pytest.raises(sqcompile.StageError, match=r"save compiled\.plan and the float weights.*plan=\.\.\."):
+            save()
+    for module, prefix in ((compiled, ""), (whole, "net.")):
+        with pytest.raises(sqcompile.StageError, match=r"plan=\.\.\."):
+            module.load_state_dict({f"{prefix}lowered.{k}": v for k, v in compiled.lowered.state_dict().items()})
 
 
 def test_int8_weights_take_a_quarter_of_fp32():

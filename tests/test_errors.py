@@ -73,6 +73,13 @@ def test_a_batch_the_model_refuses():
     fails(sqcompile.CalibrationError, "batch 1: .*captured with the arguments \\(x\\)", loader=loader)
 
 
+@pytest.mark.parametrize("batch", [{"x": [[1.0, 2.0]]}, [[1.0, 2.0]], ([1.0], None)])
+def test_a_batch_of_lists_says_how_to_make_tensors(batch):
+    remedy = r'to tensors \(return_tensors="pt" .*with_format\("torch"\)\) and batch them'
+    fails(sqcompile.CalibrationError, rf"batch 0 \(\w+\) holds no tensor: .*{remedy}", loader=[batch])
+    fails(sqcompile.CalibrationError, r"batch 1 \(\w+\) holds no tensor", loader=[torch.randn(4, 6, 16), batch])
+
+
 def test_non_finite_activations_name_the_tensor():
     bad = batches()
     bad[1][0, 2, 3] = float("nan")

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sqcompile.backend.weights import state, states
+from sqcompile.backend.weights import states
 from sqcompile.calibrate import Observer
 from sqcompile.inputs import Call, token_mask
+from sqcompile.stages import state
 
 if TYPE_CHECKING:
     from sqcompile.backend.session import Session

@@ -124,6 +124,8 @@ class Runner:
         quantizes = resolve_recipe(self.options.recipe).attention != "none"
         observer = Observer(traced, find_attentions(traced) if quantizes else [])
         masks = [i for i, name in enumerate(self.fallback) if "attention_mask" in name]
+        if any("decoder_input" in name for name in self.fallback):
+            masks = []  # whose tokens an encoder-decoder's mask is for is not known here
         observed = Observed(session, tensors, observer, self.template.updates, masks)
         self.observed = [observed, *(o for o in self.observed if o.alive())]
         return observed

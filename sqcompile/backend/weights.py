@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sqcompile.errors import StageError
+from sqcompile.stages import state
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,6 @@ class Freed:
 _serial: Any = WeakIdKeyDictionary()
 _freed: Any = WeakIdKeyDictionary()
 _numbers = itertools.count()
-
-
-def state(tensor: Tensor) -> tuple[int, int]:
-    """Version and address of a tensor's values. A tensor made in inference mode has no version."""
-    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
 
 
 def states(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
