@@ -45,8 +45,8 @@ def compiled(model, **options):
 
 
 def planned(model, batches=None, **kwargs):
-    plan = sqcompile.calibrate(model, batches or outliers(), progress=False, **kwargs)
-    return plan, sqcompile.compile(model, plan=plan, backend="eager")
+    reference = sqcompile.compile(model, batches or outliers(), backend="eager", progress=False, **kwargs)
+    return reference.plan, reference
 
 
 def session(model):

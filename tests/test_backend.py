@@ -170,7 +170,7 @@ def test_the_quantized_stage_of_a_graph_without_a_linear():
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("recipe", ["O2", "O3"])
+@pytest.mark.parametrize("recipe", ["O2", pytest.param("O3", marks=pytest.mark.slow)])
 def test_the_first_calls_calibrate_attention(recipe):
     recipe = dataclasses.replace(resolve_recipe(recipe), attention="qk_pv")
     model, batches = tiny_lm("llama"), token_batches()
@@ -184,7 +184,7 @@ def test_the_first_calls_calibrate_attention(recipe):
     assert mine.heads.keys() == plan.heads.keys() and all(torch.equal(mine.heads[k], plan.heads[k]) for k in plan.heads)
 
 
-@pytest.mark.parametrize("activation", ["per_token", "per_tensor_static"])
+@pytest.mark.parametrize("activation", ["per_token", pytest.param("per_tensor_static", marks=pytest.mark.slow)])
 def test_attention_is_smoothed_explicitly(activation):
     """Keys of a cache are the model's own: s is multiplied right before quantization, in prefill and decode."""
     recipe = sqcompile.Recipe(attention="qk", activation=activation)

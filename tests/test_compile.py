@@ -44,7 +44,7 @@ def compiled_mlp(batches=None, **kwargs):
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recipe", ["default", "O1", "O2", "O3"])
 def test_stages_agree_on_tiny_lms(family, recipe):
     model = tiny_lm(family)

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 @pytest.fixture(scope="module")
 def llama():
     model = tiny_lm("llama", max_position_embeddings=512)
-    plan = sqcompile.calibrate(model, token_batches(), progress=False)
-    return model, plan, sqcompile.compile(model, plan=plan, backend="eager")
+    reference = sqcompile.compile(model, token_batches(), backend="eager", progress=False)
+    return model, reference.plan, reference
 
 
 def compiled(model, plan, **options):
@@ -153,7 +153,7 @@ def test_the_first_calls_calibrate_while_it_generates(llama):
     assert graphs() == 2
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", [pytest.param("dynamic", marks=pytest.mark.slow), "static"])
 def test_attention_calibrates_while_it_generates(llama, cache):
     """A cache hands every key to each later token: what counts is the keys that a call brings."""
     model, _, _ = llama
