@@ -58,7 +58,8 @@ def smoothquant(
         make_dynamic(gm, example_inputs, lambda x: bool(session.names(x)), found.mode == "reduce-overhead")
         _warn_of_the_last()
         names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
-        return Runner(session, found, capture(gm), example_inputs, names)
+        # a method: Dynamo's wrapper would copy the attributes of an object, and keep the weights that it has now
+        return Runner(session, found, capture(gm), example_inputs, names).__call__
     except SQCompileError as e:
         return _raises(e)
 
