@@ -159,11 +159,12 @@ class Counting(MLP):
         return super().forward(x) + self.step
 
 
-def test_a_counter_is_no_weight():
+@pytest.mark.parametrize("free_float", [False, True])
+def test_a_counter_is_no_weight(free_float):
     torch.manual_seed(0)
     model, x = Counting().eval(), outliers()[0]
     plan, _ = planned(model)
-    net = compiled(model, plan=plan)
+    net = compiled(model, plan=plan, free_float=free_float)
     first = call(net, x)
     with mock.patch.object(runner, "rewrite", wraps=runner.rewrite) as rewrites:
         for i in range(1, 5):

@@ -34,6 +34,7 @@ class Runner:
 
     Attributes:
         bound: the compiled graphs, the newest first.
+        retired: those with other arguments than now, which hold INT8 weights until their model's next graph has them.
         observed: the graphs in float of the sessions that have no plan yet.
     """
 
@@ -49,6 +50,7 @@ class Runner:
             if i not in written and (isinstance(x, torch.nn.Parameter) or (isinstance(x, Tensor) and session.names(x)))
         ]
         self.bound: list[Bound] = []
+        self.retired: list[Bound] = []
         self.observed: list[Observed] = []
         self.code: dict[str, Callable[..., Any]] = {}
         self.binds = 0
@@ -91,7 +93,7 @@ class Runner:
         inputs = {self.constants[i] for i in buffers if names[i] not in weights}
         self.constants = [i for i in self.constants if i not in inputs]
         if inputs:
-            self.bound, self.observed = [], []
+            self.retired, self.bound, self.observed = self.retired + self.bound, [], []
         return bool(inputs)
 
     def _bind(self, session: Session, tensors: list[Tensor], guarded: bool = False) -> Bound:
@@ -116,6 +118,7 @@ class Runner:
             session.blocks.free((name, t) for name, t in zip(names, tensors, strict=True) if name in freed)
         bound = Bound(session, tensors, run, used, keep)
         self.bound = [bound, *(b for b in self.bound if b.alive())]  # the old ones until now: INT8 weights are shared
+        self.retired = [b for b in self.retired if b.session is not session]
         return bound
 
     def _observe(self, session: Session, tensors: list[Tensor]) -> Observed:

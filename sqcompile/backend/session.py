@@ -117,6 +117,7 @@ class Session:
             r.observed = [o for o in r.observed if o.session is not self]
             if bound:
                 r.bound = [b for b in r.bound if b.session is not self]
+                r.retired = [b for b in r.retired if b.session is not self]
 
 
 def quantized_only(traced: fx.GraphModule, lowered: fx.GraphModule, plan: Plan) -> set[str]:
