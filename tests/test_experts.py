@@ -62,6 +62,7 @@ def test_lowered_experts_agree_with_the_quantized_stage_to_the_bit(mixtral, reci
     assert weights[f"{EXPERTS[0]}_scale"].shape == (4, per_expert)
 
 
+@pytest.mark.slow
 def test_inductor_serves_experts_at_any_number_of_tokens(mixtral):
     compiled = sqcompile.compile(mixtral, token_batches(), progress=False)
     eager = sqcompile.compile(mixtral, plan=compiled.plan, backend="eager")

@@ -179,6 +179,7 @@ def llama_graph(layers):
     return trace(model, as_call(model, {"input_ids": token_ids()}))
 
 
+@pytest.mark.slow
 def test_matching_time_grows_linearly():
     def calls(layers):
         """Function calls of a matching: what time is made of, and the same on a busy machine."""
