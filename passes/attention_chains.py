@@ -80,7 +80,8 @@ class Attention:
 
 def find_attentions(gm: fx.GraphModule) -> list[Attention]:
     """Every attention, in graph order; see `Attention`."""
-    const, number = constants(gm), numbers(gm)
+    const = constants(gm)
+    number = numbers(gm, const)
     by_node = {l.node: l.name for l in find_linears(gm)}
     found: list[Attention] = []
     for node in gm.graph.nodes:

@@ -10,7 +10,7 @@ from torch import fx
 from sqcompile.calibrate import Calibration
 from sqcompile.errors import NothingToQuantizeError, RecipeError
 from sqcompile.kernels import speedup
-from sqcompile.passes.graph import Linear, aten, find_linears, nodes_by_name, value
+from sqcompile.passes.graph import Linear, above, aten, find_linears, nodes_by_name, value
 from sqcompile.passes.label_rules import LAYOUT, behind
 from sqcompile.recipe import Recipe
 
@@ -49,7 +49,7 @@ def _routers(gm: fx.GraphModule, linears: list[Linear]) -> set[str]:
     for l in linears:
         if not l.offsets:
             continue
-        seen = _above(behind(nodes[l.x], LAYOUT))  # the tensor whose rows are picked
+        seen = above(behind(nodes[l.x], LAYOUT))  # the tensor whose rows are picked
         todo = [nodes[l.offsets]]
         while todo:  # at once over for an expert's second matrix, whose rows come from the first by the same offsets
             node = todo.pop()
@@ -61,17 +61,6 @@ def _routers(gm: fx.GraphModule, linears: list[Linear]) -> set[str]:
             else:
                 todo.extend(node.all_input_nodes)
     return routers
-
-
-def _above(node: fx.Node) -> set[fx.Node]:
-    """A node and all that it is computed from."""
-    todo, found = [node], set()
-    while todo:
-        n = todo.pop()
-        if n not in found:
-            found.add(n)
-            todo.extend(n.all_input_nodes)
-    return found
 
 
 def _reason(gm: fx.GraphModule, l: Linear, routers: set[str], calibration: Calibration, recipe: Recipe) -> str | None:

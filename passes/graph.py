@@ -249,6 +249,17 @@ def linear_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     return x, w, rest[0] if rest and node.target == aten.linear.default else None  # type: ignore[return-value]
 
 
+def above(*nodes: fx.Node) -> set[fx.Node]:
+    """Nodes and all that they are computed from."""
+    todo, found = list(nodes), set[fx.Node]()
+    while todo:
+        n = todo.pop()
+        if n not in found:
+            found.add(n)
+            todo.extend(n.all_input_nodes)
+    return found
+
+
 def first_leaf(node: fx.Node) -> str | None:
     """The qualified name of the first parameter in a constant expression."""
     while node.op != "get_attr":

@@ -63,8 +63,8 @@ LAYOUT = {
     aten.squeeze.default, aten.squeeze.dims, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
     aten.unbind.int, aten.flatten.using_ints, aten.unflatten.int, aten.repeat.default, aten.narrow.default,
     aten.repeat_interleave.self_int, aten.index.Tensor, aten.index_select.default, aten.flip.default,
-    aten.movedim.int, aten.movedim.intlist, aten.tensor_split.sections, aten.tensor_split.indices, aten.expand_as.default, aten.view_as.default, aten.reshape_as.default,
-    aten.roll.default, operator.getitem,
+    aten.movedim.int, aten.movedim.intlist, aten.tensor_split.sections, aten.tensor_split.indices,
+    aten.expand_as.default, aten.view_as.default, aten.reshape_as.default, aten.roll.default, operator.getitem,
 }  # fmt: skip
 
 # f(x / s) = f(x) / s for every s > 0, element by element, whatever the other arguments are.

@@ -21,7 +21,7 @@ from torch import fx
 
 from sqcompile.kernels import fused
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.passes.graph import add_op, additive, aten, value
+from sqcompile.passes.graph import add_op, additive, aten, constants, value
 from sqcompile.passes.scores import SAME, Mask, Scores, numbers, read_scores
 
 _ENDS = {sqcompile_ops.attention_weights.default, sqcompile_ops.int8_attend.default}
@@ -31,7 +31,7 @@ def lower_int8_attention(gm: fx.GraphModule) -> None:
     """Rewrites the attentions that `int8_attention` can do."""
     masks: dict[Any, fx.Node] = {}
     lists: dict[fx.Node, fx.Node] = {}
-    number = numbers(gm)
+    number = numbers(gm, constants(gm))
     for product in gm.graph.find_nodes(op="call_function", target=sqcompile_ops.int8_scores.default):
         path = _forward(product, _ENDS)
         scores = None if path is None else read_scores(path[:-1], value(product).shape[1], number)

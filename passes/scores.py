@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels.attention_parts import BLOCKED
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.passes.graph import aten, constants, evaluate, value
+from sqcompile.passes.graph import aten, evaluate, value
 from sqcompile.passes.label_rules import describe
 
 
@@ -64,9 +64,8 @@ SAME = {
 Number = Callable[[Any], float | None]
 
 
-def numbers(gm: fx.GraphModule) -> Number:
-    """What reads an operator's argument as a number: one, or a tensor of one that a graph makes, or holds."""
-    const = constants(gm)
+def numbers(gm: fx.GraphModule, const: set[fx.Node]) -> Number:
+    """What reads an operator's argument as a number: one, or a tensor of one that a graph makes, or holds in ``const``."""
 
     def number(x: Any) -> float | None:
         if isinstance(x, fx.Node) and x.target == aten.full.default and not x.args[0]:

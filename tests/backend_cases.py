@@ -49,8 +49,12 @@ def planned(model, batches=None, **kwargs):
     return reference.plan, reference
 
 
+def sessions(model):
+    return list(_sessions.get(model, {}).values())
+
+
 def session(model):
-    return next(iter(_sessions[model].values()))
+    return sessions(model)[0]
 
 
 @torch.no_grad()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
-import threading
 import weakref
 from unittest import mock
 
 import pytest
 import torch
-from backend_cases import MLP, call, compiled, mlp, outliers, planned, session
+from backend_cases import MLP, call, compiled, mlp, outliers, planned, session, sessions
 from conftest import relative_error, tiny_lm, token_batches
 from torch import nn
 
@@ -60,15 +58,9 @@ def test_layers_compiled_one_by_one_calibrate_together():
     for x, y in zip(outliers()[:3], want, strict=False):
         assert torch.allclose(call(model, x), y, atol=1e-4)
     assert relative_error(call(model, outliers()[3]), want[3]) < 0.05
-    plans = [s.plan for layer in (model, *model) for s in runner_sessions(layer)]
+    plans = [s.plan for layer in (model, *model) for s in sessions(layer)]
     assert plans and all(p is not None for p in plans)
     assert {l.name for p in plans for l in p.layers if l.quantized} >= {"0.up.weight", "1.down.weight"}
-
-
-def runner_sessions(model):
-    from sqcompile.backend.session import _sessions
-
-    return list(_sessions.get(model, {}).values())
 
 
 def test_weights_changed_while_it_calibrates():
@@ -281,77 +273,6 @@ def test_reset_forgets_what_was_calibrated():
         down = session(model).plan.layers[1]
         want = planned(model, [x * scale for x in batches[:2]], recipe=sqcompile.Recipe(activation="per_tensor_static"))
         assert down.input_scale == pytest.approx(want[0].layers[1].input_scale)
-
-
-class Speaks(MLP):
-    """Calls itself in methods of every kind."""
-
-    def twice(self, x):
-        yield self(x)
-        return (yield self(x))
-
-    async def later(self, x):
-        await asyncio.sleep(0)
-        return self(x)
-
-    async def stream(self, x):
-        yield self(x)
-        await asyncio.sleep(0)
-        yield self(x)
-
-    def slowly(self, x, enter, leave):
-        enter.set()
-        leave.wait(10)
-        return self(x)
-
-
-@pytest.fixture
-def speaks():
-    torch.manual_seed(0)
-    model, x = Speaks().eval(), outliers()[0]
-    plan, reference = planned(model)
-    net = compiled(model, plan=plan)
-    with torch.no_grad():
-        assert torch.equal(net(x), reference(x)) and not torch.equal(model(x), reference(x))
-        yield model, net, x, reference(x)
-
-
-def test_generators_and_coroutines_run_compiled(speaks):
-    model, net, x, want = speaks
-    generator = net.twice(x)
-    assert torch.equal(next(generator), want)
-    assert not torch.equal(model(x), want), "the model is its own while a generator waits"
-    assert torch.equal(generator.send(None), want)
-    with pytest.raises(StopIteration) as stop:
-        generator.send(3)
-    assert stop.value.value == 3
-
-    async def main():
-        assert torch.equal(await net.later(x), want)
-        assert [torch.equal(y, want) async for y in net.stream(x)] == [True, True]
-
-    asyncio.run(main())
-    assert not torch.equal(model(x), want) and model._compiled_call_impl is None
-
-
-def test_methods_in_two_threads(speaks):
-    model, net, x, want = speaks
-    results = {}
-    enter, leave = ([threading.Event() for _ in range(2)] for _ in range(2))
-
-    def run(i):
-        with torch.no_grad():
-            results[i] = net.slowly(x, enter[i], leave[i])
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
-    for i, thread in enumerate(threads):
-        thread.start()
-        enter[i].wait(10)
-    for i, thread in enumerate(threads):  # the first to enter leaves first
-        leave[i].set()
-        thread.join()
-    assert torch.equal(results[0], want) and torch.equal(results[1], want)
-    assert model._compiled_call_impl is None and not torch.equal(model(x), want)
 
 
 @pytest.mark.slow

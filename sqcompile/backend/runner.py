@@ -19,7 +19,7 @@ from sqcompile.compile import rewrite
 from sqcompile.errors import CaptureError, StageError
 from sqcompile.inductor import compile_regions, compile_without_constants, flatten, inductor, with_layout
 from sqcompile.passes.attention_chains import find_attentions
-from sqcompile.passes.graph import find_linears, nodes_by_name
+from sqcompile.passes.graph import above, find_linears, nodes_by_name
 from sqcompile.passes.shared import held
 from sqcompile.recipe import resolve_recipe
 
@@ -88,8 +88,8 @@ class Runner:
         buffers = [i for i in changed if not isinstance(tensors[i], torch.nn.Parameter)]
         if not buffers:
             return False
-        traced, names = self._attach(session, tensors), self._names(session, tensors)
-        weights = _parameters(traced)
+        names = self._names(session, tensors)
+        weights = _parameters(self._attach(session, tensors, names))
         inputs = {self.constants[i] for i in buffers if names[i] not in weights}
         self.constants = [i for i in self.constants if i not in inputs]
         if inputs:
@@ -102,8 +102,8 @@ class Runner:
         session.runners.add(self)
         session.warn_of_uncounted(tensors)
         with torch.inference_mode(False), torch.no_grad():
-            traced = self._attach(session, tensors)
             names = self._names(session, tensors)
+            traced = self._attach(session, tensors, names)
             lowered = rewrite(traced, session.plan, self.options.stage, session.shared)
             read = {str(n.target) for n in lowered.graph.find_nodes(op="get_attr")}
             for name, t in zip(names, tensors, strict=True):
@@ -123,7 +123,7 @@ class Runner:
 
     def _observe(self, session: Session, tensors: list[Tensor]) -> Observed:
         session.runners.add(self)
-        traced = self._attach(session, tensors)
+        traced = self._attach(session, tensors, self._names(session, tensors))
         quantizes = resolve_recipe(self.options.recipe).attention != "none"
         observer = Observer(traced, find_attentions(traced) if quantizes else [])
         masks = [i for i, name in enumerate(self.fallback) if "attention_mask" in name]
@@ -133,9 +133,9 @@ class Runner:
         self.observed = [observed, *(o for o in self.observed if o.alive())]
         return observed
 
-    def _attach(self, session: Session, tensors: list[Tensor]) -> fx.GraphModule:
+    def _attach(self, session: Session, tensors: list[Tensor], names: list[str]) -> fx.GraphModule:
         constants: dict[int, tuple[str, Tensor]] = {}
-        for i, name, t in zip(self.constants, self._names(session, tensors), tensors, strict=True):
+        for i, name, t in zip(self.constants, names, tensors, strict=True):
             own: Any = t.detach()
             own._sqcompile_source = source(t, name)
             constants[i] = name, own
@@ -173,14 +173,8 @@ class Runner:
 def _parameters(gm: fx.GraphModule) -> set[str]:
     """Names of all tensors that the weights and biases of linears are made of."""
     nodes = nodes_by_name(gm)
-    todo = [nodes[n] for l in find_linears(gm) for n in (l.weight, l.bias) if n]
-    seen: set[fx.Node] = set()
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo += node.all_input_nodes
-    return {str(n.target) for n in seen if n.op == "get_attr"}
+    made_of = above(*(nodes[n] for l in find_linears(gm) for n in (l.weight, l.bias) if n))
+    return {str(n.target) for n in made_of if n.op == "get_attr"}
 
 
 def asks_for_gradients(args: Sequence[Any]) -> bool:
