@@ -1,10 +1,13 @@
-"""Attention on CPUs: scaled_dot_product_attention, told at run time what its mask and its heads really are.
+"""Attention in float: scaled_dot_product_attention, told at run time what its mask and its heads really are.
 
 A traced model hands attention a mask tensor and key and value heads repeated for every query head. Seen as it is,
 the mask is nearly always causal or empty, and the repeated heads are copies: both are twice the work.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,22 +43,23 @@ def mask_kind(mask: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: Tensor | None, is_causal: bool, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, about: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor:
     """softmax(q kᵀ · scale + mask) v.
 
     Args:
         q: [B, H, Sq, D].
         k, v: [B, G, Sk, D] and [B, G, Sk, Dv]; query head h reads key head h // (H / G).
-        mask: additive, broadcastable to [B, H, Sq, Sk], with its `mask_kind`; None with None.
+        mask: broadcastable to [B, H, Sq, Sk]; additive, on a GPU also bool. None for none.
+        about: what is known of the mask: on a CPU its `mask_kind`, on a GPU its `attention_int8.mask_blocks`.
         is_causal, scale: as of scaled_dot_product_attention.
 
     Returns:
         [B, H, Sq, Dv], laid out as [B, Sq, H, Dv].
     """
     batch, heads, queries, _ = q.shape
-    if mask is not None and kind is not None and kind.item() != GENERAL:
-        mask, is_causal = None, kind.item() == CAUSAL
+    if mask is not None and about is not None and about.item() != GENERAL:
+        mask, is_causal = None, about.item() == CAUSAL
     groups = k.shape[1]
     shared = mask is None or mask.dim() < 3 or mask.shape[-3] == 1  # one mask for all heads
     if queries == 1 and groups != heads and shared and not is_causal:
@@ -70,7 +74,31 @@ def attention(
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: Tensor | None, is_causal: bool, scale: float | None
+def _attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, about: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor:
+    """PyTorch would repeat shared key heads in memory where there is a mask, and not skip what the mask blocks."""
+    from sqcompile.kernels.triton.attention import FEW_ROWS, float_attention
+    from sqcompile.kernels.triton.tiles import gpu_of
+
+    group = q.shape[1] // k.shape[1]
+    if (
+        q.shape[2] * group > FEW_ROWS and gpu_of(q.device).capability != 90
+    ):  # faster on Hopper, elsewhere not known to be
+        k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale)
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return float_attention(q, k, v, mask, about, 0 if is_causal else None, scale)
+
+
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[-1])).transpose(1, 2)
+
+
+# schema: (plain PyTorch, Triton, fake), as in fused.py
+ATTENTION: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? about, bool is_causal, float? scale) -> Tensor": (
+        attention, _attention_triton, _attention_fake,
+    ),
+}  # fmt: skip

@@ -25,6 +25,7 @@ from sqcompile.kernels.attention_parts import (
 from sqcompile.kernels.reference import quantize, token_scale
 
 MASK_BLOCK = (128, 128)  # queries and keys of a block in `mask_blocks`
+_ALIGNED = 16  # elements
 
 
 def int8_attention(
@@ -114,6 +115,12 @@ def mask_blocks(mask: Tensor) -> Tensor:
     return torch.cat([free.sum(-1, keepdim=True), mixed.sum(-1, keepdim=True), numbers], -1).to(torch.int32).flatten(2)
 
 
+def aligned_mask(mask: Tensor) -> Tensor:
+    """A copy of a mask [..., Sk] whose rows begin at multiples of 16 elements: a thread reads many at once then."""
+    keys = mask.shape[-1]
+    return mask.new_empty((*mask.shape[:-1], -(-keys // _ALIGNED) * _ALIGNED))[..., :keys].copy_(mask)
+
+
 def _int8_attention_triton(q: Tensor, *args: Any) -> Tensor:
     from sqcompile.kernels.triton.attention import int8_attention as kernel
 
@@ -144,4 +151,5 @@ ATTENTION: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[...,
         int8_attention, _int8_attention_triton, _int8_attention_fake,
     ),
     "mask_blocks(Tensor mask) -> Tensor": (mask_blocks, _mask_blocks_triton, _mask_blocks_fake),
+    "aligned_mask(Tensor mask) -> Tensor": (aligned_mask, aligned_mask, aligned_mask),
 }  # fmt: skip

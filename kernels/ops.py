@@ -113,10 +113,6 @@ _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         _matmul_u8s8_fake,
     ),
     "mask_kind(Tensor mask) -> Tensor": (attention.mask_kind, lambda mask: mask.new_empty((), dtype=torch.int64)),
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? kind, bool is_causal, float? scale) -> Tensor": (
-        attention.attention,
-        attention.attention_fake,
-    ),
     "stored(Tensor x) -> Tensor": (stored, torch.empty_like),
     "int8_attend(Tensor scores, Tensor v, Tensor v_scale, ScalarType dtype) -> Tensor": (
         attention_parts.int8_attend,
@@ -127,7 +123,7 @@ _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 _KERNELS = {schema: ({"CPU": f, "CUDA": f, "MkldnnCPU": f}, fake) for schema, (f, fake) in _OPAQUE.items()}
 _KERNELS |= {
     s: ({"CPU": f, "CUDA": fused.on_cuda(f, kernel)}, fake)
-    for s, (f, kernel, fake) in (fused.OPAQUE | attention_int8.ATTENTION).items()
+    for s, (f, kernel, fake) in (fused.OPAQUE | attention.ATTENTION | attention_int8.ATTENTION).items()
 }
 for _schema, (_functions, _fake) in _KERNELS.items():
     _name = _schema.partition("(")[0]

@@ -7,9 +7,8 @@
     %y = sqcompile.int8_attention(%q, %qs, %k, %ks, %v, %vs, %mask, %blocks, diagonal, scale, softcap, dtype)
 
 The quantize nodes stay, for the compiler to fuse with what makes q and k (on GPUs `fuse` gives those of q to the
-kernel). Masks are made into one, once for all layers
-that share them; on GPUs a list of their blocks saves reading those that hold nothing. Scores that anything else happens to stay as they are: correct, in plain
-operators.
+kernel). Masks are made into one, once for all layers that share them; on GPUs a list of their blocks saves reading
+those that hold nothing. Scores that anything else happens to stay as they are: correct, in plain operators.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch import fx
 
 from sqcompile.kernels import fused
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.passes.attention import listed_mask
 from sqcompile.passes.graph import add_op, additive, aten, constants, value
 from sqcompile.passes.scores import SAME, Mask, Scores, numbers, read_scores
 
@@ -30,7 +30,7 @@ _ENDS = {sqcompile_ops.attention_weights.default, sqcompile_ops.int8_attend.defa
 def lower_int8_attention(gm: fx.GraphModule) -> None:
     """Rewrites the attentions that `int8_attention` can do."""
     masks: dict[Any, fx.Node] = {}
-    lists: dict[fx.Node, fx.Node] = {}
+    listed: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     number = numbers(gm, constants(gm))
     for product in gm.graph.find_nodes(op="call_function", target=sqcompile_ops.int8_scores.default):
         path = _forward(product, _ENDS)
@@ -52,8 +52,8 @@ def lower_int8_attention(gm: fx.GraphModule) -> None:
             mask = _one_mask(gm, scores.masks, value(q).shape[1], masks)
             blocks = None
             if mask is not None and fused.available(value(q).device):
-                blocks = lists.get(mask) or add_op(gm, sqcompile_ops.mask_blocks.default, mask)
-                lists[mask] = blocks
+                listed[mask] = listed.get(mask) or listed_mask(gm, mask)
+                mask, blocks = listed[mask]
             new = add_op(
                 gm, sqcompile_ops.int8_attention.default,
                 q, q_scale, k, k_scale, v, v_scale, mask, blocks, diagonal, scores.scale, scores.softcap, value(end).dtype,

@@ -48,12 +48,12 @@ FUSED = {
     # keys and values are quantized by nodes of their own, which the compiler fuses with what makes them
     ("llama", "O2"): {
         "int8_gemm": 8, "quantize_rows": 8, "int8_attention": 2, "quantize": 4, "tensor_scale": 4, "scale_over": 2,
-        "mask_blocks": 1,
+        "aligned_mask": 1, "mask_blocks": 1,
     },
     ("llama", "O3"): {"int8_gemm": 8, "norm_quantize": 4, "act_quantize": 2, "int8_attention": 2, "quantize": 2 + 4,
-                      "mask_blocks": 1},
+                      "aligned_mask": 1, "mask_blocks": 1},
     # fc1 -> relu -> fc2 never leaves int8
-    ("opt", "O3"): {"int8_gemm": 8, "norm_quantize": 4, "int8_attention": 2, "quantize": 2 + 4, "mask_blocks": 1},
+    ("opt", "O3"): {"int8_gemm": 8, "norm_quantize": 4, "int8_attention": 2, "quantize": 2 + 4, "aligned_mask": 1, "mask_blocks": 1},
     ("gpt2", "default"): {"int8_gemm": 8, "norm_quantize": 4, "quantize_rows": 4},
     ("t5", "default"): {"int8_gemm": 21, "norm_quantize": 10, "act_quantize": 4, "quantize_rows": 7},
     ("gemma", "default"): {"int8_gemm": 8, "norm_quantize": 4, "act_quantize": 2, "quantize_rows": 2},

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from attention_cases import FLOAT, GRANULARITIES, HALF, TILES, case, check, exact, tile_of
+from attention_cases import FLOAT, GRANULARITIES, HALF, TILES, case, check, exact, masks, tile_of
 from triton_cases import DEVICE, INTERPRETED, PARTS, kernels, long, run_in_the_interpreter, same
 
 from sqcompile.kernels import attention_int8 as plain
@@ -71,6 +71,31 @@ def test_queries_quantized_by_the_kernel(dtype, granularity):
             plain.int8_attention(q, None if own else scale, *rest),
             plain.int8_attention(reference.quantize(q, used), used, *rest),
         )
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, HALF])
+@pytest.mark.parametrize("name", TILES)
+def test_queries_and_keys_in_half_precision(name, dtype):
+    from sqcompile.kernels.triton.attention import float_attention
+    from sqcompile.kernels.triton.mask import mask_blocks
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 8, 2, 1, 140, 64), (1, 2, 2, 70, 75, 40), (2, 4, 1, 20, 260, 32))
+    for b, h, g, sq, sk, d in shapes if name == "shipped" else shapes[-1:]:
+        sizes = (h, sq), (g, sk), (g, sk)
+        q, k, v = (torch.randn(b, n, s, d, generator=generator).to(dtype).to(DEVICE) for n, s in sizes)
+        for kind in ("none", "diagonal", "window", "bias of one row") if name == "shipped" else ("window",):
+            mask = masks(sq, sk)[kind].to(DEVICE) if kind in ("window", "bias of one row") else None
+            mask = mask[:b] if mask is not None and mask.dim() == 4 else mask
+            diagonal = sk - sq if kind == "diagonal" else None
+            expected = exact((q, 1.0, k, 1.0, v, None, mask, None, diagonal, d**-0.5, 0.0, dtype))
+            for blocks in (None, mask_blocks(mask)) if mask is not None else (None,):
+                y = float_attention(q, k, v, mask, blocks, diagonal, d**-0.5, tile=tile_of(name))
+                assert y.dtype == dtype and y.transpose(1, 2).is_contiguous()
+                assert (y.double() - expected).norm() / expected.norm() < (1e-3 if dtype == torch.float16 else 6e-3), (
+                    kind
+                )
 
 
 @kernels
@@ -153,10 +178,13 @@ def test_strides_of_heads_and_of_a_cache():
 
 @kernels
 def test_a_mismatch_is_an_error():
-    from sqcompile.kernels.triton.attention import int8_attention
+    from sqcompile.kernels.triton.attention import float_attention, int8_attention
 
     with pytest.raises(ValueError, match="do not belong together"):
         int8_attention(*case((1, 3, 2, 4, 4, 32)))
     with pytest.raises(ValueError, match="int8 q without a scale"):
         q, _, *rest = case((1, 2, 2, 4, 4, 32))
         int8_attention(q, None, *rest)
+    q = torch.zeros(1, 2, 4, 32, device=DEVICE)
+    with pytest.raises(ValueError, match="not all of one half precision"):
+        float_attention(q, q, q.half(), None, None, None, 1.0)

@@ -67,13 +67,36 @@ def test_the_decode_kernels(values, capability, tmp_path):
         assert re.search(r"mma\S*s8\.s8", kernels[0].asm["ptx"])
 
 
+FLOAT_INSTRUCTION = {80: r"mma\.sync\S*bf16", 90: r"wgmma\S*bf16|mma\.sync\S*bf16", 100: r"mma\S*(bf16|kind::f16)"}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("sq", [1, 1000])
+def test_attention_in_half_precision(sq, capability, tmp_path):
+    from sqcompile.kernels.triton.attention import float_attention
+    from sqcompile.kernels.triton.mask import mask_blocks
+
+    keys, mask = 1000, empty(1, 1, sq, 1008, dtype=torch.bool)[..., :1000]
+
+    def run(d: int) -> None:
+        q, k = empty(1, 32, sq, d, dtype=BF16), empty(1, 8, keys, d, dtype=BF16)
+        float_attention(q, k, k, mask, mask_blocks(mask), None, 0.1)
+
+    for d in (64, 128, 256):
+        kernels = [x for x in compile_for(capability, lambda d=d: run(d)) if x.metadata.name == "forward"]
+        check_resources(kernels, capability, tmp_path)
+        ptx = kernels[0].asm["ptx"]
+        assert re.search(FLOAT_INSTRUCTION[capability], ptx) and not re.search(r"mma\S*s8", ptx), d
+
+
+ROWS = 1000, 1008  # of a mask, as aligned_mask leaves them
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {"values": FLOAT},
-    "mask": {"mask": empty(1, 1, 1000, 1000), "diagonal": None},
+    "mask": {"mask": empty(1, 1, *ROWS)[..., :1000], "diagonal": None},
     "mask, per token, INT8 values": {
-        "mask": empty(1, 1, 1000, 1000), "diagonal": None, "values": INT8, "per_token": True
+        "mask": empty(1, 1, *ROWS)[..., :1000], "diagonal": None, "values": INT8, "per_token": True
     },
-    "bool mask": {"mask": empty(1000, 1000, dtype=torch.bool), "diagonal": None},
+    "bool mask": {"mask": empty(*ROWS, dtype=torch.bool)[:, :1000], "diagonal": None},
     "softcap": {"softcap": 50.0, "per_token": True},
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""INT8 attention on CUDA: `int8_attention` checks, chooses tiles by the number of queries, and launches.
+"""Attention on CUDA: `int8_attention` and `float_attention` choose tiles by the number of queries, and launch.
 
 The choice depends on the lengths, which a tracing compiler may hold as symbols: register this as an opaque operator, so
 that one compiled graph serves prefill and decode.
@@ -19,7 +19,7 @@ from sqcompile.kernels.triton import attention_split
 from sqcompile.kernels.triton.common import on
 from sqcompile.kernels.triton.tiles import Gpu, gpu_of
 
-_FEW_ROWS = 64  # up to as many rows of queries a key head, all of its query heads share a tile
+FEW_ROWS = 64  # up to as many rows of queries a key head, all of its query heads share a tile
 _MOST_SPLITS = 64
 _KEYS_PER_SPLIT = 256  # at least
 _ALIGNED = 16  # bytes: what TMA asks of base addresses and strides
@@ -44,30 +44,33 @@ class Tile:
     registers: int | None = None
 
 
-def default_tile(gpu: Gpu, rows: int, width: int, values: torch.dtype, masked: bool) -> Tile:
+def default_tile(gpu: Gpu, rows: int, width: int, keys: torch.dtype, values: torch.dtype, masked: bool) -> Tile:
     """The tile for a number of rows that share a key head: the largest that leaves the sums in registers.
 
     Args:
         rows: queries times the query heads of a key head.
         width: D or Dv, the larger one, rounded up to a power of two.
-        values: dtype of v.
+        keys, values: dtypes of k and v.
         masked: a mask tensor, whose values take registers too.
     """
     wide, integer = values == torch.float32, values == torch.int8
-    if rows <= _FEW_ROWS:
+    if rows <= FEW_ROWS:
         bm = max(16, triton.next_power_of_2(rows))
         bn = 32 if wide else 64 if width > 128 else 128
-        return Tile(bm, bn, 3 if gpu.large and not wide else 2, 4, splits=0)
+        if keys != torch.int8 and not gpu.large:
+            bn //= 2  # of 99 KiB of shared memory
+        deep = gpu.large and not wide and (keys == torch.int8 or width <= 64)
+        return Tile(bm, bn, 3 if deep else 2, 4, splits=0)
     if wide:
         return Tile(64, 32, 2, 4)
     if gpu.capability != 90:
         if width > 128 or masked:
             return Tile(64, 32, 2, 8)
         return Tile(128, 32 if integer else 64, 2, 8)
-    if masked:
-        return Tile(64, 32 if width > 128 else 64, 2, 8, tma=True)
     if width > 128:
         return Tile(64 if integer else 128, 64, 2, 8, tma=True)
+    if masked and keys != torch.int8 and width > 64:
+        return Tile(128, 128, 2, 8, tma=True)
     return Tile(64, 128, 2, 4, tma=True)  # two programs a multiprocessor: one multiplies, one takes exponentials
 
 
@@ -93,14 +96,49 @@ def int8_attention(
     with Sk a multiple of 16, as s8 tensor cores contract over contiguous bytes: any other is copied to that layout,
     but where queries are few, which multiply a v with contiguous Dv as bfloat16 and do not quantize P.
     """
+    if q_scale is None and q.dtype == torch.int8:
+        raise ValueError("an int8 q without a scale")
+    return _launch(q, q_scale, k, k_scale, v, v_scale, mask, blocks, diagonal, scale, softcap, dtype, tile)
+
+
+def float_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    blocks: Tensor | None,
+    diagonal: int | None,
+    scale: float,
+    *,
+    tile: Tile | None = None,
+) -> Tensor:
+    """`int8_attention` of q, k and v that are all float16 or all bfloat16, as the result is; nothing is quantized."""
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, not all of one half precision")
+    return _launch(q, None, k, None, v, None, mask, blocks, diagonal, scale, 0.0, q.dtype, tile)
+
+
+def _launch(
+    q: Tensor,
+    q_scale: Tensor | None,
+    k: Tensor,
+    k_scale: Tensor | None,
+    v: Tensor,
+    v_scale: Tensor | None,
+    mask: Tensor | None,
+    blocks: Tensor | None,
+    diagonal: int | None,
+    scale: float,
+    softcap: float,
+    dtype: torch.dtype,
+    tile: Tile | None,
+) -> Tensor:
     batch, heads, queries, width = q.shape
     groups, keys = k.shape[1:3]
     if heads % groups or k.shape[3] != width or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not belong together")
     if scale < 0:
         raise ValueError(f"a scale of {scale}")
-    if q_scale is None and q.dtype == torch.int8:
-        raise ValueError("an int8 q without a scale")
     out = torch.empty((batch, queries, heads, v.shape[3]), dtype=dtype, device=q.device).transpose(1, 2)
     if out.numel() == 0:
         return out
@@ -108,21 +146,23 @@ def int8_attention(
         return out.zero_()
     dv, group = v.shape[3], heads // groups
     gpu = gpu_of(q.device)
-    few = queries * group <= _FEW_ROWS
+    few = queries * group <= FEW_ROWS
     pack = group if few else 1
     pv = "float" if v_scale is None else "cast" if few and v.stride(3) == 1 else "int8"
     c, cv = (max(32, triton.next_power_of_2(x)) for x in (width, dv))
-    tile = tile or default_tile(gpu, queries * group, max(c, cv), v.dtype, mask is not None)
+    tile = tile or default_tile(gpu, queries * group, max(c, cv), k.dtype, v.dtype, mask is not None)
     q, k, v = _contiguous(q), _contiguous(k), _turned(v) if pv == "int8" else _contiguous(v)
     tma = tile.tma and _fits_tma(k) and _fits_tma(v)
     programs = triton.cdiv(queries * pack, tile.bm) * batch * heads // pack
     splits = tile.splits or _splits(gpu, programs, keys)
     rows = batch * heads * queries
-    q8 = None if few or q.dtype == torch.int8 else torch.empty((rows, c), dtype=torch.int8, device=q.device)
+    q8 = None if few or q.dtype == k.dtype else torch.empty((rows, c), dtype=torch.int8, device=q.device)
     part = torch.empty((splits, rows, dv + 2), dtype=torch.float32, device=q.device) if splits > 1 else None
-    k_one, k_each = (None, k_scale) if k_scale.dim() >= 2 and k_scale.shape[-2] != 1 else (k_scale, None)
+    k_one, k_each = (
+        (None, k_scale) if k_scale is not None and k_scale.shape[-2:-1] not in ((), (1,)) else (k_scale, None)
+    )
     q_scale = None if q_scale is None else q_scale.expand(batch, heads, queries, 1)
-    k_scale = k_scale.expand(batch, groups, keys, 1)
+    k_scale = None if k_scale is None else k_scale.expand(batch, groups, keys, 1)
     v_scale = None if v_scale is None else v_scale.expand(batch, groups, 1, dv).transpose(2, 3)
     mask, blocks = _expanded(mask, blocks, (batch, heads, queries, keys), diagonal, tile, pack)
     with on(q.device):
@@ -134,6 +174,7 @@ def int8_attention(
             *(_strides(x) for x in (q, k, v, out, q_scale, k_scale, v_scale, mask, blocks)),
             heads, queries, keys, diagonal or 0, scale, softcap, _section(k, v, group // pack), splits,
             tile.bm, tile.bn, width, dv, c, cv, group, pack, diagonal is not None, softcap > 0, pv, tma,
+            k_scale is None,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
             enable_fp_fusion=True,
         )  # fmt: skip
@@ -176,9 +217,8 @@ def _strides(x: Tensor | None) -> tuple[int, ...]:
 
 
 def _splits(gpu: Gpu, programs: int, keys: int) -> int:
-    """Parts of the keys: two programs a multiprocessor, but no part so short that putting them together counts."""
-    wanted = min(-(-2 * gpu.sms // programs), -(-keys // _KEYS_PER_SPLIT), _MOST_SPLITS)
-    return 1 if programs >= gpu.sms else max(1, wanted)
+    """Parts of the keys: one program a multiprocessor or some more, none so short that putting them together counts."""
+    return max(1, min(3 * gpu.sms // (2 * programs), -(-keys // _KEYS_PER_SPLIT), _MOST_SPLITS))
 
 
 def _section(k: Tensor, v: Tensor, tiles_per_key_head: int) -> int:

@@ -1,4 +1,4 @@
-"""The attention kernel: INT8 q kᵀ, online softmax in float32, P V in float or INT8. `attention.py` launches it.
+"""The attention kernel: q kᵀ in INT8 or float, online softmax in float32, P V in float or INT8. `attention.py` launches it.
 
 A score costs one integer and one float instruction before its exponential. The int32 product x, |x| <= 127² · 256 <
 2²², becomes a float by adding the bits of 1.5 · 2²³: read as a float, the sum is 1.5 · 2²³ + x exactly. The offset
@@ -93,9 +93,13 @@ def _number(blocks_ptr, i, free, listed, RATIO: tl.constexpr):
 @triton.jit
 def _product(q, k, b, g, j, strides, Sk, BN: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, EDGE: tl.constexpr,
              TMA: tl.constexpr):  # fmt: skip
-    """q kᵀ for block j of the keys, int32 [BM, BN] plus `MAGIC`: the sum of a tensor core may start there."""
+    """q kᵀ for block j of the keys, float32 [BM, BN]; of integers, plus `ROUND`: the sum of a tensor core may start there."""
     keys = _load(k, b, g, j * BN, strides, Sk, BN, C, WIDTH, EDGE, TMA)
-    return tl.dot(q, keys.T, out_dtype=tl.int32) + MAGIC
+    if q.dtype == tl.int8:
+        x = (tl.dot(q, keys.T, out_dtype=tl.int32) + MAGIC).to(tl.float32, bitcast=True)
+    else:
+        x = tl.dot(q, keys.T)
+    return x
 
 
 @triton.jit
@@ -106,13 +110,12 @@ def _block(acc, total, top, x, j, factor, v, b, g, h, s, seen, Sk, softcap, k_sc
            PV: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """Block j of keys: the sums so far, rescaled, and its own. acc [BM, CV], total and top [BM].
 
-    x: its `_product`. seen: the last key each row sees. EDGE: keys may lie outside, or not be seen. EXACT: the offset of the scores' bits
-    is taken off before the maximum, as a mask, a softcap or scales of keys need it. PV: "float", "int8" (v is turned)
+    x: its `_product`. seen: the last key each row sees. EDGE: keys may lie outside, or not be seen. EXACT: the offset
+    of integer scores is taken off before the maximum, as a mask, a softcap or scales of keys need it. PV: "float", "int8" (v is turned)
     or "cast" (an int8 v, multiplied as float).
     """
     start = j * BN
     cols = start + tl.arange(0, BN)
-    x = x.to(tl.float32, bitcast=True)
     if k_scale_ptr is not None:
         # rounding Δk · offset moves scores by less than one unit of the integer product
         if EDGE:
@@ -176,13 +179,13 @@ def forward(
     heads, Sq, Sk, diagonal, scale, softcap, section, splits,
     BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr, VWIDTH: tl.constexpr, C: tl.constexpr, CV: tl.constexpr,
     GROUP: tl.constexpr, PACK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PV: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
     """BM rows of queries against the keys, or against one of ``splits`` parts of them.
 
-    A row is a query, int8 or quantized here (with q_scale_ptr, or with a scale of its own); with PACK heads a query of one
-    of the heads that share a key head, all of which read each key once. k_one_ptr: the scale of a key head; k_scale_ptr:
-    one per key; one of them is given. Programs take the tiles with most keys first, over ``section`` heads at a time,
+    A row is a query, int8 or quantized here (with q_scale_ptr, or with a scale of its own), or in float as the keys are
+    (``FLOAT``); with PACK heads a query of one of the heads that share a key head, all of which read each key once.
+    k_one_ptr: the scale of a key head; k_scale_ptr: one per key; one of them is given for int8 keys. Programs take the tiles with most keys first, over ``section`` heads at a time,
     whose keys and values stay in L2. part_ptr: where splits leave their sums, float32 [splits, B · H · Sq, Dv + 2], to be
     put together by `attention_split.combine`. q8_ptr: room for queries that are quantized here, int8 [B · H · Sq, C].
     """
@@ -213,11 +216,13 @@ def forward(
     c = tl.arange(0, C)
     q_ptrs = q_ptr + rows_of(q_strides, b, h, s)[:, None] + c[None, :]
     q = tl.load(q_ptrs, mask=inside[:, None] & (c < WIDTH)[None, :], other=0)
-    if q_scale_ptr is None:
+    if FLOAT:
+        q_scale = tl.full((BM,), 1.0, dtype=tl.float32)
+    elif q_scale_ptr is None:
         q_scale = scale_of(tl.max(absmax_bits(q.to(tl.float32)), 1))
     else:
         q_scale = tl.load(q_scale_ptr + rows_of(q_scale_strides, b, h, s), mask=inside, other=0.0)
-    if q_ptr.dtype.element_ty != tl.int8:
+    if q.dtype != tl.int8 and not FLOAT:
         q = to_int8(q.to(tl.float32), reciprocal(q_scale)[:, None])
         if q8_ptr is not None:
             # by way of memory: wgmma would read from registers what comes from registers, which takes a fifth longer
@@ -233,7 +238,7 @@ def forward(
     factor = tl.where(factor < SMALLEST, SMALLEST, factor)
 
     MASKED: tl.constexpr = mask_ptr is not None
-    EXACT: tl.constexpr = MASKED or SOFTCAP
+    EXACT: tl.constexpr = (MASKED or SOFTCAP) and not FLOAT
     seen = s + diagonal
     limit = Sk
     whole = Sk
