@@ -60,8 +60,15 @@ def test_the_operators(device, monkeypatch):
 
     monkeypatch.setattr(attention_cases, "DEVICE", "cpu")
     mask = masks(20, 150)["window"].to(device)
+    torch.library.opcheck(sqcompile_ops.aligned_mask.default, (mask,))
+    mask = sqcompile_ops.aligned_mask(mask)
+    assert mask.shape == (20, 150) and mask.stride() == (160, 1) and torch.equal(mask.cpu(), masks(20, 150)["window"])
     blocks = sqcompile_ops.mask_blocks(mask)
     torch.library.opcheck(sqcompile_ops.mask_blocks.default, (mask,))
+    q, k = (torch.randn(2, n, s, 32, dtype=HALF, device=device) for n, s in ((4, 20), (2, 150)))
+    bias = mask if device == "cuda" else torch.zeros(20, 150, dtype=HALF).masked_fill(~mask, -torch.inf)
+    about = blocks if device == "cuda" else None
+    torch.library.opcheck(sqcompile_ops.attention.default, (q, k, k, bias, about, False, None))
     for values in (HALF, torch.int8):
         arguments = case((2, 4, 2, 20, 150, 32), values=values, dtype=HALF, granularity="token")
         arguments = tuple(x.to(device) if isinstance(x, Tensor) else x for x in arguments)

@@ -34,6 +34,13 @@ PREFILL = (
     *((1, 32, 8, s, s, 64) for s in (2048, 8192)),
     (4, 32, 8, 2048, 2048, 64),
 )
+MASKED = (  # prefill and decode over a static cache that has room for more
+    (1, 32, 8, 2048, 2177, 128),
+    (16, 32, 8, 128, 257, 128),
+    (4, 32, 32, 1024, 1100, 64),
+    (2, 8, 4, 1024, 1100, 256),
+    *((b, 32, 8, 1, s, 128) for b, s in ((1, 257), (1, 2177), (1, 8192), (16, 257), (64, 257), (16, 2177))),
+)
 DECODE = tuple((b, 32, 8, 1, s, 128) for b in (1, 16, 64) for s in (2048, 8192))  # B, H, G, Sq, Sk, D
 HALF = torch.bfloat16
 
@@ -161,6 +168,46 @@ def table(
     return ["| B H G Sq Sk D | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|", *rows]
 
 
+def with_a_mask(rep_ms: float) -> Iterator[str]:
+    """Lines of a table: attention with a mask tensor, as a traced model calls it: the room behind the tokens is blocked.
+
+    PyTorch repeats the shared key heads before. INT8 keys have scales per token, and are given, as is the mask's list.
+    """
+    from sqcompile.kernels.ops import sqcompile_ops
+    from sqcompile.kernels.triton import timing
+    from sqcompile.kernels.triton.quantize import quantize_rows
+
+    yield "| B H G Sq Sk D | SDPA bf16, repeated heads, us | ours in bf16, us | INT8 QKᵀ, us | SDPA / ours | SDPA / INT8 |"
+    yield "|---" * 6 + "|"
+    for shape in MASKED:
+        o = Operands.make(shape)
+        (b, h, g, sq, sk, d), seen = shape, shape[4] - 9
+        rows = torch.arange(sq, device="cuda")[:, None] + (seen - sq)
+        keep = (torch.arange(sk, device="cuda") <= rows).expand(b, 1, sq, sk)
+        mask = sqcompile_ops.aligned_mask(keep)
+        blocks = sqcompile_ops.mask_blocks(mask)
+        k, k_scale = quantize_rows(o.k)
+        tail = (mask, blocks, None, d**-0.5, 0.0, HALF)
+
+        def sdpa(o: Operands = o, keep: Tensor = keep, group: int = h // g) -> Tensor:
+            k, v = (x if group == 1 else x.repeat_interleave(group, 1) for x in (o.k, o.v))
+            return F.scaled_dot_product_attention(o.q, k, v, keep)
+
+        calls: list[Callable[[], Tensor]] = [
+            sdpa,
+            functools.partial(sqcompile_ops.attention, o.q, o.k, o.v, mask, blocks, False, None),
+            functools.partial(sqcompile_ops.int8_attention, o.q, None, k, k_scale, o.v, None, *tail),
+        ]
+        exact = calls[0]().float()
+        for call, bound in zip(calls, (1.0, 0.999, 0.98), strict=True):
+            cosine = float(F.cosine_similarity(call().float().flatten(), exact.flatten(), 0))
+            if not cosine > bound - 1e-4:
+                raise AssertionError(f"with a mask at {shape}: cosine {cosine}")
+        us = [timing.median_us([call], rep_ms) for call in calls]
+        cells = " | ".join(f"{t:.1f}" for t in us)
+        yield f"| {' '.join(map(str, shape))} | {cells} | {us[0] / us[1]:.2f}x | {us[0] / us[2]:.2f}x |"
+
+
 def in_a_model(layers: int = 2, seconds: float = 0.5) -> Iterator[str]:
     """Lines of a table: layers of Llama-3-8B shape with INT8 linears, and attention as each recipe has it.
 
@@ -254,6 +301,8 @@ def main(argv: list[str] | None = None) -> None:
         *make(prefill, True, args.rep),
         "",
         *make(decode, False, args.rep),
+        "",
+        *([] if args.tune else with_a_mask(args.rep)),
         "",
         *([] if args.tune else in_a_model()),
     ]
