@@ -187,11 +187,16 @@ def _has(gm: torch.nn.Module, name: str) -> bool:
 def add_op(gm: fx.GraphModule, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
     """A call node with its value recorded. Call inside ``graph.inserting_before``."""
     node = gm.graph.call_function(target, args, kwargs)
-    fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), value)
+    record(gm, node)
+    return node
+
+
+def record(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Computes the value of a call from those of its arguments."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
     # the Python dispatcher: composite operators in C++ do not all take symbolic sizes
     with gm.meta["fake_mode"], enable_python_dispatcher():
-        node.meta["val"] = target(*fake_args, **fake_kwargs)
-    return node
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def additive(gm: fx.GraphModule, keep: fx.Node, dtype: torch.dtype) -> fx.Node:

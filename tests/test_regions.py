@@ -16,6 +16,8 @@ import sqcompile
 import sqcompile.inductor
 from sqcompile.backend import smoothquant
 from sqcompile.inductor import flatten
+from sqcompile.kernels import fused, x86
+from sqcompile.passes.graph import value
 from sqcompile.passes.regions import cut, find_repeats
 
 LAYERS = 6
@@ -194,3 +196,30 @@ def test_thirty_two_layers_compiled_alone_take_about_as_long_as_two(fresh_dynamo
             model(x, use_cache=False)
         seconds[layers] = time.perf_counter() - start
     assert seconds[32] < 2 * seconds[2], seconds
+
+
+class Recorded(torch.fx.Interpreter):
+    """Runs a graph on fake tensors and compares sizes and strides with those that are recorded."""
+
+    def fetch_attr(self, target):
+        tensor = super().fetch_attr(target)
+        return tensor if tensor.is_mkldnn else self.module.meta["fake_mode"].from_tensor(tensor, static_shapes=True)
+
+    def run_node(self, n):
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor) and not result.is_mkldnn:
+            number = lambda s: s.node.hint if isinstance(s, torch.SymInt) else s  # noqa: E731
+            for got, said in ((result.shape, value(n).shape), (result.stride(), value(n).stride())):
+                assert [*map(number, got)] == [*map(number, said)], n.format_node()
+        return result
+
+
+@pytest.mark.parametrize(("name", "gpu"), [("llama", False), ("llama", True), ("opt", True)])
+def test_a_cut_may_fall_anywhere(name, gpu, monkeypatch):
+    """What passes from one part to the next has the strides that the next one is compiled for."""
+    if gpu:
+        monkeypatch.setattr(fused, "available", lambda device: True)
+        monkeypatch.setattr(x86, "available", lambda: False)
+    gm = sqcompile.compile(tiny_lm(name), token_batches(), recipe="O3", backend="eager", progress=False).lowered
+    with gm.meta["fake_mode"]:
+        Recorded(gm).run(*[value(n) for n in gm.graph.find_nodes(op="placeholder")])
