@@ -53,8 +53,8 @@ def _lower_one(
     if args["dropout_p"] or (gpu and not _fits_gpu(args)):
         return
     once = unrepeated_pair(k, v)
-    if gpu and mask is None and once == (k, v):
-        return  # nothing to save
+    if gpu and mask is None and (once == (k, v) or value(k).shape[3] != value(v).shape[3] or value(k).shape[3] % 8):
+        return  # nothing to save, or nothing that PyTorch has a kernel for
     if once == (k, v) and head_count(k) != head_count(q) and not args["enable_gqa"]:
         return  # heads broadcast: left to torch
     k, v = once

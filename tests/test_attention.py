@@ -13,7 +13,7 @@ from torch import nn
 
 import sqcompile
 from sqcompile.kernels import x86
-from sqcompile.kernels.attention import CAUSAL, FULL, GENERAL, attention, mask_kind
+from sqcompile.kernels.attention import CAUSAL, FULL, GENERAL, _attention_triton, attention, mask_kind
 from sqcompile.kernels.ops import sqcompile_ops
 
 NEVER = float("-inf")
@@ -114,6 +114,20 @@ def test_the_operator_is_scaled_dot_product_attention(dtype, queries, groups, ki
     )
     assert set(fake.values()) == {"SUCCESS"}
     assert relative_error(got, want) < (1e-6 if dtype == torch.float32 else 6e-3)
+
+
+def test_what_our_gpu_kernel_is_not_faster_at_goes_to_pytorch(monkeypatch):
+    """Many queries: small heads of their own keys, or a GPU it was not measured on, whose shared heads are repeated."""
+    pytest.importorskip("triton")
+    from sqcompile.kernels.triton import tiles
+
+    for groups, capability in ((6, 90), (2, 80)):
+        monkeypatch.setattr(tiles, "CPU_STANDS_FOR", tiles.Gpu("", capability, 100))
+        q, k = (torch.randn(2, n, 70, 32) for n in (6, groups))
+        mask = causal(70, 70)
+        want = F.scaled_dot_product_attention(q, k, k, mask, enable_gqa=True)
+        got = _attention_triton(q, k, k, mask, None, False, None)
+        assert relative_error(got, want) < 1e-6 and got.transpose(1, 2).is_contiguous()
 
 
 def attention_nodes(compiled):
