@@ -1,4 +1,4 @@
-"""The attention kernel: q kᵀ in INT8 or float, online softmax in float32, P V in float or INT8. `attention.py` launches it.
+"""The attention kernel: q kᵀ and P V in INT8 or float, online softmax in float32. `attention.py` launches it.
 
 A score costs one integer and one float instruction before its exponential. The int32 product x, |x| <= 127² · 256 <
 2²², becomes a float by adding the bits of 1.5 · 2²³: read as a float, the sum is 1.5 · 2²³ + x exactly. The offset
@@ -93,7 +93,7 @@ def _number(blocks_ptr, i, free, listed, RATIO: tl.constexpr):
 @triton.jit
 def _product(q, k, b, g, j, strides, Sk, BN: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, EDGE: tl.constexpr,
              TMA: tl.constexpr):  # fmt: skip
-    """q kᵀ for block j of the keys, float32 [BM, BN]; of integers, plus `ROUND`: the sum of a tensor core may start there."""
+    """q kᵀ for block j of the keys, float32 [BM, BN]; of integers plus `ROUND`, where a tensor core's sum may start."""
     keys = _load(k, b, g, j * BN, strides, Sk, BN, C, WIDTH, EDGE, TMA)
     if q.dtype == tl.int8:
         x = (tl.dot(q, keys.T, out_dtype=tl.int32) + MAGIC).to(tl.float32, bitcast=True)
@@ -111,8 +111,8 @@ def _block(acc, total, top, x, j, factor, v, b, g, h, s, seen, Sk, softcap, k_sc
     """Block j of keys: the sums so far, rescaled, and its own. acc [BM, CV], total and top [BM].
 
     x: its `_product`. seen: the last key each row sees. EDGE: keys may lie outside, or not be seen. EXACT: the offset
-    of integer scores is taken off before the maximum, as a mask, a softcap or scales of keys need it. PV: "float", "int8" (v is turned)
-    or "cast" (an int8 v, multiplied as float).
+    of integer scores is taken off before the maximum, as a mask, a softcap or scales of keys need it. PV: "float",
+    "int8" (v is turned) or "cast" (an int8 v, multiplied as float).
     """
     start = j * BN
     cols = start + tl.arange(0, BN)
@@ -185,9 +185,10 @@ def forward(
 
     A row is a query, int8 or quantized here (with q_scale_ptr, or with a scale of its own), or in float as the keys are
     (``FLOAT``); with PACK heads a query of one of the heads that share a key head, all of which read each key once.
-    k_one_ptr: the scale of a key head; k_scale_ptr: one per key; one of them is given for int8 keys. Programs take the tiles with most keys first, over ``section`` heads at a time,
-    whose keys and values stay in L2. part_ptr: where splits leave their sums, float32 [splits, B · H · Sq, Dv + 2], to be
-    put together by `attention_split.combine`. q8_ptr: room for queries that are quantized here, int8 [B · H · Sq, C].
+    k_one_ptr: the scale of a key head; k_scale_ptr: one per key; one of them is given for int8 keys. Programs take the
+    tiles with most keys first, over ``section`` heads at a time, whose keys and values stay in L2. part_ptr: where splits
+    leave their sums, float32 [splits, B · H · Sq, Dv + 2], to be put together by `attention_split.combine`. q8_ptr: room
+    for queries that are quantized here, int8 [B · H · Sq, C].
     """
     tiles = tl.cdiv(Sq * PACK, BM)
     key_heads = heads // GROUP
