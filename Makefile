@@ -16,7 +16,7 @@ demo: $(VENV)/ready
 	$(BIN)/sqcompile demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu'
 
 slow: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu'

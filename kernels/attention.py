@@ -51,14 +51,15 @@ def attention(
         q: [B, H, Sq, D].
         k, v: [B, G, Sk, D] and [B, G, Sk, Dv]; query head h reads key head h // (H / G).
         mask: broadcastable to [B, H, Sq, Sk]; additive, on a GPU also bool. None for none.
-        about: what is known of the mask: on a CPU its `mask_kind`, on a GPU its `attention_int8.mask_blocks`.
+        about: what is known of the mask: its `mask_kind`, for CPUs, or its `attention_int8.mask_blocks`, for GPUs.
         is_causal, scale: as of scaled_dot_product_attention.
 
     Returns:
-        [B, H, Sq, Dv], laid out as [B, Sq, H, Dv].
+        [B, H, Sq, Dv], laid out as [B, Sq, H, Dv]. Where an additive mask has numbers of -65504 and below for every key of
+        a query, a GPU's result is zeros, as if they were minus infinity.
     """
     batch, heads, queries, _ = q.shape
-    if mask is not None and about is not None and about.item() != GENERAL:
+    if mask is not None and about is not None and about.dim() == 0 and about.item() != GENERAL:
         mask, is_causal = None, about.item() == CAUSAL
     groups = k.shape[1]
     shared = mask is None or mask.dim() < 3 or mask.shape[-3] == 1  # one mask for all heads

@@ -116,7 +116,9 @@ def mask_blocks(mask: Tensor) -> Tensor:
 
 
 def aligned_mask(mask: Tensor) -> Tensor:
-    """A copy of a mask [..., Sk] whose rows begin at multiples of 16 elements: a thread reads many at once then."""
+    """A copy of a mask [..., Sk] whose rows begin at multiples of 16 elements: their addresses take fewer registers."""
+    if mask.dim() == 0:
+        return mask.clone()
     keys = mask.shape[-1]
     return mask.new_empty((*mask.shape[:-1], -(-keys // _ALIGNED) * _ALIGNED))[..., :keys].copy_(mask)
 

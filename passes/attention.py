@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels import fused
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.passes.graph import add_op, additive, arguments, aten, value
+from sqcompile.passes.graph import add_op, additive, arguments, aten, record_readers, value
 from sqcompile.passes.heads import head_count, same_batch, unrepeated_pair
 
 WIDEST = 256  # head size of the kernel for GPUs
@@ -52,11 +53,11 @@ def _lower_one(
     gpu = value(node).device.type != "cpu"
     if args["dropout_p"] or (gpu and not _fits_gpu(args)):
         return
-    once = unrepeated_pair(k, v)
-    if gpu and mask is None and (once == (k, v) or value(k).shape[3] != value(v).shape[3] or value(k).shape[3] % 8):
-        return  # nothing to save, or nothing that PyTorch has a kernel for
-    if once == (k, v) and head_count(k) != head_count(q) and not args["enable_gqa"]:
+    if head_count(k) != head_count(q) and not args["enable_gqa"]:
         return  # heads broadcast: left to torch
+    once = unrepeated_pair(k, v)
+    if gpu and mask is None and (once == (k, v) or not _flash_fits(args)):
+        return
     k, v = once
     heads = [head_count(x) for x in (q, k, v)]
     if None in heads or heads[1] != heads[2] or not same_batch(q, k, v):
@@ -75,6 +76,7 @@ def _lower_one(
         else:
             new = add_op(gm, sqcompile_ops.attention.default, q, k, v, mask, about, args["is_causal"], args["scale"])
     node.replace_all_uses_with(new)
+    record_readers(gm, new)
     gm.graph.erase_node(node)
 
 
@@ -82,8 +84,15 @@ def _fits_gpu(args: dict[str, Any]) -> bool:
     """Whether the kernel of our own takes an attention: CUDA, operands of one half precision, heads of up to 256."""
     q, k, v = (value(args[name]) for name in ("query", "key", "value"))
     half = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
-    small = max(int(q.shape[3]), int(v.shape[3])) <= WIDEST
+    small = all(isinstance(x.shape[3], int) and x.shape[3] <= WIDEST for x in (q, v))
     return fused.available(q.device) and half and small and (args["scale"] is None or args["scale"] >= 0)
+
+
+def _flash_fits(args: dict[str, Any]) -> bool:
+    """Whether PyTorch's flash attention, which reads shared heads as they are, takes one without a mask."""
+    q, k, v = (value(args[name]) for name in ("query", "key", "value"))
+    square = not args["is_causal"] or statically_known_true(q.shape[2] == k.shape[2])
+    return square and k.shape[3] == v.shape[3] and k.shape[3] % 8 == 0
 
 
 def listed_mask(gm: fx.GraphModule, mask: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -199,6 +199,28 @@ def record(gm: fx.GraphModule, node: fx.Node) -> None:
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
+def record_readers(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Records anew what reads a node that lies differently in memory than what it replaced, as far as that matters.
+
+    What a graph is cut at, and what is returned, is compiled for the strides that are recorded.
+    """
+    for user in node.users:
+        packed = any(isinstance(value(a), Tensor) and value(a).is_mkldnn for a in user.all_input_nodes)
+        if user.op == "call_function" and not packed:  # whose result is dense
+            before = _layout(value(user))
+            record(gm, user)
+            if _layout(value(user)) != before:
+                record_readers(gm, user)
+
+
+def _layout(v: Any) -> Any:
+    """Sizes and strides of a value, as expressions."""
+    if isinstance(v, (list, tuple)):
+        return [_layout(x) for x in v]
+    sizes = [*v.shape, *v.stride()] if isinstance(v, Tensor) else []
+    return [s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes]
+
+
 def additive(gm: fx.GraphModule, keep: fx.Node, dtype: torch.dtype) -> fx.Node:
     """A bool mask as one that is added, as scaled_dot_product_attention does it: minus infinity where it is False."""
     attend, not_attend = (add_op(gm, aten.scalar_tensor.default, x, dtype=dtype) for x in (0.0, -math.inf))

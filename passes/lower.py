@@ -35,7 +35,7 @@ from sqcompile.passes.graph import (
     evaluate,
     finish,
     get_tensor,
-    record,
+    record_readers,
     release_freed_memory,
     value,
 )
@@ -164,15 +164,7 @@ def _lower_group(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | N
             ]
     for g, part in zip(group, parts, strict=True):
         _replace(gm, g, part)
-        _record_views(gm, part)
-
-
-def _record_views(gm: fx.GraphModule, node: fx.Node) -> None:
-    """The strides of what only looks at a node in another way: a part of merged linears lies among the others."""
-    for user in node.users:
-        if user.target in LAYOUT:
-            record(gm, user)
-            _record_views(gm, user)
+        record_readers(gm, part)
 
 
 def _lower_experts(gm: fx.GraphModule, g: _Quantized, shared: Shared | None) -> None:

@@ -21,7 +21,7 @@ from torch import fx
 from sqcompile.kernels import fused
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.attention import listed_mask
-from sqcompile.passes.graph import add_op, additive, aten, constants, value
+from sqcompile.passes.graph import add_op, additive, aten, constants, record_readers, value
 from sqcompile.passes.scores import SAME, Mask, Scores, numbers, read_scores
 
 _ENDS = {sqcompile_ops.attention_weights.default, sqcompile_ops.int8_attend.default}
@@ -29,6 +29,7 @@ _ENDS = {sqcompile_ops.attention_weights.default, sqcompile_ops.int8_attend.defa
 
 def lower_int8_attention(gm: fx.GraphModule) -> None:
     """Rewrites the attentions that `int8_attention` can do."""
+    found: list[tuple[fx.Node, fx.Node, Scores]] = []
     masks: dict[Any, fx.Node] = {}
     listed: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     number = numbers(gm, constants(gm))
@@ -38,15 +39,17 @@ def lower_int8_attention(gm: fx.GraphModule) -> None:
         if path is None or not isinstance(scores, Scores):
             continue
         end = path[-1]
-        if end.target == sqcompile_ops.int8_attend.default:
-            v, v_scale = end.args[1:3]
-        else:
+        if end.target != sqcompile_ops.int8_attend.default:
             weights = _forward(end, {sqcompile_ops.attend.default})
             if weights is None:
                 continue
             end = weights[-1]
-            v, v_scale = end.args[1], None
+        found.append((end, product, scores))
+    # what they share is made before the first of them, and products need not be in the order of what they become
+    for end, product, scores in sorted(found, key=lambda f: f[0]):
         q, q_scale, k, k_scale, _ = product.args
+        assert isinstance(q, fx.Node)
+        v, v_scale = end.args[1:3] if end.target == sqcompile_ops.int8_attend.default else (end.args[1], None)
         diagonal = 0 if any(m.causal for m in scores.masks) else None
         with gm.graph.inserting_before(end):
             mask = _one_mask(gm, scores.masks, value(q).shape[1], masks)
@@ -59,6 +62,7 @@ def lower_int8_attention(gm: fx.GraphModule) -> None:
                 q, q_scale, k, k_scale, v, v_scale, mask, blocks, diagonal, scores.scale, scores.softcap, value(end).dtype,
             )  # fmt: skip
         end.replace_all_uses_with(new)
+        record_readers(gm, new)
         gm.graph.erase_node(end)
     gm.graph.eliminate_dead_code()
 

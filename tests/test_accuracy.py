@@ -57,6 +57,7 @@ def test_default_recipe_keeps_the_perplexity(degradation):
     assert abs(degradation("default", True)[1]) <= 0.003
 
 
+@pytest.mark.slow
 def test_smoothing_at_least_halves_what_static_quantization_costs(degradation):
     loss = {smooth: degradation("O3", smooth)[1] for smooth in (True, False)}
     assert loss[False] > 0.02  # there is something to win

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sqcompile
-from sqcompile.kernels import x86
+from sqcompile.kernels import fused, x86
 from sqcompile.kernels.attention import CAUSAL, FULL, GENERAL, _attention_triton, attention, mask_kind
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.passes.attention import lower_attention
+from sqcompile.passes.canonicalize import canonicalize
 
 NEVER = float("-inf")
 
@@ -130,6 +132,42 @@ def test_what_our_gpu_kernel_is_not_faster_at_goes_to_pytorch(monkeypatch):
         assert relative_error(got, want) < 1e-6 and got.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("case", ["mask", "heads", "causal", "past", "columns", "queries"])
+def test_what_is_rewritten_for_gpus(case, monkeypatch):
+    """Tensors without data stand for a GPU's. A size that varies from call to call stays what it is."""
+    monkeypatch.setattr(fused, "available", lambda device: True)
+
+    class Model(nn.Module):
+        def forward(self, q, k, mask):
+            k = k[:, :, None].expand(2, 2, 3, k.shape[2], k.shape[3]).reshape(2, 6, *k.shape[2:])
+            mask = mask if case in ("mask", "columns", "queries") else None
+            return F.scaled_dot_product_attention(q, k, k, mask, is_causal=case in ("causal", "past"))
+
+    s, d = torch.export.Dim("s", min=2, max=999), torch.export.Dim("d", min=2, max=200)
+    q = torch.randn(2, 1 if case == "queries" else 6, 12, 16, dtype=torch.bfloat16, device="meta")
+    k = torch.randn(2, 2, 20 if case == "past" else 12, 16, dtype=torch.bfloat16, device="meta")
+    mask = torch.ones(12, 12, dtype=torch.bool, device="meta")
+    sizes = {"columns": ({3: d}, {3: d}, {}), "past": ({}, {}, {})}.get(case, ({2: s}, {2: s}, {0: s, 1: s}))
+    gm = torch.export.export(Model(), (q, k, mask), dynamic_shapes=sizes).module()
+    gm.meta["fake_mode"] = next(n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder").fake_mode
+    canonicalize(gm)
+    lower_attention(gm)
+    ours = gm.graph.find_nodes(op="call_function", target=sqcompile_ops.attention.default)
+    theirs = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+    heads = [n.args[1].meta["val"].shape[1] for n in (*ours, *theirs)]
+    shared = [bool(n.kwargs.get("enable_gqa")) for n in theirs]
+    assert (heads, shared) == {
+        "mask": ([2], []),
+        "heads": ([2], [True]),
+        "causal": ([2], [True]),
+        "past": ([6], [False]),  # flash attention knows no diagonal but the first
+        "columns": ([6], [False]),
+        "queries": ([6], [False]),  # one head, for all keys
+    }[case]
+    if case == "columns":
+        assert isinstance(theirs[0].meta["val"].shape[3], torch.SymInt)
+
+
 def attention_nodes(compiled):
     graph = compiled.stages["lowered"].graph
     return graph.find_nodes(op="call_function", target=sqcompile_ops.attention.default)
@@ -164,7 +202,7 @@ class Sliding(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(b, s, 64))
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_sliding_window_is_not_taken_for_causal(backend):
     """Causal for short inputs, a window for long ones: one compiled module, the right answer for both."""
     torch.manual_seed(0)

@@ -170,7 +170,8 @@ def test_the_quantized_stage_of_a_graph_without_a_linear():
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("recipe", ["O2", pytest.param("O3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["O2", "O3"])
 def test_the_first_calls_calibrate_attention(recipe):
     recipe = dataclasses.replace(resolve_recipe(recipe), attention="qk_pv")
     model, batches = tiny_lm("llama"), token_batches()

@@ -169,6 +169,7 @@ def test_the_attention_mask_keeps_padding_out_of_the_statistics():
     assert not torch.allclose(unmasked[first].absmax, want.absmax, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_decoders_tokens_are_masked_by_its_own_mask():
     from families import build
 

@@ -259,7 +259,7 @@ def wrong_fold(seed: int) -> float | None:
 
 
 @given(st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 def test_random_modules_fold_exactly(seed):
     error = wrong_fold(seed)
     assert error is None or error <= 1e-5

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import relative_error, tiny_lm, token_batches
 from families import build, token_ids
+from hand_written import Attend
 from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -106,6 +107,30 @@ def test_a_compiler_assumes_no_number_of_blocks_of_a_mask(lowered_for_gpu):
     assert all(r.lower <= 2 and r.upper >= 2**31 - 1 for r in env.var_to_range.values())
     x = token_ids((2, 300), seed=5)
     assert relative_error(run(x)[0], gpu(input_ids=x).logits) <= 1e-5
+
+
+class TwoAttentions(Attend):
+    """They share masks, and their products are not in the order of what they become."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x, mask):
+        (q, k, v), (p, j, w) = self.heads(x), self.heads(x.flip(1))
+        first, second = q @ k.mT, p @ j.mT
+        b = torch.softmax(second + mask + self.bias, -1) @ w
+        a = torch.softmax(first + mask + self.bias, -1) @ v
+        c = torch.softmax(q @ j.mT + self.bias, -1) @ v
+        return self.join(a + b + c)
+
+
+def test_attentions_that_share_masks_in_any_order(lowered_for_gpu):
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 9, 32), torch.randn(9, 9)
+    gpu, plain = lowered_for_gpu(TwoAttentions().eval(), [(x, mask)], sqcompile.Recipe(attention="qk"))
+    assert operators(gpu)["int8_attention"] == 3 and operators(gpu)["mask_blocks"] == 2
+    assert relative_error(gpu(x, mask), plain(x, mask)) <= 1e-6
 
 
 class Explicit(nn.Module):

@@ -109,6 +109,7 @@ def test_left_padding(llama):
     assert graphs() == 2
 
 
+@pytest.mark.slow
 def test_sampling_and_beams(llama):
     """Beside the compiled model that generates without a cache: the same draws and beams."""
     model, plan, reference = llama

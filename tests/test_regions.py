@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_lm, token_batches
 from families import CAUSAL, causal_lm, roughen, token_ids
+from hand_written import Attend
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
@@ -48,7 +49,7 @@ def deep(name):
     "name, alike",
     [
         ("llama", 5),
-        ("gemma2", 2),
+        pytest.param("gemma2", 2, marks=pytest.mark.slow),
         *(pytest.param(name, 5, marks=pytest.mark.slow) for name in ("gpt2", "bloom", "qwen3", "mixtral", "gpt_neox")),
     ],
 )
@@ -214,12 +215,23 @@ class Recorded(torch.fx.Interpreter):
         return result
 
 
-@pytest.mark.parametrize(("name", "gpu"), [("llama", False), ("llama", True), ("opt", True)])
+class Copied(Attend):
+    """Attention in matmuls, and views of views."""
+
+    def forward(self, x):
+        q, k, v = (t[:, :, :, :].detach() for t in self.heads(x))
+        return self.join(torch.softmax(q @ k.mT, -1) @ v)
+
+
+@pytest.mark.parametrize(("name", "gpu"), [("llama", False), ("llama", True), ("opt", True), ("copied", True)])
 def test_a_cut_may_fall_anywhere(name, gpu, monkeypatch):
     """What passes from one part to the next has the strides that the next one is compiled for."""
     if gpu:
         monkeypatch.setattr(fused, "available", lambda device: True)
         monkeypatch.setattr(x86, "available", lambda: False)
-    gm = sqcompile.compile(tiny_lm(name), token_batches(), recipe="O3", backend="eager", progress=False).lowered
+    model, batches = (
+        (Copied().eval(), [torch.randn(2, 9, 32)]) if name == "copied" else (tiny_lm(name), token_batches())
+    )
+    gm = sqcompile.compile(model, batches, recipe="O3", backend="eager", progress=False).lowered
     with gm.meta["fake_mode"]:
         Recorded(gm).run(*[value(n) for n in gm.graph.find_nodes(op="placeholder")])

@@ -38,6 +38,16 @@ def test_masks_and_their_blocks(kind):
         same(y[~seen], torch.zeros_like(y[~seen]))
 
 
+@kernels
+def test_a_mask_of_one_key_has_a_list_of_its_own_length():
+    """Two bands of one block of a mask [130, 1] are as long a list as four blocks of 390 keys."""
+    from sqcompile.kernels.triton.mask import mask_blocks
+
+    mask = torch.randn(1, 1, 130, 1, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    arguments = case((1, 1, 1, 130, 390, 32), mask=mask)
+    check((*arguments[:7], mask_blocks(mask), *arguments[8:]))
+
+
 def test_the_plain_version_is_the_definition():
     if DEVICE == "cuda" and not torch.cuda.is_available():
         pytest.skip("its operands are on the GPU")

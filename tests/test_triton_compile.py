@@ -16,7 +16,7 @@ import torch
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
-CAPABILITIES = (80, 90, 100)
+CAPABILITIES = (80, 90, pytest.param(100, marks=pytest.mark.slow))
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # what one program may use
 BF16 = torch.bfloat16
 

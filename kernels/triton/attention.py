@@ -217,7 +217,7 @@ def _strides(x: Tensor | None) -> tuple[int, ...]:
 
 
 def _splits(gpu: Gpu, programs: int, keys: int) -> int:
-    """Parts of the keys: one program a multiprocessor or some more, none so short that putting them together counts."""
+    """Parts of the keys: about one program a multiprocessor, but none so short that putting them together counts."""
     return max(1, min(3 * gpu.sms // (2 * programs), -(-keys // _KEYS_PER_SPLIT), _MOST_SPLITS))
 
 
@@ -235,10 +235,12 @@ def _expanded(
         return None, None
     mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     rows, columns = MASK_BLOCK
+    mask_rows, mask_columns = (1, 1, *mask.shape)[-2:]
     if blocks is not None:
         of_tile = rows % tile.bm == 0 if pack == 1 else shape[2] <= rows and blocks.shape[1] == 1
         width = 2 + -(-shape[3] // columns)
-        whole = blocks.shape[2] in (width, -(-shape[2] // rows) * width)
+        # a mask of one column has a list of its own sizes, which may be as long
+        whole = mask_columns == shape[3] and blocks.shape[2] == -(-mask_rows // rows) * width
         if diagonal is None and of_tile and whole and columns % tile.bn == 0:
             blocks = blocks.unflatten(2, (-1, width)).expand(*shape[:2], -1, -1)
             # one row of blocks for all queries
