@@ -77,6 +77,11 @@ class Attention:
     scores: Scores | str = field(default_factory=Scores)
     refused: str | None = None
 
+    @property
+    def operands(self) -> dict[str, str]:
+        """The nodes of q, k and v by what they hold."""
+        return {"queries": self.q, "keys": self.k, "values": self.v}
+
 
 def find_attentions(gm: fx.GraphModule) -> list[Attention]:
     """Every attention, in graph order; see `Attention`."""

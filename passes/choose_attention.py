@@ -137,7 +137,7 @@ def _stays_float(chooser: Chooser, a: Attention) -> str | None:
     for pattern in chooser.recipe.skip:
         if names(pattern, a.name):
             return f"skipped by the recipe ({pattern!r})"
-    if any(node not in chooser.calibration.heads for node in (a.q, a.k, a.v)):
+    if any(node not in chooser.calibration.heads for node in a.operands.values()):
         return "no calibration token reached it"
     return _slow(chooser, a)
 

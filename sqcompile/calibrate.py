@@ -169,7 +169,7 @@ class Observer(fx.Interpreter):
         self.operands: dict[str, dict[str, tuple[str, Attention]]] = {}  # operands by the node that is observed
         for a in attentions:
             if a.refused is None:
-                for name, what in ((a.q, "queries"), (a.k, "keys"), (a.v, "values")):
+                for what, name in a.operands.items():
                     self.operands.setdefault(brought(nodes[name]).name, {})[name] = what, a
         self.heads: dict[str, InputStats] = {}
         self.head_generator = torch.Generator().manual_seed(0)  # its own: linears' samples stay what they are

@@ -1,4 +1,4 @@
-"""The pipeline end to end: same function, every shape, every kind of batch, nothing of the user's touched."""
+"""The pipeline end to end: same function, every shape, nothing of the user's touched."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from expecttest import assert_expected_inline
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import sqcompile
 from sqcompile import PRESETS, Recipe
-from sqcompile.inputs import as_call
 from sqcompile.passes.graph import find_linears
 from sqcompile.show import show
 
@@ -122,91 +120,6 @@ def test_a_plan_fits_the_same_model_with_other_captures():
     compiled = sqcompile.compile(model, plan=plan, example_inputs=masked, backend="eager")
     with torch.no_grad():
         assert relative_error(compiled(**masked).logits, model(**masked).logits) < 0.1
-
-
-@pytest.mark.parametrize(
-    "kind", ["tensors", "tuples", "lists", "dicts", "encodings", "generator", "wrapped", "callable", "callable0"]
-)
-def test_batches_of_every_kind_give_the_same_plan(kind):
-    from transformers import BatchEncoding
-
-    model = tiny_lm("opt")
-    ids = [b["input_ids"] for b in token_batches(2)]
-
-    def run(m):
-        for x in ids:
-            m(x)
-
-    loader = {
-        "tensors": ids, "tuples": [(x,) for x in ids], "lists": [[x] for x in ids], "dicts": [{"input_ids": x} for x in ids],
-        "encodings": [BatchEncoding({"input_ids": x}) for x in ids], "generator": (x for x in ids), "wrapped": tqdm((x for x in ids), disable=True), "callable": run,
-        "callable0": lambda: run(model),
-    }[kind]  # fmt: skip
-    plan = sqcompile.calibrate(model, loader, progress=False)
-    want = sqcompile.calibrate(model, token_batches(2), progress=False)
-    assert plan.layers == want.layers
-    assert all(torch.equal(plan.scales[k], s) for k, s in want.scales.items())
-    assert not model._forward_pre_hooks
-
-
-def test_the_attention_mask_keeps_padding_out_of_the_statistics():
-    from sqcompile.calibrate import calibrate
-    from sqcompile.trace import trace
-
-    model = tiny_lm("llama")
-    ids = torch.randint(3, 95, (2, 10))
-    padded, mask = torch.full((2, 16), 95), torch.zeros(2, 16, dtype=torch.long)
-    padded[:, 6:], mask[:, 6:] = ids, 1  # left padding, with a real token as the pad
-    batch = {"input_ids": padded, "attention_mask": mask}
-    gm = trace(model, as_call(model, batch))
-    stats = calibrate(gm, model, [batch], progress=False).inputs
-    unmasked = calibrate(gm, model, [{**batch, "attention_mask": torch.ones_like(mask)}], progress=False).inputs
-    first = "model.layers.0.self_attn.q_proj.weight"
-    plain = trace(model, as_call(model, ids))
-    want = calibrate(plain, model, [ids], progress=False).inputs[first]
-    assert stats[first].count == 20 == want.count and unmasked[first].count == 32
-    assert torch.allclose(stats[first].absmax, want.absmax, rtol=1e-5)
-    assert not torch.allclose(unmasked[first].absmax, want.absmax, rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_decoders_tokens_are_masked_by_its_own_mask():
-    from families import build
-
-    from sqcompile.calibrate import calibrate
-    from sqcompile.trace import trace
-
-    model, call = build("t5")
-    ids, decoder_ids = call["input_ids"], call["input_ids"].flip(-1)  # of one shape
-    mask, decoder_mask = torch.ones_like(ids), torch.ones_like(ids)
-    mask[:, 8:], decoder_mask[:, 3:] = 0, 0
-    masks = {"attention_mask": mask, "decoder_attention_mask": decoder_mask}
-    batch = {"input_ids": ids, "decoder_input_ids": decoder_ids, **masks}
-    counts = {}
-    for given in (masks, {"attention_mask": mask}):
-        call = {k: v for k, v in batch.items() if k in given or k not in masks}
-        gm = trace(model, as_call(model, call))
-        stats = calibrate(gm, model, [call], progress=False).inputs
-        for kind in ("encoder.block.1.layer.0.SelfAttention.q", "decoder.block.1.layer.0.SelfAttention.q"):
-            counts[kind.split(".")[0], len(given)] = stats[f"{kind}.weight"].count
-        # the decoder's keys and values of the encoder's tokens
-        assert stats["decoder.block.1.layer.1.EncDecAttention.k.weight"].count == int(mask.sum())
-        assert stats["decoder.block.1.layer.1.EncDecAttention.q.weight"].count == counts["decoder", len(given)]
-    real, every = int(mask.sum()), ids.numel()
-    assert counts == {("encoder", 2): real, ("encoder", 1): real, ("decoder", 2): 6, ("decoder", 1): every}
-
-
-def test_the_sample_is_bounded_and_uniform():
-    from sqcompile.calibrate import SAMPLE_ROWS, InputStats
-
-    stats, generator = InputStats.empty(torch.empty(0, 1), experts=2), torch.Generator().manual_seed(0)
-    for i in range(100):
-        rows = torch.arange(i * 50, (i + 1) * 50)
-        stats.update(rows[:, None].float(), (rows >= 3000).long(), generator)
-    assert stats.tokens.tolist() == [3000, 2000]
-    assert torch.equal(stats.experts, (stats.rows.flatten() >= 3000).long())  # rows keep their experts
-    assert stats.rows.shape == (SAMPLE_ROWS, 1) and stats.count == 5000 and stats.absmax.item() == 4999
-    assert len(stats.rows.unique()) == SAMPLE_ROWS and abs(stats.rows.mean().item() - 2500) < 500
 
 
 def test_stages_read_as_text():

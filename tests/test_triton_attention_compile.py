@@ -87,6 +87,7 @@ def test_attention_in_half_precision(sq, capability, tmp_path):
         check_resources(kernels, capability, tmp_path)
         ptx = kernels[0].asm["ptx"]
         assert re.search(FLOAT_INSTRUCTION[capability], ptx) and not re.search(r"mma\S*s8", ptx), d
+        assert ("wgmma" in ptx) == (capability == 90 and sq > 1)
 
 
 ROWS = 1000, 1008  # of a mask, as aligned_mask leaves them

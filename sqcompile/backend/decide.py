@@ -16,7 +16,6 @@ from torch import fx
 from sqcompile.calibrate import Calibration, InputStats, Observer
 from sqcompile.errors import NothingToQuantizeError
 from sqcompile.inputs import Call, to_spec
-from sqcompile.passes.attention_chains import Attention
 from sqcompile.passes.choose import choose
 from sqcompile.passes.floats import names_linear
 from sqcompile.passes.graph import find_linears
@@ -42,7 +41,7 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
         for name, found in o.found().items():
             inputs[name] = inputs[name].merged(found) if name in inputs else found
         for a in o.attentions:
-            for side, node in _operands(a).items():
+            for side, node in a.operands.items():
                 if node in o.heads:
                     before, found = heads.get((a.name, side)), o.heads[node]
                     heads[a.name, side] = found if before is None else before.merged(found)
@@ -58,7 +57,7 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
         nodes = {
             node: heads[a.name, side]
             for a in o.attentions
-            for side, node in _operands(a).items()
+            for side, node in a.operands.items()
             if (a.name, side) in heads
         }
         calibration = Calibration(inputs, calls, nodes)
@@ -73,10 +72,6 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
     if plan is None:
         raise error or NothingToQuantizeError("nothing to quantize: the observed graphs have no linear")
     return plan
-
-
-def _operands(a: Attention) -> dict[str, str]:
-    return {"q": a.q, "k": a.k, "v": a.v}
 
 
 def _for_graph(recipe: Recipe, graphs: list[fx.GraphModule], gm: fx.GraphModule) -> Recipe:
