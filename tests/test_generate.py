@@ -16,6 +16,7 @@ import sqcompile
 from sqcompile.backend import smoothquant
 from sqcompile.backend.decide import decide
 from sqcompile.backend.session import _sessions
+from sqcompile.kernels import x86
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -201,14 +202,18 @@ def test_two_hundred_tokens_of_the_shipped_model(lm, lm_windows):
     prompts = [lm_windows[1][i : i + 1, :64] for i in range(1, 7)]
     want = continued(model, plan, prompts, 200, stage="quantized", compiler="eager")
     lowered = continued(model, plan, prompts, 200, compiler="eager")
-    assert all(torch.equal(a, b) for a, b in zip(lowered, want, strict=True))
     reference = sqcompile.compile(model, plan=plan, backend="eager")
+
+    def equal(tokens):
+        """How many are the same; where others part, it is at a tie."""
+        for a, b in zip(tokens, want, strict=True):
+            if not torch.equal(a, b):
+                first = int((a != b)[0].nonzero()[0])
+                logits = reference(input_ids=b[:, :first]).logits[0, -1]
+                assert float(logits[b[0, first]] - logits[a[0, first]]) < 0.05, "a tie"
+        return sum(torch.equal(a, b) for a, b in zip(tokens, want, strict=True))
+
+    # PyTorch's attention sums repeated and shared heads in different orders where it has AVX2 alone
+    assert equal(lowered) == 6 or (not x86.available() and equal(lowered) >= 5)
     counters.clear()
-    equal = 0
-    for a, b in zip(continued(model, plan, prompts, 200), want, strict=True):
-        equal += torch.equal(a, b)
-        if not torch.equal(a, b):
-            first = int((a != b)[0].nonzero()[0])
-            logits = reference(input_ids=b[:, :first]).logits[0, -1]
-            assert float(logits[b[0, first]] - logits[a[0, first]]) < 0.05, "a tie"
-    assert equal >= 5 and graphs() == 2
+    assert equal(continued(model, plan, prompts, 200)) >= 5 and graphs() == 2
