@@ -88,8 +88,7 @@ def _attention_triton(
     faster = gpu_of(q.device).capability == 90 and (group > 1 or q.shape[3] > 64)
     if q.shape[2] * group > FEW_ROWS and not faster:
         k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale)
-        return out.transpose(1, 2).contiguous().transpose(1, 2)
+        return attention(q, k, v, mask, None, is_causal, scale)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     return float_attention(q, k, v, mask, about, 0 if is_causal else None, scale)
 

@@ -115,12 +115,12 @@ def mask_blocks(mask: Tensor) -> Tensor:
     return torch.cat([free.sum(-1, keepdim=True), mixed.sum(-1, keepdim=True), numbers], -1).to(torch.int32).flatten(2)
 
 
-def aligned_mask(mask: Tensor) -> Tensor:
-    """A copy of a mask [..., Sk] whose rows begin at multiples of 16 elements: their addresses take fewer registers."""
-    if mask.dim() == 0:
-        return mask.clone()
-    keys = mask.shape[-1]
-    return mask.new_empty((*mask.shape[:-1], -(-keys // _ALIGNED) * _ALIGNED))[..., :keys].copy_(mask)
+def aligned(x: Tensor) -> Tensor:
+    """A copy of x [..., N] whose rows begin at multiples of 16 elements: of a mask, their addresses take fewer registers."""
+    if x.dim() == 0:
+        return x.clone()
+    width = x.shape[-1]
+    return x.new_empty((*x.shape[:-1], -(-width // _ALIGNED) * _ALIGNED))[..., :width].copy_(x)
 
 
 def _int8_attention_triton(q: Tensor, *args: Any) -> Tensor:
@@ -153,5 +153,5 @@ ATTENTION: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[...,
         int8_attention, _int8_attention_triton, _int8_attention_fake,
     ),
     "mask_blocks(Tensor mask) -> Tensor": (mask_blocks, _mask_blocks_triton, _mask_blocks_fake),
-    "aligned_mask(Tensor mask) -> Tensor": (aligned_mask, aligned_mask, aligned_mask),
+    "aligned_mask(Tensor mask) -> Tensor": (aligned, aligned, aligned),
 }  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sqcompile.kernels.attention_int8 import MASK_BLOCK
+from sqcompile.kernels.attention_int8 import MASK_BLOCK, aligned
 from sqcompile.kernels.triton import attention_kernels as kernels
 from sqcompile.kernels.triton import attention_split
 from sqcompile.kernels.triton.common import on
@@ -78,7 +78,7 @@ def int8_attention(
     q: Tensor,
     q_scale: Tensor | None,
     k: Tensor,
-    k_scale: Tensor,
+    k_scale: Tensor | None,
     v: Tensor,
     v_scale: Tensor | None,
     mask: Tensor | None,
@@ -94,45 +94,13 @@ def int8_attention(
 
     Batches, heads and rows may be strided; D and Dv should be contiguous. An int8 v is best laid out as [B, G, Dv, Sk]
     with Sk a multiple of 16, as s8 tensor cores contract over contiguous bytes: any other is copied to that layout,
-    but where queries are few, which multiply a v with contiguous Dv as bfloat16 and do not quantize P.
+    but where queries are few, which multiply a v with contiguous Dv as bfloat16 and do not quantize P. Without k_scale, q
+    and k are in float (`float_attention`).
     """
     if q_scale is None and q.dtype == torch.int8:
         raise ValueError("an int8 q without a scale")
-    return _launch(q, q_scale, k, k_scale, v, v_scale, mask, blocks, diagonal, scale, softcap, dtype, tile)
-
-
-def float_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    blocks: Tensor | None,
-    diagonal: int | None,
-    scale: float,
-    *,
-    tile: Tile | None = None,
-) -> Tensor:
-    """`int8_attention` of q, k and v that are all float16 or all bfloat16, as the result is; nothing is quantized."""
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, not all of one half precision")
-    return _launch(q, None, k, None, v, None, mask, blocks, diagonal, scale, 0.0, q.dtype, tile)
-
-
-def _launch(
-    q: Tensor,
-    q_scale: Tensor | None,
-    k: Tensor,
-    k_scale: Tensor | None,
-    v: Tensor,
-    v_scale: Tensor | None,
-    mask: Tensor | None,
-    blocks: Tensor | None,
-    diagonal: int | None,
-    scale: float,
-    softcap: float,
-    dtype: torch.dtype,
-    tile: Tile | None,
-) -> Tensor:
+    if k_scale is None and k.dtype == torch.int8:
+        raise ValueError("an int8 k without a scale")
     batch, heads, queries, width = q.shape
     groups, keys = k.shape[1:3]
     if heads % groups or k.shape[3] != width or v.shape[:3] != k.shape[:3]:
@@ -186,6 +154,23 @@ def _launch(
     return out
 
 
+def float_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    blocks: Tensor | None,
+    diagonal: int | None,
+    scale: float,
+    *,
+    tile: Tile | None = None,
+) -> Tensor:
+    """`int8_attention` of q, k and v that are all float16 or all bfloat16, as the result is; nothing is quantized."""
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, not all of one half precision")
+    return int8_attention(q, None, k, None, v, None, mask, blocks, diagonal, scale, 0.0, q.dtype, tile=tile)
+
+
 def _contiguous(x: Tensor) -> Tensor:
     """x with a contiguous last dim; a view where it is one."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -194,11 +179,7 @@ def _contiguous(x: Tensor) -> Tensor:
 def _turned(v: Tensor) -> Tensor:
     """int8 v [B, G, Sk, Dv] as [B, G, Dv, Sk] with contiguous, aligned tokens, which s8 tensor cores contract over."""
     turned = v.transpose(2, 3)
-    if turned.stride(3) == 1 and _fits_tma(turned):
-        return turned
-    keys = v.shape[2]
-    padded = v.new_empty((*turned.shape[:3], -(-keys // _ALIGNED) * _ALIGNED))[..., :keys]
-    return padded.copy_(turned)
+    return turned if turned.stride(3) == 1 and _fits_tma(turned) else aligned(turned)
 
 
 def _fits_tma(x: Tensor) -> bool:
