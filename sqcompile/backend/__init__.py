@@ -9,6 +9,7 @@ were changed are quantized again; the INT8 weights of those that were not are sh
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -49,7 +50,7 @@ def smoothquant(
     try:
         found = parse(options, mode)
         if torch.is_grad_enabled() and asks_for_gradients(example_inputs):
-            raise CaptureError(GRAD)
+            return _without_gradients(gm, options, mode)
         parameters: list[Tensor] = [x for x in example_inputs if isinstance(x, nn.Parameter)]
         parameters += list(gm.parameters())
         if not parameters:  # there may be buffers
@@ -75,6 +76,18 @@ def _warn_of_the_last() -> None:
             "one by one do where they use a KV cache: compile the whole model, with regional=True",
             stacklevel=2,
         )
+
+
+def _without_gradients(gm: fx.GraphModule, options: Mapping[str, Any] | None, mode: str | None) -> Callable[..., Any]:
+    """Raises as long as gradients are asked for: Dynamo of torch 2.11 does not look whether parameters still want them."""
+    later = torch.compile(gm, backend=functools.partial(smoothquant, options=options, mode=mode))
+
+    def run(*args: Any) -> Any:
+        if torch.is_grad_enabled() and asks_for_gradients(args):
+            raise CaptureError(GRAD)
+        return later(*args)
+
+    return run
 
 
 def _raises(error: SQCompileError) -> Callable[..., Any]:
