@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from families import CAUSAL, causal_lm, roughen
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
 from sqcompile import Recipe
-from sqcompile.inputs import as_call, to_spec
+from sqcompile.inputs import Call, as_call, to_spec
 from sqcompile.passes.fold import fold
 from sqcompile.passes.graph import find_linears
+from sqcompile.passes.head_labels import match_heads
 from sqcompile.passes.match import input_sites, match
 from sqcompile.plan import LayerPlan, Plan
 from sqcompile.trace import trace
@@ -61,13 +62,27 @@ def sites_of(model: nn.Module, *inputs: Any, **named: Any) -> Any:
 
 def fold_everything(model: nn.Module, *inputs: Any, seed: int = 0, **named: Any) -> Any:
     """Folds random scales, far from 1, into every site there is; no calibration is involved."""
-    gm, sites, refusals = sites_of(model, *inputs, **named)
+    call = as_call(model, named or inputs)
+    return fold_sites(trace(model, call), call, seed)
+
+
+def fold_sites(gm: fx.GraphModule, call: Call, seed: int = 0) -> Any:
+    """`fold_everything` of the traced graph of a call."""
+    sites, refusals = match(gm)
     generator = torch.Generator().manual_seed(seed)
     every = sites + input_sites(refusals, {l.name for l in find_linears(gm)})
     scales = {s.name: torch.where(s.free, torch.exp(torch.randn(s.channels, generator=generator)), 1.0) for s in every}
     layers = tuple(LayerPlan(l.name, "linear", True, "folded", "") for l in find_linears(gm))
-    plan = Plan(Recipe(), to_spec(as_call(model, named or inputs)), scales, layers)
+    plan = Plan(Recipe(), to_spec(call), scales, layers)
     return fold(gm, every, plan), sites, refusals
+
+
+def fold_heads(gm: Any, attentions: Any, seed: int = 0) -> Any:
+    """Folds random scales, far from 1, into every attention; and the sites and reasons."""
+    sites, why = match_heads(gm, attentions)
+    generator = torch.Generator().manual_seed(seed)
+    heads = {f"{s.name}/scale": torch.exp(torch.randn(s.classes, generator=generator)) for s in sites}
+    return fold(gm, [], Plan(Recipe(), None, {}, (), (), heads), sites), sites, why
 
 
 @pytest.fixture(scope="session")

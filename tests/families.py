@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 COMMON = dict(vocab_size=96, hidden_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 DEEP = dict(COMMON, num_hidden_layers=2, num_attention_heads=4)
@@ -118,3 +119,84 @@ def build(name: str, outlier: float = 20.0, **kwargs: Any) -> tuple[nn.Module, d
         model = _base("clip", dict(text_config=text, vision_config=dict(tower, image_size=32, patch_size=8), projection_dim=48))  # fmt: skip
         call = {"input_ids": token_ids(), "pixel_values": _floats(2, 3, 32, 32)}
     return roughen(model.eval(), outlier, INNER_NORMS.get(name, ())), call
+
+
+def outputs(out: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(dict(out)) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def run(model: nn.Module, call: dict[str, Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return outputs(model(**call, **({"use_cache": False} if getattr(model.config, "use_cache", None) else {})))
+
+
+def resized(call: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The call with another batch, and token inputs of another length."""
+    batch = {k: torch.cat([v, v[:1].flip(-1)]) for k, v in call.items()}
+    return {k: torch.cat([v, v[:, :4]], 1) if v.dtype == torch.int64 else v for k, v in batch.items()}
+
+
+RESIDUAL, GELU, OUTPUT = "joins a residual stream", "its input passes gelu", "is an output of the model"
+TANH_GELU = "passes pow, which does not commute"
+POST_NORM_BERT = (13, {"linear": 2}, {RESIDUAL: 8, GELU: 2, OUTPUT: 1})
+T5_REFUSED = {OUTPUT: 4}
+
+# name: linears, sites by what absorbs 1/s, refused linears by reason
+COVERAGE: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
+    "opt": (13, {"norm": 5, "linear": 4}, {}),
+    "opt post-norm": (15, {"norm": 1, "linear": 5}, {RESIDUAL: 8, "its input reaches embedding": 1}),
+    "gpt2": (9, {"norm": 5, "linear": 2}, {TANH_GELU: 2}),
+    "bloom": (9, {"norm": 5, "linear": 2}, {"meets itself in mul": 2}),
+    "llama": (15, {"scale": 5, "linear": 4}, {}),
+    "mistral": (15, {"scale": 5, "linear": 4}, {}),
+    "qwen2": (15, {"scale": 5, "linear": 4}, {}),
+    "qwen3": (15, {"scale": 5, "linear": 4}, {}),
+    "mixtral": (15, {"scale": 5, "linear": 4}, {}),
+    "qwen2_moe": (23, {"scale": 5, "linear": 6}, {}),
+    "falcon 7b": (9, {"norm": 3, "linear": 2}, {GELU: 2}),
+    "falcon 40b": (9, {"norm": 5, "linear": 2}, {GELU: 2}),
+    "falcon alibi": (9, {"norm": 5, "linear": 2}, {GELU: 2}),
+    "gpt_neox": (9, {"norm": 5, "linear": 2}, {GELU: 2}),
+    "gemma": (15, {"scale": 5, "linear": 4}, {}),
+    "gemma2": (15, {"scale": 5, "linear": 4}, {}),
+    "phi3": (9, {"scale": 5, "linear": 4}, {}),
+    "bert": POST_NORM_BERT,
+    "roberta": POST_NORM_BERT,
+    "t5": (32, {"scale": 10, "linear": 10}, T5_REFUSED),
+    "t5 gated": (36, {"scale": 10, "linear": 10}, T5_REFUSED),
+    "whisper": (32, {"norm": 10, "linear": 6}, {GELU: 4, OUTPUT: 4}),
+    "vit": (13, {"norm": 4, "linear": 2}, {GELU: 2, OUTPUT: 1}),
+    "swin": (12, {"norm": 4, "linear": 2}, {GELU: 2}),
+    "clip": (26, {"norm": 9, "linear": 4}, {"passes sigmoid": 4, OUTPUT: 1}),
+}
+
+# name: attentions, (heads, key heads, channels), scales of each that are free, what absorbs them
+PLAIN = (2, (4, 4, 16), 64, "linear")
+ROTARY = (2, (4, 2, 16), 16, "linear")  # 2 key heads x 8 pairs of channels
+CHAINS: dict[str, tuple[int, tuple[int, int, int], int, str]] = {
+    "opt": PLAIN,
+    "opt post-norm": PLAIN,
+    "gpt2": PLAIN,
+    "bloom": PLAIN,
+    "llama": ROTARY,
+    "mistral": ROTARY,
+    "qwen2": ROTARY,
+    "qwen3": (2, (4, 2, 16), 8, "scale"),  # the norm's weight serves every head
+    "mixtral": ROTARY,
+    "qwen2_moe": ROTARY,
+    "falcon 7b": (2, (4, 1, 16), 8, "linear"),
+    "falcon 40b": (2, (4, 4, 16), 16, "linear"),  # repeats its key heads before it rotates them
+    "falcon alibi": PLAIN,
+    "gpt_neox": (2, (4, 4, 16), 56, "linear"),  # rotates 4 of 16 channels: 2 pairs and 12 alone
+    "gemma": ROTARY,
+    "gemma2": ROTARY,
+    "phi3": ROTARY,
+    "bert": PLAIN,
+    "roberta": PLAIN,
+    "t5": (6, (4, 4, 16), 64, "linear"),
+    "t5 gated": (6, (4, 4, 16), 64, "linear"),
+    "whisper": (6, (4, 4, 16), 64, "linear"),
+    "vit": PLAIN,
+    "swin": PLAIN,
+    "clip": (4, (4, 4, 16), 64, "linear"),
+}

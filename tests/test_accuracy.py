@@ -19,8 +19,6 @@ from sqcompile.lm import perplexity
 # What is held here is INT8 linears'; test_attention_int8 holds what attention costs beyond them.
 PRESETS = {name: dataclasses.replace(recipe, attention="none") for name, recipe in ALL.items()}
 
-FEW = ["O3", *(pytest.param(name, marks=pytest.mark.slow) for name in PRESETS if name != "O3")]  # minutes each
-
 
 def quantize(model, windows, recipe):
     return sqcompile.compile(model, list(windows.split(4)), recipe=recipe, backend="eager", progress=False)
@@ -64,7 +62,8 @@ def test_smoothing_at_least_halves_what_static_quantization_costs(degradation):
     assert loss[True] <= 0.5 * loss[False]
 
 
-@pytest.mark.parametrize("preset", FEW)
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
 def test_smoothing_is_never_worse_than_none(degradation, preset):
     # the sample of a few thousand tokens tells perplexities apart to about a thousandth, divergences far better
     smooth, plain = degradation(preset, True), degradation(preset, False)

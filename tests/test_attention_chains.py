@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error
-from families import FAMILIES, build
+from conftest import fold_heads, relative_error
 from hand_written import HAND_WRITTEN, Attend, inputs_of
-from test_families import outputs, resized, run
 from torch import nn
 
 import sqcompile
@@ -16,62 +14,13 @@ from sqcompile import Recipe
 from sqcompile.inputs import as_call
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.attention_chains import find_attentions
-from sqcompile.passes.fold import fold
 from sqcompile.passes.head_labels import match_heads
-from sqcompile.plan import Plan
 from sqcompile.trace import trace
-
-# name: attentions, (heads, key heads, channels), scales of each that are free, what absorbs them
-PLAIN = (2, (4, 4, 16), 64, "linear")
-ROTARY = (2, (4, 2, 16), 16, "linear")  # 2 key heads x 8 pairs of channels
-CHAINS = {
-    "opt": PLAIN,
-    "opt post-norm": PLAIN,
-    "gpt2": PLAIN,
-    "bloom": PLAIN,
-    "llama": ROTARY,
-    "mistral": ROTARY,
-    "qwen2": ROTARY,
-    "qwen3": (2, (4, 2, 16), 8, "scale"),  # the norm's weight serves every head
-    "mixtral": ROTARY,
-    "qwen2_moe": ROTARY,
-    "falcon 7b": (2, (4, 1, 16), 8, "linear"),
-    "falcon 40b": (2, (4, 4, 16), 16, "linear"),  # repeats its key heads before it rotates them
-    "falcon alibi": PLAIN,
-    "gpt_neox": (2, (4, 4, 16), 56, "linear"),  # rotates 4 of 16 channels: 2 pairs and 12 alone
-    "gemma": ROTARY,
-    "gemma2": ROTARY,
-    "phi3": ROTARY,
-    "bert": PLAIN,
-    "roberta": PLAIN,
-    "t5": (6, (4, 4, 16), 64, "linear"),
-    "t5 gated": (6, (4, 4, 16), 64, "linear"),
-    "whisper": (6, (4, 4, 16), 64, "linear"),
-    "vit": PLAIN,
-    "swin": PLAIN,
-    "clip": (4, (4, 4, 16), 64, "linear"),
-}
-# those with a switch; Gemma-2 and BLOOM are spelled out as they come, Falcon never is
-SPELLED_OUT = [n for n in FAMILIES if n not in ("falcon 7b", "falcon 40b", "falcon alibi", "gemma2", "bloom")]
-QUICK = ("opt", "llama", "bloom", "t5")
 
 
 def found(model, call):
     gm = trace(model, as_call(model, call))
     return gm, find_attentions(gm)
-
-
-def fold_heads(gm, attentions, seed=0):
-    """Folds random scales, far from 1, into every attention; and the sites and reasons."""
-    sites, why = match_heads(gm, attentions)
-    generator = torch.Generator().manual_seed(seed)
-    heads = {f"{s.name}/scale": torch.exp(torch.randn(s.classes, generator=generator)) for s in sites}
-    return fold(gm, [], Plan(Recipe(), None, {}, (), (), heads), sites), sites, why
-
-
-def changed(before, after):
-    """How many parameters of a graph another one reads through arithmetic of its own."""
-    return sum(n.op == "get_attr" for n in after.graph.nodes) - sum(n.op == "get_attr" for n in before.graph.nodes)
 
 
 def operators(gm, name):
@@ -80,38 +29,6 @@ def operators(gm, name):
 
 def with_attention(model, call, recipe):
     return sqcompile.compile(model, [call], recipe=recipe, backend="eager", progress=False)
-
-
-def check_family(name, eager):
-    model, call = build(name)
-    if eager:
-        model.set_attn_implementation("eager")
-    gm, attentions = found(model, call)
-    count, shape, classes, kind = CHAINS[name]
-    assert [a.refused for a in attentions] == [None] * count
-    assert {(a.heads, a.groups, a.width) for a in attentions} == {shape}
-    assert not any(isinstance(a.scores, str) for a in attentions)
-    assert all((a.product == a.output) != (eager or name in ("gemma2", "bloom")) for a in attentions)
-    assert all("attn" in a.name or "attention" in a.name.lower() for a in attentions)
-    assert len({a.name for a in attentions}) == count
-    folded, sites, why = fold_heads(gm, attentions)
-    assert why == {} and len(sites) == count
-    assert {s.classes for s in sites} == {classes}
-    assert {x.kind for s in sites for x, _ in (*s.queries, *s.keys)} == {kind}
-    assert changed(gm, folded) >= 2 * count
-    for x in (call, resized(call)):
-        for a, b in zip(outputs(folded(**x)), run(model, x), strict=False):
-            assert relative_error(a, b) <= 1e-5
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_attention_is_found_and_smoothed_exactly(name):
-    check_family(name, eager=False)
-
-
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SPELLED_OUT])
-def test_every_attention_that_is_spelled_out_is_found_and_smoothed_exactly(name):
-    check_family(name, eager=True)
 
 
 @pytest.mark.parametrize("name", HAND_WRITTEN)

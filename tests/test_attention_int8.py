@@ -8,10 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error, token_batches, typical_error
-from families import FAMILIES, build
+from families import CHAINS, FAMILIES, build, outputs, resized, run
 from hand_written import HAND_WRITTEN, Attend, Spelled, inputs_of
-from test_attention_chains import CHAINS, found, operators, with_attention
-from test_families import outputs, resized, run
+from test_attention_chains import found, operators, with_attention
 
 import sqcompile
 from sqcompile import PRESETS, Recipe

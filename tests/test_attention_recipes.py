@@ -7,9 +7,8 @@ import dataclasses
 import pytest
 import torch
 from conftest import tiny_lm, token_batches
-from families import build
+from families import build, resized
 from test_attention_chains import operators, with_attention
-from test_families import resized
 
 import sqcompile
 from sqcompile import PRESETS, Recipe, report

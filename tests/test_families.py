@@ -3,77 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 from collections import Counter
 
 import pytest
 import torch
-from conftest import fold_everything, relative_error
-from families import FAMILIES, GATED, build, causal_lm, token_ids
+from conftest import fold_everything, fold_heads, fold_sites, relative_error
+from families import CHAINS, COVERAGE, FAMILIES, GATED, OUTPUT, build, causal_lm, outputs, resized, run, token_ids
 from torch import nn
-from torch.utils import _pytree as pytree
 
 import sqcompile
 from sqcompile.inputs import as_call
+from sqcompile.passes.attention_chains import find_attentions
 from sqcompile.passes.graph import find_linears
 from sqcompile.passes.match import match
 from sqcompile.trace import trace
 
-RESIDUAL, GELU, OUTPUT = "joins a residual stream", "its input passes gelu", "is an output of the model"
-TANH_GELU = "passes pow, which does not commute"
-POST_NORM_BERT = (13, {"linear": 2}, {RESIDUAL: 8, GELU: 2, OUTPUT: 1})
-T5_REFUSED = {OUTPUT: 4}
-
-# name: linears, sites by what absorbs 1/s, refused linears by reason
-COVERAGE: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
-    "opt": (13, {"norm": 5, "linear": 4}, {}),
-    "opt post-norm": (15, {"norm": 1, "linear": 5}, {RESIDUAL: 8, "its input reaches embedding": 1}),
-    "gpt2": (9, {"norm": 5, "linear": 2}, {TANH_GELU: 2}),
-    "bloom": (9, {"norm": 5, "linear": 2}, {"meets itself in mul": 2}),
-    "llama": (15, {"scale": 5, "linear": 4}, {}),
-    "mistral": (15, {"scale": 5, "linear": 4}, {}),
-    "qwen2": (15, {"scale": 5, "linear": 4}, {}),
-    "qwen3": (15, {"scale": 5, "linear": 4}, {}),
-    "mixtral": (15, {"scale": 5, "linear": 4}, {}),
-    "qwen2_moe": (23, {"scale": 5, "linear": 6}, {}),
-    "falcon 7b": (9, {"norm": 3, "linear": 2}, {GELU: 2}),
-    "falcon 40b": (9, {"norm": 5, "linear": 2}, {GELU: 2}),
-    "falcon alibi": (9, {"norm": 5, "linear": 2}, {GELU: 2}),
-    "gpt_neox": (9, {"norm": 5, "linear": 2}, {GELU: 2}),
-    "gemma": (15, {"scale": 5, "linear": 4}, {}),
-    "gemma2": (15, {"scale": 5, "linear": 4}, {}),
-    "phi3": (9, {"scale": 5, "linear": 4}, {}),
-    "bert": POST_NORM_BERT,
-    "roberta": POST_NORM_BERT,
-    "t5": (32, {"scale": 10, "linear": 10}, T5_REFUSED),
-    "t5 gated": (36, {"scale": 10, "linear": 10}, T5_REFUSED),
-    "whisper": (32, {"norm": 10, "linear": 6}, {GELU: 4, OUTPUT: 4}),
-    "vit": (13, {"norm": 4, "linear": 2}, {GELU: 2, OUTPUT: 1}),
-    "swin": (12, {"norm": 4, "linear": 2}, {GELU: 2}),
-    "clip": (26, {"norm": 9, "linear": 4}, {"passes sigmoid": 4, OUTPUT: 1}),
-}
+# those with a switch; Gemma-2 and BLOOM are spelled out as they come, Falcon never is
+SPELLED_OUT = [n for n in FAMILIES if n not in ("falcon 7b", "falcon 40b", "falcon alibi", "gemma2", "bloom")]
+QUICK = ("opt", "llama", "phi3", "bert", "vit")
 
 
-def outputs(out):
-    return [t for t in pytree.tree_leaves(dict(out)) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+def some_slow(names, quick):
+    """Names as parameters; those that are not quick are left to `make slow`."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
-def run(model, call):
-    with torch.no_grad():
-        return outputs(model(**call, **({"use_cache": False} if getattr(model.config, "use_cache", None) else {})))
-
-
-def resized(call):
-    """The call with another batch, and token inputs of another length."""
-    batch = {k: torch.cat([v, v[:1].flip(-1)]) for k, v in call.items()}
-    return {k: torch.cat([v, v[:, :4]], 1) if v.dtype == torch.int64 else v for k, v in batch.items()}
+@functools.cache
+def traced(name):
+    """A family's model, a call, and its traced graph, which passes do not change."""
+    model, call = build(name)
+    return model, call, trace(model, as_call(model, call))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_folding_is_exact_and_covers(name):
-    model, call = build(name)
-    folded, sites, refusals = fold_everything(model, **call)
+    model, call, gm = traced(name)
+    folded, sites, refusals = fold_sites(gm, as_call(model, call))
     for x in (call, resized(call)):
         got, want = outputs(folded(**x)), run(model, x)
         assert len(got) >= 1
@@ -87,10 +55,46 @@ def test_folding_is_exact_and_covers(name):
     assert found == refused
 
 
+def changed(before, after):
+    """How many parameters of a graph another one reads through arithmetic of its own."""
+    return sum(n.op == "get_attr" for n in after.graph.nodes) - sum(n.op == "get_attr" for n in before.graph.nodes)
+
+
+def check_attention(name, model, call, gm, eager):
+    attentions = find_attentions(gm)
+    count, shape, classes, kind = CHAINS[name]
+    assert [a.refused for a in attentions] == [None] * count
+    assert {(a.heads, a.groups, a.width) for a in attentions} == {shape}
+    assert not any(isinstance(a.scores, str) for a in attentions)
+    assert all((a.product == a.output) != (eager or name in ("gemma2", "bloom")) for a in attentions)
+    assert all("attn" in a.name or "attention" in a.name.lower() for a in attentions)
+    assert len({a.name for a in attentions}) == count
+    folded, sites, why = fold_heads(gm, attentions)
+    assert why == {} and len(sites) == count
+    assert {s.classes for s in sites} == {classes}
+    assert {x.kind for s in sites for x, _ in (*s.queries, *s.keys)} == {kind}
+    assert changed(gm, folded) >= 2 * count
+    for x in (call, resized(call)):
+        for a, b in zip(outputs(folded(**x)), run(model, x), strict=False):
+            assert relative_error(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_attention_is_found_and_smoothed_exactly(name):
+    check_attention(name, *traced(name), eager=False)
+
+
+@pytest.mark.parametrize("name", some_slow(SPELLED_OUT, QUICK))
+def test_every_attention_that_is_spelled_out_is_found_and_smoothed_exactly(name):
+    model, call = build(name)
+    model.set_attn_implementation("eager")
+    check_attention(name, model, call, trace(model, as_call(model, call)), eager=True)
+
+
 @pytest.mark.parametrize(
     ("dtype", "eps"), [(torch.bfloat16, 2**-8), pytest.param(torch.float16, 2**-11, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", some_slow(FAMILIES, (*QUICK, "mixtral")))
 def test_folding_is_exact_within_half_precision(name, dtype, eps):
     """No further from the float32 function than a few times the half-precision model is itself."""
     model, call = build(name, outlier=4.0)
@@ -103,10 +107,7 @@ def test_folding_is_exact_within_half_precision(name, dtype, eps):
         assert relative_error(a, w) <= 3 * relative_error(b, w) + 4 * eps
 
 
-QUICK = ("opt", "llama", "phi3", "bert", "vit")
-
-
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
+@pytest.mark.parametrize("name", some_slow(FAMILIES, QUICK))
 def test_quantized_outputs_are_close_and_closer_than_without_smoothing(name):
     model, call = build(name)
     generator = torch.Generator().manual_seed(5)
@@ -140,7 +141,7 @@ class LogitsOnly(nn.Module):
         return self.model(**call, use_cache=False).last_hidden_state
 
 
-@pytest.mark.parametrize("name", ["t5", "whisper"])
+@pytest.mark.parametrize("name", [pytest.param("t5", marks=pytest.mark.slow), "whisper"])
 def test_an_encoders_last_norm_serves_every_cross_attention(name):
     model, call = build(name)
     model = LogitsOnly(model).eval()

@@ -14,6 +14,7 @@ from triton_cases import (
     PARTS,
     int8,
     kernels,
+    long,
     run_in_the_interpreter,
     same,
     tensor,
@@ -104,8 +105,8 @@ def test_zero_rows_quantize_to_zero():
 
 
 @kernels
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("k", [40, 16400])
+@pytest.mark.parametrize("bad", [float("nan"), long(float("inf")), float("-inf")])
+@pytest.mark.parametrize("k", [40, long(16400)])
 def test_rows_that_are_not_finite_come_out_as_nan(bad, k):
     from sqcompile.kernels.triton.act import act_quantize
     from sqcompile.kernels.triton.gemm import int8_gemm
