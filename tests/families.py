@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -119,6 +121,11 @@ def build(name: str, outlier: float = 20.0, **kwargs: Any) -> tuple[nn.Module, d
         model = _base("clip", dict(text_config=text, vision_config=dict(tower, image_size=32, patch_size=8), projection_dim=48))  # fmt: skip
         call = {"input_ids": token_ids(), "pixel_values": _floats(2, 3, 32, 32)}
     return roughen(model.eval(), outlier, INNER_NORMS.get(name, ())), call
+
+
+def some_slow(names: Iterable[str], quick: Collection[str]) -> list[Any]:
+    """Names as parameters; those that are not quick are left to `make slow`."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 def outputs(out: Any) -> list[Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error, token_batches, typical_error
-from families import CHAINS, FAMILIES, build, outputs, resized, run
+from families import CHAINS, FAMILIES, build, outputs, resized, run, some_slow
 from hand_written import HAND_WRITTEN, Attend, Spelled, inputs_of
 from test_attention_chains import found, operators, with_attention
 
@@ -21,9 +21,7 @@ from sqcompile.kernels.reference import quantize, token_scale
 
 
 @pytest.mark.parametrize("attention", [pytest.param("qk", marks=pytest.mark.slow), "qk_pv"])
-@pytest.mark.parametrize(
-    "name", [n if n in ("llama", "bloom") else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
-)
+@pytest.mark.parametrize("name", some_slow(FAMILIES, ("llama", "bloom")))
 def test_lowered_attention_agrees_with_the_quantized_stage(name, attention):
     model, call = build(name)
     compiled = with_attention(model, call, Recipe(attention=attention))

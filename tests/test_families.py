@@ -11,7 +11,20 @@ from collections import Counter
 import pytest
 import torch
 from conftest import fold_everything, fold_heads, fold_sites, relative_error
-from families import CHAINS, COVERAGE, FAMILIES, GATED, OUTPUT, build, causal_lm, outputs, resized, run, token_ids
+from families import (
+    CHAINS,
+    COVERAGE,
+    FAMILIES,
+    GATED,
+    OUTPUT,
+    build,
+    causal_lm,
+    outputs,
+    resized,
+    run,
+    some_slow,
+    token_ids,
+)
 from torch import nn
 
 import sqcompile
@@ -24,11 +37,6 @@ from sqcompile.trace import trace
 # those with a switch; Gemma-2 and BLOOM are spelled out as they come, Falcon never is
 SPELLED_OUT = [n for n in FAMILIES if n not in ("falcon 7b", "falcon 40b", "falcon alibi", "gemma2", "bloom")]
 QUICK = ("opt", "llama", "phi3", "bert", "vit")
-
-
-def some_slow(names, quick):
-    """Names as parameters; those that are not quick are left to `make slow`."""
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 @functools.cache
@@ -141,7 +149,7 @@ class LogitsOnly(nn.Module):
         return self.model(**call, use_cache=False).last_hidden_state
 
 
-@pytest.mark.parametrize("name", [pytest.param("t5", marks=pytest.mark.slow), "whisper"])
+@pytest.mark.parametrize("name", some_slow(["t5", "whisper"], ["whisper"]))
 def test_an_encoders_last_norm_serves_every_cross_attention(name):
     model, call = build(name)
     model = LogitsOnly(model).eval()

@@ -18,6 +18,7 @@ import sqcompile
 from sqcompile.backend import smoothquant
 from sqcompile.backend.decide import decide
 from sqcompile.backend.session import _sessions
+from sqcompile.kernels import x86
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -240,6 +241,7 @@ def test_two_hundred_tokens_of_the_shipped_model(lm, lm_windows, dtype):
     reference = sqcompile.compile(model, plan=plan, backend="eager")
 
     def same(tokens):
+        """How many are the same; where others part, it is at a tie."""
         for a, b in zip(tokens, want, strict=True):
             if dtype == torch.float64 or torch.equal(a, b):
                 assert torch.equal(a, b)
@@ -247,8 +249,10 @@ def test_two_hundred_tokens_of_the_shipped_model(lm, lm_windows, dtype):
                 first = int((a != b)[0].nonzero()[0])
                 logits = reference(input_ids=b[:, :first]).logits[0, -1]
                 assert float(logits[b[0, first]] - logits[a[0, first]]) < 0.05, "a tie"
+        return sum(torch.equal(a, b) for a, b in zip(tokens, want, strict=True))
 
-    same(continued(model, plan, prompts, 200, compiler="eager"))
+    # without kernels for x86, more sums of float32 are PyTorch's, and ties come as its code for that CPU has it
+    assert same(continued(model, plan, prompts, 200, compiler="eager")) == 6 or not x86.available()
     counters.clear()
-    same(continued(model, plan, prompts, 200))
+    assert same(continued(model, plan, prompts, 200)) >= 5 or not x86.available()
     assert graphs() == 2
