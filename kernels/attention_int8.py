@@ -3,7 +3,9 @@
     S = softcap(Δq Δk (Q̂ K̂ᵀ) · scale)      the inner product in int32, the rest in float32
     O = softmax(S + mask) V                V in float, or V̂ Δv with P quantized, too
 
-The Triton kernel (triton/attention.py) serves CUDA; this file is what runs elsewhere and what tests compare with.
+The Triton kernel (triton/attention.py) serves CUDA; this file is what runs elsewhere and what tests compare with. It
+goes through the queries block by block: rows of a softmax do not know of each other, and a block skips the keys behind
+the last one that any of its queries sees.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from sqcompile.kernels.attention_parts import (
     BLOCKED,
+    P_BLOCK,
     attend,
     attention_weights,
     int8_attend,
@@ -26,6 +29,8 @@ from sqcompile.kernels.reference import quantize, token_scale
 
 MASK_BLOCK = (128, 128)  # queries and keys of a block in `mask_blocks`
 _ALIGNED = 16  # elements
+# Scores of one block of queries, about 4 MiB in float32: they stay in a CPU's cache, and memory does not grow with queries.
+BLOCK_SCORES = 2**20
 
 
 def int8_attention(
@@ -69,15 +74,56 @@ def int8_attention(
         q_scale = token_scale(q) if q_scale is None else q_scale
         q = quantize(q, q_scale)
     assert q_scale is not None
-    scores = int8_scores(q, q_scale, k, k_scale, torch.float32) * scale
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = mask_scores(scores, mask, diagonal)
-    if v_scale is None:
-        out = attend(attention_weights(scores, torch.float32), v.to(torch.float32)).to(dtype)
-    else:
-        out = int8_attend(scores, v, v_scale, dtype)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    batch, heads, queries, _ = q.shape
+    keys, k = k.shape[2], k.to(torch.float32)  # once for all blocks of queries
+    v = v.to(torch.float32) if v_scale is None else v
+    out = q.new_empty((batch, queries, heads, v.shape[-1]), dtype=dtype)
+    rows = max(1, BLOCK_SCORES // max(1, batch * heads * keys))
+    for first in range(0, queries, rows):
+        block = slice(first, first + rows)
+        masked = None if mask is None else _rows(mask, block)
+        last = min(first + rows, queries) - 1
+        seen = slice(0, _seen(keys, masked, None if diagonal is None else last + diagonal))
+        scores = int8_scores(
+            q[..., block, :], _rows(q_scale, block), k[..., seen, :], _rows(k_scale, seen), torch.float32
+        )
+        scores = scores * scale
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        if masked is not None and masked.dim() and masked.shape[-1] != 1:
+            masked = masked[..., seen]
+        scores = mask_scores(scores, masked, None if diagonal is None else first + diagonal)
+        if v_scale is None:
+            y = attend(attention_weights(scores, torch.float32), v[..., seen, :])
+        else:
+            y = int8_attend(scores, v[..., seen, :], v_scale, dtype)
+        out[:, block] = y.transpose(1, 2)
+    return out.transpose(1, 2)
+
+
+def _rows(x: Tensor, rows: slice) -> Tensor:
+    """Some rows of x, which broadcasts to [..., S, N]: x itself where it has one row for all."""
+    return x if x.dim() < 2 or x.shape[-2] == 1 else x[..., rows, :]
+
+
+def _seen(keys: int, mask: Tensor | None, last: int | None) -> int:
+    """How many keys from the first on some queries must read: none of them sees a later one.
+
+    Args:
+        keys: Sk.
+        mask: of these queries, as of `int8_attention`.
+        last: the last key that a diagonal leaves them, or None.
+
+    Returns:
+        Sk, or a multiple of 128: a sum of weights then adds the same numbers in the same order as one over all keys,
+        and zeros, so that a result does not depend on which queries share a block.
+    """
+    seen = keys if last is None else min(keys, max(0, last + 1))
+    if mask is not None and mask.dim() and mask.shape[-1] == keys:
+        free = mask if mask.dtype == torch.bool else ~(mask <= BLOCKED)
+        free = free.flatten(0, -2).any(0) if mask.dim() > 1 else free
+        seen = min(seen, int(free.nonzero().max()) + 1 if free.any() else 0)
+    return min(keys, -(-seen // P_BLOCK) * P_BLOCK)
 
 
 def mask_blocks(mask: Tensor) -> Tensor:

@@ -111,8 +111,8 @@ def int8_attend(scores: Tensor, v: Tensor, v_scale: Tensor, dtype: torch.dtype) 
     total = torch.exp(scores - top).sum(-1, keepdim=True)
     out = torch.zeros((), device=scores.device)
     for part, values in zip(scores.split(P_BLOCK, -1), v.split(P_BLOCK, -2), strict=True):
-        near = _finite(part.amax(-1, keepdim=True))
-        p = torch.round(QMAX * torch.exp(part - near))
+        near = part.amax(-1, keepdim=True)  # minus infinity where all of the part is blocked, which then counts nothing
+        p = torch.round(QMAX * torch.exp(part - _finite(near)))
         out = out + _by_group(p, values.to(torch.float32)) * (torch.exp(near - top) / QMAX)
     v_scale = _per_head(v_scale, scores.shape[1])
     return (out / torch.where(total == 0, 1.0, total) * v_scale).to(dtype)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from sqcompile.kernels import speedup
+from sqcompile.kernels import fused, speedup
 from sqcompile.kernels.reference import absmax_scale, quantize, token_scale
 from sqcompile.passes.attention_chains import Attention
 from sqcompile.passes.floats import names
@@ -143,10 +143,16 @@ def _stays_float(chooser: Chooser, a: Attention) -> str | None:
 
 
 def _slow(chooser: Chooser, a: Attention) -> str | None:
-    """Why an attention stays in float that is not expected to be fast enough on this GPU."""
+    """Why an attention stays in float that is not expected to be fast enough on this device."""
     recipe = chooser.recipe
+    if not recipe.min_speedup:
+        return None
     device = chooser.calibration.heads[a.q].absmax.device
-    gains = speedup.expected_attention(device, recipe.attention, a.width) if recipe.min_speedup > 0 else {}
+    gains = speedup.expected_attention(device, recipe.attention, a.width)
+    if isinstance(a.scores, str):
+        return f"INT8 is slower than float for what is not one operator ({a.scores})"
+    if not gains and not fused.available(device):
+        return f"INT8 is slower than float on {device.type}, which has no kernel for it"
     for (batch, queries, keys), gain in gains.items():
         if gain < recipe.min_speedup:
             call = f"{batch} x {queries} queries of {keys} keys"

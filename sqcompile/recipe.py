@@ -32,7 +32,8 @@ class Recipe:
             table of this GPU (kernels/speedups), with 1, 512 or 2048 rows, stay in float; linears that share an input
             count as one. So do attentions expected to be less than this times as fast as
             scaled_dot_product_attention in bfloat16, in prefill or decode. 0 keeps none; shapes that no table knows, and
-            CPUs, are not affected.
+            linears on CPUs, are not affected. Attention without a kernel stays in float for any number but 0: on CPUs, and
+            where it is not one operator.
         attention: products of attention in INT8: ``"none"``, ``"qk"`` (QKᵀ) or ``"qk_pv"`` (PV, too).
         qk: scales of Q and K: ``"per_token"`` (one per token and head), ``"per_head"`` (one per sequence and head),
             ``"per_tensor"`` or ``"per_tensor_static"``; None stands for what ``activation`` says. V has a scale per

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from sqcompile.kernels import fused
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.speedup import ROWS, expected, expected_attention
 from sqcompile.names import SiteLabel, collapse, site_labels
@@ -53,22 +54,25 @@ class Int8Attention:
         width: channels of a head.
         gains: expected speed against scaled_dot_product_attention in bfloat16 by (batch, queries, keys); empty for a
             width no table knows.
+        without_kernel: the type of a device that has no kernel for it, such as "cpu": plain PyTorch runs there.
     """
 
     count: int
     products: str
     width: int
     gains: dict[tuple[int, int, int], float]
+    without_kernel: str | None = None
 
     def __str__(self) -> str:
         parts = [
             f"{gain:.2f}x with {b} x {queries} queries of {keys} keys"
             for (b, queries, keys), gain in self.gains.items()
         ]
-        slow = (
-            " (slower: Recipe(min_speedup=1.0) leaves it in float)" if min(self.gains.values(), default=1) < 1 else ""
-        )
-        return f"{self.count} x {self.products}, {self.width} channels: {', '.join(parts) or 'not measured'}{slow}"
+        speed, slow = ", ".join(parts) or "not measured", min(self.gains.values(), default=1) < 1
+        if self.without_kernel and not parts:
+            speed, slow = f"in plain PyTorch, {self.without_kernel} has no kernel for it", True
+        hint = " (slower: Recipe(min_speedup=1.0) leaves it in float)" if slow else ""
+        return f"{self.count} x {self.products}, {self.width} channels: {speed}{hint}"
 
 
 def _attentions(lowered: fx.GraphModule) -> tuple[Int8Attention, ...]:
@@ -78,7 +82,13 @@ def _attentions(lowered: fx.GraphModule) -> tuple[Int8Attention, ...]:
         for n in nodes
     )
     return tuple(
-        Int8Attention(count, products, width, expected_attention(device, products, width))
+        Int8Attention(
+            count,
+            products,
+            width,
+            expected_attention(device, products, width),
+            None if fused.available(device) else device.type,
+        )  # fmt: skip
         for (products, width, device), count in kinds.items()
     )
 
@@ -92,7 +102,7 @@ class Report:
         sites: the smoothed sites as a person would write them; ``key`` is the name in the plan.
         gemms: on GPUs, the INT8 GEMMs by shape.
         attention: one entry per attention, where the recipe quantizes them (see AttentionPlan).
-        int8_attention: on GPUs, the INT8 attentions by kind.
+        int8_attention: the INT8 attentions by kind.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -117,7 +127,7 @@ class Report:
             lines += ["sites:", *(f"  {line}" for line in collapse(map(str, self.sites)))]
         if self.gemms:
             lines += ["INT8 GEMMs, expected speed against bf16:", *(f"  {gemm}" for gemm in self.gemms)]
-        if any(a.gains for a in self.int8_attention):
+        if any(a.gains or a.without_kernel for a in self.int8_attention):
             lines += ["INT8 attention, expected speed against bf16:", *(f"  {a}" for a in self.int8_attention)]
         done = sum(l.quantized for l in self.layers)
         folded = sum(l.smoothing == "folded" for l in self.layers)

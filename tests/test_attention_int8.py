@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from conftest import relative_error, token_batches, typical_error
 from families import CHAINS, FAMILIES, build, outputs, resized, run, some_slow
 from hand_written import HAND_WRITTEN, Attend, Spelled, inputs_of
 from test_attention_chains import found, operators, with_attention
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sqcompile
 from sqcompile import PRESETS, Recipe
 from sqcompile.calibrate import calibrate
+from sqcompile.kernels import attention_int8
 from sqcompile.kernels import attention_parts as kernel
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import quantize, token_scale
@@ -201,6 +205,91 @@ def test_weights_in_int8_survive_a_large_score():
     vs = kernel.scale_over(v, [-2])
     got = kernel.int8_attend(scores, quantize(v, vs), vs, torch.float32)
     assert cosine(got, scores.double().softmax(-1) @ v.double()) >= 0.999
+
+
+def test_weights_in_int8_survive_low_scores_behind_blocked_keys():
+    """exp(100) is no float32: 128 blocked keys in front must count nothing, and not 0 times infinity."""
+    torch.manual_seed(0)
+    scores, v = torch.randn(1, 1, 8, 300) - 100, torch.randn(1, 1, 300, 16)
+    scores[..., :200] = -torch.inf
+    vs = kernel.scale_over(v, [-2])
+    got = kernel.int8_attend(scores, quantize(v, vs), vs, torch.float32)
+    assert cosine(got, scores.double().softmax(-1) @ v.double()) >= 0.999
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(out):
+            self.elements = max(self.elements, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+
+def long_operands(tokens, values):
+    """Arguments of int8_attention for four heads of 8 channels, without mask and diagonal."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, tokens, 8), torch.randn(1, 2, tokens, 8), torch.randn(1, 2, tokens, 8)
+    qs, ks, vs = token_scale(q), token_scale(k), kernel.scale_over(v, [-2])
+    of_v = (v, None) if values == "float" else (quantize(v, vs), vs)
+    return quantize(q, qs), qs, quantize(k, ks), ks, *of_v
+
+
+@pytest.mark.parametrize("values", ["float", "int8"])
+def test_memory_of_the_plain_operator_does_not_grow_with_queries_times_keys(values):
+    """The whole scores of 4,096 tokens and four heads are 2^26 numbers."""
+    operands = long_operands(4096, values)
+    mask = torch.ones(4096, 4096, dtype=torch.bool).tril()
+    for given, diagonal in ((None, 0), (mask, None)):
+        with Largest() as largest:
+            attention_int8.int8_attention(*operands, given, None, diagonal, 0.35, 0.0, torch.float32)
+        assert largest.elements <= max(attention_int8.BLOCK_SCORES, 0 if given is None else 128 * 4096)
+
+
+@pytest.mark.parametrize("values", ["float", "int8"])
+def test_blocks_of_queries_change_nothing(monkeypatch, values):
+    """One block of all queries reads every key; small blocks skip those that a mask or a diagonal hides from them."""
+    tokens, operands = 333, long_operands(333, values)
+    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    lowest = torch.finfo(torch.float32).min
+    masks = [
+        None,
+        causal,
+        torch.zeros(1, 1, tokens, tokens).masked_fill(~causal, lowest),  # as transformers makes one
+        (torch.arange(tokens) < 150).expand(1, 1, 1, tokens),  # padding
+        torch.randn(1, 4, tokens, tokens),  # a bias of positions
+        torch.zeros(tokens, 1),
+    ]
+    for mask, diagonal in itertools.product(masks, (None, 0, -3)):
+        rest = mask, None, diagonal, 0.35, 0.0, torch.float32
+        monkeypatch.setattr(attention_int8, "BLOCK_SCORES", 2**40)
+        with monkeypatch.context() as m:
+            m.setattr(attention_int8, "_seen", lambda keys, mask, last: keys)
+            whole = attention_int8.int8_attention(*operands, *rest)
+        for elements in (2**40, 2**16, 1):
+            monkeypatch.setattr(attention_int8, "BLOCK_SCORES", elements)
+            blocked = attention_int8.int8_attention(*operands, *rest)
+            if values == "int8":
+                assert torch.equal(blocked, whole)
+            else:  # a float product sums in another order for another number of rows
+                torch.testing.assert_close(blocked, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_of_a_causal_attention_skip_the_keys_behind_them(monkeypatch):
+    read = []
+    scores = attention_int8.int8_scores
+    monkeypatch.setattr(
+        attention_int8, "int8_scores", lambda q, qs, k, *more: read.append(k.shape[-2]) or scores(q, qs, k, *more)
+    )
+    monkeypatch.setattr(attention_int8, "BLOCK_SCORES", 4 * 128 * 512)
+    operands = long_operands(512, "int8")
+    for mask, diagonal in ((None, 0), (torch.ones(512, 512, dtype=torch.bool).tril(), None)):
+        read.clear()
+        attention_int8.int8_attention(*operands, mask, None, diagonal, 0.35, 0.0, torch.float32)
+        assert read == [128, 256, 384, 512]
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,21 @@ def test_the_report_says_where_int8_attention_is_slower(monkeypatch):
     assert speedup.expected_attention(torch.device("cpu"), "qk", 128) == {}
 
 
+def test_a_cpu_has_no_kernel_for_int8_attention_and_the_report_says_so():
+    model, batches = tiny_lm("llama"), token_batches(1)
+    compiled = sqcompile.compile(model, batches, recipe="O1", backend="eager", progress=False)
+    lines = str(compiled.report).split("\n")
+    line = lines[lines.index("INT8 attention, expected speed against bf16:") + 1]
+    assert line == (
+        "  2 x qk_pv, 16 channels: in plain PyTorch, cpu has no kernel for it "
+        "(slower: Recipe(min_speedup=1.0) leaves it in float)"
+    )
+    recipe = dataclasses.replace(sqcompile.PRESETS["O1"], min_speedup=1.0)
+    plan = sqcompile.calibrate(model, batches, recipe=recipe, progress=False)
+    assert [a.quantized for a in plan.attention] == ["none"] * 2 and sum(l.quantized for l in plan.layers) == 14
+    assert plan.attention[0].reason == "INT8 is slower than float on cpu, which has no kernel for it"
+
+
 def test_the_measured_speedups_of_the_h100(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     gains = speedup.expected_attention(torch.device("cuda", 0), "qk", 128)
