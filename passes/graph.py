@@ -85,11 +85,12 @@ def constants(gm: fx.GraphModule) -> set[fx.Node]:
 
 
 def _stateful(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags or bool(
-        schema and schema.is_mutable and "detach_" not in str(schema)
-    )
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or is_mutable(node.target)
+
+
+def is_mutable(target: Any) -> bool:
+    """Whether an operator writes to an argument; `detach_`, which takes a constant off autograd's record, does not."""
+    return target != aten.detach_.default and bool(getattr(getattr(target, "_schema", None), "is_mutable", False))
 
 
 def get_tensor(gm: torch.nn.Module, name: str) -> Tensor:

@@ -74,6 +74,12 @@ def source(node: fx.Node) -> str:
     return node.name
 
 
+def users_frame() -> str:
+    """The line of the user's code that is running, as `source` gives it."""
+    frames = [f for f in traceback.extract_stack() if is_users(f.filename)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else "an unknown line"
+
+
 def _users_line(stack_trace: str) -> str | None:
     lines = [line.strip() for line in stack_trace.splitlines()]
     found = [i for i, line in enumerate(lines) if line.startswith("File") and is_users(line.split('"')[1])]

@@ -8,11 +8,9 @@ The graph's tensors are detached aliases of the model's own: same storage, never
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,7 +23,9 @@ from sqcompile.errors import CaptureError
 from sqcompile.explain import check_shapes, export_error, one_error, source
 from sqcompile.inputs import Call
 from sqcompile.passes.canonicalize import DROPOUTS, canonicalize, drops
-from sqcompile.passes.graph import aten, clone, finish, set_tensor, value
+from sqcompile.passes.graph import aten, clone, finish, is_mutable, set_tensor, value
+from sqcompile.untouched import keeps_parameters, left_alone, refuse_writes, written_to
+from sqcompile.verify import verify
 
 # What export leaves to check at run time; none of it computes anything.
 _CHECKS = {
@@ -59,7 +59,9 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     refuse_names(model)
     if any(isinstance(x, Tensor) and not x.is_contiguous() for x in pytree.tree_leaves((call.args, call.kwargs))):
         call = Call(*pytree.tree_map_only(Tensor, Tensor.contiguous, (call.args, call.kwargs)))
-    exported = _functional(_export(model, call, dynamic_shapes))
+    exported = _export(model, call, dynamic_shapes)
+    _refuse_training(exported.graph)
+    exported = _functional(exported)
     gm = exported.module(check_guards=False)
     tidy(gm)
     check_shapes(gm)
@@ -88,7 +90,7 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     gm.meta["aliases"] = aliases(model)
     canonicalize(gm)
     gm.graph.eliminate_dead_code()
-    return finish(clone(gm))
+    return verify(finish(clone(gm)), "traced")  # before anything runs it
 
 
 def tidy(gm: fx.GraphModule) -> None:
@@ -107,7 +109,7 @@ def tidy(gm: fx.GraphModule) -> None:
                 f"{n.target} is a nested graph, which sqcompile does not enter, at {source(n)}. What to try: remove the "
                 "context manager or the control flow behind it from the model's forward"
             )
-    _refuse_training(gm)
+    _refuse_training(gm.graph)
 
 
 def _export(model: nn.Module, call: Call, dynamic_shapes: Any) -> torch.export.ExportedProgram:
@@ -123,47 +125,34 @@ def _export(model: nn.Module, call: Call, dynamic_shapes: Any) -> torch.export.E
         view = _as_called(model, call, fixed)
         for example, shapes in attempts:
             try:
-                with torch.inference_mode(inference), torch.no_grad(), one_error(), _left_alone(model):
+                with torch.inference_mode(inference), torch.no_grad(), one_error(), left_alone(model):
                     return torch.export.export(
                         view, example.args, example.kwargs, dynamic_shapes=shapes(view), strict=False
                     )
+            except CaptureError:
+                raise
             except Exception as e:
                 error = e
     assert error is not None
     raise export_error(model, error) from error
 
 
-@contextlib.contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Takes back what a model keeps when it runs, here on fake tensors: a table that forward makes once, a cache."""
-    own = [m.__dict__ for m in model.modules()]
-    entries = [*own, *(v for d in own for v in d.values() if isinstance(v, dict))]  # buffers and submodules among them
-    before = [dict(d) for d in entries]
-    try:
-        yield
-    finally:
-        for now, was in zip(entries, before, strict=True):
-            for name in now.keys() - was.keys():
-                del now[name]
-            now.update(was)
-
-
 def _functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The program without in-place operations, which would change tensors behind the passes' back.
 
     Raises:
-        CaptureError: if the model writes to its buffers or inputs: a compiled model has no state of its own.
+        CaptureError: if the model writes to its parameters, buffers or inputs.
     """
-    writes = [n for n in exported.graph.nodes if getattr(getattr(n.target, "_schema", None), "is_mutable", False)]
-    if all(n.target == aten.detach_.default for n in writes):  # of constants, which export lifts
+    if not any(is_mutable(n.target) for n in exported.graph.nodes):
         return exported
+    refuse_writes(exported)
     exported = exported.run_decompositions({})
-    signature = exported.graph_signature
-    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if written:
-        raise CaptureError(
-            f"the model writes to {', '.join(map(repr, written))} when it runs, and a compiled model keeps no state: "
-            "remove the update from forward, or pass the state in and return it"
+    signature = exported.graph_signature  # what aliases were found by PyTorch alone
+    for output, name in (
+        getattr(signature, "parameters_to_mutate", {}) | signature.buffers_to_mutate | signature.user_inputs_to_mutate
+    ).items():
+        raise written_to(
+            name, name in signature.parameters, next(source(n) for n in exported.graph.nodes if n.name == output)
         )
     return exported
 
@@ -210,8 +199,10 @@ def _fixed(model: nn.Module, call: Call) -> list[dict[str, Any]]:
 def _as_called(model: nn.Module, call: Call, fixed: dict[str, Any]) -> nn.Module:
     """A view of the model whose forward has exactly the call's arguments: export cannot name those in ``**kwargs``."""
 
+    kept = keeps_parameters(model, model.forward)
+
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return model.forward(*args, **kwargs, **fixed)
+        return kept(*args, **kwargs, **fixed)
 
     kinds = inspect.Parameter
     positional = [kinds(f"input_{i}", kinds.POSITIONAL_ONLY) for i in range(len(call.args))]
@@ -270,8 +261,8 @@ def _dynamic_axes(x: Tensor) -> list[int]:
     return [0] if x.dim() >= 1 else []
 
 
-def _refuse_training(gm: fx.GraphModule) -> None:
-    for n in gm.graph.nodes:
+def _refuse_training(graph: fx.Graph) -> None:
+    for n in graph.nodes:
         name = str(n.target)
         p = 0.0
         if n.target in DROPOUTS:

@@ -6,7 +6,7 @@ from torch import Tensor, fx
 
 from sqcompile.errors import StageError
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.passes.graph import LINEARS, get_tensor, value
+from sqcompile.passes.graph import LINEARS, get_tensor, is_mutable, value
 
 # what a model calls itself, through `sqcompile.cache`
 _OF_A_CACHE = (
@@ -30,6 +30,8 @@ def verify(gm: fx.GraphModule, stage: str) -> fx.GraphModule:
             namespace = getattr(n.target, "namespace", None)
             if namespace is None and not _is_python(n.target):
                 raise StageError(f"{stage}: %{n.name} calls {n.target}, which is no operator")
+            if is_mutable(n.target):  # a graph's tensors share storage with the model's
+                raise StageError(f"{stage}: %{n.name} is {n.target}, which writes to its arguments")
             if namespace == "sqcompile" and stage in ("traced", "folded") and n.target not in (*LINEARS, *_OF_A_CACHE):
                 raise StageError(f"{stage}: %{n.name} is {n.target}, which belongs to a later stage")
         elif n.op not in ("placeholder", "get_attr", "output"):

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,13 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext
 
 from sqcompile.errors import CaptureError
-from sqcompile.explain import first_line
+from sqcompile.explain import first_line, source
 from sqcompile.passes.canonicalize import canonicalize
 from sqcompile.passes.graph import aten, clone, finish, get_tensor, set_tensor, value
 from sqcompile.passes.label_rules import LAYOUT, behind
 from sqcompile.trace import tidy
+from sqcompile.untouched import assigned_to, written_to
+from sqcompile.verify import verify
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ def capture(gm: fx.GraphModule) -> Template:
         if n.target is torch._C._set_grad_enabled:  # there are no gradients anyway
             own.graph.erase_node(n)
     own.recompile()
+    for n in own.graph.nodes:
+        if n.op != "placeholder" and getattr(n.target, "__name__", n.target) == "set_":
+            raise assigned_to(source(n))
     try:
         with torch.no_grad(), mode:
             exported: Any
@@ -76,10 +82,31 @@ def capture(gm: fx.GraphModule) -> Template:
     held = names[: len(names) - len(fakes)]  # aot_export_module puts what the module holds before its arguments
     tensors = tuple(get_tensor(gm, (signature.inputs_to_parameters | signature.inputs_to_buffers)[n]) for n in held)
     if signature.buffers_to_mutate or signature.parameters_to_mutate:
-        raise CaptureError("the model writes to a constant of its graph when it runs: remove the update from forward")
+        output, name = next(iter((signature.parameters_to_mutate | signature.buffers_to_mutate).items()))
+        where = next(source(n) for n in exported.graph.nodes if n.name == output)
+        raise written_to(name, bool(signature.parameters_to_mutate), where)
     arguments = names[len(held) :]
     updates = tuple(arguments.index(name) for name in signature.user_inputs_to_mutate.values())
     return Template(exported, tensors, updates, mode)
+
+
+def refuse_writes(template: Template, examples: Sequence[Any], name: Callable[[int], str]) -> None:
+    """Refuses a graph that writes to a parameter, or to what shares storage with one.
+
+    Args:
+        template: the captured graph.
+        examples: the arguments of Dynamo's call.
+        name: of the argument at a position.
+
+    Raises:
+        CaptureError: naming the parameter and the line.
+    """
+    home = {x.untyped_storage().data_ptr(): i for i, x in enumerate(examples) if isinstance(x, torch.nn.Parameter)}
+    results = next(iter(reversed(template.graph.graph.nodes))).args[0]
+    for position, new in zip(template.updates, results, strict=False):
+        found = home.get(examples[position].untyped_storage().data_ptr())
+        if found is not None:
+            raise written_to(name(found), True, source(new))
 
 
 def attach(template: Template, constants: dict[int, tuple[str, Tensor]], aliases: Any) -> fx.GraphModule:
@@ -126,7 +153,7 @@ def attach(template: Template, constants: dict[int, tuple[str, Tensor]], aliases
     canonicalize(gm)
     tidy(gm)  # casts that canonicalize has spelled as such
     gm.graph.eliminate_dead_code()
-    return finish(clone(gm))
+    return verify(finish(clone(gm)), "traced")  # before anything runs it
 
 
 def write_back(gm: fx.GraphModule) -> fx.GraphModule:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.backend.bound import Bound, Observed
-from sqcompile.backend.capture import Template, attach, write_back
+from sqcompile.backend.capture import Template, attach, refuse_writes, write_back
 from sqcompile.backend.cuda_graphs import Recorder
 from sqcompile.backend.options import Options
 from sqcompile.backend.session import Session, quantized_only, session_of
@@ -43,6 +43,7 @@ class Runner:
     ) -> None:
         """``session`` is of the model at hand; ``examples`` and ``names`` are of Dynamo's arguments."""
         self.options, self.template, self.fallback = options, template, list(names)
+        refuse_writes(template, examples, lambda i: next(iter(session.names(examples[i])), names[i]))
         written = set(template.updates)
         self.constants = [
             i
