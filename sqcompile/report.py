@@ -88,7 +88,7 @@ def _attentions(lowered: fx.GraphModule) -> tuple[Int8Attention, ...]:
             width,
             expected_attention(device, products, width),
             None if fused.available(device) else device.type,
-        )  # fmt: skip
+        )
         for (products, width, device), count in kinds.items()
     )
 
