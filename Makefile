@@ -4,12 +4,13 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test slow gpu lint bench clean
 
-# torch first: the rest of the requirements must not choose another build of it.
+# torch first: the rest of the requirements must not choose another build of it. setuptools tells of every editable
+# installation that folders of the working directory may be imported in its place, which is meant here.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/ready

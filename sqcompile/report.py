@@ -14,6 +14,9 @@ from sqcompile.names import SiteLabel, collapse, site_labels
 from sqcompile.passes.graph import value
 from sqcompile.plan import AttentionPlan, LayerPlan, Plan
 
+# which products of an attention run in INT8, in words
+PRODUCTS = {"none": "float", "qk": "int8 QKᵀ", "qk_pv": "int8 QKᵀ, PV"}
+
 
 @dataclass(frozen=True)
 class Gemm:
@@ -121,8 +124,7 @@ class Report:
         lines = [_line(l, width, "int8" if l.quantized else "float") for l in self.layers]
         if self.attention:
             width = max(len(a.name) for a in self.attention)
-            kinds = {"none": "float", "qk": "int8 QKᵀ", "qk_pv": "int8 QKᵀ, PV"}
-            lines += ["attention:", *(f"  {_line(a, width, kinds[a.quantized])}" for a in self.attention)]
+            lines += ["attention:", *(f"  {_line(a, width, PRODUCTS[a.quantized])}" for a in self.attention)]
         if self.sites:
             lines += ["sites:", *(f"  {line}" for line in collapse(map(str, self.sites)))]
         if self.gemms:

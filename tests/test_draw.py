@@ -14,7 +14,7 @@ import networkx as nx
 import pytest
 import torch
 from conftest import tiny_lm, token_batches
-from families import build
+from families import CAUSAL, OTHERS, build
 from torch import Tensor, nn
 
 import sqcompile
@@ -24,9 +24,10 @@ from sqcompile.draw.condense import condense
 from sqcompile.draw.layout import layout
 from sqcompile.draw.svg import render
 from sqcompile.inputs import as_call
+from sqcompile.kernels import fused, x86
 from sqcompile.passes.graph import find_linears
 from sqcompile.show.__main__ import main
-from sqcompile.show.load import parse_input
+from sqcompile.show.load import load, parse_input
 from sqcompile.trace import trace
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -175,6 +176,61 @@ def test_site_edges_and_residuals_of_a_block(llama: tuple[nn.Module, sqcompile.C
     assert {g.nodes[n]["block"] for n in residuals} == {"model.layers.0", "model.layers.1"}
 
 
+@pytest.fixture(scope="module")
+def tied() -> tuple[nn.Module, sqcompile.CompiledModel]:
+    """A model whose head is its embedding, with its attention in INT8."""
+    model = tiny_lm("llama", tie_word_embeddings=True)
+    return model, sqcompile.compile(model, token_batches(1), recipe="O3", backend="eager", progress=False)
+
+
+@pytest.mark.parametrize("stage", ["traced", "quantized", "lowered"])
+def test_int8_attention_and_a_tied_embedding_are_drawn_in_every_stage(
+    tied: tuple[nn.Module, sqcompile.CompiledModel], tmp_path: Path, stage: str
+) -> None:
+    compiled = tied[1]
+    compiled.draw(tmp_path / "g.svg", stage=stage)
+    classes, boxes = drawn(tmp_path / "g.svg")
+    assert {"embed_tokens", "lm_head"} <= classes.keys()
+    assert Counter(map(_label, boxes))["lm_head"] == 1
+    want = {"quantized": ["QKᵀ", "softmax, PV"]}.get(stage, ["attention"])
+    for label in want:
+        assert classes[label] == {"node", "product", "quantized"}
+        assert Counter(map(_label, boxes))[label] == 2
+    last = [g for g in boxes if _label(g) == want[-1]]
+    for box, how in zip(last, compiled.plan.attention, strict=True):
+        assert "int8 QKᵀ, PV" in [t.text for t in box.iter(f"{SVG}text")]
+        assert f"{how.name}: int8 QKᵀ, PV" in title(box) and f"{how.sqnr_db:.1f} dB" in title(box)
+    assert "attention in INT8" in [t.text for t in ET.parse(tmp_path / "g.svg").iter(f"{SVG}text")]
+    g = condense(compiled.stages[stage], roles_of(compiled.stages["traced"], compiled.plan))
+    label = nx.get_node_attributes(g, "label")
+    for n in (n for n in g if label[n] == want[-1]):
+        assert any("q_proj" in label[a] for a in nx.ancestors(g, n))
+        assert any("o_proj" in label[d] for d in nx.descendants(g, n))
+
+
+def test_operators_fused_for_a_gpu_are_drawn(
+    tied: tuple[nn.Module, sqcompile.CompiledModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(x86, "available", lambda: False)
+    monkeypatch.setattr(fused, "available", lambda device: True)
+    compiled = sqcompile.compile(tied[0], plan=tied[1].plan, backend="eager")
+    g = condense(compiled.lowered, roles_of(compiled.stages["traced"], compiled.plan))
+    drawn_ = Counter(label for _, label in g.nodes(data="label"))
+    assert drawn_["attention"] == 2 and drawn_["norm, quantize"] == 4 and drawn_["activation, quantize"] == 2
+    norm = next(n for n, label in g.nodes(data="label") if label == "norm, quantize")
+    assert [g.nodes[n]["label"] for n in g.succ[norm]] == ["q_proj, k_proj, v_proj"]
+
+
+def test_attention_that_stays_in_float_is_drawn_with_its_reason() -> None:
+    recipe = sqcompile.Recipe(attention="qk", skip=("lm_head", "model.layers.1.self_attn"))
+    model = tiny_lm("llama")
+    compiled = sqcompile.compile(model, token_batches(1), recipe=recipe, backend="eager", progress=False)
+    g = condense(compiled.stages["traced"], roles_of(compiled.stages["traced"], compiled.plan))
+    first, second = (d for _, d in g.nodes(data=True) if d["label"] == "attention")
+    assert (first["roles"], first["detail"]) == ({"quantized"}, "int8 QKᵀ")
+    assert second["roles"] == {"float"} and "skipped by the recipe" in second["title"]
+
+
 def test_long_runs_of_equal_blocks_are_drawn_once() -> None:
     blocks = nn.Sequential(*(PreNorm() for _ in range(5)), PostNorm())
     short = fold_repeats(graph_of(blocks.eval(), torch.randn(2, 16))[0])
@@ -254,6 +310,31 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_command_line_errors(argv: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         main(argv)
+
+
+@pytest.mark.parametrize("kind", sorted({*(kind for kind, _ in CAUSAL.values()), *OTHERS} - {"t5 gated"}))
+def test_every_family_has_a_tiny_model_and_a_call_of_it(kind: str) -> None:
+    model, call = load(kind)
+    with torch.no_grad():
+        out = dict(model(**call))
+    assert all(bool(t.isfinite().all()) for t in out.values() if isinstance(t, Tensor))
+
+
+@pytest.mark.parametrize("kind", ["siglip", "llava", "wav2vec2", "dinov2"])
+def test_models_that_read_pictures_or_sound_have_a_call(kind: str) -> None:
+    model, call = load(kind)
+    with torch.no_grad():
+        model(**call)
+
+
+@pytest.mark.parametrize(
+    ("kind", "linears"), [("clip", 26), ("swin", 12), pytest.param("whisper", 32, marks=pytest.mark.slow)]
+)
+def test_command_line_on_models_that_read_no_tokens_alone(
+    kind: str, linears: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([kind])
+    assert capsys.readouterr().out.startswith(f"{linears} linears, ")
 
 
 def test_inputs_in_the_notation_of_show() -> None:

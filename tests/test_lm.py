@@ -44,7 +44,8 @@ def test_architecture(lm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> N
     assert sum(p.numel() for p in model.parameters()) == 2_755_008
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not model.training and model.dtype == torch.float32
-    assert not model.config.use_cache and model.config.num_key_value_heads == 2
+    assert model.config.use_cache and model.generation_config.use_cache  # else `generate` reads every token anew
+    assert model.config.num_key_value_heads == 2
     assert model.config.vocab_size == len(tokenizer) == 2048
     assert (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) == (
         tokenizer.pad_token_id,

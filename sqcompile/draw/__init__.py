@@ -13,9 +13,11 @@ from sqcompile.draw.condense import Roles, condense, parameters_of
 from sqcompile.draw.svg import page, render
 from sqcompile.errors import DrawError
 from sqcompile.names import Names, collapse, refusal_lines
-from sqcompile.passes.graph import find_linears
+from sqcompile.passes.attention_chains import find_attentions
+from sqcompile.passes.graph import find_linears, nodes_by_name
 from sqcompile.passes.match import match
-from sqcompile.plan import LayerPlan, Plan
+from sqcompile.plan import AttentionPlan, LayerPlan, Plan
+from sqcompile.report import PRODUCTS
 
 # Runs of equal blocks this long are drawn as one block and "... more like it".
 _LONG_RUN = 4
@@ -75,16 +77,36 @@ def roles_of(traced: fx.GraphModule, plan: Plan | None = None) -> Roles:
         if not layer.quantized:
             reasons[layer.name] = f"stays in float: {layer.reason}"
     roles.reasons = refusal_lines(reasons.items(), roles.linears)
+    if plan is not None and plan.attention:
+        _add_attentions(roles, traced, plan)
     return roles
+
+
+def _add_attentions(roles: Roles, traced: fx.GraphModule, plan: Plan) -> None:
+    plans, order = {a.name: a for a in plan.attention}, {n: i for i, n in enumerate(nodes_by_name(traced))}
+    for a in sorted(find_attentions(traced), key=lambda a: order[a.output or a.softmax]):
+        how = plans.get(a.name)
+        if how is None:
+            continue
+        result, words = a.output or a.softmax, PRODUCTS[how.quantized]
+        role = "float" if how.quantized == "none" else "quantized"
+        for node in dict.fromkeys((a.product, result)):
+            roles.add(node, role, f"{a.name}: {', '.join([words, *_numbers(how), how.reason])}")
+        if role == "quantized":
+            roles.attentions[result] = words
 
 
 def _add_layer(roles: Roles, layer: LayerPlan) -> None:
     kind = "int8" if layer.quantized else "float"
-    numbers = [f"α {layer.alpha:.2f}"] if layer.alpha is not None else []
-    numbers += [f"{layer.sqnr_db:.1f} dB"] if layer.sqnr_db is not None else []
-    roles.add(layer.name, "quantized" if layer.quantized else "float", ", ".join([kind, *numbers, layer.reason]))
+    note = ", ".join([kind, *_numbers(layer), layer.reason])
+    roles.add(layer.name, "quantized" if layer.quantized else "float", note)
     if layer.smoothing == "multiplied":
         roles.add(layer.name, "explicit", "its input is multiplied by 1/s right before quantization")
+
+
+def _numbers(x: LayerPlan | AttentionPlan) -> list[str]:
+    numbers = [f"α {x.alpha:.2f}"] if x.alpha is not None else []
+    return numbers + ([f"{x.sqnr_db:.1f} dB"] if x.sqnr_db is not None else [])
 
 
 def fold_repeats(g: nx.DiGraph) -> nx.DiGraph:

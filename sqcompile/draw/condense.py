@@ -28,11 +28,21 @@ _ACTIVATIONS = {
     "gelu", "silu", "relu", "relu6", "leaky_relu", "tanh", "sigmoid", "softmax", "softplus", "elu", "mish", "hardtanh",
     "hardswish", "hardsigmoid", "topk",
 }  # fmt: skip
+# Pieces of INT8 attention, and operators fused for GPUs: what they are drawn as, and called.
+_PIECES = {
+    "scaled_dot_product_attention": ("product", "attention"), "attention": ("product", "attention"),
+    "int8_attention": ("product", "attention"), "int8_scores": ("product", "QKᵀ"), "attend": ("product", "PV"),
+    "int8_attend": ("product", "softmax, PV"), "attention_weights": ("activation", "softmax"),
+    "norm_quantize": ("norm", "norm, quantize"), "act_quantize": ("activation", "activation, quantize"),
+    "quantize_rows": ("quantize", "quantize"),
+}  # fmt: skip
+_INT8_ATTENTION = {"int8_attention", "int8_attend", "attend"}  # the last node of one
 _JOINS = {"add": "+", "sub": "−", "mul": "×", "div": "÷", "cat": "concat", "where": "where"}
 
 # How many arguments carry activations, where the others are masks, scales and weights.
 _DATA_ARGS = {
-    "scaled_dot_product_attention": 3, "attention": 3, "linear": 1, "int8_linear": 1, "int8_linear_packed": 1,
+    "scaled_dot_product_attention": 3, "attention": 3, "int8_attention": 5, "int8_scores": 3, "attention_weights": 1,
+    "mask_scores": 1, "attend": 2, "int8_attend": 2, "norm_quantize": 1, "act_quantize": 2, "quantize_rows": 1, "linear": 1, "int8_linear": 1, "int8_linear_packed": 1,
     "quantize": 1, "dequantize": 1, "grouped_linear": 1, "grouped_dequantize": 1, "int8_grouped_linear": 1,
     "int8_grouped_linear_packed": 1,
 }  # fmt: skip
@@ -46,16 +56,17 @@ _USE = re.compile(r"_use(\d+)$")  # "weight#2" in the name of a tensor
 
 @dataclass
 class Roles:
-    """What the norms and linears of a traced graph are to smoothing and quantization.
+    """What the norms, linears and attentions of a traced graph are to smoothing and quantization.
 
     Attributes:
         linears: by name.
         parameters: node -> parameter, for norms and linears.
         names: short names of these parameters.
-        roles: linear's name or norm's node -> "producer", "balance", "explicit", "refused", "quantized", "float".
+        roles: linear's name, or norm's or attention's node -> "producer", "balance", "explicit", "refused", "quantized", "float".
         notes: the same -> lines to read on hover.
         producers: balance layer -> what absorbs 1/s for it.
         reasons: why no parameter can absorb 1/s, or why linears stay in float: one line per reason.
+        attentions: attention's node -> which of its products are in INT8, in words; in the order of their results.
     """
 
     linears: dict[str, Linear]
@@ -65,6 +76,7 @@ class Roles:
     notes: dict[str, list[str]] = field(default_factory=dict)
     producers: dict[str, str] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
+    attentions: dict[str, str] = field(default_factory=dict)
 
     def add(self, key: str, role: str, note: str) -> None:
         self.roles.setdefault(key, set()).add(role)
@@ -126,6 +138,8 @@ class _Boxes:
         self.vectors = parameters_of(gm)
         self.lines = {line[1:].partition(":")[0]: line for line in show(gm).splitlines()}
         self.uses: dict[str, int] = {}
+        self.aliases = gm.meta.get("aliases", {})
+        self.attentions = iter(roles.attentions)
 
     def kind(self, n: fx.Node, joins: bool) -> str | None:
         """None where a node is contracted. ``joins``: its operands come from different drawn nodes."""
@@ -134,8 +148,8 @@ class _Boxes:
             return "input" if n.op == "placeholder" else "output"
         if name in _NORMS or n.name in self.vectors:
             return "norm"
-        if name == "attention" or name.endswith("dot_product_attention"):
-            return "product"
+        if name in _PIECES:
+            return _PIECES[name][0]
         if any(part in name for part in _PRODUCTS):
             return "product"
         if name in _ACTIVATIONS:
@@ -149,8 +163,10 @@ class _Boxes:
         roles, parameter = self.roles, self.roles.parameters.get(n.name)
         linears = self._linears(n) if kind == "product" else []
         owners = linears or ([parameter] if parameter else [])
-        keys, block = linears or [n.name], roles.names.block(owners)
-        label, detail = self._label(n, kind, block), ""
+        # a later stage has a node of its own for an attention of the traced graph
+        own = next(self.attentions, n.name) if _operation(n) in _INT8_ATTENTION else n.name
+        keys, block = linears or [own], roles.names.block(owners)
+        label, detail = self._label(n, kind, block), roles.attentions.get(own, "")
         if linears:
             of = [roles.linears[name] for name in linears]
             label = ", ".join(roles.names.short(name, block) for name in linears)
@@ -158,6 +174,7 @@ class _Boxes:
         notes = [note for key in keys for note in roles.notes.get(key, [])]
         title = "\n".join(dict.fromkeys(t for t in [*owners, *notes, self.lines.get(n.name, "")] if t))
         found = {role for key in keys for role in roles.roles.get(key, ())}
+        found |= {"quantized"} if _operation(n) == "int8_scores" else set()
         outer = _outer(block) if owners else None  # None: that of the nodes before it
         return {
             "kind": kind, "roles": found, "label": label, "detail": detail, "title": title, "block": outer,
@@ -168,12 +185,14 @@ class _Boxes:
         operation = _operation(n)
         if kind in ("input", "output"):
             return n.name if kind == "input" else "output"
-        if kind == "norm":
+        if kind == "norm" and operation not in _PIECES:
             parameter = self.roles.parameters.get(n.name, self.vectors.get(n.name, n.name))
             return "× 1/s" if parameter.startswith("smooth_") else self.roles.names.producer(parameter, block)
         if kind == "embedding" and isinstance(table := n.args[0], fx.Node):
-            return (first_leaf(table) or "embedding").removesuffix(".weight").rpartition(".")[2]
-        return {"scaled_dot_product_attention": "attention"}.get(operation, _JOINS.get(operation, operation))
+            leaf = first_leaf(table) or "embedding"
+            names = [x for x in self.aliases.get(leaf, ()) if x not in self.roles.linears]  # not that of a tied head
+            return (names or [leaf])[0].removesuffix(".weight").rpartition(".")[2]
+        return _PIECES[operation][1] if operation in _PIECES else _JOINS.get(operation, operation)
 
     def _linears(self, n: fx.Node) -> list[str]:
         """The linears a product computes: one, or those that `lower` merged, which read one input."""

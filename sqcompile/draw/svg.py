@@ -46,6 +46,8 @@ _LEGEND = [
     ("linear quantized", "refused", "GEMM in INT8"),
     ("linear quantized refused", "", "GEMM in INT8 whose 1/s no parameter can absorb"),
     ("linear float", "", "linear that stays in float"),
+    ("product quantized", "", "attention in INT8"),
+    ("product float", "", "attention that stays in float"),
     ("linear balance", "quantized float", "balance layer"),
     ("linear refused", "quantized float", "linear whose 1/s no parameter can absorb"),
 ]

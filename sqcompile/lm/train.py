@@ -78,7 +78,6 @@ def build_model(folder: Path) -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        use_cache=False,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -112,7 +111,7 @@ def fit(model: LlamaForCausalLM, stream: torch.Tensor, args: argparse.Namespace,
 
     def loss_of(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-            logits = model(input_ids=ids).logits
+            logits = model(input_ids=ids, use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     step_loss = torch.compile(loss_of, dynamic=False) if args.compile else loss_of

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,9 +19,11 @@ TINY = {
     "head_dim": 16, "intermediate_size": 112, "ffn_dim": 112, "d_ff": 112, "d_kv": 16, "word_embed_proj_dim": 64,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 112, "decoder_ffn_dim": 112,
     "num_local_experts": 4, "num_experts": 4, "image_size": 32, "patch_size": 8, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "decoder_start_token_id": 1,
+    "eos_token_id": 2, "decoder_start_token_id": 1, "projection_dim": 48, "num_mel_bins": 8, "max_source_positions": 12,
+    "embed_dim": 64, "num_heads": [4], "window_size": 4,
 }  # fmt: skip
 _DEPTHS = ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers")
+_TOKENS = (2, 16)
 _DTYPES = {
     "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "i64": torch.int64, "i32": torch.int32,
     "b1": torch.bool,
@@ -100,10 +103,9 @@ def _transformers(kind: str, layers: int) -> nn.Module:
         from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
     except ImportError as e:
         raise CaptureError(f'{kind} needs transformers: pip install "sqcompile[lm]", or name module:callable') from e
-    sizes = {**TINY, **dict.fromkeys(_DEPTHS, layers)}
+    sizes = {**TINY, **dict.fromkeys(_DEPTHS, layers), "depths": [layers]}
     try:
-        known = AutoConfig.for_model(kind)
-        config = AutoConfig.for_model(kind, **{k: v for k, v in sizes.items() if getattr(known, k, None) is not None})
+        config = AutoConfig.for_model(kind, **_known(AutoConfig.for_model(kind), sizes))
         causal = type(config) in AutoModelForCausalLM._model_mapping and not config.is_encoder_decoder
         encoder = type(config) in AutoModelForMaskedLM._model_mapping
         return (AutoModelForCausalLM if causal and not encoder else AutoModel).from_config(config)
@@ -114,13 +116,40 @@ def _transformers(kind: str, layers: int) -> nn.Module:
         ) from e
 
 
+def _known(config: Any, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes that a configuration has, for the configurations inside it, too."""
+    own = config.to_dict()
+    names = {name for name in sizes if own.get(getattr(config, "attribute_map", {}).get(name, name)) is not None}
+    # what is a list here, or a number, is one there: a size per stage of a hierarchical model
+    known = {k: sizes[k] for k in names if isinstance(getattr(config, k), (list, tuple)) == isinstance(sizes[k], list)}
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
+    return known | {name: _known(part, sizes) for name, part in parts.items() if part is not None}
+
+
 def _example(model: nn.Module, rows: int) -> Any:
+    """A call by the names of a model's inputs: tokens, pictures, sound, or what two towers of a model read."""
     main, config = str(getattr(model, "main_input_name", "input_ids")), cast(Any, model.config)
-    if main == "pixel_values":
-        return {main: torch.randn(2, config.num_channels, config.image_size, config.image_size)}
-    if main != "input_ids":
-        raise CaptureError(f"{type(model).__name__} reads {main}: pass --input '{main}=f32[...]'")
-    call = {main: _fill((2, 16), torch.int64, rows)}
+    inner = getattr(config, "vision_config", None)
+    # a language model that reads pictures needs none; two towers side by side are compared, and need both
+    towers = inner is not None and not any(hasattr(config, f"image_token_{x}") for x in ("id", "index"))
+    make: dict[str, Callable[[], Tensor]] = {
+        "input_ids": lambda: _fill(_TOKENS, torch.int64, rows),
+        "pixel_values": lambda: _picture(inner or config),
+        "input_features": lambda: torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions),
+        "input_values": lambda: torch.randn(2, _TOKENS[1] * math.prod(config.conv_stride)),
+    }
+    names = ["input_ids", "pixel_values"] if towers else [main]
     if getattr(config, "is_encoder_decoder", False):
-        call["decoder_input_ids"] = _fill((2, 8), torch.int64, rows)
-    return call
+        names.append("decoder_input_ids")
+        make["decoder_input_ids"] = lambda: _fill((2, 8), torch.int64, rows)
+    try:
+        return {name: make[name]() for name in names}
+    except (KeyError, AttributeError, TypeError) as e:
+        hint = " ".join(f"--input '{name}=f32[...]'" for name in names)
+        raise CaptureError(f"{type(model).__name__} reads {', '.join(names)}: pass {hint}") from e
+
+
+def _picture(config: Any) -> Tensor:
+    """Two pictures [2, channels, height, width]."""
+    size = config.image_size
+    return torch.randn(2, config.num_channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
