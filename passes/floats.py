@@ -12,7 +12,7 @@ from sqcompile.errors import NothingToQuantizeError, RecipeError
 from sqcompile.kernels import speedup
 from sqcompile.passes.graph import Linear, above, aten, find_linears, nodes_by_name, value
 from sqcompile.passes.label_rules import LAYOUT, behind
-from sqcompile.recipe import Recipe
+from sqcompile.recipe import LM_HEAD, Recipe
 
 # Ids are still ids afterwards, in another dtype or some of them replaced.
 _EDITS = {
@@ -70,8 +70,8 @@ def _reason(gm: fx.GraphModule, l: Linear, routers: set[str], calibration: Calib
     for pattern in recipe.skip:
         if names_linear(gm, l, pattern):
             return f"skipped by the recipe ({pattern!r})"
-        if pattern == "lm_head" and _is_lm_head(gm, l):
-            return "skipped by the recipe ('lm_head': the projection back to the vocabulary)"
+    if not recipe.lm_head and (names_linear(gm, l, LM_HEAD) or _is_lm_head(gm, l)):
+        return "the projection back to the vocabulary, which Recipe(lm_head=True) quantizes"
     if l.name not in calibration.inputs:
         return "no calibration token reached it"
     return None
@@ -105,7 +105,7 @@ def names(pattern: str, name: str) -> bool:
 
 def _check_skip(gm: fx.GraphModule, linears: list[Linear], recipe: Recipe) -> None:
     for pattern in recipe.skip:
-        if pattern != "lm_head" and not any(names_linear(gm, l, pattern) for l in linears):
+        if pattern != LM_HEAD and not any(names_linear(gm, l, pattern) for l in linears):
             names = ", ".join(l.name for l in linears[:4])
             raise RecipeError(f"skip={pattern!r} names no linear of this model; its linears are {names}, ...")
 

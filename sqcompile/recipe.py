@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import numbers
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sqcompile.errors import RecipeError
 
@@ -12,6 +14,8 @@ Activation = Literal["per_token", "per_tensor", "per_tensor_static"]
 Weight = Literal["per_channel", "per_tensor"]
 AttentionProducts = Literal["none", "qk", "qk_pv"]
 Granularity = Literal["per_token", "per_head", "per_tensor", "per_tensor_static"]
+
+LM_HEAD = "lm_head"  # in ``Recipe.skip``: the projection back to the vocabulary, there or not, whatever its name
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,9 @@ class Recipe:
             one scale) or ``"per_tensor_static"`` (one scale from calibration).
         weight: ``"per_channel"`` (one scale per output channel, [N, 1]) or ``"per_tensor"``.
         smooth: False quantizes without smoothing.
-        skip: qualified module names, or parts or shell patterns of them, that stay in float. ``"lm_head"`` also
-            stands for the projection back to the vocabulary under any other name.
+        skip: qualified module names, or parts or shell patterns of them, that stay in float.
+        lm_head: whether the projection back to the vocabulary is quantized, too. It is a linear named "lm_head", or one
+            of any name with the shape of the token embedding that no other linear reads.
         min_speedup: linears whose INT8 GEMM is expected to be less than this times as fast as bfloat16, by the measured
             table of this GPU (kernels/speedups), with 1, 512 or 2048 rows, stay in float; linears that share an input
             count as one. So do attentions expected to be less than this times as fast as
@@ -40,17 +45,18 @@ class Recipe:
             head channel, static where Q's and K's are, and the weights P their known range [0, 1].
 
     Raises:
-        RecipeError: if a value is out of range.
+        RecipeError: if a value is of another type or out of range, or two contradict each other.
     """
 
     alpha: float | tuple[float, ...] = 0.5
     activation: Activation = "per_token"
     weight: Weight = "per_channel"
     smooth: bool = True
-    skip: tuple[str, ...] = ("lm_head",)
+    skip: tuple[str, ...] = ()
     min_speedup: float = 0.0
     attention: AttentionProducts = "none"
     qk: Granularity | None = None
+    lm_head: bool = False
 
     def __post_init__(self) -> None:
         if self.activation not in get_args(Activation):
@@ -63,25 +69,48 @@ class Recipe:
             raise RecipeError(f"qk={self.qk!r}: choose one of {', '.join(get_args(Granularity))}, or None")
         if self.qk is not None and self.attention == "none":
             raise RecipeError(f"qk={self.qk!r} without attention: pass attention='qk' or 'qk_pv', or leave qk out")
-        if isinstance(self.skip, str):
-            raise RecipeError(f"skip={self.skip!r} is a string: pass a tuple of names, skip=({self.skip!r},)")
-        if not (math.isfinite(self.min_speedup) and self.min_speedup >= 0):
+        for name in ("smooth", "lm_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"{name}={getattr(self, name)!r}: True or False")
+        object.__setattr__(self, "skip", _patterns(self.skip))
+        if self.lm_head and LM_HEAD in self.skip:
+            raise RecipeError(
+                f"lm_head=True quantizes the projection that skip={self.skip!r} leaves in float: drop one"
+            )
+        if not _within(self.min_speedup, sys.float_info.max):
             raise RecipeError(f"min_speedup={self.min_speedup!r}: a factor such as 1.0, or 0 to quantize all")
-        object.__setattr__(self, "skip", tuple(self.skip))
-        if isinstance(self.alpha, (list, tuple)):
-            object.__setattr__(self, "alpha", tuple(float(a) for a in self.alpha))
-        if not self.alphas or not all(math.isfinite(a) and 0.0 <= a <= 1.0 for a in self.alphas):
+        object.__setattr__(self, "min_speedup", float(self.min_speedup))
+        several = isinstance(self.alpha, (list, tuple))
+        alphas: tuple[Any, ...] = tuple(self.alpha) if several else (self.alpha,)  # type: ignore[arg-type]
+        if not alphas or not all(_within(a, 1.0) for a in alphas):
             raise RecipeError(f"alpha={self.alpha!r}: a migration strength, or each of a tuple of them, lies in [0, 1]")
+        alphas = tuple(map(float, alphas))
+        object.__setattr__(self, "alpha", alphas if several else alphas[0])
 
     @property
     def alphas(self) -> tuple[float, ...]:
         """The candidate migration strengths of a site."""
-        return self.alpha if isinstance(self.alpha, tuple) else (float(self.alpha),)
+        return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
 
     @property
     def granularity(self) -> Granularity:
         """Of Q's and K's scales."""
         return self.qk or self.activation
+
+
+def _within(x: Any, high: float) -> bool:
+    """Whether x is a number in [0, high]; True and False are none."""
+    number = isinstance(x, numbers.Real) and not isinstance(x, bool)
+    return number and bool(0 <= x <= high)
+
+
+def _patterns(skip: Any) -> tuple[str, ...]:
+    if isinstance(skip, str):
+        raise RecipeError(f"skip={skip!r} is a string: pass a tuple of names, skip=({skip!r},)")
+    found = tuple(skip) if isinstance(skip, Iterable) else (skip,)
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise RecipeError(f"skip={skip!r}: pass a tuple of names, such as ('down_proj',)")
+    return found
 
 
 # Candidates of the presets: each site takes the best on the calibration sample. No single alpha suits every site: on
@@ -100,14 +129,16 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
-def resolve_recipe(recipe: str | Recipe) -> Recipe:
-    """The Recipe that a name or a Recipe stands for.
+def resolve_recipe(recipe: str | Recipe | None) -> Recipe:
+    """The Recipe that a name or a Recipe stands for; None stands for "default".
 
     Raises:
         RecipeError: for an unknown name or type; the message lists the names.
     """
     if isinstance(recipe, Recipe):
         return recipe
+    if recipe is None:
+        return PRESETS["default"]
     if isinstance(recipe, str) and recipe in PRESETS:
         return PRESETS[recipe]
     raise RecipeError(f"unknown recipe {recipe!r}: pass one of {', '.join(PRESETS)}, or a sqcompile.Recipe")

@@ -105,11 +105,13 @@ def test_colours_say_what_was_done(llama: tuple[nn.Module, sqcompile.CompiledMod
     assert classes["attention"] == {"node", "product"}
     assert Counter(map(_label, boxes))["q_proj"] == 2
     head, q = (next(g for g in boxes if _label(g) == name) for name in ("lm_head", "q_proj"))
-    assert "skipped by the recipe ('lm_head')" in title(head)
+    assert "float, the projection back to the vocabulary" in title(head)
     assert "absorbs s of  model.layers.0: input_layernorm -> q_proj, k_proj, v_proj" in title(q)
     assert re.search(r"aten.linear\(%\w+, %model.layers.0.self_attn.q_proj.weight\)", title(q))
     legend = [str(t.text) for t in ET.parse(tmp_path / "g.svg").iter(f"{SVG}text")]
-    assert "lm_head: stays in float: skipped by the recipe ('lm_head')" in legend
+    assert (
+        "lm_head: stays in float: the projection back to the vocabulary, which Recipe(lm_head=True) quantizes" in legend
+    )
 
 
 def test_refused_linears_carry_their_reason(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from sqcompile.passes.floats import names_linear
 from sqcompile.passes.graph import find_linears
 from sqcompile.passes.match import match
 from sqcompile.plan import Plan
-from sqcompile.recipe import Recipe
+from sqcompile.recipe import LM_HEAD, Recipe
 
 
 def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
@@ -80,7 +80,7 @@ def _for_graph(recipe: Recipe, graphs: list[fx.GraphModule], gm: fx.GraphModule)
     def named(pattern: str, where: fx.GraphModule) -> bool:
         return any(names_linear(where, l, pattern) for l in find_linears(where))
 
-    skip = tuple(p for p in recipe.skip if p == "lm_head" or named(p, gm) or not any(named(p, g) for g in graphs))
+    skip = tuple(p for p in recipe.skip if p == LM_HEAD or named(p, gm) or not any(named(p, g) for g in graphs))
     return replace(recipe, skip=skip)
 
 
