@@ -27,6 +27,7 @@ from sqcompile.passes.graph import (
     aten,
     clone,
     constants,
+    find_linears,
     finish,
     linear_operands,
     nodes_by_name,
@@ -48,17 +49,27 @@ def fold(gm: fx.GraphModule, sites: list[Site], plan: Plan, heads: Sequence[Head
         heads: what can be scaled in its attentions (`match_heads`).
 
     Raises:
-        PlanError: if the plan has a scale for a site that this graph does not have, or of another size.
+        PlanError: if the plan has a scale for a site that this graph does not have, or of another size, or has none for
+            what it says is smoothed.
     """
     by_name = {s.name: s for s in sites}
     for name, s in plan.scales.items():
         if name not in by_name or by_name[name].channels != len(s):
             raise PlanError(f"the plan smooths {name!r}, which this model does not have: calibrate this model")
+    balanced = {l.name for name in plan.scales for l, _ in by_name[name].balance}
+    smoothed = {l.name for l in plan.layers if l.quantized and l.smoothing != "none"}
+    for l in find_linears(gm):
+        if l.name in smoothed - balanced:
+            raise PlanError(
+                f"the plan smooths {l.name!r}, and has no scales for it in this model: calibrate this model"
+            )
     head_sites = {s.name: s for s in heads}
     head_scales = {n.removesuffix("/scale"): s for n, s in plan.heads.items() if n.endswith("/scale")}
     for name, s in head_scales.items():
         if name not in head_sites or head_sites[name].classes != len(s):
             raise PlanError(f"the plan smooths the attention {name!r}, which this model lacks: calibrate this model")
+    for name in head_sites.keys() - head_scales.keys():
+        raise PlanError(f"the plan smooths the attention {name!r}, and has no scales for it: calibrate this model")
     new = clone(gm)
     folder = _Folder(new)
     quantized = {l.name for l in plan.layers if l.quantized}

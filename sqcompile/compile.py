@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 import torch
@@ -15,14 +16,14 @@ from sqcompile.inputs import Call, as_call, first_call, from_spec, length, to_sp
 from sqcompile.passes.attention_chains import Attention, find_attentions
 from sqcompile.passes.choose import choose
 from sqcompile.passes.fold import fold
-from sqcompile.passes.graph import find_linears
+from sqcompile.passes.graph import find_linears, nodes_by_name, value
 from sqcompile.passes.head_labels import match_heads
 from sqcompile.passes.insert_qdq import insert_qdq, quantize_weights
 from sqcompile.passes.lower import lower
 from sqcompile.passes.match import input_sites, match
 from sqcompile.passes.shared import Shared
 from sqcompile.passes.split import split_attention, split_sites
-from sqcompile.plan import Plan
+from sqcompile.plan import Plan, given_plan
 from sqcompile.recipe import Recipe, resolve_recipe
 from sqcompile.show import show_stage
 from sqcompile.stages import Stages
@@ -34,8 +35,8 @@ def compile(
     model: nn.Module,
     calib_loader: Any = None,
     *,
-    recipe: str | Recipe = "default",
-    plan: Plan | None = None,
+    recipe: str | Recipe | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
     example_inputs: Any = None,
     dynamic_shapes: Any = "auto",
     backend: str = "inductor",
@@ -48,8 +49,9 @@ def compile(
         model: an nn.Module in eval mode that torch.export can capture.
         calib_loader: calibration batches (tensors, tuples of arguments, dicts of keyword arguments), or a callable
             that runs the model itself. An ``attention_mask`` among the inputs excludes padding.
-        recipe: "default", "O1", "O2", "O3" or a Recipe.
-        plan: from `calibrate` or an earlier compilation, instead of data and recipe.
+        recipe: "default" (what None stands for), "O1", "O2", "O3" or a Recipe.
+        plan: from `calibrate` or an earlier compilation, or the path of a saved one: instead of data and recipe. A
+            recipe that is passed with it must be the plan's.
         example_inputs: a batch to capture the model with; the first calibration batch by default.
         dynamic_shapes: "auto" (batch and sequence dynamic), None (static), or as for torch.export.
         backend: "inductor", or "eager" to run the lowered graph as it is.
@@ -66,7 +68,12 @@ def compile(
     """
     if backend not in BACKENDS:
         raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
-    traced, plan = _analyse(model, calib_loader, resolve_recipe(recipe), plan, example_inputs, dynamic_shapes, progress)
+    if plan is None:
+        traced, plan = _analyse(model, calib_loader, resolve_recipe(recipe), example_inputs, dynamic_shapes, progress)
+    else:
+        plan = given_plan(plan, recipe, None if calib_loader is None else "calib_loader")
+        call = _example(model, example_inputs) or from_spec(plan.call, _device(model))
+        traced = trace(model, call, dynamic_shapes)
     stages = Stages(model, traced, plan)
     lowered = rewrite(traced, plan, until="lowered")
     return emit(lowered, inspect.signature(model.forward), plan, stages, backend, regional)
@@ -85,7 +92,7 @@ def calibrate(
 
     Args and errors: as `compile`.
     """
-    return _analyse(model, calib_loader, resolve_recipe(recipe), None, example_inputs, dynamic_shapes, progress)[1]
+    return _analyse(model, calib_loader, resolve_recipe(recipe), example_inputs, dynamic_shapes, progress)[1]
 
 
 def rewrite(traced: fx.GraphModule, plan: Plan, until: str, shared: Shared | None = None) -> fx.GraphModule:
@@ -133,22 +140,25 @@ def _check_plan(gm: fx.GraphModule, plan: Plan, attentions: list[Attention]) -> 
         if planned.get(l.name) != l.shape:
             shape = " x ".join(map(str, l.shape))
             raise PlanError(f"the plan has no linear {l.name!r} of shape {shape}: calibrate this model")
-    have = {a.name: (a.heads, a.groups, a.width) for a in attentions}
-    for a in plan.attention:
-        if a.quantized != "none" and have.get(a.name) != a.shape:
+    have = {a.name: a for a in attentions}
+    nodes = nodes_by_name(gm)
+    for p in plan.attention:
+        if p.quantized == "none":
+            continue
+        a = have.get(p.name)
+        if a is None or (a.heads, a.groups, a.width) != p.shape:
             raise PlanError(
-                f"the plan quantizes the attention {a.name!r}, which this model lacks: calibrate this model"
+                f"the plan quantizes the attention {p.name!r}, which this model lacks: calibrate this model"
             )
+        step = plan.heads.get(f"{p.name}/value_scale")
+        if step is not None and step.shape[-1] != value(nodes[a.v]).shape[-1]:
+            raise PlanError(f"the plan's values of the attention {p.name!r} are of another width: calibrate this model")
 
 
 def _analyse(
-    model: nn.Module, loader: Any, recipe: Recipe, plan: Plan | None, example: Any, dynamic_shapes: Any, progress: bool
+    model: nn.Module, loader: Any, recipe: Recipe, example: Any, dynamic_shapes: Any, progress: bool
 ) -> tuple[fx.GraphModule, Plan]:
-    """The traced graph, and the plan: the given one, or one made from the data."""
-    if plan is not None:
-        if recipe not in (resolve_recipe("default"), plan.recipe):
-            raise PlanError("plan and recipe disagree: a plan has a recipe of its own, leave recipe= out")
-        return trace(model, _example(model, example) or from_spec(plan.call, _device(model)), dynamic_shapes), plan
+    """The traced graph, and the plan made from the data."""
     if loader is None:
         raise CalibrationError("pass calib_loader (an iterable of real batches, or a callable), or a plan")
     first, data = first_call(model, loader)

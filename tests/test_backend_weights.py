@@ -113,8 +113,6 @@ def test_training_mode_is_refused():
     ("options", "match"),
     [
         ({"plam": 1}, "option 'plam' .*choose from plan, recipe"),
-        ({"plan": 3}, "option plan=3: pass what sqcompile.calibrate gives"),
-        ({"plan": "plan", "recipe": "O1"}, "plan needs no calibration"),
         ({"recipe": "O4"}, "unknown recipe 'O4'"),
         ({"calibration_steps": 0}, "calibration_steps=0"),
         ({"compiler": "gcc"}, "compiler='gcc'"),
@@ -126,8 +124,6 @@ def test_training_mode_is_refused():
 )
 def test_bad_options(options, match):
     model = mlp()
-    if options.get("plan") == "plan":
-        options = {**options, "plan": planned(model)[0]}
     with pytest.raises(sqcompile.RecipeError, match=match):
         call(compiled(model, **options), outliers()[0])
 

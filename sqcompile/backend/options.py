@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sqcompile.emit import BACKENDS
-from sqcompile.errors import PlanError, RecipeError
-from sqcompile.plan import Plan
+from sqcompile.errors import RecipeError
+from sqcompile.plan import Plan, given_plan
 from sqcompile.recipe import Recipe, resolve_recipe
 
 MODES = ("default", "reduce-overhead")
@@ -21,7 +21,7 @@ class Options:
 
     Attributes:
         plan: from `sqcompile.calibrate`, or the path of a saved one; without it the first calls calibrate.
-        recipe: for calls that calibrate: "default", "O1", "O2", "O3" or a Recipe.
+        recipe: for calls that calibrate: "default", "O1", "O2", "O3" or a Recipe; with a plan, the plan's or none.
         calibration_steps: how many calls run in float and are observed.
         free_float: whether float weights are freed once they are in INT8. The model cannot run without the compiled
             code then: its freed weights read as NaN.
@@ -48,7 +48,7 @@ class Options:
         return id(self.plan), *(getattr(self, f.name) for f in fields(self) if f.name != "plan")
 
 
-_plans: dict[str, tuple[tuple[int, int], Plan]] = {}
+_plans: dict[str, tuple[tuple[int, ...], Plan]] = {}
 
 
 def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
@@ -56,7 +56,7 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
 
     Raises:
         RecipeError: for an option or a value that there is not.
-        PlanError: for a plan file that cannot be read.
+        PlanError: for a plan that is none, or does not agree with the other options.
     """
     given = dict(options or {})
     known = [f.name for f in fields(Options)]
@@ -66,13 +66,11 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     if mode is not None:
         given["mode"] = mode
     plan = given.get("plan")
-    if isinstance(plan, (str, os.PathLike)):
-        given["plan"] = plan = _load(os.path.abspath(plan))
-    if plan is not None and not isinstance(plan, Plan):
-        raise RecipeError(f"option plan={plan!r}: pass what sqcompile.calibrate gives, or the path of a saved one")
-    if plan is not None and ("recipe" in given or "calibration_steps" in given):
-        raise RecipeError("options plan and recipe or calibration_steps: a plan needs no calibration, leave them out")
-    found = Options(**{**given, "recipe": resolve_recipe(given.get("recipe", "default"))})
+    if plan is not None:
+        plan = _load(plan) if isinstance(plan, (str, os.PathLike)) else plan
+        data = "calibration_steps" if "calibration_steps" in given else None
+        given["plan"] = given_plan(plan, given.get("recipe"), data)
+    found = Options(**{**given, "recipe": resolve_recipe(given.get("recipe"))})
     if found.mode not in MODES:
         raise RecipeError(f"mode={found.mode!r} of backend 'smoothquant': choose one of {', '.join(MODES)}")
     if found.compiler not in BACKENDS:
@@ -88,13 +86,14 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     return found
 
 
-def _load(path: str) -> Plan:
+def _load(path: str | os.PathLike[str]) -> Plan:
     """The plan in a file: one object as long as the file stays as it is."""
     try:
-        found = os.stat(path)
-    except OSError as e:
-        raise PlanError(f"{path} is not a sqcompile plan ({e!r}): make one with Plan.save") from e
-    version = found.st_mtime_ns, found.st_size
-    if path not in _plans or _plans[path][0] != version:
-        _plans[path] = version, Plan.load(path)
-    return _plans[path][1]
+        name = os.path.abspath(os.fsdecode(path))
+        found = os.stat(name)
+    except (OSError, ValueError, TypeError):
+        return Plan.load(path)  # which says what is wrong
+    version = found.st_ino, found.st_mtime_ns, found.st_size
+    if name not in _plans or _plans[name][0] != version:
+        _plans[name] = version, Plan.load(name)
+    return _plans[name][1]
