@@ -29,7 +29,13 @@ P_BLOCK = 128  # keys whose weights are quantized relative to one maximum
 
 def scale_over(x: Tensor, dims: list[int]) -> Tensor:
     """Scale of x [B, H, S, D] with one absmax over ``dims``, which stay as 1: float32, per head for (-2, -1)."""
-    return absmax_scale(x.abs().amax(dim=dims, keepdim=True))
+    absmax = x.abs().amax(dim=dims, keepdim=True) if x.numel() else x.new_zeros(_kept(x, dims))
+    return absmax_scale(absmax)
+
+
+def _kept(x: Tensor, dims: list[int]) -> list[int]:
+    """Sizes of x with ``dims`` as 1."""
+    return [1 if d in dims or d - x.dim() in dims else size for d, size in enumerate(x.shape)]
 
 
 def _by_group(x: Tensor, y: Tensor) -> Tensor:
@@ -109,7 +115,7 @@ def int8_attend(scores: Tensor, v: Tensor, v_scale: Tensor, dtype: torch.dtype) 
     scores = scores.masked_fill(scores <= BLOCKED, -torch.inf)
     top = _finite(scores.amax(-1, keepdim=True))
     total = torch.exp(scores - top).sum(-1, keepdim=True)
-    out = torch.zeros((), device=scores.device)
+    out = torch.zeros((), dtype=torch.float32, device=scores.device)
     for part, values in zip(scores.split(P_BLOCK, -1), v.split(P_BLOCK, -2), strict=True):
         near = part.amax(-1, keepdim=True)  # minus infinity where all of the part is blocked, which then counts nothing
         p = torch.round(QMAX * torch.exp(part - _finite(near)))

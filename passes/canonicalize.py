@@ -161,9 +161,14 @@ def _einsum(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node |
         (x, w), inputs = (w, x), inputs[::-1]
     of_x, of_w = inputs
     if _is_data(x, const) and _is_data(w, const):
-        return _data_einsum(gm, x, w, of_x, of_w, out)
+        return None if _broadcast(x, w, of_x, of_w) else _data_einsum(gm, x, w, of_x, of_w, out)
     if not _is_data(x, const) or not _is_weight(w, const, len(of_w)):
         return None
+    if letters := _broadcast(x, w, of_x, of_w):
+        sizes = {c: max(a, b) for c, (a, b) in letters.items() if isinstance(a, int) and isinstance(b, int)}
+        if len(sizes) < len(letters):
+            return None
+        x, w = (add_op(gm, aten.expand.default, t, [sizes.get(c, -1) for c in of]) for t, of in ((x, of_x), (w, of_w)))
     batch = [c for c in of_w if c in out and c in of_x]
     if len(batch) == 1 and len(set(of_x)) == len(of_x) and len(set(of_w)) == len(of_w):
         return _batched_einsum(gm, x, w, of_x, of_w, out, batch[0])
@@ -186,6 +191,13 @@ def _einsum(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node |
     if len(kept) > 1:
         y = add_op(gm, aten.unflatten.int, y, -1, [sizes[c] for c in kept])
     return _permuted(gm, y, rest + kept, out)
+
+
+def _broadcast(x: fx.Node, y: fx.Node, of_x: list[str], of_y: list[str]) -> dict[str, tuple[Any, Any]]:
+    """The letters of both operands that have size 1 in one of them alone, with both sizes: only an einsum expands them."""
+    sizes_x, sizes_y = (dict(zip(of, value(t).shape, strict=True)) for t, of in ((x, of_x), (y, of_y)))
+    both = {c: (sizes_x[c], sizes_y[c]) for c in of_x if c in sizes_y}
+    return {c: sizes for c, sizes in both.items() if sum(isinstance(s, int) and s == 1 for s in sizes) == 1}
 
 
 def _batched_einsum(

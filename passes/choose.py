@@ -96,8 +96,8 @@ class Chooser:
         """The scale with the smallest error, or None where no candidate beats no smoothing."""
         balance = [(l, m) for l, m in site.balance if l.name not in floats]
         device = effective_weight(self.gm, balance[0][0]).device
-        x_absmax = torch.zeros(site.channels, device=device)
-        w_absmax = torch.zeros(site.channels, device=device)
+        x_absmax = torch.zeros(site.channels, dtype=torch.float32, device=device)
+        w_absmax = torch.zeros(site.channels, dtype=torch.float32, device=device)
         for l, m in balance:
             index = m.to(device)
             x_absmax.scatter_reduce_(0, index, self.calibration.inputs[l.name].absmax, "amax")

@@ -165,7 +165,7 @@ def _best(
 ) -> tuple[Tensor | None, float | None, dict[str, _Choice]]:
     """The scales with the smallest error, their alpha, and the choice for each attention; None for no smoothing."""
     device = _absmax(chooser, attentions[site.name])[0].device
-    maxima = torch.zeros(2, site.classes, device=device)
+    maxima = torch.zeros(2, site.classes, dtype=torch.float32, device=device)
     for name, maps in site.maps.items():
         for largest, absmax, classes in zip(maxima, _absmax(chooser, attentions[name]), maps, strict=True):
             here = classes.to(device) >= 0
@@ -175,7 +175,8 @@ def _best(
     touched = rows if chooser.recipe.weight == "per_tensor" else []  # one scale for all rows feels their scales
     best: tuple[float, Tensor | None, float | None, dict[str, _Choice]] = (math.inf, None, None, {})
     for alpha in (None, *chooser.recipe.alphas):
-        s = torch.ones(site.classes, device=device) if alpha is None else smoothing_scale(maxima[1], maxima[0], alpha)
+        one = torch.ones(site.classes, dtype=torch.float32, device=device)
+        s = one if alpha is None else smoothing_scale(maxima[1], maxima[0], alpha)
         choices = {}
         for name, maps in site.maps.items():
             by = [torch.where(m.to(device) >= 0, s[m.to(device).clamp_min(0)], 1.0) for m in maps]

@@ -10,7 +10,7 @@ from torch import fx
 from sqcompile.calibrate import Calibration
 from sqcompile.errors import NothingToQuantizeError, RecipeError
 from sqcompile.kernels import speedup
-from sqcompile.passes.graph import Linear, above, aten, find_linears, nodes_by_name, value
+from sqcompile.passes.graph import Linear, above, aten, find_linears, first_leaf, nodes_by_name, value
 from sqcompile.passes.label_rules import LAYOUT, behind
 from sqcompile.recipe import LM_HEAD, Recipe
 
@@ -35,7 +35,7 @@ def stay_float(gm: fx.GraphModule, linears: list[Linear], calibration: Calibrati
     floats = {l.name: reason for l in linears if (reason := _reason(gm, l, routers, calibration, recipe))}
     floats |= _slow(gm, [l for l in linears if l.name not in floats], recipe.min_speedup)
     if len(floats) == len(linears):
-        raise NothingToQuantizeError(_nothing(linears, floats))
+        raise NothingToQuantizeError(_nothing(gm, linears, floats))
     return floats
 
 
@@ -112,8 +112,8 @@ def _check_skip(gm: fx.GraphModule, linears: list[Linear], recipe: Recipe) -> No
 
 def _is_lm_head(gm: fx.GraphModule, l: Linear) -> bool:
     """Whether a linear has the shape of a token embedding and no other linear reads what it makes."""
-    tables = [n.args for n in gm.graph.find_nodes(op="call_function", target=aten.embedding.default)]
-    if not any(tuple(value(table).shape) == l.shape and _is_input(ids) for table, ids, *_ in tables):
+    embeddings = gm.graph.find_nodes(op="call_function", target=aten.embedding.default)
+    if not any(_rows(n) == l.shape[0] and value(n).shape[-1] == l.shape[1] and _is_vocabulary(n) for n in embeddings):
         return False
     others = {k.node for k in find_linears(gm)} - {l.node}
     todo, seen = [nodes_by_name(gm)[l.node]], set()
@@ -126,6 +126,25 @@ def _is_lm_head(gm: fx.GraphModule, l: Linear) -> bool:
             return False
         todo.extend(node.users)
     return True
+
+
+def _is_vocabulary(embedding: fx.Node) -> bool:
+    """Whether an embedding is that of the model's tokens: types of tokens are added to it, and have the smaller table."""
+    if not _is_input(embedding.args[1]):  # type: ignore[arg-type]
+        return False
+    top = embedding
+    while added := next((u for u in top.users if u.target == aten.add.Tensor), None):
+        top = added
+    todo, found = [top], []
+    while todo:
+        node = todo.pop()
+        found += [node] if node.target == aten.embedding.default and _is_input(node.args[1]) else []  # type: ignore[arg-type]
+        todo += node.all_input_nodes if node.target == aten.add.Tensor else []
+    return all(_rows(n) <= _rows(embedding) for n in found)
+
+
+def _rows(embedding: fx.Node) -> int:
+    return int(value(embedding.args[0]).shape[0])  # type: ignore[arg-type]
 
 
 def _is_input(node: fx.Node) -> bool:
@@ -142,8 +161,14 @@ def _is_input(node: fx.Node) -> bool:
     return False
 
 
-def _nothing(linears: list[Linear], floats: dict[str, str]) -> str:
+def _nothing(gm: fx.GraphModule, linears: list[Linear], floats: dict[str, str]) -> str:
     if not linears:
+        for n in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
+            if value(n).dim() < 2:
+                return (
+                    f"nothing to quantize: {first_leaf(n.args[1])} is multiplied with one vector, without a batch dim: pass "
+                    "batches, [batch, features] (x[None] of one sample)"
+                )
         return "nothing to quantize: the captured graph has no linear with a weight of its own"
     reasons = ", ".join(f"{name}: {reason}" for name, reason in list(floats.items())[:4])
     return f"nothing to quantize: all {len(linears)} linears stay in float ({reasons}). Change the recipe's skip="

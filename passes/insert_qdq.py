@@ -134,9 +134,8 @@ class _Inserter:
                 after = after.next
             with self.gm.graph.inserting_before(after):
                 if layer.input_scale is not None:
-                    scale = add_tensor(
-                        self.gm, f"{layer.name}_input_scale", torch.tensor(layer.input_scale, device=value(x).device)
-                    )
+                    static = torch.tensor(layer.input_scale, dtype=torch.float32, device=value(x).device)
+                    scale = add_tensor(self.gm, f"{layer.name}_input_scale", static)
                 elif self.plan.recipe.activation == "per_token":
                     scale = add_op(self.gm, sqcompile_ops.token_scale.default, x)
                 else:

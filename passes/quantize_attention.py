@@ -102,7 +102,8 @@ class _Inserter:
         if static is None and (cached := self._cached(x)):
             return cached
         if static is not None:
-            scale = add_tensor(self.gm, f"{self.a.name}.{name}", torch.tensor(static, device=value(x).device))
+            tensor = torch.tensor(static, dtype=torch.float32, device=value(x).device)
+            scale = add_tensor(self.gm, f"{self.a.name}.{name}", tensor)
         elif granularity == "per_token":
             scale = add_op(self.gm, sqcompile_ops.token_scale.default, x)
         elif granularity == "per_head":

@@ -42,14 +42,15 @@ class InputStats:
     experts: Tensor
     tokens: Tensor
     count: int = 0
-    keys: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+    keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32), repr=False)
 
     @staticmethod
     def empty(like: Tensor, experts: int | None) -> InputStats:
         """No tokens yet of an input [T, K]."""
         k = like.shape[-1]
         counts = torch.zeros(experts or 1, dtype=torch.int64, device=like.device)
-        return InputStats(torch.zeros(k, device=like.device), like.new_empty(0, k), counts[:0], counts)
+        absmax = torch.zeros(k, dtype=torch.float32, device=like.device)
+        return InputStats(absmax, like.new_empty(0, k), counts[:0], counts)
 
     def update(self, x: Tensor, experts: Tensor, generator: torch.Generator) -> None:
         """Adds tokens x [T, K] of ``experts``, int64 [T].
@@ -59,7 +60,7 @@ class InputStats:
         self.tokens = self.tokens + experts.bincount(minlength=len(self.tokens))
         self.absmax = torch.maximum(self.absmax, x.abs().amax(dim=0).float())
         self.count += x.shape[0]
-        keys = torch.cat([self.keys, torch.rand(x.shape[0], generator=generator)])
+        keys = torch.cat([self.keys, torch.rand(x.shape[0], dtype=torch.float32, generator=generator)])
         self.keys, best = keys.topk(min(SAMPLE_ROWS, len(keys)))
         old = best[best < len(self.rows)].to(x.device)
         new = best[best >= len(self.rows)].to(x.device) - len(self.rows)

@@ -7,6 +7,7 @@ sizes (``if x.shape[1] <= 8``, ``table[:, : x.shape[1]]``, ``x[:, -8:]``) are co
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 import types
@@ -129,7 +130,19 @@ def _decides(guard: Any) -> bool:
     small, large = (e.lhs, e.rhs) if isinstance(e, (sympy.Lt, sympy.Le)) else (e.rhs, e.lhs)
     unit = large.as_content_primitive()[0]
     at_least = {sympy.StrictLessThan: (0, 1), sympy.StrictGreaterThan: (0, 1), sympy.Le: (1, 2), sympy.Ge: (1, 2)}
-    return not (small.is_number and small / unit in at_least.get(type(e), ()))
+    return not (small.is_number and small / unit in at_least.get(type(e), ())) and not _holds_for_many(e)
+
+
+def _holds_for_many(condition: sympy.Basic) -> bool:
+    """Whether a comparison of sizes, of strides say, holds wherever there is more than one of everything."""
+    symbols = sorted(condition.free_symbols, key=str)
+    if len(symbols) > 4:
+        return False
+    holds = sympy.lambdify(symbols, condition, modules=[{"Min": min, "Max": max}, "math"])
+    try:
+        return all(holds(*sizes) for sizes in itertools.product((2, 3, 7, 64, 2**20), repeat=len(symbols)))
+    except Exception:  # of functions of sizes that Python has not
+        return False
 
 
 def _ranges(env: Any, dims: Any) -> Iterator[sympy.Basic]:
@@ -152,11 +165,7 @@ def flatten_like(call: Call, like: Captured) -> list[Any]:
     ordered = {k: call.kwargs[k] for k in like.names if k in call.kwargs}
     leaves, got = pytree.tree_flatten((call.args, ordered))
     if len(ordered) != len(call.kwargs) or got != spec:
-        raise CaptureError(
-            f"the model was captured with the arguments ({_arguments(spec)}), this call has "
-            f"({_arguments(pytree.tree_structure((call.args, call.kwargs)))}): call it with the captured ones, or "
-            "compile with example_inputs= that has these"
-        )
+        raise CaptureError(_misshapen(call, spec))
     sizes: dict[str, int] = {}
     for i, (have, want) in enumerate(zip(leaves, like.leaves, strict=True)):
         if not _fits(have, want, sizes):
@@ -222,6 +231,24 @@ def _broken(sizes: dict[str, int], like: Captured) -> str:
     )
 
 
-def _arguments(spec: pytree.TreeSpec) -> str:
+def _misshapen(call: Call, spec: pytree.TreeSpec) -> str:
+    """What to say of a call with other arguments than the captured ones, or others inside of those."""
+    have, want = _arguments(pytree.tree_structure((call.args, call.kwargs))), _arguments(spec)
+    remedy = "call it with the captured ones, or compile with example_inputs= that has these"
+    if sorted(have) != sorted(want):
+        return f"the model was captured with the arguments ({', '.join(want)}), this call has ({', '.join(have)}): {remedy}"
+    captured = spec.unflatten([None] * spec.num_leaves)
+    pairs = [*zip(call.args, captured[0], strict=False), *((call.kwargs[k], v) for k, v in captured[1].items())]
+    for name, (x, y) in zip(want, pairs, strict=True):
+        if pytree.tree_structure(x) != pytree.tree_structure(y):
+            paths = [[name + pytree.keystr(p) for p, _ in pytree.tree_flatten_with_path(t)[0]] for t in (y, x)]
+            if paths[0] == paths[1]:  # the same names in containers of another kind
+                paths = [[f"{name}: a {type(t).__name__}"] for t in (y, x)]
+            was, now = (", ".join(p) or f"an empty {name}" for p in paths)
+            return f"the model was captured with {was}, this call has {now}: {remedy}"
+    return f"the call is nested in another way than the captured one: {remedy}"
+
+
+def _arguments(spec: pytree.TreeSpec) -> list[str]:
     args, kwargs = spec.unflatten([None] * spec.num_leaves)
-    return ", ".join([f"argument {i}" for i in range(len(args))] + list(kwargs))
+    return [f"argument {i}" for i in range(len(args))] + list(kwargs)

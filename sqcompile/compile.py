@@ -13,6 +13,7 @@ from sqcompile.calibrate import calibrate as observe
 from sqcompile.emit import BACKENDS, CompiledModel, emit
 from sqcompile.errors import CalibrationError, PlanError, RecipeError
 from sqcompile.inputs import Call, as_call, first_call, from_spec, length, to_spec
+from sqcompile.models import check_model
 from sqcompile.passes.attention_chains import Attention, find_attentions
 from sqcompile.passes.choose import choose
 from sqcompile.passes.fold import fold
@@ -68,6 +69,7 @@ def compile(
     """
     if backend not in BACKENDS:
         raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+    check_model(model)
     if plan is None:
         traced, plan = _analyse(model, calib_loader, resolve_recipe(recipe), example_inputs, dynamic_shapes, progress)
     else:
@@ -92,6 +94,7 @@ def calibrate(
 
     Args and errors: as `compile`.
     """
+    check_model(model)
     return _analyse(model, calib_loader, resolve_recipe(recipe), example_inputs, dynamic_shapes, progress)[1]
 
 

@@ -112,6 +112,9 @@ class CompiledModel(nn.Module):
         raise StageError(_UNSAVED)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
+        probes = [torch.empty(0, dtype=d, device=at) for d, at in {(b.dtype, b.device) for b in self.lowered.buffers()}]
+        if all((y.dtype, y.device) == (x.dtype, x.device) for x in probes for y in [fn(x)]):
+            return self  # part of a module that is moved to where it is
         raise StageError(
             "a compiled model stays on the device and in the dtype it was compiled for: move the float model, then "
             "sqcompile.compile(model.to(...), plan=compiled.plan), which needs no data"

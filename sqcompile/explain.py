@@ -22,10 +22,15 @@ _VALUES = (
     "a graph has one shape for all values"
 )
 
+_DEVICE = "move the batch to the model's device, and what forward makes itself to that of its inputs"
+
 # (what the error is or says, what to try), the first that fits
 _HINTS: tuple[tuple[str, str], ...] = (
     ("UnsupportedOperator", "register what it does to shapes with torch.library.register_fake, or compile a submodule"),
     (".numpy() is not supported", "compute with torch instead of numpy in forward, or compile a submodule"),
+    ("not on the expected device", _DEVICE),
+    ("different devices", _DEVICE),
+    ("on the same device", _DEVICE),
     ("pytree", "register the type with torch.utils._pytree.register_pytree_node, or return tensors"),
     ("Constraint", "pass dynamic_shapes=None for static shapes, or the dynamic_shapes that torch.export should use"),
     ("dynamic", "pass dynamic_shapes=None for static shapes, or the dynamic_shapes that torch.export should use"),

@@ -81,7 +81,14 @@ def as_call(model: nn.Module, batch: Any, index: int = 0) -> Call:
             f"calibration batch {index} ({type(batch).__name__}) does not fit {type(model).__name__}.forward({names}): {e}. "
             "Pass a tensor, a tuple of arguments or a dict of keyword arguments that the model accepts"
         ) from e
-    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((call.args, call.kwargs))):
+    leaves = pytree.tree_leaves((call.args, call.kwargs))
+    if any(isinstance(leaf, Mapping) for leaf in leaves):
+        kind = next(type(leaf).__name__ for leaf in leaves if isinstance(leaf, Mapping))
+        raise CalibrationError(
+            f"calibration batch {index} ({type(batch).__name__}) holds a {kind}, which capture cannot look into: pass "
+            f"dict(...) of it there, or the {kind} itself as the batch, for a forward that takes its keys as arguments"
+        )
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise CalibrationError(
             f"calibration batch {index} ({type(batch).__name__}) holds no tensor: convert lists to tensors "
             '(return_tensors="pt" of a tokenizer, dataset.with_format("torch")) and batch them, [batch, tokens]'

@@ -148,7 +148,8 @@ def _compile(job: tuple[Gpu, list[tuple[int, int, int, Config]]]) -> int:
         try:
             with dry(gpu.capability, gpu.sms, gpu.name):
                 q, w = torch.empty(m, k, dtype=torch.int8), torch.empty(n, k, dtype=torch.int8)
-                int8_gemm(q, w, torch.empty(m, 1), torch.empty(n), config=c)
+                x_scale, w_scale = (torch.empty(s, dtype=torch.float32) for s in ((m, 1), (n,)))
+                int8_gemm(q, w, x_scale, w_scale, config=c)
         except Exception:  # any failure of the compiler
             continue
     return len(jobs)
@@ -177,7 +178,8 @@ def _operands(m: int, n: int, k: int, number: int) -> tuple[Any, list[Any], Any,
             part.copy_(torch.randn(part.shape, generator=g, device="cuda").mul_(36).clamp_(-127, 127).round_())
         return x
 
-    x_scale, w_scale = (torch.rand(s, generator=g, device="cuda") + 0.5 for s in ((m, 1), (n,)))
+    sizes = ((m, 1), (n,))
+    x_scale, w_scale = (torch.rand(s, generator=g, dtype=torch.float32, device="cuda") + 0.5 for s in sizes)
     return gaussian(m, k), [gaussian(n, k) for _ in range(number)], x_scale, w_scale
 
 
