@@ -27,8 +27,10 @@ from sqcompile.passes.graph import (
     aten,
     clone,
     constants,
+    evaluate,
     find_linears,
     finish,
+    first_leaf,
     linear_operands,
     nodes_by_name,
     value,
@@ -50,7 +52,7 @@ def fold(gm: fx.GraphModule, sites: list[Site], plan: Plan, heads: Sequence[Head
 
     Raises:
         PlanError: if the plan has a scale for a site that this graph does not have, or of another size, or has none for
-            what it says is smoothed.
+            what it says is smoothed, or if a folded vector overflows the model's dtype.
     """
     by_name = {s.name: s for s in sites}
     for name, s in plan.scales.items():
@@ -110,8 +112,15 @@ class _Folder:
         assert argument is not None
         old = user.args[argument]
         assert isinstance(old, fx.Node)
+        by = by.to(value(old).device)
+        if value(old).dim() < 2:  # of a matrix, quantization is from the float32 product
+            before = evaluate(self.gm, old)
+            if bool((before.isfinite() & ~op(before, by).to(before.dtype).isfinite()).any()):
+                raise PlanError(
+                    f"the plan's scales take {first_leaf(old)!r} out of {before.dtype}: calibrate this model"
+                )
         with self.gm.graph.inserting_before(user):
-            new = self._scaled(old, op, by.to(value(old).device), name)
+            new = self._scaled(old, op, by, name)
         user.update_arg(argument, new)
         self.const.add(new)
 

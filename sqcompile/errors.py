@@ -22,7 +22,7 @@ class NothingToQuantizeError(SQCompileError):
 
 
 class PlanError(SQCompileError):
-    """A plan that does not belong to the model, or a plan file that cannot be read."""
+    """A plan that is wrong, does not belong to the model or what is passed beside it, or cannot be read or written."""
 
 
 class StageError(SQCompileError):
