@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -189,7 +190,7 @@ def given_plan(plan: Any, recipe: str | Recipe | None, data: str | None) -> Plan
     if isinstance(plan, (str, os.PathLike)):
         plan = Plan.load(plan)
     if not isinstance(plan, Plan):
-        raise PlanError(f"plan={plan!r}: pass what sqcompile.calibrate gives, or the path of a saved one")
+        raise PlanError(f"plan={reprlib.repr(plan)}: pass what sqcompile.calibrate gives, or the path of a saved one")
     plan.check()
     if data is not None:
         raise PlanError(f"plan and {data}: a plan needs no calibration, leave one of them out")

@@ -257,6 +257,7 @@ def test_both_entry_points_take_the_same_plans(tmp_path):
         (tmp_path / "plan", {"recipe": "O2"}, "plan and recipe disagree"),
         (3, {}, "plan=3: pass what sqcompile.calibrate gives, or the path"),
         ({}, {}, "plan={}: pass what"),
+        (model, {}, r"plan=.{1,40}: pass what"),
         (bad, {}, "nan, and must lie in"),
         (tmp_path / "none", {}, "is not a sqcompile plan .*make one with Plan.save"),
         ("a\0b", {}, "is not a sqcompile plan"),
