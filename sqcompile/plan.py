@@ -190,7 +190,8 @@ def given_plan(plan: Any, recipe: str | Recipe | None, data: str | None) -> Plan
     if isinstance(plan, (str, os.PathLike)):
         plan = Plan.load(plan)
     if not isinstance(plan, Plan):
-        raise PlanError(f"plan={reprlib.repr(plan)}: pass what sqcompile.calibrate gives, or the path of a saved one")
+        said = " ".join(reprlib.repr(plan).split())  # a module has many lines
+        raise PlanError(f"plan={said}: pass what sqcompile.calibrate gives, or the path of a saved one")
     plan.check()
     if data is not None:
         raise PlanError(f"plan and {data}: a plan needs no calibration, leave one of them out")
