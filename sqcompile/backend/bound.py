@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sqcompile.backend.weights import states
 from sqcompile.calibrate import Observer
-from sqcompile.inputs import Call, token_mask
 from sqcompile.stages import state
 
 if TYPE_CHECKING:
@@ -71,18 +70,14 @@ class Bound(Weights):
 class Observed(Weights):
     """A graph in float and what it has seen with one set of weights, while the session has no plan."""
 
-    def __init__(
-        self, session: Session, tensors: list[Tensor], observer: Observer, written: Sequence[int], masks: list[int]
-    ) -> None:
-        """``written``, ``masks``: positions of the arguments that are written to, and of attention masks."""
+    def __init__(self, session: Session, tensors: list[Tensor], observer: Observer, written: Sequence[int]) -> None:
+        """``written``: positions of the arguments that are written to."""
         super().__init__(session, tensors)
-        self.observer, self.written, self.masks = observer, written, masks
+        self.observer, self.written = observer, written
 
     def __call__(self, args: Sequence[Any]) -> Any:
         gm: Any = self.observer.module
-        masks = [args[i] for i in self.masks]
-        mask = token_mask(Call((), {"attention_mask": masks[0]})) if len(masks) == 1 else None
-        results = self.observer.batch([args[i] for i in gm.meta["arguments"]], mask)
+        results = self.observer.batch([args[i] for i in gm.meta["arguments"]])
         with torch.no_grad():
             for position, new in zip(self.written, results, strict=False):
                 args[position].copy_(new)

@@ -127,10 +127,7 @@ class Runner:
         traced = self._attach(session, tensors, self._names(session, tensors))
         quantizes = resolve_recipe(self.options.recipe).attention != "none"
         observer = Observer(traced, find_attentions(traced) if quantizes else [])
-        masks = [i for i, name in enumerate(self.fallback) if "attention_mask" in name]
-        if any("decoder_input" in name for name in self.fallback):
-            masks = []  # whose tokens an encoder-decoder's mask is for is not known here
-        observed = Observed(session, tensors, observer, self.template.updates, masks)
+        observed = Observed(session, tensors, observer, self.template.updates)
         self.observed = [observed, *(o for o in self.observed if o.alive())]
         return observed
 
@@ -141,7 +138,12 @@ class Runner:
             own._sqcompile_source = source(t, name)
             constants[i] = name, own
         constants |= {len(self.fallback) + i: (f"held_{i}", t) for i, t in enumerate(self.template.held)}
-        return attach(self.template, constants, session.aliases())
+        gm = attach(self.template, constants, session.aliases())
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        gm.meta["names"] = {
+            n.name: self.fallback[i] for n, i in zip(placeholders, gm.meta["arguments"], strict=True)
+        }  # as Dynamo spells the arguments' own
+        return gm
 
     def _names(self, session: Session, tensors: list[Tensor]) -> list[str]:
         names = [session.names(t) for t in tensors]
