@@ -35,13 +35,13 @@ from sqcompile.passes.graph import (
     evaluate,
     finish,
     get_tensor,
-    record_readers,
     release_freed_memory,
     value,
 )
 from sqcompile.passes.id_ranges import check_ids
 from sqcompile.passes.label_rules import LAYOUT
 from sqcompile.passes.lower_int8_attention import lower_int8_attention
+from sqcompile.passes.record import record_readers
 from sqcompile.passes.shared import Lazy, Merged, Shared
 
 _warned: set[str] = set()
