@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqcompile.errors import IndexRangeError
 from sqcompile.kernels import attention, attention_int8, attention_parts, fused, reference, x86
 
 
@@ -101,6 +102,22 @@ def stored(x: Tensor) -> Tensor:
     return x.clone()
 
 
+def checked_ids(ids: Tensor, low: int, end: int, what: str) -> Tensor:
+    """A copy of ids, all of which are at least ``low`` and below ``end``.
+
+    Raises:
+        IndexRangeError: naming the one that is not.
+    """
+    if ids.numel():
+        smallest, largest = (int(x) for x in ids.aminmax())
+        if smallest < low or largest >= end:
+            raise IndexRangeError(
+                f"{what}, which takes {low} to {end - 1}, and is {smallest if smallest < low else largest} at one place: the "
+                "float model refuses it, too. Ids of another tokenizer, labels of -100 and too long texts have such values"
+            )
+    return ids.clone()
+
+
 _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "grouped_linear(Tensor x, Tensor w, Tensor offsets) -> Tensor": (
         reference.grouped_linear,
@@ -114,6 +131,10 @@ _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
     "mask_kind(Tensor mask) -> Tensor": (attention.mask_kind, lambda mask: mask.new_empty((), dtype=torch.int64)),
     "stored(Tensor x) -> Tensor": (stored, torch.empty_like),
+    "checked_ids(Tensor ids, SymInt low, SymInt end, str what) -> Tensor": (
+        checked_ids,
+        lambda ids, low, end, what: torch.empty_like(ids),
+    ),
     "int8_attend(Tensor scores, Tensor v, Tensor v_scale, ScalarType dtype) -> Tensor": (
         attention_parts.int8_attend,
         attention_parts.int8_attend_fake,

@@ -25,8 +25,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels import fused
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.passes.graph import add_op, additive, arguments, aten, record_readers, value
+from sqcompile.passes.graph import add_op, additive, arguments, aten, value
 from sqcompile.passes.heads import head_count, same_batch, unrepeated_pair
+from sqcompile.passes.record import record_readers
 
 WIDEST = 256  # head size of the kernel for GPUs
 

@@ -21,7 +21,7 @@ from sqcompile.kernels.reference import absmax_scale, dequantize, quantize, toke
 from sqcompile.passes.attention_chains import Attention
 from sqcompile.passes.choose_attention import choose_attention
 from sqcompile.passes.floats import stay_float
-from sqcompile.passes.graph import Linear, effective_weight, find_linears, row_parts
+from sqcompile.passes.graph import Linear, effective_weight, find_linears, nodes_by_name, row_parts
 from sqcompile.passes.match import Refusal, Site, input_sites
 from sqcompile.passes.smoothing import smoothing_scale
 from sqcompile.plan import LayerPlan, Plan, Smoothing
@@ -91,17 +91,21 @@ class Chooser:
         self.rows: dict[str, Tensor] = {}  # s of its output channels, [N]
         self.producers: dict[str, Tensor] = {}  # s that a producer's output is divided by, [C], by node
         self.linears = {l.node: l for l in find_linears(gm)}
+        self.nodes = nodes_by_name(gm)
+
+    def weight(self, l: Linear) -> Tensor:
+        return effective_weight(self.gm, l, self.nodes)
 
     def best(self, site: Site, floats: dict[str, str]) -> tuple[Tensor | None, float | None, str]:
         """The scale with the smallest error, or None where no candidate beats no smoothing."""
         balance = [(l, m) for l, m in site.balance if l.name not in floats]
-        device = effective_weight(self.gm, balance[0][0]).device
+        device = self.weight(balance[0][0]).device
         x_absmax = torch.zeros(site.channels, dtype=torch.float32, device=device)
         w_absmax = torch.zeros(site.channels, dtype=torch.float32, device=device)
         for l, m in balance:
             index = m.to(device)
             x_absmax.scatter_reduce_(0, index, self.calibration.inputs[l.name].absmax, "amax")
-            w_absmax.scatter_reduce_(0, index, _column_absmax(effective_weight(self.gm, l)), "amax")
+            w_absmax.scatter_reduce_(0, index, _column_absmax(self.weight(l)), "amax")
         touched = [l for l, _ in balance]
         producer = self.linears.get(site.producer)
         if (
@@ -133,7 +137,7 @@ class Chooser:
 
     def error(self, l: Linear) -> float:
         """|Y_quantized - Y|² / |Y|² of one linear on the sample; zero where there is no signal."""
-        stats, weight = self.calibration.inputs[l.name], effective_weight(self.gm, l)
+        stats, weight = self.calibration.inputs[l.name], self.weight(l)
         x = stats.rows.float()
         smoothed = x / self.columns[l.name] if l.name in self.columns else x
         x_scale = token_scale(smoothed) if self.recipe.activation == "per_token" else self.input_scale(l)

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.passes.record import record
 
 aten = torch.ops.aten
 
@@ -130,9 +130,12 @@ def evaluate(gm: fx.GraphModule, node: fx.Node) -> Tensor:
         return run(node)
 
 
-def effective_weight(gm: fx.GraphModule, linear: Linear) -> Tensor:
-    """The weight a linear multiplies with, as `Linear.shape` in the dtype of its expression (float32 once folded)."""
-    return evaluate(gm, nodes_by_name(gm)[linear.weight])
+def effective_weight(gm: fx.GraphModule, linear: Linear, nodes: dict[str, fx.Node]) -> Tensor:
+    """The weight a linear multiplies with, as `Linear.shape` in the dtype of its expression (float32 once folded).
+
+    ``nodes`` are the graph's by name: who asks for many weights looks them up once.
+    """
+    return evaluate(gm, nodes[linear.weight])
 
 
 def row_parts(w: Tensor, elements: int = 2**21) -> list[slice]:
@@ -190,36 +193,6 @@ def add_op(gm: fx.GraphModule, target: Callable[..., Any], *args: Any, **kwargs:
     node = gm.graph.call_function(target, args, kwargs)
     record(gm, node)
     return node
-
-
-def record(gm: fx.GraphModule, node: fx.Node) -> None:
-    """Computes the value of a call from those of its arguments."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-    # the Python dispatcher: composite operators in C++ do not all take symbolic sizes
-    with gm.meta["fake_mode"], enable_python_dispatcher():
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def record_readers(gm: fx.GraphModule, node: fx.Node) -> None:
-    """Records anew what reads a node that lies differently in memory than what it replaced, as far as that matters.
-
-    What a graph is cut at, and what is returned, is compiled for the strides that are recorded.
-    """
-    for user in node.users:
-        packed = any(isinstance(value(a), Tensor) and value(a).is_mkldnn for a in user.all_input_nodes)
-        if user.op == "call_function" and not packed:  # whose result is dense
-            before = _layout(value(user))
-            record(gm, user)
-            if _layout(value(user)) != before:
-                record_readers(gm, user)
-
-
-def _layout(v: Any) -> Any:
-    """Sizes and strides of a value, as expressions."""
-    if isinstance(v, (list, tuple)):
-        return [_layout(x) for x in v]
-    sizes = [*v.shape, *v.stride()] if isinstance(v, Tensor) else []
-    return [s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes]
 
 
 def additive(gm: fx.GraphModule, keep: fx.Node, dtype: torch.dtype) -> fx.Node:

@@ -74,7 +74,7 @@ def quantize_weights(gm: fx.GraphModule) -> fx.GraphModule:
 class _Inserter:
     def __init__(self, gm: fx.GraphModule, plan: Plan, folded: fx.GraphModule, shared: Shared | None) -> None:
         self.gm, self.plan, self.folded, self.shared = gm, plan, folded, shared
-        self.nodes = nodes_by_name(gm)
+        self.nodes, self.folded_nodes = nodes_by_name(gm), nodes_by_name(folded)
         self.inputs: dict[tuple[str, float | None], tuple[fx.Node, fx.Node]] = {}
 
     def linear(self, linear: Linear, layer: LayerPlan) -> None:
@@ -111,7 +111,7 @@ class _Inserter:
 
     def _weight(self, linear: Linear) -> tuple[Tensor, Tensor]:
         """int8 [N, K] and float32 [N], or [1] per tensor; for experts, each a tensor of its own, with a leading [E]."""
-        w = effective_weight(self.folded, linear)
+        w = effective_weight(self.folded, linear, self.folded_nodes)
         per_channel = self.plan.recipe.weight == "per_channel"
         if not linear.experts:
             return _quantize_weight(w, per_channel)

@@ -57,12 +57,53 @@ def run_labels(gm: fx.GraphModule, linears: list[Linear], symbols: dict[Any, int
 
 def execute(interpreter: _Interpreter, symbols: dict[Any, int]) -> _Interpreter:
     """Runs an interpreter of labels at one choice of sizes."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.no_grad():
-        interpreter.mode = mode
-        placeholders = interpreter.module.graph.find_nodes(op="placeholder")  # type: ignore[union-attr, operator]
-        interpreter.run(*[_concrete(value(n), symbols) for n in placeholders], enable_io_processing=False)
+    gm = interpreter.module
+    assert isinstance(gm, fx.GraphModule)
+    interpreter.values = values_at(gm, symbols)
+    with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():  # labels are real tensors
+        interpreter.run(enable_io_processing=False)
     return interpreter
+
+
+def values_at(gm: fx.GraphModule, symbols: dict[Any, int]) -> dict[fx.Node, Any]:
+    """What every node holds at one choice of sizes, on fake tensors.
+
+    Several analyses ask for the same sizes, and nothing else of them takes as long: the graph keeps the answer, which
+    counts as long as its nodes are what they were.
+    """
+    form = [(n, n.target, n.args, n.kwargs) for n in gm.graph.nodes]
+    kept: dict[Any, Any] = gm.graph.__dict__.setdefault("_sqcompile_values", {})
+    key = tuple(symbols.values())
+    before, values = kept.get(key, ([], {}))
+    same = len(before) == len(form) and all(
+        a is b for x, y in zip(before, form, strict=True) for a, b in zip(x, y, strict=True)
+    )
+    if not same:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode, torch.no_grad():
+            inputs = [_concrete(value(n), symbols) for n in gm.graph.find_nodes(op="placeholder")]
+            run = _Values(gm, mode)
+            run.run(*inputs, enable_io_processing=False)
+        values = run.values
+        kept[key] = form, values
+    return values
+
+
+class _Values(fx.Interpreter):
+    """Executes a graph on fake tensors and keeps what every node holds."""
+
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False
+        self.mode, self.values = mode, dict[fx.Node, Any]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "get_attr":
+            out = self.mode.from_tensor(get_tensor(self.module, str(n.target)), static_shapes=True)
+        else:
+            out = super().run_node(n)
+        self.values[n] = out
+        return out
 
 
 def at_two_sizes(gm: fx.GraphModule, run: Callable[[dict[Any, int]], _Result]) -> tuple[_Result, _Result]:
@@ -106,9 +147,9 @@ def _concrete(v: Any, symbols: dict[Any, int]) -> Any:
 
 
 class _Labels(fx.Interpreter):
-    """Executes values on fake tensors and labels on real ones; a label lives as long as its value."""
+    """Executes labels beside the values there are (`values_at`); a label lives as long as its value."""
 
-    mode: FakeTensorMode
+    values: dict[fx.Node, Any]
 
     def __init__(self, gm: fx.GraphModule, linears: list[Linear]) -> None:
         super().__init__(gm)
@@ -119,21 +160,15 @@ class _Labels(fx.Interpreter):
         self.labels: dict[fx.Node, dict[str, Any]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        out = self._compute(n)
+        out = self.values[n]
         if n not in self.const:
-            with torch.utils._python_dispatch._disable_current_modes():
-                mine = self._propagate(n, out)
-                self._start(n, out, mine)
+            mine = self._propagate(n, out)
+            self._start(n, out, mine)
             if mine:
                 self.labels[n] = mine
         for dead in self.user_to_last_uses.get(n, []):
             self.labels.pop(dead, None)
         return out
-
-    def _compute(self, n: fx.Node) -> Any:
-        if n.op == "get_attr":
-            return self.mode.from_tensor(get_tensor(self.module, str(n.target)), static_shapes=True)
-        return super().run_node(n)
 
     def _start(self, n: fx.Node, out: Any, mine: dict[str, Any]) -> None:
         kind = producer_kind(n, n.name in self.linears, self.const)

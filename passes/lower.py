@@ -35,12 +35,13 @@ from sqcompile.passes.graph import (
     evaluate,
     finish,
     get_tensor,
-    record_readers,
     release_freed_memory,
     value,
 )
+from sqcompile.passes.id_ranges import check_ids
 from sqcompile.passes.label_rules import LAYOUT
 from sqcompile.passes.lower_int8_attention import lower_int8_attention
+from sqcompile.passes.record import record_readers
 from sqcompile.passes.shared import Lazy, Merged, Shared
 
 _warned: set[str] = set()
@@ -97,6 +98,7 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None) -> fx.GraphModule:
     kernels = (sqcompile_ops.int8_gemm.default, sqcompile_ops.int8_grouped_linear.default)
     if any(gm.graph.find_nodes(op="call_function", target=target) for target in kernels):
         fuse(gm)
+    check_ids(gm)
     return finish(gm)
 
 

@@ -21,7 +21,8 @@ from torch import fx
 from sqcompile.kernels import fused
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.attention import listed_mask
-from sqcompile.passes.graph import add_op, additive, aten, constants, record_readers, value
+from sqcompile.passes.graph import add_op, additive, aten, constants, value
+from sqcompile.passes.record import record_readers
 from sqcompile.passes.scores import SAME, Mask, Scores, numbers, read_scores
 
 _ENDS = {sqcompile_ops.attention_weights.default, sqcompile_ops.int8_attend.default}

@@ -6,8 +6,6 @@ O(channels): absmax per channel and a bounded sample of rows, never the activati
 
 from __future__ import annotations
 
-import copy
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +17,8 @@ from tqdm import tqdm
 from sqcompile.captured import flatten_like
 from sqcompile.errors import CalibrationError, CaptureError
 from sqcompile.explain import first_line, operation, source
-from sqcompile.inputs import Call, calls, real_tokens, run_callable, token_mask
+from sqcompile.inputs import Call, Reader
+from sqcompile.padding import Padding
 from sqcompile.passes.attention_chains import Attention
 from sqcompile.passes.graph import Linear, aten, find_linears, nodes_by_name, value
 from sqcompile.passes.heads import brought
@@ -54,16 +53,13 @@ class InputStats:
         absmax = torch.zeros(k, dtype=torch.float32, device=like.device)
         return InputStats(absmax, like.new_empty(0, k), counts[:0], counts)
 
-    def update(self, x: Tensor, experts: Tensor, generator: torch.Generator) -> bool:
-        """Adds tokens x [T, K] of ``experts``, int64 [T]; or none of them, and gives False, if a value is not finite.
+    def update(self, x: Tensor, experts: Tensor, generator: torch.Generator) -> None:
+        """Adds tokens x [T, K] of ``experts``, int64 [T].
 
         Each token draws a random key, and the sample is the tokens with the largest.
         """
-        absmax = x.abs().amax(dim=0).float()
-        if not bool(absmax.isfinite().all()):
-            return False
         self.tokens = self.tokens + experts.bincount(minlength=len(self.tokens))
-        self.absmax = torch.maximum(self.absmax, absmax)
+        self.absmax = torch.maximum(self.absmax, x.abs().amax(dim=0).float())
         self.count += x.shape[0]
         keys = torch.cat([self.keys, torch.rand(x.shape[0], dtype=torch.float32, generator=generator)])
         self.keys, best = keys.topk(min(SAMPLE_ROWS, len(keys)))
@@ -72,7 +68,6 @@ class InputStats:
         self.keys = torch.cat([self.keys[best < len(self.rows)], self.keys[best >= len(self.rows)]])
         self.rows = torch.cat([self.rows[old], x[new]])
         self.experts = torch.cat([self.experts[old], experts[new]])
-        return True
 
     def merged(self, other: InputStats) -> InputStats:
         """Statistics of both's tokens."""
@@ -102,6 +97,7 @@ def calibrate(
     progress: bool = True,
     attentions: Sequence[Attention] = (),
     total: int | None = None,
+    reader: Reader | None = None,
 ) -> Calibration:
     """Runs a traced graph over the calibration data.
 
@@ -113,12 +109,13 @@ def calibrate(
         progress: whether to show a progress bar.
         attentions: those whose queries, keys and values are observed.
         total: number of batches, for the bar.
+        reader: of the batches, where it has read one of them before.
 
     Raises:
         CalibrationError: for a batch the model refuses, or a non-finite activation (names the tensor and the batch).
     """
     observer = Observer(gm, attentions)
-    captured = gm.meta["captured"]
+    captured, reader = gm.meta["captured"], reader or Reader(model)
     bar = tqdm(desc="calibrate", unit="batch", disable=not progress, total=total)
 
     def observe(call: Call) -> None:
@@ -126,15 +123,15 @@ def calibrate(
             leaves = flatten_like(call, captured)
         except CaptureError as e:
             raise CalibrationError(f"calibration batch {observer.batches}: {e}") from e
-        observer.batch(leaves, token_mask(call), token_mask(call, "decoder_attention_mask"))
+        observer.batch(leaves)
         bar.update()
 
     with bar:
         if isinstance(loader, Iterable):
-            for call in calls(model, loader):
-                observe(call)
+            for i, batch in enumerate(loader):
+                observe(reader.call(batch, i))
         else:
-            run_callable(model, loader, observe)
+            reader.run(loader, observe)
     if not observer.batches:
         raise CalibrationError(
             "the calibration loader is empty: pass at least one batch of real input"
@@ -149,23 +146,8 @@ def _key(l: Linear) -> tuple[str, str | None]:
     return l.x, l.offsets
 
 
-def _decoder(gm: fx.GraphModule) -> set[fx.Node]:
-    """The tensors of an encoder-decoder's decoder: what is computed from tokens of its own."""
-    own = ("decoder_input_ids", "decoder_inputs_embeds")
-    found: set[fx.Node] = set()
-    for n in gm.graph.nodes:  # sizes of the encoder's tensors, too, may be read from the decoder's tokens
-        given = n.op == "placeholder" and any(name in str(n.target) for name in own)
-        if given or (isinstance(value(n), Tensor) and not found.isdisjoint(n.all_input_nodes)):
-            found.add(n)
-    return found
-
-
 class Observer(fx.Interpreter):
-    """Runs a traced graph and keeps statistics of its linears' inputs, and of its attentions'.
-
-    Threads may run it at the same time: each call is run by a copy, which has its values, and adds to the one set of
-    statistics.
-    """
+    """Runs a traced graph and keeps statistics of its linears' inputs, and of its attentions'."""
 
     def __init__(self, gm: fx.GraphModule, attentions: Sequence[Attention] = ()) -> None:
         super().__init__(gm)
@@ -185,24 +167,26 @@ class Observer(fx.Interpreter):
         self.heads: dict[str, InputStats] = {}
         self.head_generator = torch.Generator().manual_seed(0)  # its own: linears' samples stay what they are
         self.batches = 0
-        self.lock = threading.Lock()
-        self.over = threading.Event()  # statistics stay what they are from now on
-        self.mask: Tensor | None = None
-        self.decoder_mask: Tensor | None = None
-        self.routed_masks: dict[str | None, Tensor] = {}
-        self.decoder = _decoder(gm)
+        self.padding = Padding(gm, self._asked(nodes))
+
+    def _asked(self, nodes: dict[str, fx.Node]) -> dict[str, int]:
+        """The nodes whose rows are tokens or padding, and the dim of their channels."""
+        asked = {l.x: -1 for l in self.linears if not l.offsets}
+        asked |= {str(nodes[x].args[0]): -1 for x in self.routed if nodes[x].args}  # what experts' rows are picked from
+        for name, found in self.operands.items():
+            for what, a in found.values():
+                asked[name] = -2 if what == "keys" and a.transposed else -1
+        return asked
 
     def found(self) -> dict[str, InputStats]:
         """Statistics by linear name."""
         return {l.name: self.stats[_key(l)] for l in self.linears if _key(l) in self.stats}
 
-    def batch(self, leaves: Sequence[Any], mask: Tensor | None, decoder_mask: Tensor | None = None) -> Any:
+    def batch(self, leaves: Sequence[Any]) -> Any:
         """Runs one batch.
 
         Args:
-            leaves: an argument for each placeholder.
-            mask: bool [batch, tokens], True where a token is real; or None.
-            decoder_mask: the same of what the decoder of an encoder-decoder reads.
+            leaves: an argument for each placeholder; attention masks among them say which tokens are real.
 
         Returns:
             What the graph returns.
@@ -210,66 +194,63 @@ class Observer(fx.Interpreter):
         Raises:
             CalibrationError: if the model refuses the batch, or an activation is not finite.
         """
-        call = copy.copy(self)
-        call.mask, call.decoder_mask, call.routed_masks = mask, decoder_mask, {}
+        try:
+            self.padding.start(leaves)
+        except CalibrationError as e:
+            raise CalibrationError(f"calibration batch {self.batches}: {e}") from e
+        self.routed_masks: dict[str | None, Tensor] = {}
         try:
             with torch.no_grad():
-                out = call.run(*leaves, enable_io_processing=False)
+                out = self.run(*leaves, enable_io_processing=False)
         except CalibrationError:
             raise
         except Exception as e:
-            what = f"{type(e).__name__}: {first_line(e)}, in {operation(call.at)} at {source(call.at)}"
+            what = f"{type(e).__name__}: {first_line(e)}, in {operation(self.at)} at {source(self.at)}"
             raise CalibrationError(f"the model refuses calibration batch {self.batches}: {what}") from e
-        with self.lock:
-            self.batches += 1
+        self.batches += 1
         return out
-
-    def stop(self) -> None:
-        """Has calls that are still running, in other threads, add nothing more."""
-        with self.lock:
-            self.over.set()
 
     def run_node(self, n: fx.Node) -> Any:
         self.at = n
-        mask = self.decoder_mask if n in self.decoder else self.mask
-        if n.name in self.routed and mask is not None:
-            self._follow_mask(n, mask.flatten())
+        if n.name in self.routed:
+            self._follow_mask(n)
         if n.name in self.readers:
-            self._read(n, self.readers[n.name], mask)
+            self._read(n, self.readers[n.name])
         out = super().run_node(n)
         for name, (what, a) in self.operands.get(n.name, {}).items():
-            self._observe_heads(name, what, a, out, mask)
+            self._observe_heads(n.name, name, what, a, out)
         return out
 
-    def _observe_heads(self, name: str, what: str, a: Attention, x: Tensor, mask: Tensor | None) -> None:
+    def _observe_heads(self, brought: str, name: str, what: str, a: Attention, x: Tensor) -> None:
         x = x.transpose(-1, -2) if what == "keys" and a.transposed else x
-        x = x.unflatten(0, (-1, a.groups)) if x.dim() == 3 else x
-        rows = real_tokens(x.transpose(1, 2).flatten(2), mask)
+        keep = self.padding.real(brought, x)
+        by_head = keep.reshape(x.shape[:-1]) if keep is not None else None
+        if x.dim() == 3:
+            x = x.unflatten(0, (-1, a.groups))
+            by_head = by_head.unflatten(0, (-1, a.groups)) if by_head is not None else None
+        rows = x.transpose(1, 2).flatten(2)
+        rows = rows.flatten(0, 1) if by_head is None else rows[by_head.any(1)]
         if len(rows):
+            stats = self.heads.setdefault(name, InputStats.empty(rows, None))
             experts = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-            with self.lock:
-                if not self.over.is_set():
-                    stats = self.heads.setdefault(name, InputStats.empty(rows, None))
-                    added = stats.update(rows, experts, self.head_generator)
-                    self._check_finite(added, f"one of the {what} of {a.name} (node {name})")
+            stats.update(rows, experts, self.head_generator)
+            self._check_finite(stats, f"one of the {what} of {a.name} (node {name})")
 
-    def _follow_mask(self, n: fx.Node, mask: Tensor) -> None:
+    def _follow_mask(self, n: fx.Node) -> None:
         """Experts read picked rows: padding is picked with them, and every input with the same offsets is in that order."""
         if n.target == aten.index.Tensor:
             index = n.args[1][0]  # type: ignore[index]
         else:
             index = n.args[2] if n.target == aten.index_select.default and n.args[1] == 0 else None
         source = n.args[0]
-        if not isinstance(index, fx.Node) or not isinstance(source, fx.Node):
+        if not isinstance(index, fx.Node) or not isinstance(source, fx.Node) or value(source).dim() != 2:
             return
-        picked, rows = self.env[index], self.env[source]
-        copies = len(rows) // max(1, len(mask))
-        if source.target == aten.repeat_interleave.self_int and len(rows) == copies * len(mask):
-            mask = mask.repeat_interleave(copies)  # each token once per expert it goes to
-        if rows.dim() == 2 and len(rows) == len(mask):
-            self.routed_masks[self.routed[n.name]] = mask.to(picked.device)[picked]
+        keep = self.padding.real(source.name, self.env[source])
+        if keep is not None:
+            picked = self.env[index]
+            self.routed_masks[self.routed[n.name]] = keep.to(picked.device)[picked]
 
-    def _read(self, n: fx.Node, l: Linear, mask: Tensor | None) -> None:
+    def _read(self, n: fx.Node, l: Linear) -> None:
         x = self.env[n.args[0]]  # type: ignore[index]
         if l.offsets:
             rows = x
@@ -281,20 +262,19 @@ class Observer(fx.Interpreter):
                 keep &= self.routed_masks[l.offsets]
             rows, experts = rows[keep], experts[keep]
         else:
-            rows = real_tokens(x, mask)
+            rows, real = x.reshape(-1, x.shape[-1]), self.padding.real(l.x, x)
+            rows = rows if real is None else rows[real]
             experts = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         if len(rows):
             self._update(l, rows, experts)
 
     def _update(self, l: Linear, rows: Tensor, experts: Tensor) -> None:
-        with self.lock:
-            if not self.over.is_set():
-                stats = self.stats.setdefault(_key(l), InputStats.empty(rows, l.experts))
-                added = stats.update(rows, experts, self.generator)
-                self._check_finite(added, f"the input of {l.name} (node {l.x})")
+        stats = self.stats.setdefault(_key(l), InputStats.empty(rows, l.experts))
+        stats.update(rows, experts, self.generator)
+        self._check_finite(stats, f"the input of {l.name} (node {l.x})")
 
-    def _check_finite(self, finite: bool, what: str) -> None:
-        if not finite:
+    def _check_finite(self, stats: InputStats, what: str) -> None:
+        if not bool(stats.absmax.isfinite().all()):
             raise CalibrationError(
                 f"{what} is not finite in calibration batch {self.batches}: "
                 "check the batch and the model's dtype (float16 overflows at 65504; try bfloat16)"

@@ -12,18 +12,19 @@ import math
 import re
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from sqcompile.errors import CaptureError
 from sqcompile.explain import is_users
-from sqcompile.inputs import Call
+from sqcompile.inputs import Call, Forward
+from sqcompile.passes.graph import value
 
 _NAMESPACE = {"math": math, "torch": torch}  # of conditions as PythonPrinter writes them
 
@@ -50,11 +51,13 @@ class Captured:
         spec: the structure of the call.
         leaves: for each leaf of the call an `Input`, or a constant.
         conditions: on the sizes, in Python over their symbols: ``"s27 <= 512"``.
+        ignored: keyword arguments that a call may have besides.
     """
 
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
     conditions: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
@@ -154,6 +157,16 @@ def _ranges(env: Any, dims: Any) -> Iterator[sympy.Basic]:
         yield from [sympy.Le(symbol, found.upper)] if found.upper in bounds else []
 
 
+def unread(gm: fx.GraphModule, forward: Forward) -> set[str]:
+    """Tensors that the captured call passes through ``**kwargs``, and that nothing in the graph reads."""
+    spec = gm.meta["captured"].spec
+    named: dict[str, Any] = spec.unflatten(gm.graph.find_nodes(op="placeholder"))[1]
+    passed = {n: pytree.tree_leaves(v) for n, v in named.items() if n not in forward.signature.parameters}
+    return {
+        n for n, found in passed.items() if found and all(isinstance(value(x), Tensor) and not x.users for x in found)
+    }
+
+
 def flatten_like(call: Call, like: Captured) -> list[Any]:
     """The call's leaves in the order of the captured call.
 
@@ -161,11 +174,13 @@ def flatten_like(call: Call, like: Captured) -> list[Any]:
         CaptureError: if the call has other arguments, constants, dtypes, devices or static sizes than the captured one,
             or sizes that the capture does not serve.
     """
+    if like.ignored:
+        call = replace(call, kwargs={k: v for k, v in call.kwargs.items() if k not in like.ignored})
     spec = like.spec
     ordered = {k: call.kwargs[k] for k in like.names if k in call.kwargs}
     leaves, got = pytree.tree_flatten((call.args, ordered))
     if len(ordered) != len(call.kwargs) or got != spec:
-        raise CaptureError(_misshapen(call, spec))
+        raise CaptureError(_misshapen(call, like))
     sizes: dict[str, int] = {}
     for i, (have, want) in enumerate(zip(leaves, like.leaves, strict=True)):
         if not _fits(have, want, sizes):
@@ -231,12 +246,20 @@ def _broken(sizes: dict[str, int], like: Captured) -> str:
     )
 
 
-def _misshapen(call: Call, spec: pytree.TreeSpec) -> str:
+def _misshapen(call: Call, like: Captured) -> str:
     """What to say of a call with other arguments than the captured ones, or others inside of those."""
+    spec = like.spec
     have, want = _arguments(pytree.tree_structure((call.args, call.kwargs))), _arguments(spec)
     remedy = "call it with the captured ones, or compile with example_inputs= that has these"
     if sorted(have) != sorted(want):
-        return f"the model was captured with the arguments ({', '.join(want)}), this call has ({', '.join(have)}): {remedy}"
+        beyond, missing = [n for n in call.kwargs if n not in want], [n for n in want if n not in have]
+        parts = [f"leave {', '.join(_spelled(n, call.kwargs[n]) for n in beyond)} out"] if beyond else []
+        parts += [f"pass {', '.join(missing)}"] if missing else []
+        return (
+            f"the model was captured with the arguments ({', '.join(want)}), this call has ({', '.join(have)}): "
+            f"{' and '.join(parts) or 'call it with the captured ones'}, compile with example_inputs= that has these, or use "
+            "torch.compile(model, backend='smoothquant'), which serves calls with any arguments"
+        )
     captured = spec.unflatten([None] * spec.num_leaves)
     pairs = [*zip(call.args, captured[0], strict=False), *((call.kwargs[k], v) for k, v in captured[1].items())]
     for name, (x, y) in zip(want, pairs, strict=True):
@@ -247,6 +270,11 @@ def _misshapen(call: Call, spec: pytree.TreeSpec) -> str:
             was, now = (", ".join(p) or f"an empty {name}" for p in paths)
             return f"the model was captured with {was}, this call has {now}: {remedy}"
     return f"the call is nested in another way than the captured one: {remedy}"
+
+
+def _spelled(name: str, value: Any) -> str:
+    """An argument as the call has it, ``use_cache=True``; by its name alone where it is no constant."""
+    return f"{name}={value!r}" if isinstance(value, (bool, int, float, str)) else name
 
 
 def _arguments(spec: pytree.TreeSpec) -> list[str]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from sqcompile.batches import TARGETS
 from sqcompile.calibrate import calibrate as observe
+from sqcompile.call_spec import from_spec, to_spec
+from sqcompile.captured import unread
 from sqcompile.emit import BACKENDS, CompiledModel, emit
 from sqcompile.errors import CalibrationError, PlanError, RecipeError
-from sqcompile.inputs import Call, as_call, first_call, from_spec, length, to_spec
-from sqcompile.lock import analysing, compiling
+from sqcompile.inputs import Call, Forward, Reader, length
 from sqcompile.models import check_model
 from sqcompile.passes.attention_chains import Attention, find_attentions
 from sqcompile.passes.choose import choose
@@ -50,11 +52,12 @@ def compile(
     Args:
         model: an nn.Module in eval mode that torch.export can capture.
         calib_loader: calibration batches (tensors, tuples of arguments, dicts of keyword arguments), or a callable
-            that runs the model itself. An ``attention_mask`` among the inputs excludes padding.
+            that runs the model itself. An ``attention_mask`` among the inputs excludes padding. Labels are left out, and
+            with a warning what the model does not take, such as y of ``(x, y)`` or a column of text.
         recipe: "default" (what None stands for), "O1", "O2", "O3" or a Recipe.
         plan: from `calibrate` or an earlier compilation, or the path of a saved one: instead of data and recipe. A
             recipe that is passed with it must be the plan's.
-        example_inputs: a batch to capture the model with; the first calibration batch by default.
+        example_inputs: a batch to capture the model with, labels included; the first calibration batch by default.
         dynamic_shapes: "auto" (batch and sequence dynamic), None (static), or as for torch.export.
         backend: "inductor", or "eager" to run the lowered graph as it is.
         regional: whether Inductor compiles one of the repeated blocks for all of them, so that its part does not grow
@@ -76,12 +79,10 @@ def compile(
     else:
         plan = given_plan(plan, recipe, None if calib_loader is None else "calib_loader")
         call = _example(model, example_inputs) or from_spec(plan.call, _device(model))
-        with analysing(model), compiling():
-            traced = trace(model, call, dynamic_shapes)
-    with compiling():
-        stages = Stages(model, traced, plan)
-        lowered = rewrite(traced, plan, until="lowered")
-        return emit(lowered, inspect.signature(model.forward), plan, stages, backend, regional)
+        traced = trace(model, call, dynamic_shapes)
+    stages = Stages(model, traced, plan)
+    lowered = rewrite(traced, plan, until="lowered")
+    return emit(lowered, Forward.of(model), plan, stages, backend, regional)
 
 
 def calibrate(
@@ -167,20 +168,24 @@ def _analyse(
     """The traced graph, and the plan made from the data."""
     if loader is None:
         raise CalibrationError("pass calib_loader (an iterable of real batches, or a callable), or a plan")
-    with analysing(model):
-        first, data = first_call(model, loader)
-        call = _example(model, example) or first
-        with compiling():
-            traced = trace(model, call, dynamic_shapes)
-            attentions = find_attentions(traced) if recipe.attention != "none" else []
-        calibration = observe(traced, model, data, progress, attentions, length(loader))
-    with compiling(), torch.no_grad():
-        sites, refusals = match(traced)
+    given = _example(model, example)
+    reader = Reader(model, given.kwargs if given else ())
+    first, data = reader.first(loader)
+    call = given or first
+    traced = trace(model, call, dynamic_shapes)
+    if idle := unread(traced, reader.forward):
+        left = {n: v for n, v in call.kwargs.items() if n not in idle}
+        call = replace(call, kwargs=left, ignored=tuple(sorted(idle)))
+        traced = trace(model, call, dynamic_shapes)
+    attentions = find_attentions(traced) if recipe.attention != "none" else []
+    calibration = observe(traced, model, data, progress, attentions, length(loader), reader)
+    sites, refusals = match(traced)
+    with torch.no_grad():
         return traced, choose(traced, sites, refusals, calibration, recipe, to_spec(call), attentions)
 
 
 def _example(model: nn.Module, example: Any) -> Call | None:
-    return None if example is None else as_call(model, example)
+    return None if example is None else Reader(model, TARGETS).call(example)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 import sqcompile
 from sqcompile.bench.timing import interleaved, machine
-from sqcompile.lm import calibration_texts, evaluation_texts, load_lm, perplexity, token_windows
+from sqcompile.lm import calibration_texts, evaluation_texts, load_lm, token_windows, window_losses
 
 SENTENCES = [
     "A man is eating food.", "A man is eating a piece of bread.", "The girl is carrying a baby.",
@@ -64,20 +66,41 @@ def minilm_cosines(backend: str = "eager") -> tuple[Tensor, sqcompile.CompiledMo
 
 
 def accuracy(model: nn.Module, calibration: Tensor, evaluation: Tensor) -> None:
-    """Prints perplexity of the float model and of every preset with and without smoothing."""
-    reference = perplexity(model, evaluation)
-    rows: list[tuple[str, float, float]] = []
-    for name, recipe in tqdm(sqcompile.PRESETS.items(), desc="perplexity", unit="recipe"):
-        plain, smooth = (
-            perplexity(_compile(model, calibration, dataclasses.replace(recipe, smooth=s), "eager"), evaluation)
-            for s in (False, True)
-        )
-        rows.append((name, plain, smooth))
-    print("\n| recipe | W8A8 without smoothing | SmoothQuant |")
-    print("|---|---|---|")
-    print(f"| float | {reference:.3f} | {reference:.3f} |")
-    for name, plain, smooth in rows:
-        print(f"| {name} | {plain:.3f} ({_percent(plain, reference)}) | {smooth:.3f} ({_percent(smooth, reference)}) |")
+    """Prints perplexity of the float model and of every preset with and without smoothing, a row when it is known."""
+    print("\n| recipe | W8A8 without smoothing | SmoothQuant |\n|---|---|---|", flush=True)
+    with tqdm(total=(1 + 2 * len(sqcompile.PRESETS)) * len(evaluation), unit="window", smoothing=0.05) as bar:
+
+        def losses(what: str, model: Callable[..., Any]) -> Tensor:
+            bar.set_description(what)
+            parts = []
+            for windows in evaluation.split(4):
+                parts.append(window_losses(model, windows))
+                bar.update(len(windows))
+            return torch.cat(parts)
+
+        reference = losses("float", model)
+        perplexity = f"{math.exp(float(reference.mean())):.3f}"
+        bar.write(f"| float | {perplexity} | {perplexity} |")
+        for name, recipe in sqcompile.PRESETS.items():
+            cells = []
+            for smooth in (False, True):
+                what = f"{name}, {'smoothed' if smooth else 'plain'}"
+                bar.set_description(f"{what}: compile")
+                compiled = _compile(model, calibration, dataclasses.replace(recipe, smooth=smooth), "eager")
+                cells.append(paired(losses(what, compiled), reference))
+            bar.write(f"| {name} | {' | '.join(cells)} |")
+
+
+def paired(losses: Tensor, reference: Tensor) -> str:
+    """Perplexity, and in percent how much more it is than the reference's, with the standard error of the difference.
+
+    Args:
+        losses, reference: nats a token of the same windows, float64 [windows]. Windows differ much more from each other
+            than the two models do on one of them, so that the error is that of the differences, window by window.
+    """
+    more = losses - reference
+    ratio, error = math.exp(float(more.mean())), float(more.std()) / math.sqrt(len(more)) if len(more) > 1 else math.nan
+    return f"{math.exp(float(losses.mean())):.3f} ({100 * (ratio - 1):+.2f} ± {100 * ratio * error:.2f} %)"
 
 
 def speed_and_size(model: nn.Module, calibration: Tensor) -> sqcompile.CompiledModel:
@@ -94,9 +117,12 @@ def speed_and_size(model: nn.Module, calibration: Tensor) -> sqcompile.CompiledM
     shapes = ((4, 512), (1, 1))
     columns = []
     with torch.no_grad():
-        for shape in shapes:
-            x = torch.randint(3, 2048, shape, generator=torch.Generator().manual_seed(0))
-            columns.append(interleaved({k: functools.partial(f, input_ids=x) for k, (f, _) in contenders.items()}, 3.0))
+        for shape in tqdm(shapes, desc="compile and time", unit="shape"):
+            call = {
+                "input_ids": torch.randint(3, 2048, shape, generator=torch.Generator().manual_seed(0)),
+                "use_cache": False,
+            }
+            columns.append(interleaved({k: functools.partial(f, **call) for k, (f, _) in contenders.items()}, 3.0))
     print("\n| model | " + " | ".join(f"ms at {b} x {t} tokens" for b, t in shapes) + " | MB of weights |")
     print("|---|---|---|---|")
     for name, (_, size) in contenders.items():
@@ -116,7 +142,8 @@ def main(argv: list[str] | None = None) -> None:
     calibration = token_windows(calibration_texts(), tokenizer, 512, 16)
     evaluation = token_windows(evaluation_texts(), tokenizer, 512, args.windows)
     print(
-        f"{machine()}\n\nPerplexity of the shipped 2.8 M parameter Llama-style model on {len(evaluation)} windows of held-out source"
+        f"{machine()}, {datetime.date.today()}\n\nPerplexity of the shipped 2.8 M parameter Llama-style model on {len(evaluation)} windows of held-out source;\n"
+        "± is the standard error of the difference to the float model on the same windows"
     )
     accuracy(model, calibration, evaluation)
     compiled = speed_and_size(model, calibration)
@@ -138,7 +165,3 @@ def _compile(model: nn.Module, windows: Tensor, recipe: sqcompile.Recipe, backen
 
 def _megabytes(model: nn.Module) -> float:
     return sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
-
-
-def _percent(y: float, reference: float) -> str:
-    return f"{100 * (y / reference - 1):+.2f} %"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Hashable
 from typing import Any, NoReturn
@@ -14,7 +13,7 @@ from torch.utils import _pytree as pytree
 from sqcompile.captured import flatten_like
 from sqcompile.errors import CaptureError, StageError
 from sqcompile.inductor import compile_regions, flatten, inductor
-from sqcompile.inputs import bind
+from sqcompile.inputs import Forward
 from sqcompile.passes.graph import get_tensor, set_tensor
 from sqcompile.plan import Plan
 from sqcompile.report import Report
@@ -40,7 +39,7 @@ class CompiledModel(nn.Module):
     def __init__(
         self,
         lowered: fx.GraphModule,
-        signature: inspect.Signature,
+        call: Forward,
         plan: Plan,
         stages: Stages,
         run: Callable[[fx.GraphModule], Callable[..., Any]],
@@ -48,7 +47,7 @@ class CompiledModel(nn.Module):
         super().__init__()
         self.lowered = lowered
         self.plan, self.report, self.stages = plan, Report.of(plan, lowered), stages
-        self._signature = signature
+        self._call = call
         self._captured, self._out_spec = lowered.meta["captured"], lowered.meta["out_spec"]
         flat, self._used = flatten(lowered)
         self._run = run(flat)
@@ -61,9 +60,9 @@ class CompiledModel(nn.Module):
             CaptureError: for a call with other arguments than the captured ones, or with sizes that the capture does not serve.
         """
         try:
-            call = bind(self._signature, args, kwargs)
+            call = self._call.bind(args, kwargs)
         except TypeError as e:
-            raise CaptureError(f"the call does not fit the model's signature {self._signature}: {e}") from e
+            raise CaptureError(f"the call does not fit the model's signature {self._call.signature}: {e}") from e
         leaves = flatten_like(call, self._captured)
         # compiled code reads its inputs as they lay in the capture, which was contiguous, and does not look
         used = [x.contiguous() if isinstance(x, Tensor) else x for x in (leaves[i] for i in self._used)]
@@ -122,13 +121,13 @@ class CompiledModel(nn.Module):
 
 
 def emit(
-    lowered: fx.GraphModule, signature: inspect.Signature, plan: Plan, stages: Stages, backend: str, regional: bool
+    lowered: fx.GraphModule, call: Forward, plan: Plan, stages: Stages, backend: str, regional: bool
 ) -> CompiledModel:
     """Makes the module.
 
     Args:
         lowered: the lowered graph. The model's own tensors in it are copied, so that nothing is shared with the model.
-        signature: of the model's forward.
+        call: how the model is called.
         plan, stages: for the user.
         backend: "inductor" compiles the graph once for all shapes; "eager" runs it as it is.
         regional: see `compile_regions`.
@@ -140,7 +139,7 @@ def emit(
             tensor = get_tensor(lowered, name)
             set_tensor(lowered, name, _copy(tensor, copies))
     how = {"inductor": compile_regions if regional else inductor, "eager": lambda flat: flat}
-    return CompiledModel(lowered, signature, plan, stages, how[backend])
+    return CompiledModel(lowered, call, plan, stages, how[backend])
 
 
 def _copy(tensor: Tensor, copies: dict[Hashable, Tensor]) -> Tensor:

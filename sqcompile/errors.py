@@ -13,6 +13,10 @@ class CaptureError(SQCompileError):
     """The model cannot be captured as a graph, or is called unlike it was captured."""
 
 
+class IndexRangeError(SQCompileError, IndexError):
+    """A compiled model is called with an index, such as a token's id, that its table does not have."""
+
+
 class CalibrationError(SQCompileError):
     """The calibration data is empty, refused by the model, or gives non-finite activations."""
 

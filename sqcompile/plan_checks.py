@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
+from sqcompile.call_spec import check_spec
 from sqcompile.errors import PlanError
-from sqcompile.inputs import check_spec
 from sqcompile.passes.smoothing import LARGEST
 from sqcompile.recipe import AttentionProducts
 

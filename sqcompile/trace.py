@@ -8,9 +8,10 @@ The graph's tensors are detached aliases of the model's own: same storage, never
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     _register_kv_cache_pytree()
     refuse_names(model)
     if any(isinstance(x, Tensor) and not x.is_contiguous() for x in pytree.tree_leaves((call.args, call.kwargs))):
-        call = Call(*pytree.tree_map_only(Tensor, Tensor.contiguous, (call.args, call.kwargs)))
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (call.args, call.kwargs))
+        call = replace(call, args=args, kwargs=kwargs)
     exported = _export(model, call, dynamic_shapes)
     _refuse_training(exported.graph)
     exported = _functional(exported)
@@ -85,7 +87,8 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     info: Any = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
     given = pytree.tree_leaves((call.args, call.kwargs))
     inputs = [value(n) for n in gm.graph.find_nodes(op="placeholder")]
-    gm.meta["captured"] = captured(info.in_spec, given, inputs, fakes[0].fake_mode.shape_env, dynamic_shapes)
+    found = captured(info.in_spec, given, inputs, fakes[0].fake_mode.shape_env, dynamic_shapes)
+    gm.meta["captured"] = replace(found, ignored=call.ignored)
     gm.meta["out_spec"] = info.out_spec
     gm.meta["aliases"] = aliases(model)
     canonicalize(gm)
@@ -198,19 +201,32 @@ def _fixed(model: nn.Module, call: Call) -> list[dict[str, Any]]:
 
 def _as_called(model: nn.Module, call: Call, fixed: dict[str, Any]) -> nn.Module:
     """A view of the model whose forward has exactly the call's arguments: export cannot name those in ``**kwargs``."""
-
-    kept = keeps_parameters(model, model.forward)
+    parameters = inspect.signature(model.forward).parameters
+    kept = keeps_parameters(model, model)  # with its hooks, which see positions as the user passed them
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return kept(*args, **kwargs, **fixed)
+        first = [kwargs.pop(n) if n in kwargs else parameters[n].default for n in call.positional if n not in fixed]
+        return kept(*first, *args, **kwargs, **fixed)
 
     kinds = inspect.Parameter
     positional = [kinds(f"input_{i}", kinds.POSITIONAL_ONLY) for i in range(len(call.args))]
     named = [kinds(name, kinds.KEYWORD_ONLY) for name in call.kwargs]
     forward.__signature__ = inspect.Signature(positional + named)  # type: ignore[attr-defined]
-    view = copy.copy(model)  # shallow: the same submodules and parameters, under the same names
-    view.forward = forward
-    return view
+    return _View(model, forward)
+
+
+class _View(nn.Module):
+    """A module's submodules, parameters and buffers under the same names, with a forward of its own and no hooks."""
+
+    def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.training = model.training
+        for own in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+            self.__dict__[own] = getattr(model, own)
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # without hooks that are registered for all modules
+        return self.forward(*args, **kwargs)
 
 
 def _grown(call: Call) -> Call:
@@ -240,7 +256,7 @@ def _grown(call: Call) -> Call:
         return x.new_zeros([sizes.get((d, s), s) if d in axes else s for d, s in enumerate(x.shape)])
 
     args, kwargs = pytree.tree_unflatten([grow(x) for x in leaves], spec)
-    return Call(args, kwargs)
+    return replace(call, args=args, kwargs=kwargs)
 
 
 def _auto(model: nn.Module, call: Call) -> Any:

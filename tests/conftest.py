@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
 from sqcompile import Recipe
-from sqcompile.inputs import Call, as_call, to_spec
+from sqcompile.call_spec import to_spec
+from sqcompile.inputs import Call, as_call
 from sqcompile.passes.fold import fold
 from sqcompile.passes.graph import find_linears
 from sqcompile.passes.head_labels import match_heads

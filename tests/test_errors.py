@@ -60,8 +60,11 @@ def test_a_loader_that_is_none():
 def test_a_batch_the_model_refuses():
     fails(
         sqcompile.CalibrationError,
-        "batch 0 .* does not fit Net.forward.*unexpected keyword",
-        loader=[{"x": batches()[0], "y": torch.ones(1)}],
+        "batch 0 .* does not fit Net.forward.*missing a required argument: 'x'.*it has no 'input', 'y'",
+        loader=[{"input": batches()[0], "y": torch.ones(1), "flag": torch.ones(1)}],
+    )
+    fails(
+        sqcompile.CalibrationError, r"does not fit Net.forward\(x, flag\): got 'y' alone", loader=[{"y": torch.ones(1)}]
     )
     fails(sqcompile.CaptureError, "cannot be exported.*test_errors.py", loader=[torch.randn(4, 6, 17)])
     fails(
@@ -207,6 +210,9 @@ def test_a_call_unlike_the_captured_one():
     compiled = sqcompile.compile(Net().eval(), batches(), backend="eager", progress=False)
     with pytest.raises(sqcompile.CaptureError, match=r"captured with the arguments \(x\), this call has \(x, flag\)"):
         compiled(torch.randn(1, 2, 16), flag=torch.ones(1))
+    remedy = r"leave flag=True out, compile with example_inputs= .*torch.compile\(model, backend='smoothquant'\)"
+    with pytest.raises(sqcompile.CaptureError, match=remedy):
+        compiled(torch.randn(1, 2, 16), flag=True)
     with pytest.raises(sqcompile.CaptureError, match="does not fit the model's signature"):
         compiled(z=1)
 

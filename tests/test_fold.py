@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import sqcompile
 from sqcompile import Recipe
 from sqcompile.passes.choose import smoothing_scale
-from sqcompile.passes.graph import effective_weight, find_linears
+from sqcompile.passes.graph import effective_weight, find_linears, nodes_by_name
 
 
 def kinds(sites):
@@ -37,7 +37,8 @@ def test_folded_weights_did_change_and_the_models_own_did_not():
     model = tiny_lm("llama")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     folded, _, _ = fold_everything(model, token_batches(1)[0]["input_ids"])
-    changed = [l.name for l in find_linears(folded) if not torch.equal(effective_weight(folded, l), before[l.name])]
+    weights = {l.name: effective_weight(folded, l, nodes_by_name(folded)) for l in find_linears(folded)}
+    changed = [name for name, w in weights.items() if not torch.equal(w, before[name])]
     assert len(changed) == len(find_linears(folded)) == 15
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

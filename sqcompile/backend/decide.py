@@ -14,8 +14,9 @@ import torch
 from torch import fx
 
 from sqcompile.calibrate import Calibration, InputStats, Observer
+from sqcompile.call_spec import to_spec
 from sqcompile.errors import NothingToQuantizeError
-from sqcompile.inputs import Call, to_spec
+from sqcompile.inputs import Call
 from sqcompile.passes.choose import choose
 from sqcompile.passes.floats import names_linear
 from sqcompile.passes.graph import find_linears

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqcompile.kernels import x86
+
 
 def interleaved(contenders: Mapping[str, Callable[[], Any]], seconds: float = 6.0, least: int = 7) -> dict[str, float]:
     """Median milliseconds of each contender; they run in turns until the time is over, at least ``least`` rounds."""
@@ -36,7 +38,7 @@ def sqnr_db(reference: Tensor, y: Tensor) -> float:
 
 
 def machine() -> str:
-    """The processor, its INT8 instructions, threads and versions: what a table must say of itself."""
+    """The processor, its INT8 instructions and kernels, threads and versions: what a table must say of itself."""
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as f:
@@ -46,7 +48,17 @@ def machine() -> str:
     isa = (
         "AMX" if torch.cpu._is_amx_tile_supported() else "AVX512-VNNI" if torch.cpu._is_vnni_supported() else "no VNNI"
     )
-    return f"{name}, {isa}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{name}, {isa}, INT8 linears by {kernels()}, {torch.get_num_threads()} threads, {versions}"
+
+
+def kernels() -> str:
+    """What multiplies INT8 linears on this processor."""
+    if not x86.available():
+        return "the reference in plain PyTorch"
+    if x86.library() is None:
+        return "oneDNN"
+    return "our AMX kernel" if x86.amx() else f"oneDNN (up to {x86.VNNI_ROWS} rows by our VNNI kernel)"
 
 
 def gpu() -> str:

@@ -1,7 +1,7 @@
 """A small language model of Python source code, with the text to calibrate and evaluate it: real input, no network."""
 
 from .corpus import CALIBRATION, HELD_OUT, calibration_texts, evaluation_texts, training_files
-from .load import load_lm, load_tokenizer, perplexity, token_windows
+from .load import load_lm, load_tokenizer, perplexity, token_windows, window_losses
 
 __all__ = [
     "CALIBRATION",
@@ -13,4 +13,5 @@ __all__ = [
     "perplexity",
     "token_windows",
     "training_files",
+    "window_losses",
 ]

@@ -110,9 +110,17 @@ def encode_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> t
     return torch.tensor([token for ids in encoded for token in (*ids, tokenizer.eos_token_id)], dtype=torch.int64)
 
 
-@torch.no_grad()
 def perplexity(model: Callable[..., Any], windows: torch.Tensor, batch_size: int = 8) -> float:
     """Perplexity of next-token prediction: exp of the cross entropy (nats) averaged over all predicted tokens.
+
+    Args and errors: as `window_losses`.
+    """
+    return math.exp(float(window_losses(model, windows, batch_size).mean()))
+
+
+@torch.no_grad()
+def window_losses(model: Callable[..., Any], windows: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
+    """Cross entropy of next-token prediction in each window, in nats a token: float64 ``[windows]``.
 
     Every token of a window but the first is predicted from those before it. The cross entropy is computed in float32
     whatever the type of the logits.
@@ -129,8 +137,9 @@ def perplexity(model: Callable[..., Any], windows: torch.Tensor, batch_size: int
         raise ValueError(f"windows must be [at least 1, at least 2], not {list(windows.shape)}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    total = 0.0
+    losses = []
     for ids in windows.split(batch_size):
         logits = model(input_ids=ids).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(total / windows[:, 1:].numel())
+        each = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        losses.append(each.view(len(ids), -1).double().mean(1).cpu())
+    return torch.cat(losses)

@@ -1,0 +1,73 @@
+"""What passes know of a graph's values: recorded once for calls that repeat, executed once for each choice of sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_lm, token_batches
+from torch import fx, nn
+
+import sqcompile
+from sqcompile.inputs import as_call
+from sqcompile.passes import labels
+from sqcompile.passes.graph import add_op, aten, value
+from sqcompile.passes.match import match
+from sqcompile.trace import trace
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).relu())
+
+
+def traced() -> fx.GraphModule:
+    model = Twice().eval()
+    return trace(model, as_call(model, torch.randn(3, 5, 8)))
+
+
+def test_a_call_that_repeats_is_recorded_as_a_tensor_of_its_own() -> None:
+    gm = traced()
+    first, second = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+    with gm.graph.inserting_after(second):
+        made = [add_op(gm, aten.exp.default, n) for n in (first, first, second)]
+        view, again = (add_op(gm, aten.transpose.int, first, -1, -2) for _ in range(2))
+        narrow = add_op(gm, aten.exp.default, view)
+    values = [value(n) for n in made]
+    assert all(v.shape == value(first).shape and v.stride() == value(first).stride() for v in values)
+    assert len({v.untyped_storage()._cdata for v in values}) == 3
+    storage = value(first).untyped_storage()._cdata
+    assert value(view).untyped_storage()._cdata == value(again).untyped_storage()._cdata == storage
+    assert value(narrow).shape == value(view).shape and value(narrow).stride() == value(view).stride()
+    assert value(narrow).stride() != value(made[0]).stride()
+
+
+def test_sizes_that_depend_on_values_are_each_calls_own() -> None:
+    gm = traced()
+    first, second = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+    with gm.graph.inserting_after(second):
+        rows = [value(add_op(gm, aten.nonzero.default, n)).shape[0] for n in (first, second)]
+    assert rows[0].node.expr != rows[1].node.expr
+
+
+def test_all_analyses_of_a_compilation_execute_the_graph_at_two_sizes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    run = labels._Values.run
+    monkeypatch.setattr(labels._Values, "run", lambda self, *args, **kw: runs.append(1) or run(self, *args, **kw))
+    sqcompile.compile(tiny_lm("llama"), token_batches(1), recipe="O3", backend="eager", progress=False)
+    assert len(runs) == 2
+
+
+def test_a_graph_that_changed_is_executed_anew() -> None:
+    gm = traced()
+    assert [s.kind for s in match(gm)[0]] == ["linear"]
+    [relu] = gm.graph.find_nodes(op="call_function", target=aten.relu.default)
+    kept: dict[Any, Any] = dict(gm.graph._sqcompile_values)  # type: ignore[attr-defined]
+    relu.target = aten.exp.default
+    assert match(gm)[0] == []
+    assert all(gm.graph._sqcompile_values[k][1] is not v[1] for k, v in kept.items())  # type: ignore[attr-defined]
