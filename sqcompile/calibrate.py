@@ -116,7 +116,7 @@ def calibrate(
     """
     observer = Observer(gm, attentions)
     captured, reader = gm.meta["captured"], reader or Reader(model)
-    bar = tqdm(desc="calibrate", unit="batch", disable=not progress, total=total)
+    bar = tqdm(desc="batches", unit="batch", disable=not progress, total=total, leave=False)
 
     def observe(call: Call) -> None:
         try:

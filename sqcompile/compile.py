@@ -28,11 +28,15 @@ from sqcompile.passes.match import input_sites, match
 from sqcompile.passes.shared import Shared
 from sqcompile.passes.split import split_attention, split_sites
 from sqcompile.plan import Plan, given_plan
+from sqcompile.progress import Enter, silent, stages
 from sqcompile.recipe import Recipe, resolve_recipe
 from sqcompile.show import show_stage
 from sqcompile.stages import Stages
 from sqcompile.trace import trace
 from sqcompile.verify import verify
+
+_ANALYSES = ("trace", "calibrate", "match", "plan")
+_REWRITES = ("fold", "insert_qdq", "lower", "emit")
 
 
 def compile(
@@ -62,7 +66,7 @@ def compile(
         backend: "inductor", or "eager" to run the lowered graph as it is.
         regional: whether Inductor compiles one of the repeated blocks for all of them, so that its part does not grow
             with the number of layers. Nothing is fused across blocks, and each is a call of its own.
-        progress: whether to show a progress bar.
+        progress: whether to show progress bars: the stage that runs, and the calibration batches.
 
     Returns:
         A CompiledModel: call it as the model.
@@ -74,15 +78,19 @@ def compile(
     if backend not in BACKENDS:
         raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
     check_model(model)
-    if plan is None:
-        traced, plan = _analyse(model, calib_loader, resolve_recipe(recipe), example_inputs, dynamic_shapes, progress)
-    else:
-        plan = given_plan(plan, recipe, None if calib_loader is None else "calib_loader")
-        call = _example(model, example_inputs) or from_spec(plan.call, _device(model))
-        traced = trace(model, call, dynamic_shapes)
-    stages = Stages(model, traced, plan)
-    lowered = rewrite(traced, plan, until="lowered")
-    return emit(lowered, Forward.of(model), plan, stages, backend, regional)
+    with stages((*_ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES), progress) as enter:
+        if plan is None:
+            how = resolve_recipe(recipe)
+            traced, plan = _analyse(model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter)
+        else:
+            plan = given_plan(plan, recipe, None if calib_loader is None else "calib_loader")
+            call = _example(model, example_inputs) or from_spec(plan.call, _device(model))
+            enter("trace")
+            traced = trace(model, call, dynamic_shapes)
+        history = Stages(model, traced, plan)
+        lowered = rewrite(traced, plan, until="lowered", enter=enter)
+        enter("emit")
+        return emit(lowered, Forward.of(model), plan, history, backend, regional)
 
 
 def calibrate(
@@ -99,18 +107,24 @@ def calibrate(
     Args and errors: as `compile`.
     """
     check_model(model)
-    return _analyse(model, calib_loader, resolve_recipe(recipe), example_inputs, dynamic_shapes, progress)[1]
+    how = resolve_recipe(recipe)
+    with stages(_ANALYSES, progress) as enter:
+        return _analyse(model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter)[1]
 
 
-def rewrite(traced: fx.GraphModule, plan: Plan, until: str, shared: Shared | None = None) -> fx.GraphModule:
+def rewrite(
+    traced: fx.GraphModule, plan: Plan, until: str, shared: Shared | None = None, enter: Enter = silent
+) -> fx.GraphModule:
     """The rewrites in their order, up to a stage: "traced", "folded", "quantized" or "lowered".
 
     With ``shared``, the graph is one of several of a model: it may lack sites of the plan, and shares INT8 weights.
+    ``enter`` is told which rewrite begins.
     """
     gm = verify(traced, "traced")
     text = show_stage(gm, "traced", None)
     if until == "traced":
         return gm
+    enter("fold")
     attentions = _open_attentions(gm) if any(a.quantized != "none" for a in plan.attention) else []
     if shared is not None:
         plan = split_attention([a.name for a in attentions], plan)
@@ -126,10 +140,12 @@ def rewrite(traced: fx.GraphModule, plan: Plan, until: str, shared: Shared | Non
     text = show_stage(gm, "folded", text)
     if until == "folded":
         return gm
+    enter("insert_qdq")
     gm = verify(insert_qdq(gm, plan, shared), "quantized")
     text = show_stage(gm, "quantized", text)
     if until == "quantized":
         return quantize_weights(gm)
+    enter("lower")
     handed_over = [gm]
     del gm  # lower frees each plain int8 weight as it packs it, which no other reference may prevent
     gm = verify(lower(handed_over.pop(), shared), "lowered")
@@ -163,7 +179,7 @@ def _check_plan(gm: fx.GraphModule, plan: Plan, attentions: list[Attention]) -> 
 
 
 def _analyse(
-    model: nn.Module, loader: Any, recipe: Recipe, example: Any, dynamic_shapes: Any, progress: bool
+    model: nn.Module, loader: Any, recipe: Recipe, example: Any, dynamic_shapes: Any, progress: bool, enter: Enter
 ) -> tuple[fx.GraphModule, Plan]:
     """The traced graph, and the plan made from the data."""
     if loader is None:
@@ -172,14 +188,18 @@ def _analyse(
     reader = Reader(model, given.kwargs if given else ())
     first, data = reader.first(loader)
     call = given or first
+    enter("trace")
     traced = trace(model, call, dynamic_shapes)
     if idle := unread(traced, reader.forward):
         left = {n: v for n, v in call.kwargs.items() if n not in idle}
         call = replace(call, kwargs=left, ignored=tuple(sorted(idle)))
         traced = trace(model, call, dynamic_shapes)
+    enter("calibrate")
     attentions = find_attentions(traced) if recipe.attention != "none" else []
     calibration = observe(traced, model, data, progress, attentions, length(loader), reader)
+    enter("match")
     sites, refusals = match(traced)
+    enter("plan")
     with torch.no_grad():
         return traced, choose(traced, sites, refusals, calibration, recipe, to_spec(call), attentions)
 
