@@ -36,8 +36,9 @@ from sqcompile.passes.label_rules import (
     describe,
     uniform,
 )
-from sqcompile.passes.labels import _Labels, at_two_sizes, execute
+from sqcompile.passes.labels import _Labels, execute
 from sqcompile.passes.match import Site, producer_name
+from sqcompile.passes.sizes import at_two_sizes
 
 _Label = tuple[str, str, int]  # "q" or "k", the producer's node, the label
 

@@ -15,14 +15,12 @@ A linear whose input columns carry one label each absorbs them: a balance layer.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sqcompile.errors import CaptureError
 from sqcompile.passes.graph import Linear, aten, constants, evaluate, get_tensor, is_channel_vector, value
 from sqcompile.passes.label_rules import (
     HOMOGENEOUS,
@@ -37,7 +35,6 @@ from sqcompile.passes.label_rules import (
     uniform,
 )
 
-_Result = TypeVar("_Result")
 _Interpreter = TypeVar("_Interpreter", bound="_Labels")
 
 
@@ -104,37 +101,6 @@ class _Values(fx.Interpreter):
             out = super().run_node(n)
         self.values[n] = out
         return out
-
-
-def at_two_sizes(gm: fx.GraphModule, run: Callable[[dict[Any, int]], _Result]) -> tuple[_Result, _Result]:
-    """Runs something at two choices of batch and sequence sizes: what holds at both depends on channel sizes only.
-
-    Raises:
-        CaptureError: if the graph cannot be run at two sizes of batch and sequence.
-    """
-    symbols = free_symbols(gm)
-    primes = [2, 3, 5, 7, 11, 13, 17, 19, 23]
-    error: Exception | None = None
-    for unit in (1, 8, 32):  # multiples, for models whose sizes must divide by something
-        sizes = [{s: unit * primes[(i + k) % len(primes)] for i, s in enumerate(symbols)} for k in (0, 1)]
-        try:
-            return run(sizes[0]), run(sizes[1])
-        except Exception as e:
-            error = e
-    raise CaptureError(
-        f"the captured graph does not run at other batch or sequence sizes: {error}. Pass dynamic_shapes=None to fix them"
-    ) from error
-
-
-def free_symbols(gm: fx.GraphModule) -> list[Any]:
-    """The symbolic sizes of the graph's inputs, in order of appearance."""
-    found: dict[Any, None] = {}
-    for n in gm.graph.find_nodes(op="placeholder"):
-        v = value(n)
-        for size in v.shape if isinstance(v, Tensor) else [v]:
-            if isinstance(size, torch.SymInt):
-                found.update(dict.fromkeys(sorted(size.node.expr.free_symbols, key=str)))
-    return list(found)
 
 
 def _concrete(v: Any, symbols: dict[Any, int]) -> Any:

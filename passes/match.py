@@ -20,7 +20,8 @@ from torch import Tensor, fx
 
 from sqcompile.passes.graph import Linear, constants, find_linears, first_leaf, nodes_by_name
 from sqcompile.passes.label_rules import HOMOGENEOUS, LAYOUT, Flow, behind, describe
-from sqcompile.passes.labels import at_two_sizes, run_labels, vector_operand
+from sqcompile.passes.labels import run_labels, vector_operand
+from sqcompile.passes.sizes import at_two_sizes
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from sqcompile.errors import StageError
 from sqcompile.passes.graph import add_op, aten, get_tensor, set_tensor, value
+from sqcompile.passes.sizes import conditions
 
 
 @dataclass(frozen=True)
@@ -181,14 +182,14 @@ def _extract(gm: fx.GraphModule, nodes: list[fx.Node], lift: bool, sizes: dict[A
         env[n] = graph.node_copy(n, env.__getitem__)
     graph.output([env[n] for n in outputs])
     part = fx.GraphModule(root, graph)
-    part.meta["fake_mode"] = mode
+    part.meta["fake_mode"], part.meta["conditions"] = mode, conditions(gm)
     return Region(part, list(inputs), outputs, constants if lift else [], _key(part) if lift else None)
 
 
 def _key(gm: fx.GraphModule) -> str:
     """A graph in words, without names: equal graphs have one code. Symbols are numbered as they appear.
 
-    Inputs are in it with sizes, strides and the ranges of their symbols, which Inductor makes use of.
+    Inputs are in it with sizes, strides, and what is known of their symbols: ranges and conditions, which Inductor makes use of.
     """
     ranges = gm.meta["fake_mode"].shape_env.var_to_range if gm.meta["fake_mode"].shape_env else {}
     number = {n: f"%{i}" for i, n in enumerate(gm.graph.nodes)}
@@ -217,6 +218,8 @@ def _key(gm: fx.GraphModule) -> str:
         )
         target = "" if n.op == "placeholder" else n.target
         lines.append(f"{n.op} {target} {args!r} {like(value(n)) if n.op != 'output' else ''}")
+    known = [c for c in gm.meta["conditions"] if c.free_symbols and c.free_symbols <= symbols.keys()]
+    lines += sorted(str(c.xreplace(symbols)) for c in known)
     return "\n".join(lines)
 
 

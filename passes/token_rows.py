@@ -22,7 +22,8 @@ from torch import Tensor, fx
 
 from sqcompile.passes.graph import LINEARS, arguments, aten
 from sqcompile.passes.label_rules import HOMOGENEOUS, LAYOUT, LIKE_SECOND, SHAPE_ONLY, Refused, uniform
-from sqcompile.passes.labels import _Labels, at_two_sizes, execute
+from sqcompile.passes.labels import _Labels, execute
+from sqcompile.passes.sizes import at_two_sizes
 
 _NONE = -1  # of a row that is no token's
 _APART = 2**32  # between the labels of two masks

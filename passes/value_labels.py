@@ -14,7 +14,8 @@ from sqcompile.passes.attention_chains import Attention
 from sqcompile.passes.graph import Linear, find_linears
 from sqcompile.passes.head_labels import by_head
 from sqcompile.passes.label_rules import Refused
-from sqcompile.passes.labels import _Labels, at_two_sizes, execute
+from sqcompile.passes.labels import _Labels, execute
+from sqcompile.passes.sizes import at_two_sizes
 
 
 class _Watching(_Labels):

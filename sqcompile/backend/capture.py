@@ -17,11 +17,13 @@ from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext
 
+from sqcompile.backend.scalars import take_floats, tensors_of_floats
 from sqcompile.errors import CaptureError
 from sqcompile.explain import first_line, source
 from sqcompile.passes.canonicalize import canonicalize
 from sqcompile.passes.graph import aten, clone, finish, get_tensor, set_tensor, value
 from sqcompile.passes.label_rules import LAYOUT, behind
+from sqcompile.passes.sizes import conditions, vary
 from sqcompile.trace import tidy
 from sqcompile.untouched import assigned_to, written_to
 from sqcompile.verify import verify
@@ -63,6 +65,7 @@ def capture(gm: fx.GraphModule) -> Template:
         raise CaptureError(f"the graph takes arguments of type {', '.join(kinds)}: pass tensors and numbers")
     own = fx.GraphModule(gm, fx.Graph())
     own.graph.output(own.graph.graph_copy(gm.graph, {}))
+    taken = take_floats(own.graph, fakes)
     for n in list(own.graph.nodes):
         if n.target is torch._C._set_grad_enabled:  # there are no gradients anyway
             own.graph.erase_node(n)
@@ -73,11 +76,15 @@ def capture(gm: fx.GraphModule) -> Template:
     try:
         with torch.no_grad(), mode:
             exported: Any
-            exported, signature = aot_export_module(own, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
+            exported, signature = aot_export_module(own, taken, trace_joint=False, pre_dispatch=True, decompositions={})
     except Exception as e:
         raise CaptureError(
             f"a graph of the model cannot be lowered to ATen operators: {type(e).__name__}: {first_line(e)}"
         ) from e
+    exported.meta["fake_mode"] = mode
+    tensors_of_floats(exported)
+    exported.meta["sizes"] = vary(fakes, mode.shape_env)
+    exported.meta["conditions"] = conditions(exported)
     names = [n.name for n in exported.graph.find_nodes(op="placeholder")]
     held = names[: len(names) - len(fakes)]  # aot_export_module puts what the module holds before its arguments
     tensors = tuple(get_tensor(gm, (signature.inputs_to_parameters | signature.inputs_to_buffers)[n]) for n in held)
@@ -147,6 +154,7 @@ def attach(template: Template, constants: dict[int, tuple[str, Tensor]], aliases
         graph.erase_node(node)
     gm = fx.GraphModule(root, graph)
     gm.meta["fake_mode"], gm.meta["aliases"] = template.fake_mode, aliases
+    gm.meta["sizes"], gm.meta["conditions"] = (template.graph.meta[k] for k in ("sizes", "conditions"))
     gm.meta["arguments"] = [i for i, _ in left]
     gm.meta["updates"] = [env[order[i]].name for i in template.updates]
     tidy(gm)

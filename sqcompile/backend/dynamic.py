@@ -12,7 +12,14 @@ from typing import Any
 import torch
 import torch._dynamo.config as config
 from torch import Tensor, fx
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
+
+
+class _TraceAgain(TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis):
+    """The first may come from a backend; the second makes Dynamo forget which graph breaks it foresaw, by position.
+
+    With symbolic sizes it takes another way: even unpacking ``x.shape`` does, once the graph has a size as an input.
+    """
 
 
 def make_dynamic(
@@ -41,4 +48,4 @@ def make_dynamic(
                 torch._dynamo.maybe_mark_dynamic(x, d)
                 new = True
     if new:
-        raise TensorifyScalarRestartAnalysis(restart_reason="smoothquant: sizes of inputs are dynamic")
+        raise _TraceAgain(restart_reason="smoothquant: sizes of inputs are dynamic")

@@ -1,0 +1,112 @@
+"""sizes: two choices of a graph's symbolic sizes. What holds at both depends on channel sizes only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from sqcompile.errors import CaptureError
+from sqcompile.passes.graph import value
+
+_Result = TypeVar("_Result")
+Sizes = dict[Any, int]
+
+
+def at_two_sizes(gm: fx.GraphModule, run: Callable[[Sizes], _Result]) -> tuple[_Result, _Result]:
+    """Runs something at two choices of batch and sequence sizes.
+
+    Args:
+        gm: a traced graph; ``meta["sizes"]`` may hold two choices that it is known to serve, see `vary`.
+        run: takes a size for each free symbol of the graph's placeholders.
+
+    Raises:
+        CaptureError: if the graph cannot be run at two sizes of batch and sequence.
+    """
+    symbols = free_symbols(gm)
+    primes = [2, 3, 5, 7, 11, 13, 17, 19, 23]
+    pairs: list[tuple[Sizes, ...]] = [
+        tuple({s: unit * primes[(i + k) % len(primes)] for i, s in enumerate(symbols)} for k in (0, 1))
+        for unit in (1, 8, 32)  # multiples, for models whose sizes must divide by something
+    ]
+    known = [gm.meta["sizes"]] if "sizes" in gm.meta else []
+    allowed = conditions(gm)
+    likely = [all(_holds(allowed, sizes) for sizes in pair) for pair in pairs]
+    ordered = [p for p, l in zip(pairs, likely, strict=True) if l]
+    ordered += known + [p for p, l in zip(pairs, likely, strict=True) if not l]
+    error: Exception | None = None
+    for first, second in ordered:
+        try:
+            return run(first), run(second)
+        except Exception as e:
+            error = e
+    raise CaptureError(
+        f"the captured graph does not run at other batch or sequence sizes: {error}. Pass dynamic_shapes=None to fix them"
+    ) from error
+
+
+def free_symbols(gm: fx.GraphModule) -> list[Any]:
+    """The symbolic sizes of the graph's inputs, in order of appearance."""
+    found: dict[Any, None] = {}
+    for n in gm.graph.find_nodes(op="placeholder"):
+        v = value(n)
+        for size in v.shape if isinstance(v, Tensor) else [v]:
+            if isinstance(size, torch.SymInt):
+                found.update(dict.fromkeys(sorted(size.node.expr.free_symbols, key=str)))
+    return list(found)
+
+
+def conditions(gm: fx.GraphModule) -> list[Any]:
+    """What the sizes of a traced graph fulfil, as expressions of its symbols.
+
+    In ``meta["conditions"]`` where it is known for good: Inductor adds conditions of its own.
+    """
+    if "conditions" in gm.meta:
+        return gm.meta["conditions"]
+    return _of(gm.meta["fake_mode"].shape_env)
+
+
+def vary(inputs: Iterable[Any], shape_env: Any) -> tuple[Sizes, Sizes]:
+    """The sizes of the call at hand, and others that a graph of Dynamo serves, each symbol another if it can be.
+
+    A size that every condition of the graph holds at its value of now is fixed: Dynamo then guards it.
+
+    Args:
+        inputs: what the graph takes, the symbolic sizes among them.
+        shape_env: with the conditions of the graph.
+    """
+    known = [v for v in inputs if isinstance(v, torch.SymInt) and v.node.has_hint()]
+    given = {v.node.expr: v for v in known if v.node.expr.is_symbol}
+    hints: Sizes = {symbol: int(v.node.hint) for symbol, v in given.items()}
+    others, allowed = dict(hints), _of(shape_env)
+    equal: dict[
+        int, list[Any]
+    ] = {}  # a size that Dynamo knows twice: of a tensor, and as a number from before a graph break
+    for symbol, n in hints.items():
+        equal.setdefault(n, []).append(symbol)
+    for group in (*equal.values(), *([symbol] for symbol in hints)):
+        if all(others[symbol] == hints[symbol] for symbol in group):
+            n = hints[group[0]]
+            tries = (2 * n, n + 1, n - 1, n + 2, 3 * n, n // 2, n + 8, 4 * n)
+            choices = [others | dict.fromkeys(group, m) for m in tries if m > 1 and m != n]
+            others = next((c for c in choices if _holds(allowed, c)), others)
+    for symbol, v in given.items():
+        if others[symbol] == hints[symbol]:
+            int(v)  # Dynamo guards what is asked for
+    return hints, others
+
+
+def _of(shape_env: Any) -> list[Any]:
+    found = dict.fromkeys(shape_env.replace(g.expr) for g in shape_env.guards) if shape_env else {}
+    return [c for c in found if c not in (sympy.true, True)]
+
+
+def _holds(allowed: list[Any], sizes: Sizes) -> bool:
+    """Whether no condition is known to be broken; one with other symbols may be."""
+    try:
+        return all(c.xreplace(sizes) not in (sympy.false, False) for c in allowed)
+    except ZeroDivisionError:  # a remainder
+        return False
