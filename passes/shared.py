@@ -6,9 +6,11 @@ their INT8 weights, the second finds them, and needs no float weight for it: so 
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -67,16 +69,45 @@ class Shared:
         return merged
 
     def key(self, gm: fx.GraphModule, node: fx.Node) -> Hashable:
-        """What a constant expression is made of: parameters by identity, what passes added by value."""
-        if node.meta.get(FOLD_CAST):
-            node = node.args[0]  # type: ignore[assignment]
-        if node.op == "get_attr":
-            tensor = get_tensor(gm, str(node.target))
-            known = self.identity(tensor)
-            return known if known is not None else (tuple(tensor.shape), _contents(tensor))
-        inputs = tuple(self.key(gm, n) for n in node.all_input_nodes)
-        other = fx.node.map_arg((node.args, node.kwargs), lambda n: node.all_input_nodes.index(n))
-        return str(node.target), repr(other), inputs
+        """What a constant expression computes: equal for two nodes only if they give the same value.
+
+        The expression as a program, a line for each step: an operator and its arguments, or a tensor, which is the model's
+        own (known by identity) or one that a pass made (by value).
+        """
+        lines: dict[Hashable, int] = {}
+        known: dict[fx.Node, int] = {}
+
+        def step(n: fx.Node) -> int:
+            if n not in known:
+                if n.meta.get(FOLD_CAST):
+                    known[n] = step(n.args[0])  # type: ignore[arg-type]
+                else:
+                    line = self._tensor(get_tensor(gm, str(n.target))) if n.op == "get_attr" else call(n)
+                    known[n] = lines.setdefault(line, len(lines))
+            return known[n]
+
+        def call(n: fx.Node) -> Hashable:
+            return "call", n.target, _literal(n.args, step), _literal(n.kwargs, step)
+
+        return "weight", step(node), tuple(lines)
+
+    def _tensor(self, tensor: Tensor) -> Hashable:
+        like = tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride()
+        source = self.identity(tensor)
+        return ("value", *like, _contents(tensor)) if source is None else ("source", *like, source)
+
+
+def _literal(a: Any, step: Callable[[fx.Node], int]) -> Hashable:
+    """An argument with its type: 1, 1.0, True and the result of step 1 are four things."""
+    if isinstance(a, fx.Node):
+        return "step", step(a)
+    if isinstance(a, (list, tuple)):
+        return "list", *(_literal(x, step) for x in a)
+    if isinstance(a, dict):
+        return "dict", *((k, _literal(x, step)) for k, x in sorted(a.items()))
+    if isinstance(a, slice):
+        return "slice", *(_literal(x, step) for x in (a.start, a.stop, a.step))
+    return type(a), repr(a)  # -0.0 is not 0.0, and nan is nan
 
 
 def held(gm: fx.GraphModule) -> list[Merged]:
@@ -85,4 +116,6 @@ def held(gm: fx.GraphModule) -> list[Merged]:
 
 
 def _contents(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
+    """A digest of the values: a tensor that the model's code makes may be large."""
+    values = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
+    return hashlib.sha256(values.numpy().data).digest()
