@@ -20,7 +20,7 @@ from sqcompile.calibrate import Calibration
 from sqcompile.kernels.reference import absmax_scale, dequantize, quantize, token_scale, weight_scale
 from sqcompile.passes.attention_chains import Attention
 from sqcompile.passes.choose_attention import choose_attention
-from sqcompile.passes.floats import stay_float
+from sqcompile.passes.floats import check_any, float_layer, stay_float
 from sqcompile.passes.graph import Linear, effective_weight, find_linears, nodes_by_name, row_parts
 from sqcompile.passes.match import Refusal, Site, input_sites
 from sqcompile.passes.smoothing import smoothing_scale
@@ -58,6 +58,7 @@ def choose(
     chooser = Chooser(gm, calibration, recipe)
     linears = find_linears(gm)
     floats = stay_float(gm, linears, calibration, recipe)
+    check_any(gm, linears, floats)
     scales: dict[str, Tensor] = {}
     notes: dict[str, _Note] = {}
     for site in sites + input_sites(refusals, {l.name for l in linears} - set(floats)):
@@ -181,9 +182,9 @@ class Chooser:
         return absmax_scale((absmax / self.columns[l.name] if l.name in self.columns else absmax).max())
 
     def layer(self, l: Linear, floats: dict[str, str], notes: dict[str, _Note]) -> LayerPlan:
-        kind: Literal["linear", "experts"] = "experts" if l.experts else "linear"
         if l.name in floats:
-            return LayerPlan(l.name, kind, False, "none", floats[l.name], shape=l.shape)
+            return float_layer(l, floats[l.name])
+        kind: Literal["linear", "experts"] = "experts" if l.experts else "linear"
         how, reason, alpha = notes[l.name]
         idle = (self.calibration.inputs[l.name].tokens == 0).nonzero().flatten().tolist() if l.experts else []
         if idle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from typing import Literal
 
 import torch
 from torch import fx
@@ -12,6 +13,7 @@ from sqcompile.errors import NothingToQuantizeError, RecipeError
 from sqcompile.kernels import speedup
 from sqcompile.passes.graph import Linear, above, aten, find_linears, first_leaf, nodes_by_name, value
 from sqcompile.passes.label_rules import LAYOUT, behind
+from sqcompile.plan import LayerPlan
 from sqcompile.recipe import LM_HEAD, Recipe
 
 # Ids are still ids afterwards, in another dtype or some of them replaced.
@@ -28,15 +30,23 @@ def stay_float(gm: fx.GraphModule, linears: list[Linear], calibration: Calibrati
 
     Raises:
         RecipeError: if the recipe skips a name that no linear has.
-        NothingToQuantizeError: if no linear is left; the message gives the reasons.
     """
     _check_skip(gm, linears, recipe)
     routers = _routers(gm, linears)
     floats = {l.name: reason for l in linears if (reason := _reason(gm, l, routers, calibration, recipe))}
-    floats |= _slow(gm, [l for l in linears if l.name not in floats], recipe.min_speedup)
+    return floats | _slow(gm, [l for l in linears if l.name not in floats], recipe.min_speedup)
+
+
+def check_any(gm: fx.GraphModule, linears: list[Linear], floats: dict[str, str]) -> None:
+    """Raises NothingToQuantizeError if all linears stay in float; the message gives the reasons."""
     if len(floats) == len(linears):
         raise NothingToQuantizeError(_nothing(gm, linears, floats))
-    return floats
+
+
+def float_layer(l: Linear, reason: str) -> LayerPlan:
+    """The plan of a linear that stays in float."""
+    kind: Literal["linear", "experts"] = "experts" if l.experts else "linear"
+    return LayerPlan(l.name, kind, False, "none", reason, shape=l.shape)
 
 
 def _routers(gm: fx.GraphModule, linears: list[Linear]) -> set[str]:

@@ -69,6 +69,10 @@ class InputStats:
         self.rows = torch.cat([self.rows[old], x[new]])
         self.experts = torch.cat([self.experts[old], experts[new]])
 
+    def alike(self, other: InputStats) -> bool:
+        """Whether both are of as many channels and experts."""
+        return self.absmax.shape == other.absmax.shape and self.tokens.shape == other.tokens.shape
+
     def merged(self, other: InputStats) -> InputStats:
         """Statistics of both's tokens."""
         keys, best = torch.cat([self.keys, other.keys]).topk(min(SAMPLE_ROWS, len(self.keys) + len(other.keys)))

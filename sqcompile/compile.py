@@ -27,6 +27,7 @@ from sqcompile.passes.lower import lower
 from sqcompile.passes.match import input_sites, match
 from sqcompile.passes.shared import Shared
 from sqcompile.passes.split import split_attention, split_sites
+from sqcompile.passes.uses import as_used
 from sqcompile.plan import Plan, given_plan
 from sqcompile.progress import Enter, silent, stages
 from sqcompile.recipe import Recipe, resolve_recipe
@@ -125,9 +126,10 @@ def rewrite(
     if until == "traced":
         return gm
     enter("fold")
-    attentions = _open_attentions(gm) if any(a.quantized != "none" for a in plan.attention) else []
+    every = find_attentions(gm) if any(a.quantized != "none" for a in plan.attention) else []
+    attentions = [a for a in every if not a.refused]
     if shared is not None:
-        plan = split_attention([a.name for a in attentions], plan)
+        plan = split_attention([a.name for a in attentions], as_used(plan, find_linears(gm), every))
     _check_plan(gm, plan, attentions)
     sites, refusals = match(gm)
     quantized = {l.name for l in plan.layers if l.quantized}
@@ -151,10 +153,6 @@ def rewrite(
     gm = verify(lower(handed_over.pop(), shared), "lowered")
     show_stage(gm, "lowered", text)
     return gm
-
-
-def _open_attentions(gm: fx.GraphModule) -> list[Attention]:
-    return [a for a in find_attentions(gm) if not a.refused]
 
 
 def _check_plan(gm: fx.GraphModule, plan: Plan, attentions: list[Attention]) -> None:

@@ -6,7 +6,7 @@ before and after a recompilation. Of an attention with a KV cache only the new k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +17,13 @@ from sqcompile.calibrate import Calibration, InputStats, Observer
 from sqcompile.call_spec import to_spec
 from sqcompile.errors import NothingToQuantizeError
 from sqcompile.inputs import Call
+from sqcompile.passes.attention_chains import find_attentions
 from sqcompile.passes.choose import choose
-from sqcompile.passes.floats import names_linear
+from sqcompile.passes.floats import float_layer, names_linear, stay_float
 from sqcompile.passes.graph import find_linears
 from sqcompile.passes.match import match
-from sqcompile.plan import Plan
+from sqcompile.passes.uses import APART, as_used, balanced, first_use
+from sqcompile.plan import LayerPlan, Plan
 from sqcompile.recipe import LM_HEAD, Recipe
 
 
@@ -38,17 +40,27 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
     """
     inputs: dict[str, InputStats] = {}
     heads: dict[tuple[str, str], InputStats] = {}  # by attention and operand, as nodes are named by their graph
+    several: set[str] = set()  # of several sizes under one name: parts of one parameter, in graphs of their own
     for o in observers:
         for name, found in o.found().items():
-            inputs[name] = inputs[name].merged(found) if name in inputs else found
+            if name in inputs and not inputs[name].alike(found):
+                several.add(name)
+            else:
+                inputs[name] = inputs[name].merged(found) if name in inputs else found
         for a in o.attentions:
             for side, node in a.operands.items():
                 if node in o.heads:
                     before, found = heads.get((a.name, side)), o.heads[node]
-                    heads[a.name, side] = found if before is None else before.merged(found)
+                    if before is not None and not before.alike(found):
+                        several.add(a.name)
+                    else:
+                        heads[a.name, side] = found if before is None else before.merged(found)
+    inputs = {name: found for name, found in inputs.items() if name not in several}
+    heads = {key: found for key, found in heads.items() if key[0] not in several}
     ordered = sorted(observers, key=lambda o: -len(o.linears))
     graphs: list[Any] = [o.module for o in ordered]
     plan: Plan | None = None
+    floats: list[LayerPlan] = []  # of graphs where nothing is quantized: a head behind a graph break
     error: Exception | None = None
     for o, gm in zip(ordered, graphs, strict=True):
         known = {l.name for l in plan.layers} if plan else set()
@@ -68,11 +80,51 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
                 more = choose(gm, sites, refusals, calibration, own, call, o.attentions)
         except NothingToQuantizeError as e:
             error = e
+            reasons = stay_float(gm, o.linears, calibration, own)
+            floats += [float_layer(l, reasons[l.name]) for l in o.linears]
             continue
         plan = more if plan is None else _joined(plan, more)
     if plan is None:
         raise error or NothingToQuantizeError("nothing to quantize: the observed graphs have no linear")
-    return plan
+    known = {l.name for l in plan.layers}
+    return replace(plan, layers=plan.layers + tuple({l.name: l for l in floats if l.name not in known}.values()))
+
+
+def measured(plan: Plan, observers: Sequence[Observer], torn: Collection[str]) -> Plan:
+    """The plan without static scales for weights whose uses in one call are in several graphs, and see inputs far apart.
+
+    Args:
+        plan: of `decide`.
+        observers: as there.
+        torn: first uses of the weights that several graphs of one call read.
+    """
+    apart = {name for name in torn if _apart(name, observers)}
+    layers = (replace(l, input_scale=None) if first_use(l.name) in apart else l for l in plan.layers)
+    return replace(plan, layers=tuple(layers))
+
+
+def _apart(name: str, observers: Sequence[Observer]) -> bool:
+    seen = [s.absmax.max() for o in observers for use, s in o.found().items() if first_use(use) == name]
+    return bool(seen) and bool(max(seen) > APART * min(seen))
+
+
+def completed(plan: Plan, gm: fx.GraphModule) -> tuple[Plan, list[str]]:
+    """The plan of a model that has calibrated itself, for a graph that it had not run then.
+
+    Returns:
+        The plan with linears that it did not know, in float; and the names of those that it would have quantized.
+    """
+    linears, attentions = find_linears(gm), find_attentions(gm) if plan.recipe.attention != "none" else []
+    plan = as_used(plan, linears, attentions)
+    shapes = {l.name: l.shape for l in plan.layers}
+    new = {l.name: l for l in linears if shapes.get(l.name) != l.shape}
+    layers = [l for l in plan.layers if l.name not in new]
+    layers += [float_layer(l, "no call reached it while the model calibrated itself") for l in new.values()]
+    known = {a.name for a in plan.attention}
+    skip = (*plan.recipe.skip, *([] if plan.recipe.lm_head else [LM_HEAD]))
+    unseen = [l.name for l in new.values() if not any(names_linear(gm, l, p) for p in skip)]
+    unseen += [a.name for a in attentions if not a.refused and a.name not in known]
+    return replace(plan, layers=tuple(layers)), unseen
 
 
 def _for_graph(recipe: Recipe, graphs: list[fx.GraphModule], gm: fx.GraphModule) -> Recipe:
@@ -93,8 +145,7 @@ def _joined(plan: Plan, more: Plan) -> Plan:
     new, heads = {l.name for l in layers}, {a.name for a in attention}
     return replace(
         plan,
-        scales=plan.scales
-        | {k: s for k, s in more.scales.items() if all(n in new for n in k.partition(" -> ")[2].split(", "))},
+        scales=plan.scales | {k: s for k, s in more.scales.items() if all(n in new for n in balanced(k))},
         layers=plan.layers + layers,
         attention=plan.attention + attention,
         heads=plan.heads | {k: t for k, t in more.heads.items() if k.rpartition("/")[0] in heads},

@@ -99,20 +99,20 @@ class Runner:
 
     def _bind(self, session: Session, tensors: list[Tensor], guarded: bool = False) -> Bound:
         """Rewrites and compiles the graph for these weights; graphs of weights that are no more are dropped."""
-        assert session.plan is not None
         session.runners.add(self)
         session.warn_of_uncounted(tensors)
         with torch.inference_mode(False), torch.no_grad():
             names = self._names(session, tensors)
             traced = self._attach(session, tensors, names)
-            lowered = rewrite(traced, session.plan, self.options.stage, session.shared)
+            plan = session.plan_of(traced)
+            lowered = rewrite(traced, plan, self.options.stage, session.shared)
             read = {str(n.target) for n in lowered.graph.find_nodes(op="get_attr")}
             for name, t in zip(names, tensors, strict=True):
                 if name in read and is_freed(t):
                     raise StageError(
                         f"a graph reads {name} in float, and free_float=True has freed it: compile without it"
                     )
-            freed = quantized_only(traced, lowered, session.plan) if self.options.free_float else set()
+            freed = quantized_only(traced, lowered, plan) if self.options.free_float else set()
             del traced
             keep = held(lowered)
             run, used = self._emit(lowered, guarded, session, tensors)

@@ -12,6 +12,7 @@ import sys
 import types
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,13 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sqcompile.backend.cuda_graphs import Pool
-from sqcompile.backend.decide import decide
+from sqcompile.backend.decide import completed, decide, measured
 from sqcompile.backend.options import Options
 from sqcompile.backend.weights import Blocks, check_not_freed
 from sqcompile.errors import PlanError, RecipeError
 from sqcompile.passes.graph import find_linears, first_leaf, nodes_by_name
 from sqcompile.passes.shared import Shared
+from sqcompile.passes.uses import first_use
 from sqcompile.plan import Plan
 from sqcompile.recipe import resolve_recipe
 from sqcompile.trace import aliases
@@ -56,8 +58,9 @@ class Session:
         self.runners: weakref.WeakSet[Runner] = weakref.WeakSet()
         self._names: Any = WeakIdKeyDictionary()
         self._seen: set[Observed] = set()
+        self._torn: set[str] = set()  # weights that several graphs of one call read
         self._calls = 0
-        self._warned = False
+        self._warned = self._told = False
         self._pools: dict[torch.device, Pool] = {}
         if root is not None:  # Dynamo keeps graphs with the code of a class, which outlives the model
             weakref.finalize(root, _forget, weakref.ref(self)).atexit = False
@@ -96,16 +99,36 @@ class Session:
                 stacklevel=2,
             )
 
+    def plan_of(self, traced: fx.GraphModule) -> Plan:
+        """The plan for a graph, some of which the model's own calibration may not have seen."""
+        assert self.plan is not None
+        if self.options.plan is not None:
+            return self.plan
+        plan, unseen = completed(self.plan, traced)
+        if unseen and not self._told:
+            self._told = True
+            more = f" and {len(unseen) - 4} more" if len(unseen) > 4 else ""
+            warnings.warn(
+                f"{', '.join(unseen[:4])}{more} ran in no call while the model calibrated itself "
+                f"(calibration_steps={self.options.calibration_steps}), and run in FLOAT: raise calibration_steps and call "
+                "the model in each way that it will be used, or pass a plan from sqcompile.calibrate",
+                stacklevel=2,
+            )
+        return plan
+
     def step(self, observed: Observed) -> None:
         """Counts a call in float; after the last one, makes the plan. A call of a model runs each graph once at most."""
         if observed in self._seen:
             self._calls += 1
+            uses = Counter(name for o in self._seen for name in {first_use(l.name) for l in o.observer.linears})
+            self._torn |= {name for name, graphs in uses.items() if graphs > 1}
             self._seen = set()
             if self._calls >= self.options.calibration_steps:
                 mine = [o for r in self.runners for o in r.observed if o.session is self and o.alive()]
                 recipe = resolve_recipe(self.options.recipe)
                 with torch.inference_mode(False):
-                    self.plan = decide([o.observer for o in mine], recipe, self._calls)
+                    observers = [o.observer for o in mine]
+                    self.plan = measured(decide(observers, recipe, self._calls), observers, self._torn)
                 self.forget(bound=False)
                 return
         self._seen.add(observed)
@@ -162,14 +185,7 @@ def session_of(tensors: Sequence[Tensor], options: Options) -> Session:
             "mode='reduce-overhead' records CUDA graphs, each of one GPU, and the model's parameters are on "
             f"{', '.join(sorted(devices))}: move them to one GPU, or leave the mode out"
         )
-    wanted = {l.name for l in options.plan.layers} if options.plan else set()
-    best, most = None, -1
-    for module in _modules():
-        own = dict(_tensors(module))
-        if {id(t) for t in tensors} <= {id(t) for t in own.values()}:
-            hits = len(wanted & own.keys())
-            if hits >= most:  # of equals the outermost, which comes last
-                best, most = module, hits
+    best = _model(tensors, options)
     if best is None and options.plan is not None:
         raise PlanError(
             "the model that a compiled function calls is not found, and so the plan's names are not those of its "
@@ -180,14 +196,41 @@ def session_of(tensors: Sequence[Tensor], options: Options) -> Session:
     return _sessions.setdefault(best, {}).setdefault(options.key, Session(best, options))
 
 
+def _model(tensors: Sequence[Tensor], options: Options) -> nn.Module | None:
+    """The module that a session is of, which has all the tensors, and as many of the plan's names as any.
+
+    One that has a session already, wherever it was called then; else what was given to torch.compile, or the outermost on
+    the call stack that has it as a part, for layers that are compiled one by one.
+    """
+    wanted = {l.name for l in options.plan.layers} if options.plan else set()
+    ids = {id(t) for t in tensors}
+
+    def hits(module: nn.Module) -> int:
+        """How many of the plan's names it has; -1 without all the tensors."""
+        own = dict(_tensors(module))
+        return len(wanted & own.keys()) if ids <= {id(t) for t in own.values()} else -1
+
+    stack = [(hits(m), m, compiled) for m, compiled in _modules()]
+    most = max((n for n, _, _ in stack), default=-1)
+    outermost = [m for n, m, _ in reversed(stack) if n == most and n >= 0]
+    known = [m for m, sessions in _sessions.items() if options.key in sessions and hits(m) >= max(most, 0)]
+    given = [(m, compiled) for n, m, compiled in stack if compiled is not None and n == most and n >= 0]
+    whole = [outer for outer in outermost for _, c in given if any(part is c for part in outer.modules())]
+    first = [m for m in outermost if m in known] + known + whole + [m for m, _ in given] + outermost
+    return first[0] if first else None
+
+
 def model_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Those that are parameters or buffers of modules on the call stack."""
-    known = {id(t) for module in _modules() for _, t in _tensors(module)}
+    known = {id(t) for module, _ in _modules() for _, t in _tensors(module)}
     return [t for t in tensors if id(t) in known]
 
 
-def _modules() -> Iterator[nn.Module]:
-    """The modules on the call stack, the innermost first: what frames and the objects of their methods refer to."""
+def _modules() -> Iterator[tuple[nn.Module, OptimizedModule | None]]:
+    """The modules on the call stack, the innermost first: what frames and the objects of their methods refer to.
+
+    Each with what torch.compile has made of it, if that is what is found.
+    """
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__", "").partition(".")[0] != "sqcompile":
@@ -211,13 +254,14 @@ def _locals(frame: types.FrameType) -> list[Any]:
     return values
 
 
-def _modules_of(v: Any) -> Iterator[nn.Module]:
+def _modules_of(v: Any) -> Iterator[tuple[nn.Module, OptimizedModule | None]]:
     v = v.__self__ if isinstance(v, types.MethodType) else v
     attributes = [] if isinstance(v, (nn.Module, types.ModuleType, type)) else [*getattr(v, "__dict__", {}).values()]
     for x in (v, *attributes):
+        compiled = x if isinstance(x, OptimizedModule) else None
         x = x._orig_mod if isinstance(x, OptimizedModule) else x
         if isinstance(x, nn.Module) and not isinstance(x, fx.GraphModule):
-            yield x
+            yield x, compiled
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
