@@ -6,6 +6,8 @@ O(channels): absmax per channel and a bounded sample of rows, never the activati
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,13 +55,16 @@ class InputStats:
         absmax = torch.zeros(k, dtype=torch.float32, device=like.device)
         return InputStats(absmax, like.new_empty(0, k), counts[:0], counts)
 
-    def update(self, x: Tensor, experts: Tensor, generator: torch.Generator) -> None:
-        """Adds tokens x [T, K] of ``experts``, int64 [T].
+    def update(self, x: Tensor, experts: Tensor, generator: torch.Generator) -> bool:
+        """Adds tokens x [T, K] of ``experts``, int64 [T]; or none of them, and gives False, if a value is not finite.
 
         Each token draws a random key, and the sample is the tokens with the largest.
         """
+        absmax = x.abs().amax(dim=0).float()
+        if not bool(absmax.isfinite().all()):
+            return False
         self.tokens = self.tokens + experts.bincount(minlength=len(self.tokens))
-        self.absmax = torch.maximum(self.absmax, x.abs().amax(dim=0).float())
+        self.absmax = torch.maximum(self.absmax, absmax)
         self.count += x.shape[0]
         keys = torch.cat([self.keys, torch.rand(x.shape[0], dtype=torch.float32, generator=generator)])
         self.keys, best = keys.topk(min(SAMPLE_ROWS, len(keys)))
@@ -68,6 +73,7 @@ class InputStats:
         self.keys = torch.cat([self.keys[best < len(self.rows)], self.keys[best >= len(self.rows)]])
         self.rows = torch.cat([self.rows[old], x[new]])
         self.experts = torch.cat([self.experts[old], experts[new]])
+        return True
 
     def alike(self, other: InputStats) -> bool:
         """Whether both are of as many channels and experts."""
@@ -151,7 +157,11 @@ def _key(l: Linear) -> tuple[str, str | None]:
 
 
 class Observer(fx.Interpreter):
-    """Runs a traced graph and keeps statistics of its linears' inputs, and of its attentions'."""
+    """Runs a traced graph and keeps statistics of its linears' inputs, and of its attentions'.
+
+    Threads may run it at the same time: each call is run by a copy, which has its values, and adds to the one set of
+    statistics.
+    """
 
     def __init__(self, gm: fx.GraphModule, attentions: Sequence[Attention] = ()) -> None:
         super().__init__(gm)
@@ -171,6 +181,9 @@ class Observer(fx.Interpreter):
         self.heads: dict[str, InputStats] = {}
         self.head_generator = torch.Generator().manual_seed(0)  # its own: linears' samples stay what they are
         self.batches = 0
+        self.lock = threading.Lock()
+        self.over = threading.Event()  # statistics stay what they are from now on
+        self.routed_masks: dict[str | None, Tensor] = {}
         self.padding = Padding(gm, self._asked(nodes))
 
     def _asked(self, nodes: dict[str, fx.Node]) -> dict[str, int]:
@@ -198,21 +211,28 @@ class Observer(fx.Interpreter):
         Raises:
             CalibrationError: if the model refuses the batch, or an activation is not finite.
         """
+        call = copy.copy(self)
+        call.padding, call.routed_masks = copy.copy(self.padding), {}
         try:
-            self.padding.start(leaves)
+            call.padding.start(leaves)
         except CalibrationError as e:
             raise CalibrationError(f"calibration batch {self.batches}: {e}") from e
-        self.routed_masks: dict[str | None, Tensor] = {}
         try:
             with torch.no_grad():
-                out = self.run(*leaves, enable_io_processing=False)
+                out = call.run(*leaves, enable_io_processing=False)
         except CalibrationError:
             raise
         except Exception as e:
-            what = f"{type(e).__name__}: {first_line(e)}, in {operation(self.at)} at {source(self.at)}"
+            what = f"{type(e).__name__}: {first_line(e)}, in {operation(call.at)} at {source(call.at)}"
             raise CalibrationError(f"the model refuses calibration batch {self.batches}: {what}") from e
-        self.batches += 1
+        with self.lock:
+            self.batches += 1
         return out
+
+    def stop(self) -> None:
+        """Has calls that are still running, in other threads, add nothing more."""
+        with self.lock:
+            self.over.set()
 
     def run_node(self, n: fx.Node) -> Any:
         self.at = n
@@ -235,10 +255,12 @@ class Observer(fx.Interpreter):
         rows = x.transpose(1, 2).flatten(2)
         rows = rows.flatten(0, 1) if by_head is None else rows[by_head.any(1)]
         if len(rows):
-            stats = self.heads.setdefault(name, InputStats.empty(rows, None))
             experts = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-            stats.update(rows, experts, self.head_generator)
-            self._check_finite(stats, f"one of the {what} of {a.name} (node {name})")
+            with self.lock:
+                if not self.over.is_set():
+                    stats = self.heads.setdefault(name, InputStats.empty(rows, None))
+                    added = stats.update(rows, experts, self.head_generator)
+                    self._check_finite(added, f"one of the {what} of {a.name} (node {name})")
 
     def _follow_mask(self, n: fx.Node) -> None:
         """Experts read picked rows: padding is picked with them, and every input with the same offsets is in that order."""
@@ -273,12 +295,14 @@ class Observer(fx.Interpreter):
             self._update(l, rows, experts)
 
     def _update(self, l: Linear, rows: Tensor, experts: Tensor) -> None:
-        stats = self.stats.setdefault(_key(l), InputStats.empty(rows, l.experts))
-        stats.update(rows, experts, self.generator)
-        self._check_finite(stats, f"the input of {l.name} (node {l.x})")
+        with self.lock:
+            if not self.over.is_set():
+                stats = self.stats.setdefault(_key(l), InputStats.empty(rows, l.experts))
+                added = stats.update(rows, experts, self.generator)
+                self._check_finite(added, f"the input of {l.name} (node {l.x})")
 
-    def _check_finite(self, stats: InputStats, what: str) -> None:
-        if not bool(stats.absmax.isfinite().all()):
+    def _check_finite(self, finite: bool, what: str) -> None:
+        if not finite:
             raise CalibrationError(
                 f"{what} is not finite in calibration batch {self.batches}: "
                 "check the batch and the model's dtype (float16 overflows at 65504; try bfloat16)"

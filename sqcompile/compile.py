@@ -16,6 +16,7 @@ from sqcompile.captured import unread
 from sqcompile.emit import BACKENDS, CompiledModel, emit
 from sqcompile.errors import CalibrationError, PlanError, RecipeError
 from sqcompile.inputs import Call, Forward, Reader, length
+from sqcompile.lock import analysing, compiling
 from sqcompile.models import check_model
 from sqcompile.passes.attention_chains import Attention, find_attentions
 from sqcompile.passes.choose import choose
@@ -87,11 +88,13 @@ def compile(
             plan = given_plan(plan, recipe, None if calib_loader is None else "calib_loader")
             call = _example(model, example_inputs) or from_spec(plan.call, _device(model))
             enter("trace")
-            traced = trace(model, call, dynamic_shapes)
-        history = Stages(model, traced, plan)
-        lowered = rewrite(traced, plan, until="lowered", enter=enter)
-        enter("emit")
-        return emit(lowered, Forward.of(model), plan, history, backend, regional)
+            with analysing(model), compiling():
+                traced = trace(model, call, dynamic_shapes)
+        with compiling():
+            history = Stages(model, traced, plan)
+            lowered = rewrite(traced, plan, until="lowered", enter=enter)
+            enter("emit")
+            return emit(lowered, Forward.of(model), plan, history, backend, regional)
 
 
 def calibrate(
@@ -184,21 +187,23 @@ def _analyse(
         raise CalibrationError("pass calib_loader (an iterable of real batches, or a callable), or a plan")
     given = _example(model, example)
     reader = Reader(model, given.kwargs if given else ())
-    first, data = reader.first(loader)
-    call = given or first
-    enter("trace")
-    traced = trace(model, call, dynamic_shapes)
-    if idle := unread(traced, reader.forward):
-        left = {n: v for n, v in call.kwargs.items() if n not in idle}
-        call = replace(call, kwargs=left, ignored=tuple(sorted(idle)))
-        traced = trace(model, call, dynamic_shapes)
-    enter("calibrate")
-    attentions = find_attentions(traced) if recipe.attention != "none" else []
-    calibration = observe(traced, model, data, progress, attentions, length(loader), reader)
-    enter("match")
-    sites, refusals = match(traced)
-    enter("plan")
-    with torch.no_grad():
+    with analysing(model):
+        first, data = reader.first(loader)
+        call = given or first
+        enter("trace")
+        with compiling():
+            traced = trace(model, call, dynamic_shapes)
+            if idle := unread(traced, reader.forward):
+                left = {n: v for n, v in call.kwargs.items() if n not in idle}
+                call = replace(call, kwargs=left, ignored=tuple(sorted(idle)))
+                traced = trace(model, call, dynamic_shapes)
+            enter("calibrate")
+            attentions = find_attentions(traced) if recipe.attention != "none" else []
+        calibration = observe(traced, model, data, progress, attentions, length(loader), reader)
+    with compiling(), torch.no_grad():
+        enter("match")
+        sites, refusals = match(traced)
+        enter("plan")
         return traced, choose(traced, sites, refusals, calibration, recipe, to_spec(call), attentions)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import sys
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -58,8 +61,9 @@ def inductor(
         "size_asserts": part,
         "alignment_asserts": False,
     }
-    with torch.no_grad(), config.patch(options), tracing(TracingContext(mode)):
+    with torch.no_grad(), config.patch(options), tracing(TracingContext(mode)), _unlisted_modules():
         run: Any = compile_fx(flat, fakes)
+    _drop_graph(run)
     after = dict(mode.shape_env.replacements) if mode.shape_env else {}
     fixed = {k: v for k, v in after.items() if k not in before}
     # no guard is checked at a call: a size assumed to stay below the example's next multiple of a block would go unnoticed
@@ -71,6 +75,34 @@ def inductor(
             f"Inductor fixed sizes that are dynamic ({fixed}): pass backend='eager' or dynamic_shapes=None"
         )
     return run
+
+
+@contextlib.contextmanager
+def _unlisted_modules() -> Iterator[None]:
+    """Has the modules that Inductor makes meanwhile live as long as the code that is taken from them.
+
+    Freezing makes a module's globals of the constants, and Inductor lists all modules for ever: so would weights be kept.
+    """
+    from torch._inductor.codecache import PyCodeCache
+
+    before = {id(m) for m in PyCodeCache.modules}
+    yield
+    new = [
+        m for m in PyCodeCache.modules if id(m) not in before and any(isinstance(v, Tensor) for v in vars(m).values())
+    ]
+    for m in new:
+        PyCodeCache.modules[:] = [other for other in PyCodeCache.modules if other is not m]
+        if sys.modules.get(m.__name__) is m:
+            del sys.modules[m.__name__]
+
+
+def _drop_graph(run: Callable[..., Any]) -> None:
+    """Frees the graph that was compiled, and its packed weights: AOTAutograd keeps its methods with the code it makes."""
+    for name, v in list(vars(run).items()):
+        if name in ("zero_grad", "named_parameters", "named_buffers"):
+            delattr(run, name)
+        elif isinstance(v, types.FunctionType):  # one that is wrapped
+            _drop_graph(v)
 
 
 def _narrowed(before: Any, after: Any) -> bool:

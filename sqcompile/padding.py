@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.errors import CalibrationError
+from sqcompile.lock import compiling
 from sqcompile.passes.graph import value
 from sqcompile.passes.token_rows import Rows, token_rows
 
@@ -64,7 +65,8 @@ class Padding:
             tokens |= {self.names[n]: where for n, where in found.items()}
         key = frozenset(tokens.items())
         if tokens and key not in self._rows:
-            self._rows[key] = token_rows(self.gm, tokens, self.nodes)
+            with compiling():
+                self._rows[key] = token_rows(self.gm, tokens, self.nodes)
         self._now = self._rows.get(key, {})
 
     def real(self, node: str, x: Tensor) -> Tensor | None:

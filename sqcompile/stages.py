@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, fx, nn
 
 from sqcompile.errors import StageError
+from sqcompile.lock import compiling
 from sqcompile.passes.graph import clone, get_tensor, set_tensor
 from sqcompile.plan import Plan
 from sqcompile.verify import STAGES
@@ -42,7 +43,8 @@ class Stages(Mapping[str, fx.GraphModule]):
         if name not in self._cache:
             from sqcompile.compile import rewrite
 
-            self._cache[name] = stage = rewrite(self._traced(), self._plan, until=name)
+            with compiling():
+                self._cache[name] = stage = rewrite(self._traced(), self._plan, until=name)
             return stage
         return self._cache[name]
 

@@ -163,6 +163,15 @@ def test_the_last_compilation_is_announced():
         call(net, x, scale=torch.tensor(2.0))
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_models_with_plans_of_their_own_do_not_count_as_recompilations(tmp_path):
+    for i, x in enumerate(outliers()):
+        plan, reference = planned(mlp(), [x])
+        plan.save(tmp_path / str(i))
+        net = compiled(mlp(), plan=str(tmp_path / str(i)))
+        assert torch.equal(call(net, x), reference(x))
+
+
 def test_the_quantized_stage_of_a_graph_without_a_linear():
     model, x = mlp(broken=True), outliers()[0]
     plan, _ = planned(mlp())

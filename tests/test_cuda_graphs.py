@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -19,6 +20,10 @@ class Tape:
     def __init__(self, recording=False):
         self.recorded = self.replayed = 0
         self.recording = lambda: recording
+        self.lock = threading.Lock()
+
+    def follow(self):
+        """There are no streams."""
 
     def record(self, run):
         results = run()

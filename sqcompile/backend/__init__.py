@@ -9,22 +9,23 @@ were changed are quantized again; the INT8 weights of those that were not are sh
 
 from __future__ import annotations
 
+import copy
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import CompileContext
 
 from sqcompile.backend.capture import capture
 from sqcompile.backend.dynamic import make_dynamic
+from sqcompile.backend.limit import respect_limit
 from sqcompile.backend.methods import follow_methods
 from sqcompile.backend.options import Options, parse
 from sqcompile.backend.runner import GRAD, Runner, asks_for_gradients
 from sqcompile.backend.session import model_tensors, reset, session_of
 from sqcompile.errors import CaptureError, SQCompileError
+from sqcompile.lock import compiling
 
 __all__ = ["Options", "smoothquant"]
 
@@ -48,34 +49,28 @@ def smoothquant(
         What runs in place of the graph.
     """
     try:
-        found = parse(options, mode)
-        if torch.is_grad_enabled() and asks_for_gradients(example_inputs):
-            return _without_gradients(gm, options, mode)
-        parameters: list[Tensor] = [x for x in example_inputs if isinstance(x, nn.Parameter)]
-        parameters += list(gm.parameters())
-        if not parameters:  # there may be buffers
-            parameters = model_tensors(x for x in example_inputs if isinstance(x, Tensor))
-        session = session_of(parameters, found)
-        make_dynamic(gm, example_inputs, lambda x: bool(session.names(x)), found.mode == "reduce-overhead")
-        _warn_of_the_last()
-        names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
-        # a method: Dynamo's wrapper would copy the attributes of an object, and keep the weights that it has now
-        return Runner(session, found, capture(gm), example_inputs, names).__call__
+        with compiling():
+            return _compiled(gm, example_inputs, options, mode)
     except SQCompileError as e:
         return _raises(e)
 
 
-def _warn_of_the_last() -> None:
-    """Dynamo runs a function in float, with a line in its log, once it has compiled it ``recompile_limit`` times."""
-    found = CompileContext.current_compile_id()
-    limit = torch._dynamo.config.recompile_limit
-    if found is not None and found.frame_compile_id is not None and found.frame_compile_id + 1 >= limit:
-        warnings.warn(
-            f"this is the last of the {limit} times that Dynamo compiles a function (torch._dynamo.config.recompile_limit): "
-            "calls that fit none of them will run in FLOAT. TORCH_LOGS=recompiles says why it compiles again. Layers compiled "
-            "one by one do where they use a KV cache: compile the whole model, with regional=True",
-            stacklevel=2,
-        )
+def _compiled(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None, mode: str | None
+) -> Callable[..., Any]:
+    found = parse(options, mode)
+    if torch.is_grad_enabled() and asks_for_gradients(example_inputs):
+        return _without_gradients(gm, options, mode)
+    parameters: list[Tensor] = [x for x in example_inputs if isinstance(x, nn.Parameter)]
+    parameters += list(gm.parameters())
+    if not parameters:  # there may be buffers
+        parameters = model_tensors(x for x in example_inputs if isinstance(x, Tensor))
+    session = session_of(parameters, found)
+    make_dynamic(gm, example_inputs, lambda x: bool(session.names(x)), found.mode == "reduce-overhead")
+    respect_limit()
+    names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
+    # a method: Dynamo's wrapper would copy the attributes of an object, and keep the weights that it has now
+    return Runner(session, found, capture(gm), example_inputs, names).__call__
 
 
 def _without_gradients(gm: fx.GraphModule, options: Mapping[str, Any] | None, mode: str | None) -> Callable[..., Any]:
@@ -91,10 +86,14 @@ def _without_gradients(gm: fx.GraphModule, options: Mapping[str, Any] | None, mo
 
 
 def _raises(error: SQCompileError) -> Callable[..., Any]:
-    """Raises when called: Dynamo would put an error of its own around one that is raised while it compiles."""
+    """Raises when called: Dynamo would put an error of its own around one that is raised while it compiles.
+
+    Each time a copy: a raised error has a traceback, which keeps the frames of its call and all their tensors.
+    """
+    kept = copy.copy(error)  # without traceback, cause and context
 
     def run(*args: Tensor) -> Any:
-        raise error
+        raise copy.copy(kept)
 
     return run
 

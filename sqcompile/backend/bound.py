@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import operator
+import threading
+import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +19,8 @@ from sqcompile.stages import state
 
 if TYPE_CHECKING:
     from sqcompile.backend.session import Session
+
+PATIENCE = 4  # times as many calls as were asked for are waited for
 
 
 class Weights:
@@ -52,6 +57,7 @@ class Bound(Weights):
     """A graph rewritten and compiled for one set of weights.
 
     Attributes:
+        calls: how many there were.
         run: takes the arguments at ``used``.
         keep: INT8 weights shared with other graphs.
     """
@@ -61,8 +67,10 @@ class Bound(Weights):
     ) -> None:
         super().__init__(session, tensors)
         self.run, self.used, self.keep = run, used, keep
+        self.calls = 0
 
     def __call__(self, args: Sequence[Any]) -> Any:
+        self.calls += 1
         with torch.no_grad():
             return self.run(*[args[i] for i in self.used])
 
@@ -70,10 +78,14 @@ class Bound(Weights):
 class Observed(Weights):
     """A graph in float and what it has seen with one set of weights, while the session has no plan."""
 
-    def __init__(self, session: Session, tensors: list[Tensor], observer: Observer, written: Sequence[int]) -> None:
+    def __init__(
+        self, session: Session, tensors: list[Tensor], observer: Observer, written: Sequence[int], floats: Floats
+    ) -> None:
         """``written``: positions of the arguments that are written to."""
         super().__init__(session, tensors)
-        self.observer, self.written = observer, written
+        self.observer, self.written, self.floats = observer, written, floats
+        # of what a call of the model runs once at most
+        self.names: set[Hashable] = {l.name for l in observer.linears} or {id(self)}
 
     def __call__(self, args: Sequence[Any]) -> Any:
         gm: Any = self.observer.module
@@ -81,4 +93,33 @@ class Observed(Weights):
         with torch.no_grad():
             for position, new in zip(self.written, results, strict=False):
                 args[position].copy_(new)
+        self.floats.add(self.names)
         return results[len(self.written) :]
+
+
+class Floats:
+    """Counts calls in float, whatever their graphs and weights, and says once that there are far more than asked for."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.runs, self.said = steps, Counter[Hashable](), False
+        self.lock = threading.Lock()
+
+    def add(self, names: set[Hashable]) -> None:
+        """After a graph has run linears of these names, each of which a call of the model runs once at most."""
+        with self.lock:
+            self.runs.update(names)
+
+    def check(self, names: set[Hashable]) -> None:
+        """Before a graph runs in float."""
+        with self.lock:
+            calls = max(self.runs[name] for name in names)
+            if calls < PATIENCE * self.steps or self.said:
+                return
+            self.said = True
+        warnings.warn(
+            f"{calls} calls ran in FLOAT, and calibration_steps={self.steps} of them are not over: the model's weights are "
+            "other tensors at each call, as with offloading (accelerate's cpu_offload, device_map) and "
+            "torch.func.functional_call, and INT8 weights are made once for weights that stay. Load the model onto one "
+            "device and call it with its own weights, or leave the backend out",
+            stacklevel=2,
+        )

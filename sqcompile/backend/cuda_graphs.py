@@ -8,11 +8,13 @@
 What a graph writes to (a static KV cache), or is marked to keep its address, is used where it lies: another address is
 another recording. Sizes must come three times in a row, so decoding with a static cache is recorded, while prompts of
 changing lengths and caches that grow with each token are not. Results are the caller's own: the next call does not
-overwrite them. Calls of one model come one after another, on one stream.
+overwrite them. Calls of one model come one after another, from whichever threads and streams: they have one set of
+buffers.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -43,8 +45,15 @@ class Recorder:
         self.last: Hashable = None
 
     def __call__(self, *args: Any) -> Any:
-        if not self.recordable or self.pool.recording():
-            return self.run(*args)
+        if self.recordable and not self.pool.recording():
+            with self.pool.lock:
+                results = self._replayed(args)
+            if results is not None:
+                return results
+        return self.run(*args)
+
+    def _replayed(self, args: Sequence[Any]) -> list[Any] | None:
+        """The results of a recording, or None for a call that has none and is not to be recorded."""
         if self.fixed is None:
             marked = {i for i, a in enumerate(args) if hasattr(a, "_dynamo_static_input_type")}
             self.fixed = self.written | marked
@@ -52,8 +61,9 @@ class Recorder:
         again, self.last = key == self.last, key
         found = self.recordings.pop(key, None)
         if found is None and not (again and self._can_record(args)):
-            return self.run(*args)
+            return None
         found = found or Recording(self.run, args, self.fixed)
+        self.pool.follow()
         try:
             results = found(args, self.pool)
         except NotRecorded as e:
@@ -63,7 +73,7 @@ class Recorder:
             )
             self.recordable = False
             self.recordings.clear()
-            return self.run(*args)
+            return None
         # a replay does not count as a write, and versions say whether a tensor of the model has changed
         torch.autograd.graph.increment_version([args[i] for i in self.written if not args[i].is_inference()])
         self.recordings[key] = found  # the one used last is the last to go
@@ -157,6 +167,15 @@ class Pool:
         self.stream = torch.cuda.Stream(device)
         self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self.handle: Any = None
+        self.lock = threading.Lock()
+        self.last = self.stream
+
+    def follow(self) -> None:
+        """Has the stream of this call wait for that of the call before, which may still use the buffers."""
+        current = torch.cuda.current_stream(self.device)
+        if current != self.last:
+            current.wait_stream(self.last)
+            self.last = current
 
     @staticmethod
     def recording() -> bool:

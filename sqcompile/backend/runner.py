@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from sqcompile.backend.bound import Bound, Observed
+from sqcompile.backend.bound import Bound, Floats, Observed
 from sqcompile.backend.capture import Template, attach, refuse_writes, write_back
 from sqcompile.backend.cuda_graphs import Recorder
 from sqcompile.backend.options import Options
-from sqcompile.backend.session import Session, quantized_only, session_of
+from sqcompile.backend.session import Session, quantized_only, session_of, sweep
 from sqcompile.backend.weights import is_freed, source
 from sqcompile.calibrate import Observer
 from sqcompile.compile import rewrite
 from sqcompile.errors import CaptureError, StageError
 from sqcompile.inductor import compile_regions, compile_without_constants, flatten, inductor, with_layout
+from sqcompile.lock import compiling
 from sqcompile.passes.attention_chains import find_attentions
 from sqcompile.passes.graph import above, find_linears, nodes_by_name
 from sqcompile.passes.shared import held
@@ -27,6 +29,8 @@ GRAD = (
     "backend 'smoothquant' computes no gradients, and this call asks for them: call the model under torch.no_grad() or "
     "torch.inference_mode()"
 )
+
+_MOST_WASTED = 4
 
 
 class Runner:
@@ -55,6 +59,8 @@ class Runner:
         self.observed: list[Observed] = []
         self.code: dict[str, Callable[..., Any]] = {}
         self.binds = 0
+        self.wasted = 0  # the last graphs in a row that were compiled for one call
+        self.floats = Floats(options.calibration_steps)  # of models that are not found
         if session.plan is not None:
             self._bind(session, [examples[i] for i in self.constants], guarded=True)
 
@@ -67,11 +73,19 @@ class Runner:
         if torch.is_grad_enabled() and asks_for_gradients(args):
             raise CaptureError(GRAD)
         tensors = [args[i] for i in self.constants]
-        found = next((b for b in self.bound if b.fits(tensors)), None) or self._enter(args, tensors)
-        return found(args)
+        found: Bound | Observed | None = next((b for b in self.bound if b.fits(tensors)), None)
+        return (found or self._enter(args))(args)
 
-    def _enter(self, args: Sequence[Any], tensors: list[Tensor]) -> Bound | Observed:
-        """What serves weights that no compiled graph was made for."""
+    def _enter(self, args: Sequence[Any]) -> Bound | Observed:
+        """What serves weights that no compiled graph was made for, or that another thread has made one for meanwhile."""
+        with compiling():
+            tensors = [args[i] for i in self.constants]
+            found = next((b for b in self.bound if b.fits(tensors)), None) or self._found(args, tensors)
+            self.bound = [b for b in self.bound if not b.session.over]
+            sweep()
+            return found
+
+    def _found(self, args: Sequence[Any], tensors: list[Tensor]) -> Bound | Observed:
         observed = next((o for o in self.observed if o.fits(tensors)), None)
         session = observed.session if observed else session_of(tensors, self.options)
         if session.plan is None:
@@ -79,6 +93,7 @@ class Runner:
                 observed = self._observe(session, tensors)
             session.step(observed)
             if session.plan is None:
+                observed.floats.check(observed.names)
                 return observed
         if self.bound and self._release(self.bound[0].changed(tensors), tensors, session):
             tensors = [args[i] for i in self.constants]
@@ -117,17 +132,32 @@ class Runner:
             keep = held(lowered)
             run, used = self._emit(lowered, guarded, session, tensors)
             session.blocks.free((name, t) for name, t in zip(names, tensors, strict=True) if name in freed)
+        self._warn_of_waste()
         bound = Bound(session, tensors, run, used, keep)
         self.bound = [bound, *(b for b in self.bound if b.alive())]  # the old ones until now: INT8 weights are shared
         self.retired = [b for b in self.retired if b.session is not session]
         return bound
+
+    def _warn_of_waste(self) -> None:
+        """Says once that weights which change all the time are quantized all the time."""
+        if self.bound:
+            self.wasted = 0 if self.bound[0].calls > 1 or self.bound[0].alive() else self.wasted + 1
+            if self.wasted == _MOST_WASTED:
+                warnings.warn(
+                    f"the model's weights were others at each of the last {_MOST_WASTED} calls, and were quantized anew each "
+                    "time, which costs far more than INT8 saves: offloading (accelerate's cpu_offload, device_map) and "
+                    "torch.func.functional_call do that. Load the model onto one device and call it with its own weights, "
+                    "or leave the backend out",
+                    stacklevel=2,
+                )
 
     def _observe(self, session: Session, tensors: list[Tensor]) -> Observed:
         session.runners.add(self)
         traced = self._attach(session, tensors, self._names(session, tensors))
         quantizes = resolve_recipe(self.options.recipe).attention != "none"
         observer = Observer(traced, find_attentions(traced) if quantizes else [])
-        observed = Observed(session, tensors, observer, self.template.updates)
+        floats = session.floats if session.has_model() else self.floats
+        observed = Observed(session, tensors, observer, self.template.updates, floats)
         self.observed = [observed, *(o for o in self.observed if o.alive())]
         return observed
 

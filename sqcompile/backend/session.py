@@ -7,8 +7,10 @@ after a graph break, and those of a layer compiled alone.
 
 from __future__ import annotations
 
+import collections
 import inspect
 import sys
+import threading
 import types
 import warnings
 import weakref
@@ -19,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 from torch._C._dynamo.eval_frame import _PyInterpreterFrame
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sqcompile.backend.bound import PATIENCE, Floats, Observed
 from sqcompile.backend.cuda_graphs import Pool
 from sqcompile.backend.decide import completed, decide, measured
 from sqcompile.backend.options import Options
@@ -35,7 +39,6 @@ from sqcompile.recipe import resolve_recipe
 from sqcompile.trace import aliases
 
 if TYPE_CHECKING:
-    from sqcompile.backend.bound import Observed
     from sqcompile.backend.runner import Runner
 
 
@@ -48,6 +51,8 @@ class Session:
         shared: the INT8 weights.
         blocks: what freed weights are views of.
         runners: the graphs.
+        floats: counts the calls that calibrate.
+        over: whether the model is no more.
     """
 
     def __init__(self, root: nn.Module | None, options: Options) -> None:
@@ -55,15 +60,19 @@ class Session:
         self.options, self.plan = options, options.plan
         self.shared = Shared(lambda t: getattr(t, "_sqcompile_source", None), check_not_freed)
         self.blocks = Blocks()
+        self.floats = Floats(options.calibration_steps)
+        self.over = False
         self.runners: weakref.WeakSet[Runner] = weakref.WeakSet()
         self._names: Any = WeakIdKeyDictionary()
-        self._seen: set[Observed] = set()
+        self._seen: dict[int, set[Observed]] = {}  # by thread: the graphs that its call has run
         self._torn: set[str] = set()  # weights that several graphs of one call read
-        self._calls = 0
         self._warned = self._told = False
         self._pools: dict[torch.device, Pool] = {}
         if root is not None:  # Dynamo keeps graphs with the code of a class, which outlives the model
             weakref.finalize(root, _forget, weakref.ref(self)).atexit = False
+
+    def has_model(self) -> bool:
+        return self._root() is not None
 
     def pool(self, device: torch.device) -> Pool:
         """Where CUDA graphs are recorded."""
@@ -117,25 +126,41 @@ class Session:
         return plan
 
     def step(self, observed: Observed) -> None:
-        """Counts a call in float; after the last one, makes the plan. A call of a model runs each graph once at most."""
-        if observed in self._seen:
-            self._calls += 1
-            uses = Counter(name for o in self._seen for name in {first_use(l.name) for l in o.observer.linears})
-            self._torn |= {name for name, graphs in uses.items() if graphs > 1}
-            self._seen = set()
-            if self._calls >= self.options.calibration_steps:
-                mine = [o for r in self.runners for o in r.observed if o.session is self and o.alive()]
-                recipe = resolve_recipe(self.options.recipe)
-                with torch.inference_mode(False):
-                    observers = [o.observer for o in mine]
-                    self.plan = measured(decide(observers, recipe, self._calls), observers, self._torn)
-                self.forget(bound=False)
-                return
-        self._seen.add(observed)
+        """Makes the plan if enough calls of the model have been observed, at the beginning of the next.
+
+        The graph at hand must have run often enough. Other sizes, tasks and constants of the code make other graphs, so its
+        linears count, too, in whichever graph they ran, once a call at most: each of them once more than that, since a prompt
+        is not like the tokens after it; or one of them so often that calls were enough.
+        """
+        seen = self._seen.setdefault(threading.get_ident(), set())
+        if observed in seen:  # a call runs each graph once at most
+            self._tear(seen)
+            seen.clear()
+        steps, own = self.options.calibration_steps, observed.observer.batches
+        mine = [o for r in self.runners for o in r.observed if o.session is self and o.alive()]
+        runs = [sum(o.observer.batches for o in mine if name in o.names) for name in observed.names]
+        if own < steps and min(runs) <= steps and max(runs) < PATIENCE * steps:
+            seen.add(observed)
+            return
+        for others in self._seen.values():
+            self._tear(others)
+        observers = [o.observer for o in mine]
+        for o in observers:
+            o.stop()
+        recipe = resolve_recipe(self.options.recipe)
+        with torch.inference_mode(False):
+            plan = decide(observers, recipe, own if own >= steps else max(runs))
+            self.plan = measured(plan, observers, self._torn)
+        self.forget(bound=False)
+
+    def _tear(self, graphs: set[Observed]) -> None:
+        """Takes down what several graphs of one call read."""
+        uses = Counter(name for o in graphs for name in {first_use(l.name) for l in o.observer.linears})
+        self._torn |= {name for name, count in uses.items() if count > 1}
 
     def forget(self, bound: bool = True) -> None:
         """Has the graphs drop what they hold for this model: what they have seen, and what they compiled."""
-        self._seen = set()
+        self._seen = {}
         for r in self.runners:
             r.observed = [o for o in r.observed if o.session is not self]
             if bound:
@@ -151,9 +176,25 @@ def quantized_only(traced: fx.GraphModule, lowered: fx.GraphModule, plan: Plan) 
     return {w for w in weights if w} - left
 
 
+_over: collections.deque[Session] = collections.deque()
+
+
 def _forget(session: weakref.ref[Session]) -> None:
+    """When a model is freed, in whichever thread that is: one that must not wait for another."""
     if (found := session()) is not None:
-        found.forget()
+        found.over = True
+        _over.append(found)
+        if compile_lock.acquire(blocking=False):
+            try:
+                sweep()
+            finally:
+                compile_lock.release()
+
+
+def sweep() -> None:
+    """Has graphs drop what they hold for models that are no more."""
+    while _over:
+        _over.pop().forget()
 
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Session]] = weakref.WeakKeyDictionary()
