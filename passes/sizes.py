@@ -27,9 +27,13 @@ def at_two_sizes(gm: fx.GraphModule, run: Callable[[Sizes], _Result]) -> tuple[_
         CaptureError: if the graph cannot be run at two sizes of batch and sequence.
     """
     symbols = free_symbols(gm)
+    alike = list(dict.fromkeys(symbols.values()))
     primes = [2, 3, 5, 7, 11, 13, 17, 19, 23]
+    # each size apart; then those together that were equal in the capture, for models that need it where no guard says so
+    orders = [{s: i for i, s in enumerate(symbols)}, {s: alike.index(size) for s, size in symbols.items()}]
     pairs: list[tuple[Sizes, ...]] = [
-        tuple({s: unit * primes[(i + k) % len(primes)] for i, s in enumerate(symbols)} for k in (0, 1))
+        tuple({s: unit * primes[(i + k) % len(primes)] for s, i in order.items()} for k in (0, 1))
+        for order in orders[: 1 + (len(alike) < len(symbols))]
         for unit in (1, 8, 32)  # multiples, for models whose sizes must divide by something
     ]
     known = [gm.meta["sizes"]] if "sizes" in gm.meta else []
@@ -48,15 +52,18 @@ def at_two_sizes(gm: fx.GraphModule, run: Callable[[Sizes], _Result]) -> tuple[_
     ) from error
 
 
-def free_symbols(gm: fx.GraphModule) -> list[Any]:
-    """The symbolic sizes of the graph's inputs, in order of appearance."""
-    found: dict[Any, None] = {}
+def free_symbols(gm: fx.GraphModule) -> dict[Any, Any]:
+    """The symbolic sizes of the graph's inputs, in order of appearance, each with what it was in the capture."""
+    found: dict[Any, Any] = {}
     for n in gm.graph.find_nodes(op="placeholder"):
         v = value(n)
         for size in v.shape if isinstance(v, Tensor) else [v]:
             if isinstance(size, torch.SymInt):
-                found.update(dict.fromkeys(sorted(size.node.expr.free_symbols, key=str)))
-    return list(found)
+                node = size.node
+                for symbol in sorted(node.expr.free_symbols, key=str):
+                    was = node.hint if node.expr.is_Symbol and node.has_hint() else None
+                    found.setdefault(symbol, symbol if was is None else was)
+    return found
 
 
 def conditions(gm: fx.GraphModule) -> list[Any]:
