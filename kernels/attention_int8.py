@@ -25,7 +25,7 @@ from sqcompile.kernels.attention_parts import (
     int8_scores,
     mask_scores,
 )
-from sqcompile.kernels.reference import quantize, token_scale
+from sqcompile.kernels.reference import finite_rows, quantize, token_scale
 
 MASK_BLOCK = (128, 128)  # queries and keys of a block in `mask_blocks`
 _ALIGNED = 16  # elements
@@ -52,7 +52,7 @@ def int8_attention(
     Args:
         q: int8 [B, H, Sq, D]; or float16, bfloat16 or float32, which is quantized first, with q_scale.
         q_scale: float32, broadcasts to [B, H, Sq, 1]: [] per tensor, [H, 1, 1] per head, [B, H, Sq, 1] per token. None:
-            a q that is not int8 gets its own scale per token.
+            a q that is not int8 gets its own scale per token. A query that is not int8 and not finite gives NaN.
         k: int8 [B, G, Sk, D]; query head h reads key head h // (H / G).
         k_scale: float32, broadcasts to [B, G, Sk, 1].
         v: float16, bfloat16 or float32 [B, G, Sk, Dv]; or int8.
@@ -71,8 +71,9 @@ def int8_attention(
         scale makes NaN of what it reaches.
     """
     if q.dtype != torch.int8:
+        finite = finite_rows(q)
         q_scale = token_scale(q) if q_scale is None else q_scale
-        q = quantize(q, q_scale)
+        q, q_scale = quantize(q, q_scale), q_scale * finite
     assert q_scale is not None
     batch, heads, queries, _ = q.shape
     keys, k = k.shape[2], k.to(torch.float32)  # once for all blocks of queries

@@ -66,7 +66,8 @@ def norm_quantize(
         keep: whether the norm's own output is wanted.
 
     Returns:
-        int8 [..., K], Δ ([..., 1], or ``scale``), and the norm's output in x's dtype, [0] unless kept.
+        int8 [..., K], the rows' factors [..., 1] (Δ, or `reference.finite_rows` with a static one), and the norm's output
+        in x's dtype, [0] unless kept.
     """
     k = x.shape[-1]
     if not rms:
@@ -83,7 +84,8 @@ def norm_quantize(
 def act_quantize(
     gate: Tensor, up: Tensor | None, activation: str, scale: Tensor | None, multiplier: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """int8 and Δ of act(gate) · up · multiplier, [..., K]; static with ``scale``, else one Δ per token."""
+    """int8 [..., K] and the rows' factors [..., 1] of act(gate) · up · multiplier: Δ, or `reference.finite_rows` with a
+    static ``scale``."""
     y = ACTIVATIONS[activation](gate)
     return _quantized(_scaled(y if up is None else y * up, multiplier), scale)
 
@@ -99,7 +101,10 @@ def int8_gemm(
     residual: Tensor | None,
     out_scale: Tensor | None,
 ) -> Tensor:
-    """act(`reference.int8_linear`) + residual, rounded once to dtype; int8 with the static Δ ``out_scale``."""
+    """act(`reference.int8_linear`) + residual, rounded once to dtype; int8 with the static Δ ``out_scale``.
+
+    The rows of an int8 result have the factors of q's: with a static scale, ``scale`` is `reference.finite_rows`.
+    """
     y = reference.int8_linear(q, scale, w, w_scale, bias, torch.float32)
     y = ACTIVATIONS[activation](y)
     y = (y if residual is None else y + residual.float()).to(dtype)
@@ -111,8 +116,8 @@ def _scaled(x: Tensor, multiplier: Tensor | None) -> Tensor:
 
 
 def _quantized(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    scale = reference.token_scale(x) if scale is None else scale.clone()  # an operator returns no input of its own
-    return reference.quantize(x, scale), scale
+    rows = reference.token_scale(x) if scale is None else reference.finite_rows(x)
+    return reference.quantize(x, rows if scale is None else scale), rows
 
 
 def _quantize_rows_triton(x: Tensor, granularity: str, multiplier: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -131,7 +136,7 @@ def _norm_quantize_triton(
     _, q, out, y = kernel(
         x, weight, eps, kind=kind, bias=bias, round_first=round_first, scale=scale, multiplier=multiplier, keep=keep
     )
-    return q, out if scale is None else out.clone(), x.new_empty(0) if y is None else y
+    return q, out, x.new_empty(0) if y is None else y
 
 
 def _act_quantize_triton(
@@ -139,8 +144,7 @@ def _act_quantize_triton(
 ) -> tuple[Tensor, Tensor]:
     from sqcompile.kernels.triton.act import act_quantize as kernel
 
-    q, out = kernel(gate, up, activation, scale=scale, multiplier=multiplier)
-    return q, out if scale is None else out.clone()
+    return kernel(gate, up, activation, scale=scale, multiplier=multiplier)
 
 
 def _int8_gemm_triton(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:

@@ -69,6 +69,8 @@ def int8_grouped_linear_packed(
 _COMPOSITE = {
     "token_scale(Tensor x) -> Tensor": reference.token_scale,
     "tensor_scale(Tensor x) -> Tensor": reference.tensor_scale,
+    "finite_rows(Tensor x) -> Tensor": reference.finite_rows,
+    "finite_heads(Tensor x) -> Tensor": reference.finite_heads,
     "quantize(Tensor x, Tensor scale, int zero_point=0) -> Tensor": reference.quantize,
     "dequantize(Tensor acc, Tensor scale, Tensor w_scale, Tensor? bias, ScalarType dtype) -> Tensor": reference.dequantize,
     "dequantize_tokens(Tensor q, Tensor scale, ScalarType dtype) -> Tensor": reference.dequantize_tokens,

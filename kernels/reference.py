@@ -3,12 +3,17 @@
     Δ = max|X| / 127            q = clamp(round_half_even(X · 1/Δ), -127, 127)
     Y = Δx Δw (X̂ Ŵᵀ)            with the inner product in int32
 
-Symmetric, zero point 0; the divisor is 2^7 - 1 = 127. Scales are float32 whatever the model's dtype. With dynamic scales
-a row with a NaN or an infinity has a NaN or infinite scale and comes out as NaN, never as a plausible number. Static
-scales are those of calibration: values beyond them, infinities too, saturate, and what a NaN becomes is undefined.
+Symmetric, zero point 0; the divisor is 2^7 - 1 = 127. Scales are float32 whatever the model's dtype.
+
+int8 holds no NaN. What is not finite comes out as NaN all the same, never as a plausible number, by the float32 factor
+of its row: a dynamic scale of what is not finite is NaN, so that per tensor all of it comes out as NaN. A static scale is
+a constant, by which weights' scales are multiplied beforehand, and the row's factor is `finite_rows`, 1 or NaN. It is
+passed on where a static chain stays in int8, whose values are what they are whatever the factor. int8 itself has 0 for NaN.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -22,8 +27,26 @@ _EXACT_TERMS = 2**24 // (127 * 128)
 
 
 def absmax_scale(absmax: Tensor) -> Tensor:
-    """The scale Δ of values up to ``absmax``: float32, same shape."""
-    return absmax.to(torch.float32).clamp_min(ABSMAX_FLOOR) * (1.0 / QMAX)
+    """The scale Δ of values up to ``absmax``: float32, same shape; NaN for what is not finite."""
+    scale = absmax.to(torch.float32).clamp_min(ABSMAX_FLOOR) * (1.0 / QMAX)
+    return torch.where(scale < math.inf, scale, math.nan)
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """1 where a row of x [..., K] is finite, else NaN: float32 [..., 1]."""
+    return _one_or_nan(x.abs().amax(dim=-1, keepdim=True) < math.inf)
+
+
+def finite_heads(x: Tensor) -> Tensor:
+    """1 where all tokens of a head of x [B, H, S, D] are finite, else NaN: float32 [B, H, 1, 1].
+
+    Of keys and values, which any query may read. One pass over x, and one over a number per token.
+    """
+    return _one_or_nan(~(~(x.abs().amax(dim=-1, keepdim=True) < math.inf)).any(dim=-2, keepdim=True))
+
+
+def _one_or_nan(finite: Tensor) -> Tensor:
+    return finite.to(torch.float32).masked_fill(~finite, math.nan)
 
 
 def token_scale(x: Tensor) -> Tensor:
@@ -43,7 +66,7 @@ def weight_scale(w: Tensor, per_channel: bool) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: int = 0) -> Tensor:
-    """q = clamp(round_half_even(x · 1/scale), -127, 127) as int8, or as uint8 shifted by a zero point of 128.
+    """q = clamp(round_half_even(x · 1/scale), -127, 127) as int8, or as uint8 shifted by a zero point of 128; 0 for NaN.
 
     Args:
         x: any float dtype, any shape.
@@ -51,6 +74,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: int = 0) -> Tensor:
         zero_point: 0, or 128 for the uint8 activations of oneDNN; the shift is exact.
     """
     q = torch.round(x.to(torch.float32) * scale.reciprocal())
+    q = q.masked_fill(q.isnan(), 0)  # which no processor's conversion agrees on
     low, high = zero_point - QMAX, zero_point + QMAX
     return (q + zero_point).clamp(low, high).to(torch.uint8 if zero_point else torch.int8)
 

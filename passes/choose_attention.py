@@ -25,7 +25,8 @@ from sqcompile.kernels.reference import absmax_scale, quantize, token_scale
 from sqcompile.passes.attention_chains import Attention
 from sqcompile.passes.floats import names
 from sqcompile.passes.head_labels import HeadSite, match_heads
-from sqcompile.passes.smoothing import smoothing_scale
+from sqcompile.passes.smoothing import awake, smoothing_scale
+from sqcompile.passes.sqnr import relative, sqnr_db
 from sqcompile.passes.value_labels import value_labels
 from sqcompile.plan import AttentionPlan, Smoothing
 
@@ -125,8 +126,9 @@ def _plan(
                 s, index = chooser.producers.get(producer), labels.to(absmax_v.device)
                 if s is not None:
                     absmax_v = torch.where(index >= 0, absmax_v / s[index.clamp_min(0)], absmax_v)
-            tensors[f"{a.name}/value_scale"] = absmax_scale(absmax_v)
-    sqnr = -10 * math.log10(choice.error) if choice.error > 0 else math.inf
+            heads = torch.stack([awake(head) for head in absmax_v])  # a silent channel may wake up, a silent head, too
+            tensors[f"{a.name}/value_scale"] = absmax_scale(torch.where(heads > 0, heads, awake(absmax_v)))
+    sqnr = sqnr_db(choice.error, f"the scores of {a.name}") if choice.error > 0 else None  # nothing to compare
     how = "none" if alpha is None else how
     return AttentionPlan(a.name, recipe.attention, how, reason, alpha, sqnr, q_scale, k_scale, shape)
 
@@ -139,6 +141,12 @@ def _stays_float(chooser: Chooser, a: Attention) -> str | None:
             return f"skipped by the recipe ({pattern!r})"
     if any(node not in chooser.calibration.heads for node in a.operands.values()):
         return "no calibration token reached it"
+    if chooser.recipe.granularity == "per_tensor_static":
+        for what, node in a.operands.items():
+            if (how := chooser.calibration.heads[node].unvarying()) and (
+                what != "values" or chooser.recipe.attention == "qk_pv"
+            ):
+                return f"its {what} were {how}: no static scale can be chosen"
     return _slow(chooser, a)
 
 
@@ -262,5 +270,5 @@ def _error(chooser: Chooser, a: Attention, by: tuple[Tensor, Tensor], mean: Tens
         else:
             scale = absmax_scale(size.amax((1, 2), keepdim=True) if granularity == "per_head" else size.max())
         got.append(quantize(x, scale).float() * scale)
-    signal = float(want.square().sum())
-    return float((scores(*got) - want).square().sum()) / signal if signal > 0 else 0.0
+    want = want.double()  # squares overflow float32 where the scores do not
+    return relative(float((scores(*got) - want).square().sum()), float(want.square().sum()))

@@ -11,8 +11,9 @@ from torch import fx
 from sqcompile.calibrate import Calibration
 from sqcompile.errors import NothingToQuantizeError, RecipeError
 from sqcompile.kernels import speedup
-from sqcompile.passes.graph import Linear, above, aten, find_linears, first_leaf, nodes_by_name, value
-from sqcompile.passes.label_rules import LAYOUT, behind
+from sqcompile.passes.graph import Linear, aten, find_linears, first_leaf, nodes_by_name, value
+from sqcompile.passes.label_rules import LAYOUT
+from sqcompile.passes.routers import find_routers
 from sqcompile.plan import LayerPlan
 from sqcompile.recipe import LM_HEAD, Recipe
 
@@ -32,7 +33,7 @@ def stay_float(gm: fx.GraphModule, linears: list[Linear], calibration: Calibrati
         RecipeError: if the recipe skips a name that no linear has.
     """
     _check_skip(gm, linears, recipe)
-    routers = _routers(gm, linears)
+    routers = find_routers(gm, linears)
     floats = {l.name: reason for l in linears if (reason := _reason(gm, l, routers, calibration, recipe))}
     return floats | _slow(gm, [l for l in linears if l.name not in floats], recipe.min_speedup)
 
@@ -49,32 +50,18 @@ def float_layer(l: Linear, reason: str) -> LayerPlan:
     return LayerPlan(l.name, kind, False, "none", reason, shape=l.shape)
 
 
-def _routers(gm: fx.GraphModule, linears: list[Linear]) -> set[str]:
-    """Nodes of the linears whose output decides which expert a row goes to: the nearest above experts' offsets.
-
-    What the experts' own rows are made of is not searched: a router without a linear reads them, too.
-    """
-    nodes, by_node = nodes_by_name(gm), {l.node for l in linears}
-    routers: set[str] = set()
-    for l in linears:
-        if not l.offsets:
-            continue
-        seen = above(behind(nodes[l.x], LAYOUT))  # the tensor whose rows are picked
-        todo = [nodes[l.offsets]]
-        while todo:  # at once over for an expert's second matrix, whose rows come from the first by the same offsets
-            node = todo.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node.name in by_node:
-                routers.add(node.name)
-            else:
-                todo.extend(node.all_input_nodes)
-    return routers
-
-
 def _reason(gm: fx.GraphModule, l: Linear, routers: set[str], calibration: Calibration, recipe: Recipe) -> str | None:
     """Why a linear stays in float, or None."""
+    if reason := _unasked(gm, l, routers, recipe):
+        return reason
+    if l.name not in calibration.inputs:
+        return "no calibration token reached it"
+    unvarying = calibration.inputs[l.name].unvarying() if recipe.activation == "per_tensor_static" else None
+    return f"its input was {unvarying}: no static scale can be chosen" if unvarying else None
+
+
+def _unasked(gm: fx.GraphModule, l: Linear, routers: set[str], recipe: Recipe) -> str | None:
+    """Why a linear stays in float whatever the data, or None."""
     if l.node in routers:
         return "routes tokens to experts, and a rounding there would change the expert"
     for pattern in recipe.skip:
@@ -82,9 +69,13 @@ def _reason(gm: fx.GraphModule, l: Linear, routers: set[str], calibration: Calib
             return f"skipped by the recipe ({pattern!r})"
     if not recipe.lm_head and (names_linear(gm, l, LM_HEAD) or _is_lm_head(gm, l)):
         return "the projection back to the vocabulary, which Recipe(lm_head=True) quantizes"
-    if l.name not in calibration.inputs:
-        return "no calibration token reached it"
     return None
+
+
+def wanted(gm: fx.GraphModule, linears: list[Linear], recipe: Recipe) -> list[Linear]:
+    """The linears that are to be quantized, if there is data for them."""
+    routers = find_routers(gm, linears)
+    return [l for l in linears if _unasked(gm, l, routers, recipe) is None]
 
 
 def _slow(gm: fx.GraphModule, linears: list[Linear], least: float) -> dict[str, str]:

@@ -8,7 +8,8 @@
     quantize(mul(silu(%gate), %up))         -> sqcompile.act_quantize(%gate, %up, "silu", ...)
     quantize(mul(%x, %inv_s))               -> one of these with the multiplier %inv_s, or sqcompile.quantize_rows
     add(%r, sqcompile.int8_gemm(%q, ...))   -> sqcompile.int8_gemm(%q, ..., residual=%r)
-    quantize(relu(int8_gemm(%q, ...)), %s)  -> sqcompile.int8_gemm(%q, ..., "relu", out_scale=%s)      (static %s)
+    quantize(relu(int8_gemm(%q, %r, ...)), %s)  -> sqcompile.int8_gemm(%q, %r, ..., "relu", out_scale=%s)  (static %s)
+    finite_rows(relu(int8_gemm(%q, %r, ...)))   -> %r
     int8_attention(quantize(%x, token_scale(%x)), ...)  -> sqcompile.int8_attention(%x, None, ...)
 
 Values between are rounded as before, but for the GEMM's own result, which is rounded once, after residual or activation.
@@ -54,30 +55,38 @@ def _before_views(gm: fx.GraphModule, q: fx.Node) -> fx.Node:
     while True:
         x, scale = q.args[:2]
         assert isinstance(x, fx.Node) and isinstance(scale, fx.Node)
-        per_token = scale.target == sqcompile_ops.token_scale.default
+        rows = _rows(q)
         if x.target in (aten.clone.default, aten.contiguous.default):
-            for node in (q, scale) if scale.args and scale.args[0] is x else (q,):
+            others = [rows] if rows else [scale] if scale.args and scale.args[0] is x else []
+            for node in (q, *others):
                 node.update_arg(0, x.args[0])
             if not x.users:
                 gm.graph.erase_node(x)
             continue
         sizes: Any = x.args[1] if x.target == aten.reshape.default else None
         tokens = sizes and sizes[-1] == value(x.args[0]).shape[-1]  # type: ignore[arg-type]
-        if not tokens or len(q.args) > 2 or not (per_token or scale.op == "get_attr"):
+        if not tokens or len(q.args) > 2 or rows is None:
             return q
-        with gm.graph.inserting_before(min(q, scale) if per_token else q):
-            inner = add_op(gm, scale.target, x.args[0]) if per_token else scale  # type: ignore[arg-type]
-            new = add_op(gm, sqcompile_ops.quantize.default, x.args[0], inner)
+        with gm.graph.inserting_before(min(q, rows)):
+            inner = add_op(gm, rows.target, x.args[0])  # type: ignore[arg-type]
+            new = add_op(gm, sqcompile_ops.quantize.default, x.args[0], inner if rows is scale else scale)
             q.replace_all_uses_with(add_op(gm, aten.reshape.default, new, sizes))
-            if per_token:
-                wide = add_op(gm, aten.reshape.default, inner, [*sizes[:-1], 1])
-                scale.replace_all_uses_with(wide)
+            rows.replace_all_uses_with(add_op(gm, aten.reshape.default, inner, [*sizes[:-1], 1]))
         gm.graph.erase_node(q)
-        if per_token:
-            gm.graph.erase_node(scale)
+        gm.graph.erase_node(rows)
         if not x.users:
             gm.graph.erase_node(x)
         q = new
+
+
+def _rows(q: fx.Node) -> fx.Node | None:
+    """What gives the rows of a quantize node their factors: its own scale per token, or finite_rows of a static one."""
+    x, scale = q.args[:2]
+    if scale.target == sqcompile_ops.token_scale.default and scale.args[0] is x:  # type: ignore[union-attr]
+        return scale  # type: ignore[return-value]
+    static = scale.op == "get_attr"  # type: ignore[union-attr]
+    same = [u for u in x.users if u.target == sqcompile_ops.finite_rows.default]  # type: ignore[union-attr]
+    return same[0] if static and same else None
 
 
 def _residual(gm: fx.GraphModule, add: fx.Node) -> None:
@@ -99,18 +108,34 @@ def _into_gemm(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> bool:
     """A static quantization of a GEMM's result, activated or not, happens in the GEMM: int8 in, int8 out."""
     x, scale = q.args[:2]
     assert isinstance(x, fx.Node) and isinstance(scale, fx.Node)
-    if scale not in const or len(x.users) != 1:
+    rows = _rows(q)
+    if scale not in const or rows is None or set(x.users) != {q, rows}:
         return False
     activation, gemm = _activation(x), x
     if activation:
         gemm = x.args[0]  # type: ignore[assignment]
-    if gemm.target != sqcompile_ops.int8_gemm.default or len(gemm.users) != 1:
+    if gemm.target != sqcompile_ops.int8_gemm.default or (activation and len(gemm.users) != 1):
         return False
     args = list(gemm.args)
-    if args[6:] != ["none", None, None]:
+    factors = args[1]
+    assert isinstance(factors, fx.Node)
+    if args[6:] != ["none", None, None] or not _is_factor(factors) or value(factors).dim() != value(rows).dim():
         return False
+    rows.replace_all_uses_with(factors)
+    gm.graph.erase_node(rows)
     _replace(gm, q, sqcompile_ops.int8_gemm.default, *args[:6], activation or "none", None, scale)
     return True
+
+
+def _is_factor(node: fx.Node) -> bool:
+    """Whether a GEMM's row factors are those of a static scale, 1 or NaN."""
+    while node.target == aten.reshape.default:
+        node = node.args[0]  # type: ignore[assignment]
+    if node.target is not operator.getitem:
+        return node.target == sqcompile_ops.finite_rows.default
+    source: Any = node.args[0]
+    static = {sqcompile_ops.norm_quantize.default: 6, sqcompile_ops.act_quantize.default: 3}.get(source.target)
+    return static is not None and source.args[static] is not None
 
 
 def _into_attention(gm: fx.GraphModule, q: fx.Node) -> None:
@@ -122,7 +147,11 @@ def _into_attention(gm: fx.GraphModule, q: fx.Node) -> None:
         return
     own = scale.target == sqcompile_ops.token_scale.default and scale.args[0] is x
     for attention in list(q.users):
-        if attention.args[1] is scale:
+        factor = attention.args[
+            1
+        ]  # of a static scale, mul(finite_rows(x), scale): the kernel sees itself what is finite
+        static = factor.target == aten.mul.Tensor and factor.args[1] is scale  # type: ignore[union-attr]
+        if factor is scale or static:
             attention.args = (x, None if own else scale, *attention.args[2:])
 
 
@@ -134,15 +163,18 @@ def _quantize(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> None:
     per_token = scale.target == sqcompile_ops.token_scale.default
     if not per_token and scale not in const and scale.target != sqcompile_ops.tensor_scale.default:
         return
-    static = _plane(gm, scale, q) if scale in const else None
-    readers = {u for u in x.users if u is not q and u is not scale}
+    rows = _rows(q) if per_token or scale in const else scale
+    if rows is None:
+        return
+    static = _plane(gm, scale, min(q, rows)) if scale in const else None
+    readers = {u for u in x.users if u is not q and u is not rows}
     base, multiplier = x, None
     norm, act = _norm(x, const), _act(x, const)
     if norm is None and act is None and (found := _multiplied(x, const)) is not None:
         base, multiplier = found
         norm, act = _norm(base, const), _act(base, const)
         readers = {u for u in base.users if u is not x} | readers
-    with gm.graph.inserting_before(q if not per_token else min(q, scale)):
+    with gm.graph.inserting_before(min(q, rows) if per_token or static is not None else q):
         if norm is not None and (per_token or static is not None) and (multiplier is None or len(x.users) <= 2):
             readers = {u for u in readers if u > q}  # who reads it earlier computes the norm by itself
             new = add_op(gm, sqcompile_ops.norm_quantize.default, *norm, static, multiplier, bool(readers))
@@ -156,8 +188,7 @@ def _quantize(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> None:
         else:
             return  # pointwise: the compiler fuses it with what it finds
     _point(gm, q, new, 0)
-    if static is None:
-        _point(gm, scale, new, 1)
+    _point(gm, rows, new, 1)
 
 
 def _plane(gm: fx.GraphModule, scale: fx.Node, reader: fx.Node) -> fx.Node:

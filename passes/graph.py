@@ -261,6 +261,11 @@ def above(*nodes: fx.Node) -> set[fx.Node]:
     return found
 
 
+def leaves(node: fx.Node) -> list[fx.Node]:
+    """The parameters and buffers of a constant expression."""
+    return [n for n in above(node) if n.op == "get_attr"]
+
+
 def first_leaf(node: fx.Node) -> str | None:
     """The qualified name of the first parameter in a constant expression."""
     while node.op != "get_attr":

@@ -34,6 +34,7 @@ from sqcompile.passes.label_rules import (
     Refused,
     behind,
     describe,
+    refuse_rounding,
     uniform,
 )
 from sqcompile.passes.labels import _Labels, execute
@@ -153,6 +154,7 @@ class _HeadLabels(_Labels):
         for side, node in (("q", q), ("k", k)):
             if node in operands:
                 labels = operands[node]  # type: ignore[index]
+                refuse_rounding(self.ways[node][flow.producer], flow.dtype)  # type: ignore[index]
                 heads = by_head(labels.mT if side == "k" and not whole else labels, a.heads)
                 self.reached.operands.setdefault((a.name, side), {})[flow.producer] = heads
         mask = arguments(n)["attn_mask"] if whole else None

@@ -7,6 +7,12 @@
     %acc = linear(to(%q, float32), to(%w_int8, float32))
     %y = sqcompile.dequantize(%acc, %s, %w_scale, %b, dtype)
 
+With a static scale, which rows that are not finite do not change, they come out as NaN by a factor of their own:
+
+    %q = sqcompile.quantize(%x, %s)                   # %s calibrated
+    %r = sqcompile.finite_rows(%x)                    # 1, or NaN where the row of %x is not finite
+    %y = sqcompile.dequantize(%acc, %r, mul(%w_scale, %s), %b, dtype)
+
 The scales come out of the product, Y = Δx Δw (X̂ Ŵᵀ), so that %acc is a sum of integers: exact in float32 up to 2^24,
 and a kernel that sums in int32 gives the same result to the bit, not one that rounds the next quantization elsewhere.
 """
@@ -18,6 +24,7 @@ from torch import Tensor, fx
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import quantize, weight_scale
+from sqcompile.passes.finite import check_tensor
 from sqcompile.passes.graph import (
     FOLD_CAST,
     Linear,
@@ -75,15 +82,17 @@ class _Inserter:
     def __init__(self, gm: fx.GraphModule, plan: Plan, folded: fx.GraphModule, shared: Shared | None) -> None:
         self.gm, self.plan, self.folded, self.shared = gm, plan, folded, shared
         self.nodes, self.folded_nodes = nodes_by_name(gm), nodes_by_name(folded)
-        self.inputs: dict[tuple[str, float | None], tuple[fx.Node, fx.Node]] = {}
+        self.inputs: dict[tuple[str, float | None], tuple[fx.Node, fx.Node, fx.Node | None]] = {}
 
     def linear(self, linear: Linear, layer: LayerPlan) -> None:
         node = self.nodes[linear.node]
         x, _, bias = linear_operands(node)
-        x_float, x_scale = self._input(x, layer)
+        x_float, x_scale, static = self._input(x, layer)
         name = linear.name.replace("#", "_use")
         with self.gm.graph.inserting_before(node):
             w_int8, w_scale = self._operands(linear, name)
+            if static is not None:
+                w_scale = add_op(self.gm, aten.mul.Tensor, w_scale, static)
             w_float = add_op(self.gm, aten.to.dtype, w_int8, torch.float32)
             if linear.experts:
                 offsets, dequantize = node.args[2], sqcompile_ops.grouped_dequantize.default
@@ -114,16 +123,20 @@ class _Inserter:
         w = effective_weight(self.folded, linear, self.folded_nodes)
         per_channel = self.plan.recipe.weight == "per_channel"
         if not linear.experts:
-            return _quantize_weight(w, per_channel)
-        q, scales = torch.empty(w.shape, dtype=torch.int8, device=w.device), []
-        for out, matrix in zip(q, w, strict=True):
-            values, scale = _quantize_weight(matrix, per_channel)
-            out.copy_(values)
-            scales.append(scale)
-        return q, torch.stack(scales)
+            q, scale = _quantize_weight(w, per_channel)
+        else:
+            q, scales = torch.empty(w.shape, dtype=torch.int8, device=w.device), []
+            for out, matrix in zip(q, w, strict=True):
+                values, scale = _quantize_weight(matrix, per_channel)
+                out.copy_(values)
+                scales.append(scale)
+            scale = torch.stack(scales)
+        if not bool(scale.isfinite().all()):
+            check_tensor(w, linear.name.partition("#")[0])
+        return q, scale
 
-    def _input(self, x: fx.Node, layer: LayerPlan) -> tuple[fx.Node, fx.Node]:
-        """The quantized input as float32 integers, and its scale; made once per tensor and scale."""
+    def _input(self, x: fx.Node, layer: LayerPlan) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+        """The quantized input as float32 integers, the factor of its rows, and Δ where it is static; made once for each."""
         if x.meta.get(FOLD_CAST):  # quantize the float32 product x·(1/s), not its rounding to the model's dtype
             assert isinstance(x.args[0], fx.Node)
             x = x.args[0]
@@ -133,15 +146,17 @@ class _Inserter:
             while after.op == "placeholder":
                 after = after.next
             with self.gm.graph.inserting_before(after):
+                static = None
                 if layer.input_scale is not None:
-                    static = torch.tensor(layer.input_scale, dtype=torch.float32, device=value(x).device)
-                    scale = add_tensor(self.gm, f"{layer.name}_input_scale", static)
+                    constant = torch.tensor(layer.input_scale, dtype=torch.float32, device=value(x).device)
+                    static = add_tensor(self.gm, f"{layer.name}_input_scale", constant)
+                    scale = add_op(self.gm, sqcompile_ops.finite_rows.default, x)
                 elif self.plan.recipe.activation == "per_token":
                     scale = add_op(self.gm, sqcompile_ops.token_scale.default, x)
                 else:
                     scale = add_op(self.gm, sqcompile_ops.tensor_scale.default, x)
-                q = add_op(self.gm, sqcompile_ops.quantize.default, x, scale)
-                self.inputs[key] = add_op(self.gm, aten.to.dtype, q, torch.float32), scale
+                q = add_op(self.gm, sqcompile_ops.quantize.default, x, scale if static is None else static)
+                self.inputs[key] = add_op(self.gm, aten.to.dtype, q, torch.float32), scale, static
         return self.inputs[key]
 
 

@@ -7,7 +7,7 @@ with the reason. An operation in none of the tables is refused.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ class Flow:
         producer: name of the producer's node; its output is [..., C].
         kind: "norm" (layer_norm, rms_norm), "scale" (multiplication by a channel vector) or "linear".
         channels: C.
+        dtype: the narrower one of its output's and its parameter's.
         balance: the linears that absorb labels, with their index map: int64 [K], the label of each input column, or -1.
         adds: additions of a constant on the way, which must be scaled along: (node, argument index, int64 labels shaped
             to broadcast like that constant).
@@ -44,6 +45,7 @@ class Flow:
     producer: str
     kind: str
     channels: int
+    dtype: torch.dtype = torch.float32
     balance: list[tuple[str, Tensor]] = field(default_factory=list)
     adds: list[tuple[str, int, Tensor]] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
@@ -82,6 +84,22 @@ SHAPE_ONLY = {
     aten.sym_size.int, aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default, aten.full_like.default,
     aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
 }  # fmt: skip
+
+
+def narrower(a: torch.dtype, b: torch.dtype) -> bool:
+    """Whether a float dtype rounds values, or overflows, that another holds."""
+    return torch.finfo(a).eps > torch.finfo(b).eps or torch.finfo(a).max < torch.finfo(b).max
+
+
+def refuse_rounding(way: Iterable[torch.dtype], *ends: torch.dtype) -> None:
+    """Refuses labels on whose way values are narrower than at both ends: s would change what is rounded there.
+
+    So float32 -> bfloat16 -> float32 is refused. Models in half precision, RMSNorm in float32 among them, are not: the
+    linears that read a value round it to their own dtype, and folding is as exact as that dtype.
+    """
+    for dtype in way:
+        if dtype.is_floating_point and all(narrower(dtype, end) for end in ends):
+            raise Refused(f"is rounded to {str(dtype).removeprefix('torch.')} on its way, which a scale would change")
 
 
 def behind(node: fx.Node, targets: set[Any]) -> fx.Node:

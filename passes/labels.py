@@ -10,6 +10,9 @@ invariant, for one producer with a scale ``s > 0`` per label:
 Layout operations are executed on the labels as they are. Operations that commute with a positive scale pass them on.
 A linear whose input columns carry one label each absorbs them: a balance layer. Whatever else a label reaches refuses
 *that label*, with a reason, and a refused label keeps s = 1, for which the invariant holds trivially.
+
+The invariant is one of real numbers; float32 keeps it to a few roundings. A cast to half precision on the way of a label
+between two ends in float32 would not, and refuses it (`label_rules.refuse_rounding`).
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sqcompile.passes.graph import Linear, aten, constants, evaluate, get_tensor, is_channel_vector, value
+from sqcompile.passes.graph import Linear, aten, constants, evaluate, get_tensor, is_channel_vector, leaves, value
 from sqcompile.passes.label_rules import (
     HOMOGENEOUS,
     LAYOUT,
@@ -32,6 +35,8 @@ from sqcompile.passes.label_rules import (
     Flow,
     Refused,
     describe,
+    narrower,
+    refuse_rounding,
     uniform,
 )
 
@@ -124,6 +129,7 @@ class _Labels(fx.Interpreter):
         self.const = constants(gm)
         self.flows: dict[str, Flow] = {}
         self.labels: dict[fx.Node, dict[str, Any]] = {}
+        self.ways: dict[fx.Node, dict[str, set[torch.dtype]]] = {}  # the dtypes that each label has passed
 
     def run_node(self, n: fx.Node) -> Any:
         out = self.values[n]
@@ -134,12 +140,16 @@ class _Labels(fx.Interpreter):
                 self.labels[n] = mine
         for dead in self.user_to_last_uses.get(n, []):
             self.labels.pop(dead, None)
+            self.ways.pop(dead, None)
         return out
 
     def _start(self, n: fx.Node, out: Any, mine: dict[str, Any]) -> None:
         kind = producer_kind(n, n.name in self.linears, self.const)
         if kind and isinstance(out, Tensor) and out.dtype.is_floating_point and out.dim() >= 2 and out.shape[-1] > 1:
-            self.flows[n.name] = Flow(n.name, kind, out.shape[-1])
+            parameters = [value(a).dtype for c in n.all_input_nodes if c in self.const for a in leaves(c)]
+            dtype = next((d for d in parameters if d.is_floating_point and narrower(d, out.dtype)), out.dtype)
+            self.flows[n.name] = Flow(n.name, kind, out.shape[-1], dtype)
+            self.ways.setdefault(n, {})[n.name] = set()
             mine[n.name] = torch.arange(out.shape[-1]).expand(out.shape)
 
     def _propagate(self, n: fx.Node, out: Any) -> dict[str, Any]:
@@ -153,6 +163,8 @@ class _Labels(fx.Interpreter):
             return result
         for producer, operands in seen.items():
             flow = self.flows[producer]
+            way = set().union(*(self.ways[a][producer] for a, _ in operands), _dtypes(out))
+            self.ways.setdefault(n, {})[producer] = way
             try:
                 labels = self._rule(n, out, flow, operands)
                 if labels is not None:
@@ -174,6 +186,7 @@ class _Labels(fx.Interpreter):
             columns = labels.reshape(-1, labels.shape[-1])
             if not bool((columns == columns[:1]).all()):
                 raise Refused("is not one column of the linear it reaches")
+            refuse_rounding(self.ways[node][flow.producer], flow.dtype, self.env[node].dtype)
             flow.balance.append((n.name, columns[0].clone()))
             return None
         t = n.target
@@ -215,6 +228,10 @@ class _Labels(fx.Interpreter):
         if dims and not v.dtype.is_floating_point and v.dtype != torch.bool and all(uniform(labels, d) for d in dims):
             return torch.zeros(v.shape, dtype=torch.int64)
         raise Refused("is selected by an index that depends on the input")
+
+
+def _dtypes(out: Any) -> set[torch.dtype]:
+    return {x.dtype for x in (out if isinstance(out, (list, tuple)) else (out,)) if isinstance(x, Tensor)}
 
 
 def producer_kind(n: fx.Node, is_linear: bool, const: set[fx.Node]) -> str | None:

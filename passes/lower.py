@@ -59,12 +59,13 @@ class _Quantized:
     bias: fx.Node | None
     dtype: torch.dtype
     offsets: fx.Node | None = None
+    static: fx.Node | None = None  # Δx, by which the weight's scale is multiplied
 
     @property
     def key(self) -> tuple[object, ...]:
         """Linears of one key become one."""
         alone = self.out if self.offsets else None  # experts are not merged: each is a product of its own anyway
-        return self.q, self.scale, self.dtype, self.bias is None, alone
+        return self.q, self.scale, self.static, self.dtype, self.bias is None, alone
 
 
 def lower(gm: fx.GraphModule, shared: Shared | None = None) -> fx.GraphModule:
@@ -82,8 +83,9 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None) -> fx.GraphModule:
         if grouped or node.target == sqcompile_ops.dequantize.default:
             acc, scale, weight_scale, more, dtype = node.args
             q, weight = (cast.args[0] for cast in acc.args[:2])
+            weight_scale, static = weight_scale.args if weight_scale.target == aten.mul.Tensor else (weight_scale, None)
             bias, offsets = (None, more) if grouped else (more, None)
-            found = _Quantized(node, q, weight, scale, weight_scale, bias, dtype, offsets)
+            found = _Quantized(node, q, weight, scale, weight_scale, bias, dtype, offsets, static)
             groups.setdefault(found.key, []).append(found)
     for group in groups.values():
         if group[0].offsets:
@@ -129,6 +131,11 @@ def _merge(parts: list[tuple[torch.Tensor, torch.Tensor]], experts: bool) -> Mer
     return Merged(w, scale, x86.row_sum(w_int8, w))
 
 
+def _columns(gm: fx.GraphModule, g: _Quantized, merged: Merged) -> torch.Tensor:
+    """The factors of output channels, float32 [N] or [E, N]: Δw, times Δx where it is static."""
+    return merged.scale if g.static is None else merged.scale * get_tensor(gm, str(g.static.target))
+
+
 def _lower_group(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | None) -> None:
     first = group[0]
     sizes = [value(g.weight).shape[0] for g in group]
@@ -138,7 +145,7 @@ def _lower_group(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | N
     name = str(first.weight.target).removesuffix("_int8")
     device = merged.scale.device
     with gm.graph.inserting_before(first.out):
-        w_scale = add_tensor(gm, f"{name}_columns", merged.scale)
+        w_scale = add_tensor(gm, f"{name}_columns", _columns(gm, first, merged))
         b = None if bias is None else add_tensor(gm, f"{name}_bias", bias)
         if merged.row_sum is not None:
             w, w_sum = add_tensor(gm, f"{name}_packed", merged.w), add_tensor(gm, f"{name}_sum", merged.row_sum)
@@ -173,7 +180,7 @@ def _lower_experts(gm: fx.GraphModule, g: _Quantized, shared: Shared | None) -> 
     merged = _weights(gm, [g], shared)
     name = str(g.weight.target).removesuffix("_int8")
     with gm.graph.inserting_before(g.out):
-        w_scale = add_tensor(gm, f"{name}_columns", merged.scale)
+        w_scale = add_tensor(gm, f"{name}_columns", _columns(gm, g, merged))
         if merged.row_sum is not None:
             w = [add_tensor(gm, f"{name}_packed_{e}", p) for e, p in enumerate(merged.w)]
             arguments: tuple[Any, ...] = (

@@ -4,7 +4,8 @@
     ...                                                # scale, masks: the graph's own nodes
     %y = matmul(softmax(%t, -1), %v)
 ->
-    %qs = sqcompile.token_scale(%q)                    # or per head, per tensor, a calibrated constant
+    %qs = sqcompile.token_scale(%q)                    # or per head, per tensor, or a calibrated constant, as mul(
+                                                       # finite_rows(%q), %s) and, of k and v, mul(finite_heads(%k), %s)
     %qi = sqcompile.quantize(%q, %qs)                  # int8 [B, H, Sq, D]; so is k, less its mean where that helps
     %s = sqcompile.int8_scores(%qi, %qs, %ki, %ks, dtype)
     ...
@@ -55,8 +56,8 @@ class _Inserter:
                     q = self._with_constant(aten.mul.Tensor, q, "query_by")
                     k = self._with_constant(aten.mul.Tensor, k, "key_by")
                 k = self._with_constant(aten.sub.Tensor, k, "key_mean")
-            q, q_scale = self._quantize(q, self.how.q_scale, "query_scale")
-            k, k_scale = self._quantize(k, self.how.k_scale, "key_scale")
+            q, q_scale = self._quantize(q, self.how.q_scale, "query_scale", sqcompile_ops.finite_rows.default)
+            k, k_scale = self._quantize(k, self.how.k_scale, "key_scale", sqcompile_ops.finite_heads.default)
             dtype = torch.float32 if whole else value(product).dtype
             scores = add_op(self.gm, sqcompile_ops.int8_scores.default, q, q_scale, k, k_scale, dtype)
             if whole:
@@ -97,20 +98,25 @@ class _Inserter:
         constant = add_tensor(self.gm, f"{self.a.name}.{name}", tensor[:, None].to(value(x).device))
         return add_op(self.gm, operator, x, constant)
 
-    def _quantize(self, x: fx.Node, static: float | None, name: str) -> tuple[fx.Node, fx.Node]:
+    def _quantize(self, x: fx.Node, static: float | None, name: str, finite: Any) -> tuple[fx.Node, fx.Node]:
+        """int8 x and its scale; a static one is NaN where ``finite`` says so."""
         granularity = self.plan.recipe.granularity
         if static is None and (cached := self._cached(x)):
             return cached
         if static is not None:
-            tensor = torch.tensor(static, dtype=torch.float32, device=value(x).device)
-            scale = add_tensor(self.gm, f"{self.a.name}.{name}", tensor)
-        elif granularity == "per_token":
+            constant = torch.tensor(static, dtype=torch.float32, device=value(x).device)
+            return self._static(x, add_tensor(self.gm, f"{self.a.name}.{name}", constant), finite)
+        if granularity == "per_token":
             scale = add_op(self.gm, sqcompile_ops.token_scale.default, x)
         elif granularity == "per_head":
             scale = add_op(self.gm, sqcompile_ops.scale_over.default, x, [-2, -1])
         else:
             scale = add_op(self.gm, sqcompile_ops.tensor_scale.default, x)
         return add_op(self.gm, sqcompile_ops.quantize.default, x, scale), scale
+
+    def _static(self, x: fx.Node, scale: fx.Node, finite: Any) -> tuple[fx.Node, fx.Node]:
+        q = add_op(self.gm, sqcompile_ops.quantize.default, x, scale)
+        return q, add_op(self.gm, aten.mul.Tensor, add_op(self.gm, finite, x), scale)
 
     def _cached(self, x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """Values and scales of x where it comes from a cache in INT8 (`sqcompile.cache`) that can be read as it is."""
@@ -151,9 +157,10 @@ class _Inserter:
             static = self.plan.heads.get(f"{self.a.name}/value_scale")
             if static is None:
                 scale = add_op(self.gm, sqcompile_ops.scale_over.default, v, [-2])
+                quantized = add_op(self.gm, sqcompile_ops.quantize.default, v, scale)
             else:
                 scale = add_tensor(self.gm, f"{self.a.name}.value_scale", static[:, None].to(value(v).device))
-            quantized = add_op(self.gm, sqcompile_ops.quantize.default, v, scale)
+                quantized, scale = self._static(v, scale, sqcompile_ops.finite_heads.default)
             y = add_op(self.gm, sqcompile_ops.int8_attend.default, self._apart(masked), quantized, scale, dtype)
         return add_op(self.gm, aten.flatten.using_ints, y, 0, 1) if value(output).dim() == 3 else y
 

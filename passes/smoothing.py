@@ -26,10 +26,16 @@ def smoothing_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
         text it would drown the rest of its row. Where every channel is silent, s = 1.
     """
     x, w = x_absmax.float(), w_absmax.float()
-    active = x > 0
-    if not bool(active.any()) or not bool((w > 0).any()):
+    if not bool((x > 0).any()) or not bool((w > 0).any()):
         return torch.ones_like(x)
     w = w.clamp_min(w.max() * 1e-5)  # a column of zeros: any s will do, but a finite one
-    median = x[active].median()
-    s = torch.where(x < SILENT * median, median, x).pow(alpha) / w.pow(1 - alpha)
-    return s.clamp(1 / LARGEST, LARGEST)
+    return (awake(x).pow(alpha) / w.pow(1 - alpha)).clamp(1 / LARGEST, LARGEST)
+
+
+def awake(absmax: Tensor) -> Tensor:
+    """absmax float32 of any shape, where what was (nearly) silent in calibration counts as the median of what was not."""
+    active = absmax > 0
+    if not bool(active.any()):
+        return absmax
+    median = absmax[active].median()
+    return torch.where(absmax < SILENT * median, median, absmax)

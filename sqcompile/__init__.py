@@ -15,6 +15,7 @@ from sqcompile.errors import (
     RecipeError,
     SQCompileError,
     StageError,
+    WeightError,
 )
 from sqcompile.plan import LayerPlan, Plan
 from sqcompile.recipe import PRESETS, Recipe
@@ -38,6 +39,7 @@ __all__ = [
     "Report",
     "SQCompileError",
     "StageError",
+    "WeightError",
     "calibrate",
     "compile",
 ]

@@ -19,73 +19,12 @@ from tqdm import tqdm
 from sqcompile.captured import flatten_like
 from sqcompile.errors import CalibrationError, CaptureError
 from sqcompile.explain import first_line, operation, source
+from sqcompile.input_stats import InputStats
 from sqcompile.inputs import Call, Reader
 from sqcompile.padding import Padding
 from sqcompile.passes.attention_chains import Attention
 from sqcompile.passes.graph import Linear, aten, find_linears, nodes_by_name, value
 from sqcompile.passes.heads import brought
-
-SAMPLE_ROWS = 128
-
-
-@dataclass
-class InputStats:
-    """Statistics of one linear's input, or of an attention's queries, keys or values, over all calibration tokens.
-
-    Attributes:
-        absmax: float32 [K], max|X_j| per channel.
-        rows: [R, K] in the input's dtype, a uniform sample of at most 128 tokens.
-        count: number of tokens seen.
-        experts: int64 [R], the expert of each sampled row; zeros where there are no experts.
-        tokens: int64 [E], tokens seen by each expert; [1] where there are no experts.
-    """
-
-    absmax: Tensor
-    rows: Tensor
-    experts: Tensor
-    tokens: Tensor
-    count: int = 0
-    keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32), repr=False)
-
-    @staticmethod
-    def empty(like: Tensor, experts: int | None) -> InputStats:
-        """No tokens yet of an input [T, K]."""
-        k = like.shape[-1]
-        counts = torch.zeros(experts or 1, dtype=torch.int64, device=like.device)
-        absmax = torch.zeros(k, dtype=torch.float32, device=like.device)
-        return InputStats(absmax, like.new_empty(0, k), counts[:0], counts)
-
-    def update(self, x: Tensor, experts: Tensor, generator: torch.Generator) -> bool:
-        """Adds tokens x [T, K] of ``experts``, int64 [T]; or none of them, and gives False, if a value is not finite.
-
-        Each token draws a random key, and the sample is the tokens with the largest.
-        """
-        absmax = x.abs().amax(dim=0).float()
-        if not bool(absmax.isfinite().all()):
-            return False
-        self.tokens = self.tokens + experts.bincount(minlength=len(self.tokens))
-        self.absmax = torch.maximum(self.absmax, absmax)
-        self.count += x.shape[0]
-        keys = torch.cat([self.keys, torch.rand(x.shape[0], dtype=torch.float32, generator=generator)])
-        self.keys, best = keys.topk(min(SAMPLE_ROWS, len(keys)))
-        old = best[best < len(self.rows)].to(x.device)
-        new = best[best >= len(self.rows)].to(x.device) - len(self.rows)
-        self.keys = torch.cat([self.keys[best < len(self.rows)], self.keys[best >= len(self.rows)]])
-        self.rows = torch.cat([self.rows[old], x[new]])
-        self.experts = torch.cat([self.experts[old], experts[new]])
-        return True
-
-    def alike(self, other: InputStats) -> bool:
-        """Whether both are of as many channels and experts."""
-        return self.absmax.shape == other.absmax.shape and self.tokens.shape == other.tokens.shape
-
-    def merged(self, other: InputStats) -> InputStats:
-        """Statistics of both's tokens."""
-        keys, best = torch.cat([self.keys, other.keys]).topk(min(SAMPLE_ROWS, len(self.keys) + len(other.keys)))
-        best = best.to(self.rows.device)
-        rows, experts = torch.cat([self.rows, other.rows])[best], torch.cat([self.experts, other.experts])[best]
-        absmax = torch.maximum(self.absmax, other.absmax)
-        return InputStats(absmax, rows, experts, self.tokens + other.tokens, self.count + other.count, keys)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from sqcompile.lock import analysing, compiling
 from sqcompile.models import check_model
 from sqcompile.passes.attention_chains import Attention, find_attentions
 from sqcompile.passes.choose import choose
+from sqcompile.passes.finite import check_vectors, check_weights
+from sqcompile.passes.floats import wanted
 from sqcompile.passes.fold import fold
 from sqcompile.passes.graph import find_linears, nodes_by_name, value
 from sqcompile.passes.head_labels import match_heads
@@ -139,6 +141,7 @@ def rewrite(
     sites = sites + input_sites(refusals, quantized)
     if shared is not None:
         sites, plan = split_sites(find_linears(gm), sites, plan)
+    check_vectors(gm, [l for l in find_linears(gm) if l.name in quantized])
     folded = {a.name for a in plan.attention if a.quantized != "none" and a.smoothing == "folded"}
     heads, _ = match_heads(gm, [a for a in attentions if a.name in folded])
     gm = verify(fold(gm, sites, plan, heads), "folded")
@@ -199,6 +202,7 @@ def _analyse(
                 traced = trace(model, call, dynamic_shapes)
             enter("calibrate")
             attentions = find_attentions(traced) if recipe.attention != "none" else []
+            check_weights(traced, wanted(traced, find_linears(traced), recipe))
         calibration = observe(traced, model, data, progress, attentions, length(loader), reader)
     with compiling(), torch.no_grad():
         enter("match")

@@ -25,6 +25,10 @@ class NothingToQuantizeError(SQCompileError):
     """No linear of the model can be quantized under the recipe."""
 
 
+class WeightError(SQCompileError, ValueError):
+    """A parameter that holds a NaN or an infinity."""
+
+
 class PlanError(SQCompileError):
     """A plan that is wrong, does not belong to the model or what is passed beside it, or cannot be read or written."""
 

@@ -25,9 +25,12 @@ def test_static_recipes_have_constant_scales():
         assert plan.q_scale is not None and plan.q_scale > 0 and plan.k_scale is not None
         assert compiled.plan.heads[f"{plan.name}/value_scale"].shape == (2, 16)
     quantized = compiled.stages["quantized"]
-    for node in operators(quantized, "int8_scores"):
-        assert node.args[1].op == node.args[3].op == "get_attr"
-    assert all(n.args[2].op == "get_attr" for n in operators(quantized, "int8_attend"))
+    for node in operators(quantized, "int8_scores"):  # constants, and factors of 1 or NaN
+        assert node.args[1].args[1].op == node.args[3].args[1].op == "get_attr"
+        assert [str(node.args[i].args[0].target) for i in (1, 3)] == [
+            f"sqcompile.finite_{x}.default" for x in ("rows", "heads")
+        ]
+    assert all(n.args[2].args[1].op == "get_attr" for n in operators(quantized, "int8_attend"))
     assert not operators(quantized, "token_scale") and not operators(quantized, "scale_over")
 
 

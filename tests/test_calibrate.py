@@ -10,7 +10,8 @@ from tqdm import tqdm
 from transformers import BatchEncoding
 
 import sqcompile
-from sqcompile.calibrate import SAMPLE_ROWS, InputStats, calibrate
+from sqcompile.calibrate import calibrate
+from sqcompile.input_stats import SAMPLE_ROWS, InputStats
 from sqcompile.inputs import as_call
 from sqcompile.trace import trace
 

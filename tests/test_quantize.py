@@ -50,8 +50,10 @@ def test_zero_rows_and_non_finite_rows():
     scale = reference.token_scale(x)
     y = reference.int8_linear(reference.quantize(x, scale), scale, w, torch.ones(5), None, torch.float32)
     assert torch.equal(y[0], torch.zeros(5))
-    assert not y[1].isfinite().any() and not y[2].isfinite().any()
-    assert y[3].isfinite().all()
+    assert y[1:3].isnan().all() and y[3].isfinite().all()
+    assert reference.tensor_scale(x).isnan() and reference.finite_rows(x).isnan().flatten().tolist() == [0, 1, 1, 0]
+    assert reference.quantize(x, torch.tensor(0.01))[1:3].max() == 127 and reference.quantize(x, scale)[1, 3] == 0
+    assert reference.quantize(x, scale, 128)[1, 3] == 128
 
 
 def test_scales_are_float32_for_half_precision():

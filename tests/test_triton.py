@@ -46,7 +46,7 @@ def test_quantize_equals_the_reference(shape, mode, dtype):
     else:
         scale = static
     q, s = quantize_rows(x, mode if static is None else "token", static)
-    same(s, scale)
+    same(s, scale if static is None else reference.finite_rows(x))
     same(q, reference.quantize(x, scale))
     assert q.is_contiguous() and q.shape == x.shape
 
@@ -115,14 +115,20 @@ def test_rows_that_are_not_finite_come_out_as_nan(bad, k):
 
     x, w = tensor(3, k), int8(5, k)
     x[1, k // 2] = bad
-    quantized = [quantize_rows(x), norm_quantize(x, None, 1e-5)[1:3]]
-    if bad != float("-inf"):  # of which silu is 0 or NaN, and relu 0
-        quantized.append(act_quantize(x, x))
+    static = torch.tensor(0.1, device=DEVICE)
+    quantized = []
+    for scale in (None, static):
+        quantized += [quantize_rows(x, scale=scale), norm_quantize(x, None, 1e-5, scale=scale)[1:3]]
+        quantized.append(norm_quantize(x, torch.ones(k, device=DEVICE), 1e-5, kind="layer", scale=scale)[1:3])
+        if bad != float("-inf"):  # of which silu is 0 or NaN, and relu 0
+            quantized.append(act_quantize(x, x, scale=scale))
     for q, s in quantized:
+        assert s.isnan().flatten().tolist() == [False, True, False]
         y = int8_gemm(q, w, s, torch.ones(5, device=DEVICE), dtype=torch.float32)
         assert bool(y[1].isnan().all()) and bool(y[0].isfinite().all()) and bool(y[2].isfinite().all())
     q, s = quantize_rows(x, "tensor")
     assert bool((q * s).isnan().all())
+    same(quantize_rows(x, scale=static)[0], reference.quantize(x, static))
 
 
 # norm and activation -------------------------------------------------------------------------------------------------
@@ -174,7 +180,8 @@ def test_norm_returns_the_residual_stream_and_its_output(k):
     w, static = tensor(k, dtype=torch.bfloat16, seed=3), torch.tensor(0.5, device=DEVICE)
     h, q, s, y = norm_quantize(x, w, 1e-5, residual=r, scale=static, multiplier=m, keep=True)
     same(h, x + r)
-    assert s is static and y is not None
+    same(s, torch.ones_like(s))
+    assert s.shape == (*q.shape[:-1], 1) and y is not None
     torch.testing.assert_close(y, rms_norm(x + r, w, 1e-5, True), rtol=2e-2, atol=1e-6)
     same(q, reference.quantize(y.float() * m, static))
     h, _, _, y = norm_quantize(x, w, 1e-5)
@@ -197,7 +204,7 @@ def test_activation_of_the_halves_of_a_merged_gemm(activation, k, dtype):
         y = ACTIVATIONS[activation](gate.float()).to(dtype)
         m, static = tensor(k, seed=4).abs(), torch.tensor(0.01, device=DEVICE)
         q, s = act_quantize(gate, None, activation, scale=static, multiplier=m)
-        assert s is static
+        same(s, torch.ones(*q.shape[:-1], 1, device=DEVICE))
         difference = (q.int() - reference.quantize(y.float() * m, static).int()).abs()
         assert int(difference.max()) <= 1 or dtype != torch.float32
         assert float((difference > 0).float().mean()) < 2e-2

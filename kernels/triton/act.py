@@ -18,6 +18,7 @@ from sqcompile.kernels.triton.common import (
     activate,
     as_rows,
     block_of,
+    finite_of,
     launchable,
     on,
     reciprocal,
@@ -43,8 +44,8 @@ def _value(g_ptr, u_ptr, m_ptr, g_base, u_base, cols, K, ACT: tl.constexpr):
 
 @triton.jit
 def _act_quantize(
-    g_ptr, u_ptr, m_ptr, q_ptr, scale_ptr, K, g_stride, u_stride,
-    BLOCK: tl.constexpr, ONE: tl.constexpr, ACT: tl.constexpr, STATIC: tl.constexpr,
+    g_ptr, u_ptr, m_ptr, q_ptr, rows_ptr, scale_ptr, K, g_stride, u_stride,
+    BLOCK: tl.constexpr, ONE: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """One program per row; rows that do not fit (ONE is false) are computed twice, the second time from L2."""
     row = tl.program_id(0).to(tl.int64)
@@ -53,27 +54,33 @@ def _act_quantize(
     if ONE:
         cols = tl.arange(0, BLOCK)
         y = _value(g_ptr, u_ptr, m_ptr, g_base, u_base, cols, K, ACT)
-        if STATIC:
+        bits = tl.max(absmax_bits(y), 0)
+        if scale_ptr is not None:
             scale = tl.load(scale_ptr)
+            tl.store(rows_ptr + row, finite_of(bits))
         else:
-            scale = scale_of(tl.max(absmax_bits(y), 0))
-            tl.store(scale_ptr + row, scale)
+            scale = scale_of(bits)
+            tl.store(rows_ptr + row, scale)
         tl.store(q_ptr + row * K + cols, to_int8(y, reciprocal(scale)), mask=cols < K)
     else:
-        if STATIC:
+        best = tl.zeros((BLOCK,), dtype=tl.int32)
+        if scale_ptr is not None:
             scale = tl.load(scale_ptr)
         else:
-            best = tl.zeros((BLOCK,), dtype=tl.int32)
             for k in range(0, K, BLOCK):
                 y = _value(g_ptr, u_ptr, m_ptr, g_base, u_base, k + tl.arange(0, BLOCK), K, ACT)
                 best = tl.maximum(best, absmax_bits(y))
             scale = scale_of(tl.max(best, 0))
-            tl.store(scale_ptr + row, scale)
+            tl.store(rows_ptr + row, scale)
         inverse = reciprocal(scale)
         for k in range(0, K, BLOCK):
             cols = k + tl.arange(0, BLOCK)
             y = _value(g_ptr, u_ptr, m_ptr, g_base, u_base, cols, K, ACT)
+            if scale_ptr is not None:
+                best = tl.maximum(best, absmax_bits(y))
             tl.store(q_ptr + row * K + cols, to_int8(y, inverse), mask=cols < K)
+        if scale_ptr is not None:
+            tl.store(rows_ptr + row, finite_of(tl.max(best, 0)))
 
 
 def act_quantize(
@@ -94,20 +101,18 @@ def act_quantize(
         multiplier: float32 [K], applied in float32 before quantization.
 
     Returns:
-        int8 [..., K] contiguous, and Δ float32: [..., 1], or ``scale`` if static.
+        int8 [..., K] contiguous, and the rows' factors, float32 [..., 1]: Δ, or `reference.finite_rows` with a static one.
     """
     g = as_rows(gate)
     u = None if up is None else as_rows(up)
     m, k = g.shape
     q = torch.empty(gate.shape, dtype=torch.int8, device=gate.device)
-    static = scale is not None
-    if scale is None:
-        scale = torch.empty((*gate.shape[:-1], 1), dtype=torch.float32, device=gate.device)
+    factors = torch.empty((*gate.shape[:-1], 1), dtype=torch.float32, device=gate.device)
     if m:
         block, warps = block_of(k)
         with on(gate.device):
             launchable(_act_quantize, gate)[(m,)](
-                g, u, multiplier, q, scale, k, g.stride(0), 0 if u is None else u.stride(0),
-                BLOCK=block, ONE=block >= k, ACT=activation, STATIC=static, num_warps=warps,
+                g, u, multiplier, q, factors, scale, k, g.stride(0), 0 if u is None else u.stride(0),
+                BLOCK=block, ONE=block >= k, ACT=activation, num_warps=warps,
             )  # fmt: skip
-    return q, scale
+    return q, factors

@@ -14,7 +14,7 @@ import triton.language as tl
 from sqcompile.kernels.attention_int8 import MASK_BLOCK
 from sqcompile.kernels.attention_parts import BLOCKED
 from sqcompile.kernels.triton.attention_split import rows_of, scaled
-from sqcompile.kernels.triton.common import ROUND, absmax_bits, reciprocal, scale_of, to_int8
+from sqcompile.kernels.triton.common import ROUND, absmax_bits, finite_of, reciprocal, scale_of, to_int8
 
 MAGIC = tl.constexpr(0x4B400000)  # the bits of 1.5 · 2²³, `ROUND`
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -223,6 +223,8 @@ def forward(
         q_scale = scale_of(tl.max(absmax_bits(q.to(tl.float32)), 1))
     else:
         q_scale = tl.load(q_scale_ptr + rows_of(q_scale_strides, b, h, s), mask=inside, other=0.0)
+        if q.dtype != tl.int8:
+            q_scale = q_scale * finite_of(tl.max(absmax_bits(q.to(tl.float32)), 1))
     if q.dtype != tl.int8 and not FLOAT:
         q = to_int8(q.to(tl.float32), reciprocal(q_scale)[:, None])
         if q8_ptr is not None:

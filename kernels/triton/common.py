@@ -23,6 +23,7 @@ INVERSE_QMAX = tl.constexpr(1.0 / reference.QMAX)
 ABSMAX_FLOOR = tl.constexpr(reference.ABSMAX_FLOOR)
 ROUND = tl.constexpr(1.5 * 2**23)
 FINITE_BITS = tl.constexpr(0x7FFFFFFF)
+INFINITY_BITS = tl.constexpr(0x7F800000)
 
 ONE_BLOCK = 16384  # up to this many columns a row is read once and kept in registers
 _LOOP_BLOCK = 4096  # wider rows are read in pieces of this size
@@ -39,9 +40,16 @@ def absmax_bits(x):
 
 @triton.jit
 def scale_of(bits):
-    """Δ float32 of the max of `absmax_bits`, as `reference.absmax_scale`."""
+    """Δ float32 of the max of `absmax_bits`, as `reference.absmax_scale`: NaN for what is not finite."""
     absmax = bits.to(tl.float32, bitcast=True)
-    return tl.where(absmax < ABSMAX_FLOOR, ABSMAX_FLOOR, absmax) * INVERSE_QMAX  # NaN is not below the floor
+    scale = tl.where(absmax < ABSMAX_FLOOR, ABSMAX_FLOOR, absmax) * INVERSE_QMAX
+    return tl.where(bits < INFINITY_BITS, scale, float("nan"))
+
+
+@triton.jit
+def finite_of(bits):
+    """1, or NaN for the max of `absmax_bits` of what is not finite, as `reference.finite_rows`."""
+    return tl.where(bits < INFINITY_BITS, 1.0, float("nan"))
 
 
 @triton.jit
@@ -52,9 +60,9 @@ def reciprocal(scale):
 
 @triton.jit
 def to_int8(x, inverse):
-    """clamp(round_half_even(x · 1/Δ), -127, 127); NaN, which is inf · 0 or comes with a NaN scale, becomes 0."""
+    """clamp(round_half_even(x · 1/Δ), -127, 127), as `reference.quantize`: NaN becomes 0."""
     y = x * inverse
-    y = tl.where(y == y, y, 0.0)  # so that 0 · Δ is NaN in the rows whose Δ is not finite, and never ±inf
+    y = tl.where(y == y, y, 0.0)
     y = tl.minimum(tl.maximum(y, -QMAX), QMAX)
     return (y + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
 

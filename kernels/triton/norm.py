@@ -20,6 +20,7 @@ from sqcompile.kernels.triton.common import (
     absmax_bits,
     as_rows,
     block_of,
+    finite_of,
     launchable,
     on,
     reciprocal,
@@ -63,8 +64,8 @@ def _affine(h, mean, rstd, w_ptr, b_ptr, cols, K, DTYPE: tl.constexpr, RMS: tl.c
 
 @triton.jit
 def _norm_quantize(
-    x_ptr, r_ptr, w_ptr, b_ptr, m_ptr, h_ptr, y_ptr, q_ptr, scale_ptr, K, x_stride, r_stride, eps,
-    BLOCK: tl.constexpr, RMS: tl.constexpr, ROUND_FIRST: tl.constexpr, STATIC: tl.constexpr,
+    x_ptr, r_ptr, w_ptr, b_ptr, m_ptr, h_ptr, y_ptr, q_ptr, rows_ptr, scale_ptr, K, x_stride, r_stride, eps,
+    BLOCK: tl.constexpr, RMS: tl.constexpr, ROUND_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One program per row, the whole row in registers."""
     row = tl.program_id(0).to(tl.int64)
@@ -86,18 +87,20 @@ def _norm_quantize(
         tl.store(y_ptr + row * K + cols, y.to(dtype), mask=mask)
     if m_ptr is not None:
         y = y * tl.load(m_ptr + cols, mask=mask, other=0.0)
-    if STATIC:
+    bits = tl.max(absmax_bits(y), 0)
+    if scale_ptr is not None:
         scale = tl.load(scale_ptr)
+        tl.store(rows_ptr + row, finite_of(bits))
     else:
-        scale = scale_of(tl.max(absmax_bits(y), 0))
-        tl.store(scale_ptr + row, scale)
+        scale = scale_of(bits)
+        tl.store(rows_ptr + row, scale)
     tl.store(q_ptr + row * K + cols, to_int8(y, reciprocal(scale)), mask=mask)
 
 
 @triton.jit
 def _norm_quantize_wide(
-    x_ptr, r_ptr, w_ptr, b_ptr, m_ptr, h_ptr, y_ptr, q_ptr, scale_ptr, K, x_stride, r_stride, eps,
-    BLOCK: tl.constexpr, RMS: tl.constexpr, ROUND_FIRST: tl.constexpr, STATIC: tl.constexpr,
+    x_ptr, r_ptr, w_ptr, b_ptr, m_ptr, h_ptr, y_ptr, q_ptr, rows_ptr, scale_ptr, K, x_stride, r_stride, eps,
+    BLOCK: tl.constexpr, RMS: tl.constexpr, ROUND_FIRST: tl.constexpr,
 ):  # fmt: skip
     """The same for rows that do not fit: each pass reads x and the residual again, from L2 for all but the first."""
     row = tl.program_id(0).to(tl.int64)
@@ -125,10 +128,10 @@ def _norm_quantize_wide(
             total += d * d
         var = tl.sum(total, 0) / K
     rstd = tl.rsqrt(var + eps)
-    if STATIC:
+    best = tl.zeros((BLOCK,), dtype=tl.int32)
+    if scale_ptr is not None:
         scale = tl.load(scale_ptr)
     else:
-        best = tl.zeros((BLOCK,), dtype=tl.int32)
         for k in range(0, K, BLOCK):
             cols = k + tl.arange(0, BLOCK)
             h = _stream(x_ptr, r_ptr, x_base, r_base, cols, K)
@@ -137,7 +140,7 @@ def _norm_quantize_wide(
                 y = y * tl.load(m_ptr + cols, mask=cols < K, other=0.0)
             best = tl.maximum(best, absmax_bits(y))
         scale = scale_of(tl.max(best, 0))
-        tl.store(scale_ptr + row, scale)
+        tl.store(rows_ptr + row, scale)
     inverse = reciprocal(scale)
     for k in range(0, K, BLOCK):
         cols = k + tl.arange(0, BLOCK)
@@ -147,7 +150,11 @@ def _norm_quantize_wide(
             tl.store(y_ptr + row * K + cols, y.to(dtype), mask=cols < K)
         if m_ptr is not None:
             y = y * tl.load(m_ptr + cols, mask=cols < K, other=0.0)
+        if scale_ptr is not None:
+            best = tl.maximum(best, absmax_bits(y))
         tl.store(q_ptr + row * K + cols, to_int8(y, inverse), mask=cols < K)
+    if scale_ptr is not None:
+        tl.store(rows_ptr + row, finite_of(tl.max(best, 0)))
 
 
 def norm_quantize(
@@ -179,8 +186,8 @@ def norm_quantize(
         keep: return the norm's output too, for readers that are not quantized (a router, a post-norm residual).
 
     Returns:
-        x + residual (x itself without a residual), int8 [..., K], Δ float32 ([..., 1] or ``scale``), and the norm's
-        output in x's dtype [..., K] or None.
+        x + residual (x itself without a residual), int8 [..., K], the rows' factors float32 [..., 1] (Δ, or
+        `reference.finite_rows` with a static one), and the norm's output in x's dtype [..., K] or None.
     """
     if kind not in ("rms", "layer"):
         raise ValueError(f"kind must be rms or layer, not {kind!r}")
@@ -192,16 +199,14 @@ def norm_quantize(
     h = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if keep else None
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    static = scale is not None
-    if scale is None:
-        scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    factors = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     if m:
         block, warps = block_of(k)
         kernel = _norm_quantize if block >= k else _norm_quantize_wide
         with on(x.device):
             launchable(kernel, x)[(m,)](
-                rows, more, weight, bias, multiplier, h, y, q, scale, k, rows.stride(0),
+                rows, more, weight, bias, multiplier, h, y, q, factors, scale, k, rows.stride(0),
                 0 if more is None else more.stride(0), eps,
-                BLOCK=block, RMS=kind == "rms", ROUND_FIRST=kind == "rms" and round_first, STATIC=static, num_warps=warps,
+                BLOCK=block, RMS=kind == "rms", ROUND_FIRST=kind == "rms" and round_first, num_warps=warps,
             )  # fmt: skip
-    return (x if h is None else h), q, scale, y
+    return (x if h is None else h), q, factors, y

@@ -16,6 +16,7 @@ from sqcompile.kernels.triton.common import (
     absmax_bits,
     as_rows,
     block_of,
+    finite_of,
     launchable,
     on,
     reciprocal,
@@ -50,15 +51,15 @@ def _absmax(x_ptr, m_ptr, partial_ptr, M, K, stride, ROWS: tl.constexpr, BLOCK: 
 
 @triton.jit
 def _quantize(
-    x_ptr, m_ptr, q_ptr, scale_ptr, partial_ptr, M, K, stride, partials,
+    x_ptr, m_ptr, q_ptr, rows_ptr, scale_ptr, partial_ptr, M, K, stride, partials,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr, MODE: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """MODE "token" writes a scale per row, "tensor" writes one from the partial maxima, "static" reads one."""
+    """MODE "token" writes a scale per row, "tensor" one from the partial maxima; "static" reads one and says what is finite."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     if MODE == "tensor":
         p = tl.arange(0, PARTIALS)
         scale = scale_of(tl.max(tl.load(partial_ptr + p, mask=p < partials, other=0), 0))
-        tl.store(scale_ptr, scale, mask=tl.program_id(0) == 0)
+        tl.store(rows_ptr, scale, mask=tl.program_id(0) == 0)
         inverse = reciprocal(scale)
     elif MODE == "static":
         inverse = reciprocal(tl.load(scale_ptr))
@@ -67,22 +68,28 @@ def _quantize(
         x, mask = _load(x_ptr, m_ptr, rows, cols, stride, M, K)
         if MODE == "token":
             scale = scale_of(tl.max(absmax_bits(x), 1))
-            tl.store(scale_ptr + rows, scale, mask=rows < M)
+            tl.store(rows_ptr + rows, scale, mask=rows < M)
             inverse = reciprocal(scale)[:, None]
+        elif MODE == "static":
+            tl.store(rows_ptr + rows, finite_of(tl.max(absmax_bits(x), 1)), mask=rows < M)
         tl.store(q_ptr + rows[:, None] * K + cols[None, :], to_int8(x, inverse), mask=mask)
     else:
+        best = tl.zeros((ROWS, BLOCK), dtype=tl.int32)
         if MODE == "token":
-            best = tl.zeros((ROWS, BLOCK), dtype=tl.int32)
             for k in range(0, K, BLOCK):
                 x, _ = _load(x_ptr, m_ptr, rows, k + tl.arange(0, BLOCK), stride, M, K)
                 best = tl.maximum(best, absmax_bits(x))
             scale = scale_of(tl.max(best, 1))
-            tl.store(scale_ptr + rows, scale, mask=rows < M)
+            tl.store(rows_ptr + rows, scale, mask=rows < M)
             inverse = reciprocal(scale)[:, None]
         for k in range(0, K, BLOCK):
             cols = k + tl.arange(0, BLOCK)
             x, mask = _load(x_ptr, m_ptr, rows, cols, stride, M, K)
+            if MODE == "static":
+                best = tl.maximum(best, absmax_bits(x))
             tl.store(q_ptr + rows[:, None] * K + cols[None, :], to_int8(x, inverse), mask=mask)
+        if MODE == "static":
+            tl.store(rows_ptr + rows, finite_of(tl.max(best, 1)), mask=rows < M)
 
 
 def quantize_rows(
@@ -97,7 +104,8 @@ def quantize_rows(
         multiplier: float32 [K]; x · multiplier is float32 and not rounded to x's dtype.
 
     Returns:
-        int8 [..., K] contiguous, and Δ float32: [..., 1] per token, [] per tensor, ``scale`` itself if static.
+        int8 [..., K] contiguous, and factors, float32: Δ [..., 1] per token, [] per tensor; `reference.finite_rows` [..., 1]
+        with a static one.
     """
     mode = "static" if scale is not None else granularity
     if mode not in ("token", "tensor", "static"):
@@ -105,12 +113,9 @@ def quantize_rows(
     rows = as_rows(x)
     m, k = rows.shape
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    if scale is None:
-        scale = torch.empty((*x.shape[:-1], 1) if mode == "token" else (), dtype=torch.float32, device=x.device)
+    factors = torch.empty((*x.shape[:-1], 1) if mode != "tensor" else (), dtype=torch.float32, device=x.device)
     if m == 0 or k == 0:
-        if mode != "static":
-            scale.fill_(reference.ABSMAX_FLOOR / reference.QMAX)
-        return q, scale
+        return q, factors.fill_(1 if mode == "static" else reference.ABSMAX_FLOOR / reference.QMAX)
     block, warps = block_of(k)
     per_program = max(1, 1024 // block)
     programs = triton.cdiv(m, per_program)
@@ -131,7 +136,7 @@ def quantize_rows(
                 num_warps=warps,
             )
         launchable(_quantize, x)[(programs,)](
-            rows, multiplier, q, scale, partial, m, k, rows.stride(0), partials,
+            rows, multiplier, q, factors, scale, partial, m, k, rows.stride(0), partials,
             ROWS=per_program, BLOCK=block, ONE=block >= k, MODE=mode, PARTIALS=_PARTIALS, num_warps=warps,
         )  # fmt: skip
-    return q, scale
+    return q, factors

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from sqcompile.calibrate import Calibration, InputStats, Observer
+from sqcompile.calibrate import Calibration, Observer
 from sqcompile.call_spec import to_spec
 from sqcompile.errors import NothingToQuantizeError
+from sqcompile.input_stats import InputStats
 from sqcompile.inputs import Call
 from sqcompile.passes.attention_chains import find_attentions
 from sqcompile.passes.choose import choose

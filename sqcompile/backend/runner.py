@@ -21,6 +21,8 @@ from sqcompile.errors import CaptureError, StageError
 from sqcompile.inductor import compile_regions, compile_without_constants, flatten, inductor, with_layout
 from sqcompile.lock import compiling
 from sqcompile.passes.attention_chains import find_attentions
+from sqcompile.passes.finite import check_weights
+from sqcompile.passes.floats import wanted
 from sqcompile.passes.graph import above, find_linears, nodes_by_name
 from sqcompile.passes.shared import held
 from sqcompile.recipe import resolve_recipe
@@ -154,7 +156,9 @@ class Runner:
     def _observe(self, session: Session, tensors: list[Tensor]) -> Observed:
         session.runners.add(self)
         traced = self._attach(session, tensors, self._names(session, tensors))
-        quantizes = resolve_recipe(self.options.recipe).attention != "none"
+        recipe = resolve_recipe(self.options.recipe)
+        quantizes = recipe.attention != "none"
+        check_weights(traced, wanted(traced, find_linears(traced), recipe))
         observer = Observer(traced, find_attentions(traced) if quantizes else [])
         floats = session.floats if session.has_model() else self.floats
         observed = Observed(session, tensors, observer, self.template.updates, floats)
