@@ -24,6 +24,7 @@ from sqcompile.errors import CaptureError
 from sqcompile.explain import check_shapes, export_error, one_error, source
 from sqcompile.inputs import Call
 from sqcompile.passes.canonicalize import DROPOUTS, canonicalize, drops
+from sqcompile.passes.functionalize import functionalize
 from sqcompile.passes.graph import aten, clone, finish, is_mutable, set_tensor, value
 from sqcompile.untouched import keeps_parameters, left_alone, refuse_writes, written_to
 from sqcompile.verify import verify
@@ -63,7 +64,29 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
         call = replace(call, args=args, kwargs=kwargs)
     exported = _export(model, call, dynamic_shapes)
     _refuse_training(exported.graph)
-    exported = _functional(exported)
+    gm = _module(exported)
+    if any(is_mutable(n.target) for n in exported.graph.nodes):
+        refuse_writes(exported)
+        if not functionalize(gm):
+            gm = _module(_decomposed(exported))
+    info: Any = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    given = pytree.tree_leaves((call.args, call.kwargs))
+    inputs = [value(n) for n in gm.graph.find_nodes(op="placeholder")]
+    found = captured(info.in_spec, given, inputs, gm.meta["fake_mode"].shape_env, dynamic_shapes)
+    gm.meta["captured"] = replace(found, ignored=call.ignored)
+    gm.meta["out_spec"] = info.out_spec
+    gm.meta["aliases"] = aliases(model)
+    canonicalize(gm)
+    gm.graph.eliminate_dead_code()
+    return verify(finish(clone(gm)), "traced")  # before anything runs it
+
+
+def _module(exported: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The program as a module with tensors of its own, detached aliases, and with recorded values.
+
+    Raises:
+        CaptureError: if it reads what is no tensor, or takes none.
+    """
     gm = exported.module(check_guards=False)
     tidy(gm)
     check_shapes(gm)
@@ -84,16 +107,7 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     gm.meta["fake_mode"] = fakes[0].fake_mode
     for n in gm.graph.find_nodes(op="get_attr"):
         n.meta["val"] = fakes[0].fake_mode.from_tensor(gm.get_buffer(str(n.target)), static_shapes=True)
-    info: Any = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
-    given = pytree.tree_leaves((call.args, call.kwargs))
-    inputs = [value(n) for n in gm.graph.find_nodes(op="placeholder")]
-    found = captured(info.in_spec, given, inputs, fakes[0].fake_mode.shape_env, dynamic_shapes)
-    gm.meta["captured"] = replace(found, ignored=call.ignored)
-    gm.meta["out_spec"] = info.out_spec
-    gm.meta["aliases"] = aliases(model)
-    canonicalize(gm)
-    gm.graph.eliminate_dead_code()
-    return verify(finish(clone(gm)), "traced")  # before anything runs it
+    return gm
 
 
 def tidy(gm: fx.GraphModule) -> None:
@@ -140,15 +154,12 @@ def _export(model: nn.Module, call: Call, dynamic_shapes: Any) -> torch.export.E
     raise export_error(model, error) from error
 
 
-def _functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program without in-place operations, which would change tensors behind the passes' back.
+def _decomposed(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without in-place operations, by PyTorch.
 
     Raises:
         CaptureError: if the model writes to its parameters, buffers or inputs.
     """
-    if not any(is_mutable(n.target) for n in exported.graph.nodes):
-        return exported
-    refuse_writes(exported)
     exported = exported.run_decompositions({})
     signature = exported.graph_signature  # what aliases were found by PyTorch alone
     for output, name in (
