@@ -68,7 +68,7 @@ def functionalize(gm: fx.GraphModule) -> bool:
             memory[n] = memory[n.args[0]]
             same |= dict.fromkeys(mine - memory[n], next(iter(memory[n])))
             n.replace_all_uses_with(n.args[0])
-    written = {s for n in writes for s in memory[n.args[0]]}  # type: ignore[index]
+    written = {s for n in writes for s in memory[n.args[0]]}
     shared = {n: m & written for n, m in memory.items() if m & written}
     owners: dict[Any, fx.Node] = {}
     parents: dict[fx.Node, fx.Node] = {}
@@ -77,7 +77,7 @@ def functionalize(gm: fx.GraphModule) -> bool:
         if n.op != "call_function":
             return False  # an input or a parameter, which is not the graph's own
         if is_mutable(n.target) or (known and known == [n.args[0]]):
-            parents[n] = n.args[0]  # type: ignore[assignment]
+            parents[n] = n.args[0]
         elif known or len(mine) > 1:
             return False  # several operands in one memory
         elif owners.setdefault(next(iter(mine)), n) is not n:
@@ -169,6 +169,7 @@ class _Rewriter:
         target = self.parents[n]
         old = self.latest(target)
         args, kwargs = fx.node.map_arg((n.args[1:], n.kwargs), self.latest)
+        new: Any
         if n.target == aten.copy_.default:
             new = args[0]
         else:
