@@ -223,7 +223,7 @@ def finish(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def find_linears(gm: fx.GraphModule) -> list[Linear]:
-    """Every linear with a constant weight, routed experts among them, in graph order."""
+    """Every linear with a constant weight of some channels, routed experts among them, in graph order."""
     const = constants(gm)
     uses: dict[str, int] = {}
     found = []
@@ -233,7 +233,7 @@ def find_linears(gm: fx.GraphModule) -> list[Linear]:
         x, w, bias = linear_operands(n)
         if n in const or x in const or w not in const or not value(w).dtype.is_floating_point or value(x).dim() < 2:
             continue
-        if bias is not None and bias not in const:
+        if not value(w).numel() or (bias is not None and bias not in const):
             continue
         base = first_leaf(w) or w.name
         uses[base] = uses.get(base, 0) + 1

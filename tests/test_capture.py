@@ -173,6 +173,15 @@ def test_a_linear_without_tokens_stays_in_float_and_says_so():
     assert layers["a.weight"].quantized and "no calibration token" in layers["b.weight"].reason
 
 
+def test_a_linear_of_no_channels_stays_as_it_is():
+    """Half of one channel, as tensor parallelism may leave it to one of two ranks."""
+    model = net(lambda m, x: m.b(F.relu(m.a(x))) + F.linear(x[..., :0], m.a.weight[:16, :0]))
+    x = torch.randn(4, 6, 16)
+    c = compiled(model, x)
+    assert [l.name for l in c.report.layers] == ["a.weight", "b.weight"]
+    assert relative_error(c(x), model(x)) < 0.03
+
+
 def test_skip_knows_tied_weights_by_every_name_and_refuses_unknown_ones():
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
     model[2].weight = model[0].weight

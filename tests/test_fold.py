@@ -175,6 +175,30 @@ def test_labels_pass_operations_by_all_their_names(name):
         assert relative_error(folded(x), model(x)) <= 1e-5
 
 
+def test_inputs_of_one_batch_size_that_their_shapes_do_not_tell():
+    """PyTorch's attention views keys of another input by the batch of the queries: export ties products of sizes alone."""
+
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.mha = nn.LayerNorm(16), nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x, memory, padding):
+            return x + self.mha(self.norm(x), memory, memory, padding, need_weights=False)[0]
+
+    def inputs(batch, tokens, keys):
+        padding = torch.arange(keys) >= torch.arange(batch)[:, None] + 2
+        return torch.randn(batch, tokens, 16), torch.randn(batch, keys, 16), padding
+
+    torch.manual_seed(0)
+    model = Cross().eval()
+    folded, sites, _ = fold_everything(model, *inputs(2, 7, 5))
+    assert [s.kind for s in sites] == ["norm", "linear"]
+    for call in (inputs(2, 7, 5), inputs(3, 4, 6)):
+        with torch.no_grad():
+            assert relative_error(folded(*call), model(*call)) <= 1e-5
+
+
 def test_shared_weight_is_changed_for_its_site_alone():
     class Shared(nn.Module):
         def __init__(self):
