@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.calibrate import Calibration
-from sqcompile.kernels.reference import absmax_scale, dequantize, quantize, token_scale, weight_scale
+from sqcompile.kernels.reference import QMAX, absmax_scale, dequantize, quantize, token_scale, weight_scale
 from sqcompile.passes.attention_chains import Attention
 from sqcompile.passes.choose_attention import choose_attention
 from sqcompile.passes.floats import check_any, float_layer, stay_float
@@ -24,7 +24,7 @@ from sqcompile.passes.graph import Linear, effective_weight, find_linears, nodes
 from sqcompile.passes.match import Refusal, Site, input_sites
 from sqcompile.passes.smoothing import smoothing_scale
 from sqcompile.passes.sqnr import relative, sqnr_db
-from sqcompile.passes.static_scales import has_halves, margin, warn_of_few
+from sqcompile.passes.static_scales import clipped, has_halves, margin, warn_of_few
 from sqcompile.plan import LayerPlan, Plan, Smoothing
 from sqcompile.recipe import Recipe
 
@@ -167,11 +167,11 @@ class Chooser:
             self.margins |= {l.name: room for l in group}
 
     def _energy(self, l: Linear) -> Tensor:
-        """|W_:j|² of a linear's columns, float32 [K], less a common factor."""
+        """|W_:j|² of a linear's columns, float32 [K]; of experts, the mean one's."""
         if l.name not in self._energies:
             w = self.weight(l).flatten(0, -2)
-            energy = torch.stack([w[p].float().square().sum(0) for p in row_parts(w)]).sum(0)
-            self._energies[l.name] = energy / energy.mean().clamp_min(1e-30)
+            energy = torch.stack([w[p].float().square().sum(0) for p in row_parts(w)]).sum(0) / (l.experts or 1)
+            self._energies[l.name] = energy
         return self._energies[l.name]
 
     def error(self, l: Linear) -> float:
@@ -185,7 +185,15 @@ class Chooser:
         columns = self.halves.get(l.name, (None, None))
         parts = [self._sums(l, weight, stats.half == 1 - h, columns[h], stats.halves[h]) for h in (0, 1)]
         noise, signal = (sum(x) for x in zip(*parts, strict=True))
-        return relative(noise, signal)
+        return relative(noise + sum(self._tail(l, h) for h in (0, 1)), signal)
+
+    def _tail(self, l: Linear, h: int) -> float:
+        """What clipping is expected to add to the noise of as many new rows as are sampled of the other half."""
+        stats = self.calibration.inputs[l.name]
+        columns = self.halves[l.name][h] if l.name in self.halves else torch.ones_like(stats.absmax)
+        limits = self._limit(l, columns, stats.halves[h]) * QMAX * columns
+        rows = int((stats.half == 1 - h).sum())
+        return rows * float(clipped(stats, stats.halves[h], limits, self._energy(l)))
 
     def _sums(
         self, l: Linear, weight: Tensor, which: Tensor | slice, columns: Tensor | None, absmax: Tensor

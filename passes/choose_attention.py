@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
+from sqcompile.input_stats import InputStats
 from sqcompile.kernels import fused, speedup
 from sqcompile.kernels.reference import absmax_scale, quantize, token_scale
 from sqcompile.passes.attention_chains import Attention
@@ -27,6 +28,7 @@ from sqcompile.passes.floats import names
 from sqcompile.passes.head_labels import HeadSite, match_heads
 from sqcompile.passes.smoothing import awake, smoothing_scale
 from sqcompile.passes.sqnr import relative, sqnr_db
+from sqcompile.passes.static_scales import margin, margin_of_channels
 from sqcompile.passes.value_labels import value_labels
 from sqcompile.plan import AttentionPlan, Smoothing
 
@@ -117,9 +119,8 @@ def _plan(
         reason += f"; not one operator: {a.scores}"
     q_scale = k_scale = None
     if recipe.granularity == "per_tensor_static":
-        absmax_q, absmax_k = _absmax(chooser, a)
-        q_scale = float(absmax_scale((absmax_q * choice.by[0]).max()))
-        k_scale = float(absmax_scale((absmax_k / choice.by[1]).max()))
+        q_scale = _static(chooser.calibration.heads[a.q], choice.by[0].reciprocal())
+        k_scale = _static(chooser.calibration.heads[a.k], choice.by[1])
         if values is not None:
             absmax_v = chooser.calibration.heads[a.v].absmax.view(a.groups, -1)
             for producer, labels in values.items():
@@ -127,10 +128,18 @@ def _plan(
                 if s is not None:
                     absmax_v = torch.where(index >= 0, absmax_v / s[index.clamp_min(0)], absmax_v)
             heads = torch.stack([awake(head) for head in absmax_v])  # a silent channel may wake up, a silent head, too
-            tensors[f"{a.name}/value_scale"] = absmax_scale(torch.where(heads > 0, heads, awake(absmax_v)))
+            room = 1 + margin_of_channels(chooser.calibration.heads[a.v])
+            tensors[f"{a.name}/value_scale"] = absmax_scale(torch.where(heads > 0, heads, awake(absmax_v)) * room)
     sqnr = sqnr_db(choice.error, f"the scores of {a.name}") if choice.error > 0 else None  # nothing to compare
     how = "none" if alpha is None else how
     return AttentionPlan(a.name, recipe.attention, how, reason, alpha, sqnr, q_scale, k_scale, shape)
+
+
+def _static(stats: InputStats, columns: Tensor) -> float:
+    """Static Δ of Q or K, whose channels are divided by columns [H, D]."""
+    by = columns.flatten()
+    room = 1 + margin(stats, by.expand(2, -1), by.square().reciprocal())
+    return float(absmax_scale((stats.absmax / by).max() * room))
 
 
 def _stays_float(chooser: Chooser, a: Attention) -> str | None:

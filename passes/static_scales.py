@@ -8,13 +8,16 @@ takes every channel to the limit, so that a new token is beyond it in about K / 
 
 How far beyond, the calibration tokens tell themselves. They are kept as two halves, of which each has an absmax of its
 own: scales made from one half are tried on sampled rows of the other, whose tokens are as new to them as unseen text.
-The margin m is the candidate with the smallest error there, which is large where rows clip, and zero where either half
-knows what the other holds, as with thousands of tokens. Few tokens show few outliers in any sample: then m also covers the
-largest value that either half finds beyond the other's. `choose` compares α by the same trial, s from one half as well.
+A sample of few rows shows few outliers, though, and a single one can cost more than all rounding. So what is expected of
+the tails is added (`clipped`): of an exponential tail, the largest of n values is beyond any limit L above it by a mean
+square of 2 β² exp(-(L - M) / β) / n for each new value, M being the largest one so far, and two such maxima differ by
+2 ln 2 · β in the mean, from which β is known. The margin m is the candidate with the smallest sum of both; `choose`
+compares α by the same sum, s from one half as well. Both vanish with thousands of tokens.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 
@@ -22,13 +25,11 @@ import torch
 from torch import Tensor
 
 from sqcompile.input_stats import InputStats
-from sqcompile.kernels.reference import QMAX, absmax_scale
+from sqcompile.kernels.reference import ABSMAX_FLOOR, QMAX, absmax_scale
 
-MARGINS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
+MARGINS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)
 # Of one token nothing is known about the next.
 ONE_TOKEN = 0.25
-# Up to here the margin covers what is beyond either half by as much as it takes; of ten times as many tokens, a tenth.
-RARE = 64
 # Calibration with fewer tokens is warned of.
 FEW_TOKENS = 512
 
@@ -51,20 +52,34 @@ def margin(stats: InputStats, columns: Tensor, weight: Tensor) -> float:
     errors = torch.zeros(len(MARGINS), dtype=torch.float32, device=columns.device)
     room = 1 + torch.tensor(MARGINS, dtype=torch.float32, device=columns.device)
     for mine, other in ((0, 1), (1, 0)):
-        x = stats.rows[stats.half == mine].float() / columns[other]
-        scale = absmax_scale((stats.halves[other] / columns[other]).max() * room)
-        cost = weight * columns[other].square()
-        for i, delta in enumerate(scale):
-            rounded = (x / delta).round().clamp(-QMAX, QMAX) * delta
-            errors[i] += ((rounded - x).square() @ cost).sum()
-    beyond = sum(_beyond(stats.halves[b] / columns[a], stats.halves[a] / columns[a]) for a, b in ((0, 1), (1, 0))) / 2
-    rare = min(beyond, 1.0, RARE / stats.count)
-    return max(MARGINS[int(errors.argmin())], rare)
+        rows = stats.rows[stats.half == mine].float()
+        x, cost = rows / columns[other], weight * columns[other].square()
+        limits = (stats.halves[other] / columns[other]).max() * room
+        for i, limit in enumerate(limits):
+            scale = absmax_scale(limit)
+            rounded = (x / scale).round().clamp(-QMAX, QMAX) * scale
+            tail = clipped(stats, stats.halves[other], limit * columns[other], weight)
+            errors[i] += ((rounded - x).square() @ cost).sum() + len(rows) * tail
+    return MARGINS[int(errors.argmin())]
 
 
-def _beyond(new: Tensor, known: Tensor) -> float:
-    """By how much the largest of one absmax [K] is beyond another's, relative to that."""
-    return max(float(new.max() / known.max()) - 1, 0.0)
+def margin_of_channels(stats: InputStats) -> float:
+    """The margin of an input whose channels have a static scale each: one β of the mean channel, times what is unseen."""
+    return _tail(stats) * min(1.0, FEW_TOKENS / stats.count) if has_halves(stats) else ONE_TOKEN
+
+
+def clipped(stats: InputStats, absmax: Tensor, limits: Tensor, weight: Tensor) -> Tensor:
+    """The expected cost of clipping a new row: absmax [K] of half of the tokens, limits [K] of channels, weight [K]."""
+    beta = _tail(stats) * absmax.clamp_min(ABSMAX_FLOOR)
+    beyond = ((limits - absmax).clamp_min(0) / beta).neg().exp()
+    return (weight * 2 * beta.square() * beyond).sum() / (stats.count / 2)
+
+
+def _tail(stats: InputStats) -> float:
+    """β relative to the largest value, for the mean channel: by how much the halves' maxima differ, over 2 ln 2."""
+    absmax = stats.absmax
+    relative = (stats.halves[0] - stats.halves[1]).abs()[absmax > 0] / absmax[absmax > 0]
+    return max(float(relative.mean()) / (2 * math.log(2)), 0.01)
 
 
 def warn_of_few(counts: Iterable[int]) -> None:
