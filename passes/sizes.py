@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.errors import CaptureError
+from sqcompile.explain import first_line, fixed_sizes
 from sqcompile.passes.graph import value
 
 _Result = TypeVar("_Result")
@@ -36,6 +37,11 @@ def at_two_sizes(gm: fx.GraphModule, run: Callable[[Sizes], _Result]) -> tuple[_
         for order in orders[: 1 + (len(alike) < len(symbols))]
         for unit in (1, 8, 32)  # multiples, for models whose sizes must divide by something
     ]
+    # about as long as in the capture, for convolutions that read thousands of samples
+    long = {s: 2 ** (was.bit_length() - 1) if isinstance(was, int) and was > 1 else 1 for s, was in symbols.items()}
+    pairs += [
+        tuple({s: long[s] * size for s, size in sizes.items()} for sizes in pairs[i]) for i in range(0, len(pairs), 3)
+    ]
     known = [gm.meta["sizes"]] if "sizes" in gm.meta else []
     allowed = conditions(gm)
     likely = [all(_holds(allowed, sizes) for sizes in pair) for pair in pairs]
@@ -47,8 +53,10 @@ def at_two_sizes(gm: fx.GraphModule, run: Callable[[Sizes], _Result]) -> tuple[_
             return run(first), run(second)
         except Exception as e:
             error = e
+    assert error is not None
     raise CaptureError(
-        f"the captured graph does not run at other batch or sequence sizes: {error}. Pass dynamic_shapes=None to fix them"
+        f"the captured graph does not run at other batch or sequence sizes: {first_line(error)}. To fix them, "
+        f"{fixed_sizes(gm)}"
     ) from error
 
 

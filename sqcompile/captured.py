@@ -223,10 +223,13 @@ def _misfit(i: int, leaves: list[Any], like: Captured) -> str:
             "the capture, and the model reads them as equal: pass equal sizes (expand the smaller), or compile with "
             "example_inputs= that has the sizes to be used"
         )
+    both = isinstance(have, Tensor) and isinstance(want, Input)
+    alike = both and (have.dtype, have.device, have.dim()) == (want.dtype, want.device, len(want.shape))
+    dims = ", or with dynamic_shapes= that leave this dim open (torch.export.Dim.AUTO)" if alike else ""
     spelled = f"{have.dtype} {list(have.shape)} on {have.device}" if isinstance(have, Tensor) else repr(have)
     return (
         f"argument {name} was captured as {want}, this call has {spelled}: sizes that are numbers, dtypes, devices and "
-        "constants are fixed by the capture; compile with example_inputs= like this"
+        f"constants are fixed by the capture; compile with example_inputs= like this{dims}"
     )
 
 

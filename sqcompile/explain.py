@@ -24,6 +24,12 @@ _VALUES = (
 
 _DEVICE = "move the batch to the model's device, and what forward makes itself to that of its inputs"
 
+_SIZES = "pass dynamic_shapes=None for static shapes, or the dynamic_shapes that torch.export should use"
+_FLEX = (
+    'load or build the model with another attention (transformers: attn_implementation="sdpa"): flex_attention computes its '
+    "masks by functions, which a captured graph does not hold"
+)
+
 # (what the error is or says, what to try), the first that fits
 _HINTS: tuple[tuple[str, str], ...] = (
     ("UnsupportedOperator", "register what it does to shapes with torch.library.register_fake, or compile a submodule"),
@@ -32,19 +38,23 @@ _HINTS: tuple[tuple[str, str], ...] = (
     ("different devices", _DEVICE),
     ("on the same device", _DEVICE),
     ("pytree", "register the type with torch.utils._pytree.register_pytree_node, or return tensors"),
-    ("Constraint", "pass dynamic_shapes=None for static shapes, or the dynamic_shapes that torch.export should use"),
-    ("dynamic", "pass dynamic_shapes=None for static shapes, or the dynamic_shapes that torch.export should use"),
+    ("Constraint", _SIZES),
+    ("dynamic", _SIZES),
     ("has no attribute", "capture runs forward on fake tensors: use their public methods, or compile a submodule"),
     ("", "run the model itself on this batch, then torch.export.export(model, args, kwargs, strict=False)"),
 )
 
 
-def export_error(model: nn.Module, error: Exception) -> CaptureError:
-    """What to raise for an error of torch.export."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
+def export_error(model: nn.Module, error: Exception, sizes_are_open: bool = True) -> CaptureError:
+    """What to raise for an error of torch.export, whose sizes were open or all fixed."""
+    every = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in every if is_users(f.filename)]
     where = f" at {frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
     what = f"{type(error).__name__}: {first_line(error)}"
-    return CaptureError(f"{type(model).__name__} cannot be exported: {what}{where}. What to try: {_hint(error, what)}")
+    hint = _hint(error, what, sizes_are_open)
+    if any(os.path.basename(f.filename) == "flex_attention.py" for f in every):
+        hint = _FLEX
+    return CaptureError(f"{type(model).__name__} cannot be exported: {what}{where}. What to try: {hint}")
 
 
 def check_shapes(gm: fx.GraphModule) -> None:
@@ -119,7 +129,19 @@ def is_users(filename: str) -> bool:
     return not filename.startswith((*inside, "<frozen", "<string>", "<eval_with_key>"))
 
 
-def _hint(error: Exception, what: str) -> str:
+def nested_hint(operator: str) -> str:
+    """What to try where a graph has another one inside."""
+    if "flex_attention" in operator:
+        return _FLEX
+    return "remove the context manager or the control flow behind it from the model's forward"
+
+
+def fixed_sizes(gm: fx.GraphModule) -> str:
+    """How the caller of what captured a graph has sizes fixed: of sqcompile's own functions, or torch.compile."""
+    return "pass dynamic_shapes=None" if "captured" in gm.meta else "pass dynamic=False to torch.compile"
+
+
+def _hint(error: Exception, what: str, sizes_are_open: bool) -> str:
     cond = getattr(error, "cond", None)
     if cond is not None:  # GuardOnDataDependentSymNode: a comparison decides a branch, a number is a size or an index
         branch = getattr(cond, "is_Relational", False)
@@ -131,4 +153,4 @@ def _hint(error: Exception, what: str) -> str:
             if branch
             else f"{decides}: {_VALUES}"
         )
-    return next(hint for pattern, hint in _HINTS if pattern in what)
+    return next(hint for pattern, hint in _HINTS if pattern in what and (sizes_are_open or hint != _SIZES))

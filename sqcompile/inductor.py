@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.errors import StageError
+from sqcompile.explain import fixed_sizes
 from sqcompile.passes.graph import clone, value
 from sqcompile.passes.regions import Part, Region, cut, find_repeats
 
@@ -72,7 +73,8 @@ def inductor(
     }
     if fixed and not guarded:
         raise StageError(
-            f"Inductor fixed sizes that are dynamic ({fixed}): pass backend='eager' or dynamic_shapes=None"
+            f"Inductor fixed sizes that are dynamic ({fixed}): run the graph as it is (backend='eager'; of torch.compile "
+            f"options={{'compiler': 'eager'}}), or {fixed_sizes(flat)}"
         )
     return run
 

@@ -8,6 +8,7 @@ The graph's tensors are detached aliases of the model's own: same storage, never
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -16,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from sqcompile.captured import captured
+from sqcompile.dynamic_axes import dims_of, find_lengths, grown, pinned
 from sqcompile.errors import CaptureError
-from sqcompile.explain import check_shapes, export_error, one_error, source
+from sqcompile.explain import check_shapes, export_error, nested_hint, one_error, source
 from sqcompile.inputs import Call
 from sqcompile.passes.canonicalize import DROPOUTS, canonicalize, drops
 from sqcompile.passes.functionalize import functionalize
@@ -123,24 +124,37 @@ def tidy(gm: fx.GraphModule) -> None:
             n.replace_all_uses_with(n.args[0])  # a cast to the dtype it has
         elif "wrap_with" in str(n.target) or isinstance(n.target, torch._ops.HigherOrderOperator):
             raise CaptureError(
-                f"{n.target} is a nested graph, which sqcompile does not enter, at {source(n)}. What to try: remove the "
-                "context manager or the control flow behind it from the model's forward"
+                f"{n.target} is a nested graph, which sqcompile does not enter, at {source(n)}. What to try: "
+                f"{nested_hint(str(n.target))}"
             )
     _refuse_training(gm.graph)
 
 
 def _export(model: nn.Module, call: Call, dynamic_shapes: Any) -> torch.export.ExportedProgram:
-    attempts: list[tuple[Call, Any]] = [(call, lambda _: dynamic_shapes)]
-    if dynamic_shapes == "auto":
-        grown = _grown(call)
-        # Sizes of the model's own choosing are tried last: some models accept no other.
-        attempts = [(example, functools.partial(_auto, call=example)) for example in (grown, call)]
+    if not isinstance(dynamic_shapes, str) or dynamic_shapes != "auto":
+        return _attempts(model, call, [(call, lambda _: dynamic_shapes)])
+    lengths = find_lengths(model, call)
+    if lengths:
+        example = grown(call, lengths)
+        with contextlib.suppress(CaptureError):
+            exported = _attempts(model, call, [(example, functools.partial(dims_of, call=example, lengths=lengths))])
+            fixed = pinned(exported, lengths)
+            if not fixed:
+                return exported
+            lengths -= fixed
+    # Sizes of the model's own choosing are tried last: some models accept no other.
+    examples = (grown(call, lengths), grown(call, lengths, across=True), call)
+    return _attempts(model, call, [(x, functools.partial(dims_of, call=x, lengths=lengths)) for x in examples])
+
+
+def _attempts(model: nn.Module, call: Call, examples: list[tuple[Call, Any]]) -> torch.export.ExportedProgram:
+    """The program of the first example, with what makes its ``dynamic_shapes``, that can be exported."""
     # parameters made in inference mode are refused outside it
     inference = torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters())
     error: Exception | None = None
     for fixed in _fixed(model, call):
         view = _as_called(model, call, fixed)
-        for example, shapes in attempts:
+        for example, shapes in examples:
             try:
                 with torch.inference_mode(inference), torch.no_grad(), one_error(), left_alone(model):
                     return torch.export.export(
@@ -151,7 +165,7 @@ def _export(model: nn.Module, call: Call, dynamic_shapes: Any) -> torch.export.E
             except Exception as e:
                 error = e
     assert error is not None
-    raise export_error(model, error) from error
+    raise export_error(model, error, sizes_are_open=any(shapes(view) is not None for _, shapes in examples)) from error
 
 
 def _decomposed(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -238,54 +252,6 @@ class _View(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # without hooks that are registered for all modules
         return self.forward(*args, **kwargs)
-
-
-def _grown(call: Call) -> Call:
-    """The call with sizes at which batch and sequence can stay symbolic.
-
-    torch.export fixes dims of size 1 and merges dims of equal size, so a batch of 1 grows to 2 and batch, sequence
-    and so on get sizes of their own. Values do not matter: export runs on fake tensors.
-    """
-    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
-    tensors = [x for x in leaves if isinstance(x, Tensor)]
-    sizes: dict[tuple[int, int], int] = {}
-    broadcast = {d for d in range(3) if len({x.shape[d] for x in tensors if d in _dynamic_axes(x)}) > 1}
-    for x in tensors:
-        for d in _dynamic_axes(x):
-            size = x.shape[d]
-            if size == 1 and d in broadcast:
-                continue  # broadcasts against another input: stays 1
-            new = max(size, 2)
-            while (d, size) not in sizes and new in sizes.values():
-                new += 1
-            sizes.setdefault((d, size), new)
-
-    def grow(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        axes = _dynamic_axes(x)
-        return x.new_zeros([sizes.get((d, s), s) if d in axes else s for d, s in enumerate(x.shape)])
-
-    args, kwargs = pytree.tree_unflatten([grow(x) for x in leaves], spec)
-    return replace(call, args=args, kwargs=kwargs)
-
-
-def _auto(model: nn.Module, call: Call) -> Any:
-    """dynamic_shapes for torch.export: batch and sequence dynamic wherever the model leaves them so."""
-
-    def dims(x: Any) -> Any:
-        return {d: Dim.AUTO for d in _dynamic_axes(x) if x.shape[d] > 1} if isinstance(x, Tensor) else None
-
-    args, kwargs = pytree.tree_map(dims, (call.args, call.kwargs))
-    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-
-
-def _dynamic_axes(x: Tensor) -> list[int]:
-    if not x.dtype.is_floating_point:
-        return list(range(min(x.dim(), 2)))  # tokens, masks: [batch, sequence]
-    if x.dim() == 3:
-        return [0, 1]  # embeddings: [batch, sequence, channel]
-    return [0] if x.dim() >= 1 else []
 
 
 def _refuse_training(graph: fx.Graph) -> None:
