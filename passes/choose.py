@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.calibrate import Calibration
+from sqcompile.interrupts import checkpoint
 from sqcompile.kernels.reference import QMAX, absmax_scale, dequantize, quantize, token_scale, weight_scale
 from sqcompile.passes.attention_chains import Attention
 from sqcompile.passes.choose_attention import choose_attention
@@ -108,6 +109,7 @@ class Chooser:
 
     def best(self, site: Site, floats: dict[str, str]) -> tuple[tuple[Tensor, Tensor] | None, float | None, str]:
         """The scale [C] with the smallest error, and those of either half [2, C]; None where no smoothing is better."""
+        checkpoint()
         balance = [(l, m) for l, m in site.balance if l.name not in floats]
         device = self.weight(balance[0][0]).device
         x_absmax = torch.zeros(3, site.channels, dtype=torch.float32, device=device)  # all tokens, either half

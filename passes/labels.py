@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sqcompile.interrupts import checkpoint
 from sqcompile.passes.graph import Linear, aten, constants, evaluate, get_tensor, is_channel_vector, leaves, value
 from sqcompile.passes.label_rules import (
     HOMOGENEOUS,
@@ -100,6 +101,7 @@ class _Values(fx.Interpreter):
         self.mode, self.values = mode, dict[fx.Node, Any]()
 
     def run_node(self, n: fx.Node) -> Any:
+        checkpoint()
         if n.op == "get_attr":
             out = self.mode.from_tensor(get_tensor(self.module, str(n.target)), static_shapes=True)
         else:
@@ -132,6 +134,7 @@ class _Labels(fx.Interpreter):
         self.ways: dict[fx.Node, dict[str, set[torch.dtype]]] = {}  # the dtypes that each label has passed
 
     def run_node(self, n: fx.Node) -> Any:
+        checkpoint()
         out = self.values[n]
         if n not in self.const:
             mine = self._propagate(n, out)

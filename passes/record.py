@@ -10,12 +10,15 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from sqcompile.interrupts import checkpoint
+
 
 def record(gm: fx.GraphModule, node: fx.Node) -> None:
     """Computes the value of a call from those of its arguments.
 
     The layers of a model repeat their calls: what a call on the same sizes gave is made anew, not computed again.
     """
+    checkpoint()
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), _value)
     mode, key = gm.meta["fake_mode"], _call(node.target, args, kwargs)
     known = gm.meta.setdefault("recorded", {})

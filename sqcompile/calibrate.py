@@ -21,6 +21,7 @@ from sqcompile.errors import CalibrationError, CaptureError
 from sqcompile.explain import first_line, operation, source
 from sqcompile.input_stats import InputStats
 from sqcompile.inputs import Call, Reader
+from sqcompile.interrupts import checkpoint, each_at_once
 from sqcompile.padding import Padding
 from sqcompile.passes.attention_chains import Attention
 from sqcompile.passes.graph import Linear, aten, find_linears, nodes_by_name, value
@@ -77,7 +78,7 @@ def calibrate(
 
     with bar:
         if isinstance(loader, Iterable):
-            for i, batch in enumerate(loader):
+            for i, batch in enumerate(each_at_once(loader)):
                 observe(reader.call(batch, i))
         else:
             reader.run(loader, observe)
@@ -174,6 +175,7 @@ class Observer(fx.Interpreter):
             self.over.set()
 
     def run_node(self, n: fx.Node) -> Any:
+        checkpoint()
         self.at = n
         if n.name in self.routed:
             self._follow_mask(n)

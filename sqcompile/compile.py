@@ -16,6 +16,7 @@ from sqcompile.captured import unread
 from sqcompile.emit import BACKENDS, CompiledModel, emit
 from sqcompile.errors import CalibrationError, PlanError, RecipeError
 from sqcompile.inputs import Call, Forward, Reader, length
+from sqcompile.interrupts import deferred
 from sqcompile.lock import analysing, compiling
 from sqcompile.models import check_model
 from sqcompile.passes.attention_chains import Attention, find_attentions
@@ -78,11 +79,12 @@ def compile(
     Raises:
         SQCompileError: RecipeError, CaptureError, CalibrationError, NothingToQuantizeError or PlanError; the message
             names what to do.
+        KeyboardInterrupt: for Ctrl-C, when the step at hand is done; a second one is raised at once.
     """
     if backend not in BACKENDS:
         raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
     check_model(model)
-    with stages((*_ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES), progress) as enter:
+    with deferred(), stages((*_ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES), progress) as enter:
         if plan is None:
             how = resolve_recipe(recipe)
             traced, plan = _analyse(model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter)
@@ -114,7 +116,7 @@ def calibrate(
     """
     check_model(model)
     how = resolve_recipe(recipe)
-    with stages(_ANALYSES, progress) as enter:
+    with deferred(), stages(_ANALYSES, progress) as enter:
         return _analyse(model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter)[1]
 
 

@@ -72,7 +72,7 @@ def grown(call: Call, lengths: Collection[Axis] = (), across: bool = False) -> C
     for x, axes in tensors:
         for d in axes:
             size = x.shape[d]
-            if size == 1 and d in broadcast:
+            if size == 1 and d in broadcast and not across:
                 continue  # broadcasts against another input: stays 1
             key = (0 if across else d, size)
             new = max(size, 2)

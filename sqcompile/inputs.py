@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from sqcompile.batches import is_dataset, split, with_batch_dim, without_targets
 from sqcompile.errors import CalibrationError
+from sqcompile.interrupts import at_once, deferred, each_at_once
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class Reader:
             )
         if isinstance(loader, Iterable):
             self.rows = is_dataset(loader)
-            iterator = iter(loader)
+            iterator = each_at_once(loader)
             try:
                 batch = next(iterator)
             except StopIteration:
@@ -198,12 +199,13 @@ class Reader:
             )
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            observe(self.of_model(args, kwargs))
+            with deferred():
+                observe(self.of_model(args, kwargs))
 
         # before the user's own hooks, which are captured with the model
         handle = self.model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), at_once():
                 loader(self.model) if inspect.signature(loader).parameters else loader()
         finally:
             handle.remove()

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sqcompile.errors import CaptureError
 from sqcompile.explain import source, users_frame
+from sqcompile.interrupts import checkpoint
 from sqcompile.passes.canonicalize import DROPOUTS
 from sqcompile.passes.graph import is_mutable, value
 
@@ -113,6 +114,7 @@ class _RealTensors(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        checkpoint()
         kwargs = kwargs or {}
         real = {t.untyped_storage()._cdata for t in pytree.tree_leaves((args, kwargs)) if _is_real(t)}
         if is_mutable(func) and torch.Tag.inplace_view not in func.tags:

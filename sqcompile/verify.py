@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from sqcompile.errors import StageError
+from sqcompile.interrupts import checkpoint
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.graph import LINEARS, get_tensor, is_mutable, value
 
@@ -24,6 +25,7 @@ def verify(gm: fx.GraphModule, stage: str) -> fx.GraphModule:
     Raises:
         StageError: naming the stage, the node and what is wrong with it.
     """
+    checkpoint()
     gm.graph.lint()
     for n in gm.graph.nodes:
         if n.op == "call_function":
