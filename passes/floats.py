@@ -11,6 +11,7 @@ from torch import fx
 from sqcompile.calibrate import Calibration
 from sqcompile.errors import NothingToQuantizeError, RecipeError
 from sqcompile.kernels import speedup
+from sqcompile.passes.adapters import find_adapters
 from sqcompile.passes.graph import Linear, aten, find_linears, first_leaf, nodes_by_name, value
 from sqcompile.passes.label_rules import LAYOUT
 from sqcompile.passes.routers import find_routers
@@ -35,6 +36,7 @@ def stay_float(gm: fx.GraphModule, linears: list[Linear], calibration: Calibrati
     _check_skip(gm, linears, recipe)
     routers = find_routers(gm, linears)
     floats = {l.name: reason for l in linears if (reason := _reason(gm, l, routers, calibration, recipe))}
+    floats = find_adapters(gm, linears) | floats
     return floats | _slow(gm, [l for l in linears if l.name not in floats], recipe.min_speedup)
 
 

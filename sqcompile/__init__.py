@@ -19,6 +19,7 @@ from sqcompile.errors import (
 )
 from sqcompile.plan import LayerPlan, Plan
 from sqcompile.recipe import PRESETS, Recipe
+from sqcompile.refresh import refresh
 from sqcompile.report import Report
 
 __version__ = "0.1.0"
@@ -42,4 +43,5 @@ __all__ = [
     "WeightError",
     "calibrate",
     "compile",
+    "refresh",
 ]

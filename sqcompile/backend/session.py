@@ -36,6 +36,7 @@ from sqcompile.passes.shared import Shared
 from sqcompile.passes.uses import first_use
 from sqcompile.plan import Plan
 from sqcompile.recipe import resolve_recipe
+from sqcompile.refresh import touch
 from sqcompile.trace import aliases
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Session:
         self._names: Any = WeakIdKeyDictionary()
         self._seen: dict[int, set[Observed]] = {}  # by thread: the graphs that its call has run
         self._torn: set[str] = set()  # weights that several graphs of one call read
-        self._warned = self._told = False
+        self._warned = self._told = self._touched = False
         self._pools: dict[torch.device, Pool] = {}
         if root is not None:  # Dynamo keeps graphs with the code of a class, which outlives the model
             weakref.finalize(root, _forget, weakref.ref(self)).atexit = False
@@ -104,7 +105,21 @@ class Session:
             self._warned = True
             warnings.warn(
                 "the model was made under torch.inference_mode(), where PyTorch counts no writes: weights that are "
-                "changed in place will not be quantized again. Make or load it outside of that mode",
+                "changed in place may not be quantized again. Make or load it outside of that mode, or call "
+                "sqcompile.refresh(model) after a change",
+                stacklevel=2,
+            )
+
+    def touch(self, tensors: Sequence[Tensor]) -> None:
+        """Has all weights quantized again, some of which were written to without PyTorch knowing; says so once."""
+        root = self._root()
+        touch([t for _, t in _tensors(root)] if root is not None else tensors)
+        if not self._touched:
+            self._touched = True
+            warnings.warn(
+                "weights of the model were written to through .data (weight.data.copy_(...), adapters that are swapped or "
+                "merged), which PyTorch does not count. They are quantized again now, and some calls before this one may have "
+                "used the old ones: call sqcompile.refresh(model) right after such a write",
                 stacklevel=2,
             )
 

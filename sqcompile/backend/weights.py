@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sqcompile.errors import StageError
+from sqcompile.samples import sample
 from sqcompile.stages import state
 
 
@@ -24,7 +26,7 @@ class Freed:
     left: tuple[int, int]
 
 
-_serial: Any = WeakIdKeyDictionary()
+_known: Any = WeakIdKeyDictionary()  # of a tensor: a number of its values, its storage, and a sample of them
 _freed: Any = WeakIdKeyDictionary()
 _numbers = itertools.count()
 
@@ -52,7 +54,24 @@ def source(tensor: Tensor, name: str) -> Hashable:
                 "again and compile that one"
             )
         return freed.source
-    return (_serial.setdefault(tensor, next(_numbers)), *state(tensor))
+    now, bytes_ = state(tensor), sample(tensor)
+    number, then, storage, had = _known.get(tensor, (None, None, None, None))
+    gone = storage is not None and storage.expired()
+    if number is None or gone or (then == now and had != bytes_):  # or there is no trace of what has happened to it
+        number = next(_numbers)
+    _known[tensor] = number, now, storage_of(tensor), bytes_
+    return number, *now
+
+
+def storage_of(tensor: Tensor) -> StorageWeakRef | None:
+    """The tensor's storage, without keeping it: as long as this is there, no other storage is at the same place.
+
+    Assigning to ``.data`` may give a tensor other memory at the address that the freed one had, with the same version.
+    """
+    try:
+        return StorageWeakRef(tensor.untyped_storage())
+    except (NotImplementedError, RuntimeError):  # a tensor without one
+        return None
 
 
 def is_freed(tensor: Tensor) -> bool:

@@ -1,0 +1,53 @@
+"""refresh: weights that were written to without PyTorch knowing are quantized again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+
+from sqcompile.emit import CompiledModel
+from sqcompile.errors import StageError
+
+
+def refresh(model: Any) -> None:
+    """Has the backend quantize a model's weights again at its next call.
+
+    It sees by itself what PyTorch counts: optimizers, ``load_state_dict``, ``weight.mul_(2)``, ``weight.data = other``. What
+    is written through ``.data`` (``weight.data.copy_(other)``, as tools do that swap adapters) leaves no trace: call this
+    right after it.
+
+    Args:
+        model: what ``torch.compile(model, backend="smoothquant")`` gave, or the model itself.
+
+    Raises:
+        StageError: for what `sqcompile.compile` gave, whose weights are its own, and for what is no module.
+    """
+    if isinstance(model, OptimizedModule):
+        model = model._modules["_orig_mod"]
+    if isinstance(model, CompiledModel):
+        raise StageError(
+            "a compiled model has weights of its own, which do not follow the float model's: compile that one again with "
+            "sqcompile.compile(model, plan=compiled.plan), which needs no data"
+        )
+    if not isinstance(model, nn.Module):
+        raise StageError(f"refresh({type(model).__name__}): pass the model, or what torch.compile made of it")
+    touch([*model.parameters(), *model.buffers()])
+
+
+def touch(tensors: Iterable[Tensor]) -> None:
+    """Counts a write to each tensor that counts writes; those of inference mode, which do not, get other memory instead.
+
+    Not to those whose float values are freed, unless somebody has written values where there are none.
+    """
+    from sqcompile.backend.weights import is_freed
+
+    todo = [t for t in tensors if not (is_freed(t) and bool(t.isnan().all()))]
+    torch.autograd.graph.increment_version([t for t in todo if not t.is_inference()])
+    for t in todo:
+        if t.is_inference():
+            with torch.inference_mode():
+                t.data = t.data.clone()
