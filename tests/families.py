@@ -68,6 +68,7 @@ INNER_NORMS = {
 
 OTHERS = ["bert", "roberta", "t5", "t5 gated", "whisper", "vit", "swin", "clip"]
 FAMILIES = [*CAUSAL, *OTHERS]
+DIFFUSERS = ["unet", "dit", "flux"]
 
 
 def roughen(model: nn.Module, outlier: float = 20.0, inner: tuple[str, ...] = ()) -> nn.Module:
@@ -121,6 +122,35 @@ def build(name: str, outlier: float = 20.0, **kwargs: Any) -> tuple[nn.Module, d
         model = _base("clip", dict(text_config=text, vision_config=dict(tower, image_size=32, patch_size=8), projection_dim=48))  # fmt: skip
         call = {"input_ids": token_ids(), "pixel_values": _floats(2, 3, 32, 32)}
     return roughen(model.eval(), outlier, INNER_NORMS.get(name, ())), call
+
+
+def build_diffusers(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A denoiser of the diffusers package in eval mode and the keyword arguments of a call."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    times = torch.tensor([3, 5])
+    if name == "unet":
+        model = diffusers.UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(32,), norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=32,
+            attention_head_dim=8,
+        )  # fmt: skip
+        call = {"sample": _floats(2, 4, 8, 8), "timestep": times, "encoder_hidden_states": _floats(2, 7, 32)}
+    elif name == "dit":
+        model = diffusers.DiTTransformer2DModel(
+            num_attention_heads=4, attention_head_dim=16, in_channels=4, num_layers=2, sample_size=8, patch_size=2,
+            num_embeds_ada_norm=10,
+        )  # fmt: skip
+        call = {"hidden_states": _floats(2, 4, 8, 8), "timestep": times, "class_labels": torch.tensor([1, 2])}
+    else:
+        model = diffusers.FluxTransformer2DModel(
+            patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=4,
+            joint_attention_dim=32, pooled_projection_dim=24, axes_dims_rope=(4, 4, 8),
+        )  # fmt: skip
+        call = {"hidden_states": _floats(2, 9, 4), "encoder_hidden_states": _floats(2, 7, 32)}
+        call |= {"pooled_projections": _floats(2, 24), "timestep": torch.tensor([0.3, 0.5])}
+        call |= {"img_ids": _floats(9, 3), "txt_ids": _floats(7, 3)}
+    return roughen(model.eval(), outlier=4.0), call
 
 
 def some_slow(names: Iterable[str], quick: Collection[str]) -> list[Any]:
@@ -206,4 +236,18 @@ CHAINS: dict[str, tuple[int, tuple[int, int, int], int, str]] = {
     "vit": PLAIN,
     "swin": PLAIN,
     "clip": (4, (4, 4, 16), 64, "linear"),
+}
+
+# name: linears, sites by what absorbs 1/s, refused linears by reason, attentions, head sites
+SILU, CAT, INPUT = "passes silu", "reaches cat", "reads an input of the model"
+DENOISERS: dict[str, tuple[int, dict[str, int], dict[str, int], int, int]] = {
+    "unet": (47, {"norm": 12, "linear": 12}, {INPUT: 8, SILU: 6, CAT: 1}, 8, 8),
+    "dit": (22, {"linear": 2}, {RESIDUAL: 9, SILU: 6, CAT: 3, GELU: 2}, 2, 2),
+    "flux": (
+        28,
+        {},
+        {RESIDUAL: 13, SILU: 6, INPUT: 3, "summed with other": 2, GELU: 2, CAT: 1, "covers only part": 1},
+        2,
+        1,
+    ),
 }

@@ -14,10 +14,13 @@ from conftest import fold_everything, fold_heads, fold_sites, relative_error
 from families import (
     CHAINS,
     COVERAGE,
+    DENOISERS,
+    DIFFUSERS,
     FAMILIES,
     GATED,
     OUTPUT,
     build,
+    build_diffusers,
     causal_lm,
     outputs,
     resized,
@@ -61,6 +64,48 @@ def test_folding_is_exact_and_covers(name):
     assert sum(len(s.balance) for s in sites) + len(refusals) == linears
     found = Counter(next((r for r in refused if r in x.reason), x.reason) for x in refusals)
     assert found == refused
+
+
+@functools.cache
+def denoiser(name):
+    model, call = build_diffusers(name)
+    return model, call, trace(model, as_call(model, call))
+
+
+def sample(model, call):
+    with torch.no_grad():
+        return model(**call).sample
+
+
+def with_batch(call, n):
+    """The call with another batch; positions have none."""
+    return {k: v if k.endswith("_ids") else torch.cat([v, v.flip(0)])[:n] for k, v in call.items()}
+
+
+@pytest.mark.parametrize("name", some_slow(DIFFUSERS, ("dit",)))
+def test_folding_of_denoisers_is_exact_and_covers(name):
+    model, call, gm = denoiser(name)
+    folded, sites, refusals = fold_sites(gm, as_call(model, call))
+    for x in (call, with_batch(call, 1), with_batch(call, 3)):
+        assert relative_error(sample(folded, x), sample(model, x)) <= 1e-5
+    linears, kinds, refused, attentions, heads = DENOISERS[name]
+    assert len(find_linears(folded)) == linears
+    assert Counter(s.kind for s in sites) == kinds
+    assert Counter(next((r for r in refused if r in x.reason), x.reason) for x in refusals) == refused
+    found = find_attentions(gm)
+    assert [a.refused for a in found] == [None] * attentions
+    folded, sites, _ = fold_heads(gm, found)
+    assert len(sites) == heads and relative_error(sample(folded, call), sample(model, call)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", some_slow(DIFFUSERS, ("dit",)))
+def test_denoisers_compile_and_their_configuration_is_left_alone(name):
+    model, call, _ = denoiser(name)
+    config = dict(model.config)
+    compiled = sqcompile.compile(model, [call], backend="eager", progress=False)
+    assert all(l.quantized for l in compiled.report.layers) and dict(model.config) == config
+    for x in (call, with_batch(call, 1), with_batch(call, 3)):
+        assert relative_error(sample(compiled, x), sample(model, x)) < 0.05
 
 
 def changed(before, after):
