@@ -11,8 +11,8 @@ own: scales made from one half are tried on sampled rows of the other, whose tok
 A sample of few rows shows few outliers, though, and a single one can cost more than all rounding. So what is expected of
 the tails is added (`clipped`): of an exponential tail, the largest of n values is beyond any limit L above it by a mean
 square of 2 β² exp(-(L - M) / β) / n for each new value, M being the largest one so far, and two such maxima differ by
-2 ln 2 · β in the mean, from which β is known. The margin m is the candidate with the smallest sum of both; `choose`
-compares α by the same sum, s from one half as well. Both vanish with thousands of tokens.
+2 ln 2 · β in the mean, from which β is known. The margin m is the candidate with the smallest sum of both, by
+the geometric mean over the halves; `choose` compares α by the same sum, s from one half as well. Both vanish with thousands of tokens.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def margin(stats: InputStats, columns: Tensor, weight: Tensor) -> float:
             scale = absmax_scale(limit)
             rounded = (x / scale).round().clamp(-QMAX, QMAX) * scale
             tail = clipped(stats, stats.halves[other], limit * columns[other], weight)
-            errors[i] += ((rounded - x).square() @ cost).sum() + len(rows) * tail
+            error = ((rounded - x).square() @ cost).sum() + len(rows) * tail
+            errors[i] += error.clamp_min(ABSMAX_FLOOR).log()  # a token like no other decides for its half alone
     return MARGINS[int(errors.argmin())]
 
 

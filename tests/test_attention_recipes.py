@@ -171,4 +171,6 @@ def test_static_values_are_those_of_the_folded_graph(family):
         for batch in batches:
             Watch(folded).run(*torch.utils._pytree.tree_leaves(batch))
     for plan, name in zip(compiled.plan.attention, values, strict=True):
-        torch.testing.assert_close(compiled.plan.heads[f"{plan.name}/value_scale"], largest[name], rtol=1e-3, atol=1e-7)
+        room = compiled.plan.heads[f"{plan.name}/value_scale"] / largest[name]  # one margin for unseen tokens
+        torch.testing.assert_close(room, room.mean().expand_as(room), rtol=1e-3, atol=0)
+        assert 1 <= room.mean() < 1.3
