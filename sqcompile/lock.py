@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 from torch import nn
 from torch._dynamo.convert_frame import compile_lock
+from torch._guards import TracingContext
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
 @contextlib.contextmanager
@@ -29,8 +31,13 @@ def compiling() -> Iterator[None]:
 
 def _forget() -> None:
     """Frees what PyTorch would keep of a capture for ever: its sizes, and the fake tensors that have them."""
+    if TracingContext.try_get() is not None:  # Dynamo goes on with its own
+        return
     FakeTensorMode.cache_clear()
     getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
+    for method in vars(ShapeEnv).values():  # some remember what they were called with
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
 
 
 _analysed: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()

@@ -75,6 +75,8 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     inputs = [value(n) for n in gm.graph.find_nodes(op="placeholder")]
     found = captured(info.in_spec, given, inputs, gm.meta["fake_mode"].shape_env, dynamic_shapes)
     gm.meta["captured"] = replace(found, ignored=call.ignored)
+    if (env := gm.meta["fake_mode"].shape_env) is not None:
+        env.tracked_fakes = []  # for guards, which are made: fake tensors keep their ShapeEnv, in a way Python cannot see
     gm.meta["out_spec"] = info.out_spec
     gm.meta["aliases"] = aliases(model)
     canonicalize(gm)
