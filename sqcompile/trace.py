@@ -124,12 +124,18 @@ def tidy(gm: fx.GraphModule) -> None:
             gm.graph.erase_node(n)
         elif n.target == aten.to.dtype and value(n).dtype == value(n.args[0]).dtype and len(n.args) == 2:
             n.replace_all_uses_with(n.args[0])  # a cast to the dtype it has
-        elif "wrap_with" in str(n.target) or isinstance(n.target, torch._ops.HigherOrderOperator):
-            raise CaptureError(
-                f"{n.target} is a nested graph, which sqcompile does not enter, at {source(n)}. What to try: "
-                f"{nested_hint(str(n.target))}"
-            )
+        else:
+            refuse_nested(n)
     _refuse_training(gm.graph)
+
+
+def refuse_nested(n: fx.Node) -> None:
+    """Raises CaptureError for a node that is a graph of its own."""
+    if "wrap_with" in str(n.target) or isinstance(n.target, torch._ops.HigherOrderOperator):
+        raise CaptureError(
+            f"{n.target} is a nested graph, which sqcompile does not enter, at {source(n)}. What to try: "
+            f"{nested_hint(str(n.target))}"
+        )
 
 
 def _export(model: nn.Module, call: Call, dynamic_shapes: Any) -> torch.export.ExportedProgram:

@@ -146,3 +146,11 @@ class Flex(nn.Module):
 def test_flex_attention_names_another_attention(masked):
     with pytest.raises(sqcompile.CaptureError, match=r'What to try: .*attn_implementation="sdpa"'):
         compiled(Flex(masked), torch.randn(2, 11, 16))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_flex_attention_names_another_attention_to_the_backend(masked, fresh_dynamo):
+    options = {"calibration_steps": 1, "compiler": "eager"}
+    net = torch.compile(Flex(masked).eval(), backend="smoothquant", options=options)
+    with torch.no_grad(), pytest.raises(sqcompile.CaptureError, match=r'What to try: .*attn_implementation="sdpa"'):
+        net(torch.randn(2, 11, 16))

@@ -70,7 +70,13 @@ def _compiled(
     respect_limit()
     names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
     # a method: Dynamo's wrapper would copy the attributes of an object, and keep the weights that it has now
-    return Runner(session, found, capture(gm), example_inputs, names).__call__
+    try:
+        template = capture(gm)
+    except CaptureError:
+        if parameters:
+            raise
+        return gm.forward  # nothing of the model in it: masks that functions compute under vmap, say
+    return Runner(session, found, template, example_inputs, names).__call__
 
 
 def _without_gradients(gm: fx.GraphModule, options: Mapping[str, Any] | None, mode: str | None) -> Callable[..., Any]:

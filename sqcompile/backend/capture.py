@@ -8,13 +8,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_export_module
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._guards import TracingContext
 
 from sqcompile.backend.scalars import take_floats, tensors_of_floats
@@ -24,7 +26,7 @@ from sqcompile.passes.canonicalize import canonicalize
 from sqcompile.passes.graph import aten, clone, finish, get_tensor, set_tensor, value
 from sqcompile.passes.label_rules import LAYOUT, behind
 from sqcompile.passes.sizes import conditions, vary
-from sqcompile.trace import tidy
+from sqcompile.trace import refuse_nested, tidy
 from sqcompile.untouched import assigned_to, written_to
 from sqcompile.verify import verify
 
@@ -71,10 +73,11 @@ def capture(gm: fx.GraphModule) -> Template:
             own.graph.erase_node(n)
     own.recompile()
     for n in own.graph.nodes:
+        refuse_nested(n)
         if n.op != "placeholder" and getattr(n.target, "__name__", n.target) == "set_":
             raise assigned_to(source(n))
     try:
-        with torch.no_grad(), mode:
+        with torch.no_grad(), mode, _transforms_left():
             exported: Any
             exported, signature = aot_export_module(own, taken, trace_joint=False, pre_dispatch=True, decompositions={})
     except Exception as e:
@@ -95,6 +98,17 @@ def capture(gm: fx.GraphModule) -> Template:
     arguments = names[len(held) :]
     updates = tuple(arguments.index(name) for name in signature.user_inputs_to_mutate.values())
     return Template(exported, tensors, updates, mode)
+
+
+@contextlib.contextmanager
+def _transforms_left() -> Iterator[None]:
+    """Leaves the transforms (vmap) that a graph enters and, where it fails between, does not leave: Dynamo guards them."""
+    before = len(retrieve_all_functorch_interpreters())
+    try:
+        yield
+    finally:
+        for _ in retrieve_all_functorch_interpreters()[before:]:
+            torch._C._functorch.pop_dynamic_layer_stack()
 
 
 def refuse_writes(template: Template, examples: Sequence[Any], name: Callable[[int], str]) -> None:
