@@ -205,6 +205,8 @@ class Observer(fx.Interpreter):
 
     def _follow_mask(self, n: fx.Node) -> None:
         """Experts read picked rows: padding is picked with them, and every input with the same offsets is in that order."""
+        if n.op != "call_function":
+            return
         if n.target == aten.index.Tensor:
             index = n.args[1][0]  # type: ignore[index]
         else:
