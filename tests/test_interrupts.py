@@ -18,6 +18,14 @@ import sqcompile
 from sqcompile import interrupts
 
 
+@pytest.fixture(autouse=True)
+def _pythons_own_handler():
+    """A process that was started in the background ignores Ctrl-C, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -150,6 +158,7 @@ import torch
 sys.path.insert(0, {tests!r})
 from test_interrupts import compiled, net, untouched
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 model, x, random = net(), torch.randn(3, 4, 16), random.Random(0)
 data = [torch.randn(2, 5, 16) for _ in range(2)]
 def loader(m):
