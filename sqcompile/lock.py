@@ -31,10 +31,10 @@ def compiling() -> Iterator[None]:
 
 def _forget() -> None:
     """Frees what PyTorch would keep of a capture for ever: its sizes, and the fake tensors that have them."""
+    getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
     if TracingContext.try_get() is not None:  # Dynamo goes on with its own
         return
     FakeTensorMode.cache_clear()
-    getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
     for method in vars(ShapeEnv).values():  # some remember what they were called with
         if hasattr(method, "cache_clear"):
             method.cache_clear()
