@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import networkx as nx
 import sympy
 import torch
 from torch import Tensor, fx
@@ -97,21 +99,37 @@ def vary(inputs: Iterable[Any], shape_env: Any) -> tuple[Sizes, Sizes]:
     given = {v.node.expr: v for v in known if v.node.expr.is_symbol}
     hints: Sizes = {symbol: int(v.node.hint) for symbol, v in given.items()}
     others, allowed = dict(hints), _of(shape_env)
-    equal: dict[
-        int, list[Any]
-    ] = {}  # a size that Dynamo knows twice: of a tensor, and as a number from before a graph break
-    for symbol, n in hints.items():
-        equal.setdefault(n, []).append(symbol)
-    for group in (*equal.values(), *([symbol] for symbol in hints)):
+    moves = (lambda n: 2 * n, lambda n: n + 1, lambda n: n - 1, lambda n: n + 2, lambda n: 3 * n, lambda n: n // 2,
+             lambda n: n + 8, lambda n: 4 * n)  # fmt: skip
+    for group in (*_tied(hints, allowed), *([symbol] for symbol in hints)):
         if all(others[symbol] == hints[symbol] for symbol in group):
-            n = hints[group[0]]
-            tries = (2 * n, n + 1, n - 1, n + 2, 3 * n, n // 2, n + 8, 4 * n)
-            choices = [others | dict.fromkeys(group, m) for m in tries if m > 1 and m != n]
+            new = ({symbol: move(hints[symbol]) for symbol in group} for move in moves)
+            choices = (
+                others | sizes for sizes in new if all(m > 1 and m != hints[symbol] for symbol, m in sizes.items())
+            )
             others = next((c for c in choices if _holds(allowed, c)), others)
     for symbol, v in given.items():
         if others[symbol] == hints[symbol]:
             int(v)  # Dynamo guards what is asked for
     return hints, others
+
+
+def _tied(hints: Sizes, allowed: list[Any]) -> Iterator[list[Any]]:
+    """Sizes that vary together, the larger groups first: equal ones, and those that a condition ties.
+
+    A size that Dynamo knows twice is equal: of a tensor, and as a number from before a graph break. A mask is as long as a
+    cache and the new tokens: a condition.
+    """
+    graph = nx.Graph()
+    graph.add_nodes_from(hints)
+    by_size: dict[int, Any] = {}
+    graph.add_edges_from((by_size.setdefault(n, symbol), symbol) for symbol, n in hints.items())
+    equal = [sorted(group, key=str) for group in nx.connected_components(graph)]
+    for condition in allowed:
+        symbols = [s for s in condition.free_symbols if s in hints]
+        graph.add_edges_from(itertools.pairwise(symbols))
+    yield from (sorted(group, key=str) for group in nx.connected_components(graph))
+    yield from equal
 
 
 def _of(shape_env: Any) -> list[Any]:

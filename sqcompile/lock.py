@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Iterator
 
 from torch import nn
-from torch._dynamo.convert_frame import compile_lock
 from torch._guards import TracingContext
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental import proxy_tensor
@@ -22,6 +21,8 @@ def compiling() -> Iterator[None]:
     It is Dynamo's own lock, and re-entrant. Dynamo holds it when it calls the backend: with another lock, two threads could
     each hold one and wait for the other's.
     """
+    from torch._dynamo.convert_frame import compile_lock  # here, as Dynamo imports triton
+
     with compile_lock:
         try:
             yield

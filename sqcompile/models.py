@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -21,6 +20,8 @@ def check_model(model: Any) -> None:
     Raises:
         CaptureError: saying what to pass instead.
     """
+    from torch._dynamo.eval_frame import OptimizedModule  # here, as Dynamo imports triton
+
     if not isinstance(model, nn.Module):
         raise CaptureError(_no_module(model))
     kind = type(model).__name__

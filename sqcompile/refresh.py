@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from sqcompile.emit import CompiledModel
 from sqcompile.errors import StageError
@@ -26,6 +25,8 @@ def refresh(model: Any) -> None:
     Raises:
         StageError: for what `sqcompile.compile` gave, whose weights are its own, and for what is no module.
     """
+    from torch._dynamo.eval_frame import OptimizedModule  # here, as Dynamo imports triton
+
     if isinstance(model, OptimizedModule):
         model = model._modules["_orig_mod"]
     if isinstance(model, CompiledModel):

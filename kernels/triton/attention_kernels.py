@@ -224,7 +224,9 @@ def forward(
     else:
         q_scale = tl.load(q_scale_ptr + rows_of(q_scale_strides, b, h, s), mask=inside, other=0.0)
         if q.dtype != tl.int8:
-            q_scale = q_scale * finite_of(tl.max(absmax_bits(q.to(tl.float32)), 1))
+            # read apart, for the cache has it by now: values that wait in registers for two readers would spill
+            again = tl.load(q_ptrs, mask=inside[:, None] & (c < WIDTH)[None, :], other=0, eviction_policy="evict_last")
+            q_scale = q_scale * finite_of(tl.max(absmax_bits(again.to(tl.float32)), 1))
     if q.dtype != tl.int8 and not FLOAT:
         q = to_int8(q.to(tl.float32), reciprocal(q_scale)[:, None])
         if q8_ptr is not None:
