@@ -321,4 +321,4 @@ def test_floats_through_inductor():
     (x,) = sizes(ROWS[0])[0]
     for f in (0.5, 0.6, 0.7):
         assert relative_error(call(net, x.clone(), f), reference(x, 0.5) / 0.5 * f) < 1e-3
-    assert graphs() == 2
+    assert graphs() == 3  # Dynamo fixes each float where Inductor compiles

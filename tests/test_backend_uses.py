@@ -146,7 +146,7 @@ def test_a_layer_that_is_called_several_times(how, recipe):
     model = make(Albert)
     plan, reference = planned(model, inputs(), recipe=recipe)
     x = inputs()[0]
-    want, bound = call(model, x), 0.02
+    want, bound = call(model, x), 0.02 if recipe == "default" else 0.05  # static scales leave room for unseen tokens
     assert relative_error(reference(x), want) < bound
     model.cut = how == "cut"
     if how == "its layer compiled alone":
