@@ -10,7 +10,7 @@ from sqcompile.passes import label_rules
 
 aten = torch.ops.aten
 PART = 50
-MOST = range(1000, 1500)
+MOST = range(1000, 1150)  # more of them: python tests/random_figures.py FIRST LAST
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -21,7 +21,7 @@ def test_random_blocks(seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", MOST[::PART])
-def test_hundreds_of_random_blocks(first):
+def test_more_random_blocks(first):
     """Smoothing loses more than 1 dB where roundings that no layer's own error shows are amplified: in a few of a hundred."""
     found = {seed: examine(seed) for seed in range(first, first + PART)}
     assert {seed: why for seed, f in found.items() if (why := wrong(f))} == {}
