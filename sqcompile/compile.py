@@ -156,6 +156,7 @@ def rewrite(
     if until == "quantized":
         return quantize_weights(gm)
     enter("lower")
+    gm.graph.owning_module = None  # a cycle, which would keep the plain weights until garbage is collected
     handed_over = [gm]
     del gm  # lower frees each plain int8 weight as it packs it, which no other reference may prevent
     gm = verify(lower(handed_over.pop(), shared), "lowered")
