@@ -24,7 +24,7 @@ from sqcompile.passes.choose import choose
 from sqcompile.passes.finite import check_vectors, check_weights
 from sqcompile.passes.floats import wanted
 from sqcompile.passes.fold import fold
-from sqcompile.passes.graph import find_linears, nodes_by_name, value
+from sqcompile.passes.graph import Linear, find_linears, nodes_by_name, value
 from sqcompile.passes.head_labels import match_heads
 from sqcompile.passes.insert_qdq import insert_qdq, quantize_weights
 from sqcompile.passes.lower import lower
@@ -133,17 +133,18 @@ def rewrite(
     if until == "traced":
         return gm
     enter("fold")
+    linears = find_linears(gm)
     every = find_attentions(gm) if any(a.quantized != "none" for a in plan.attention) else []
     attentions = [a for a in every if not a.refused]
     if shared is not None:
-        plan = split_attention([a.name for a in attentions], as_used(plan, find_linears(gm), every))
-    _check_plan(gm, plan, attentions)
+        plan = split_attention([a.name for a in attentions], as_used(plan, linears, every))
+    _check_plan(gm, plan, linears, attentions)
     sites, refusals = match(gm)
     quantized = {l.name for l in plan.layers if l.quantized}
     sites = sites + input_sites(refusals, quantized)
     if shared is not None:
-        sites, plan = split_sites(find_linears(gm), sites, plan)
-    check_vectors(gm, [l for l in find_linears(gm) if l.name in quantized])
+        sites, plan = split_sites(linears, sites, plan)
+    check_vectors(gm, [l for l in linears if l.name in quantized])
     folded = {a.name for a in plan.attention if a.quantized != "none" and a.smoothing == "folded"}
     heads, _ = match_heads(gm, [a for a in attentions if a.name in folded])
     gm = verify(fold(gm, sites, plan, heads), "folded")
@@ -164,9 +165,9 @@ def rewrite(
     return gm
 
 
-def _check_plan(gm: fx.GraphModule, plan: Plan, attentions: list[Attention]) -> None:
+def _check_plan(gm: fx.GraphModule, plan: Plan, linears: list[Linear], attentions: list[Attention]) -> None:
     planned = {l.name: l.shape for l in plan.layers}
-    for l in find_linears(gm):
+    for l in linears:
         if planned.get(l.name) != l.shape:
             shape = " x ".join(map(str, l.shape))
             raise PlanError(f"the plan has no linear {l.name!r} of shape {shape}: calibrate this model")
