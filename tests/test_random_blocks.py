@@ -10,7 +10,7 @@ from sqcompile.passes import label_rules
 
 aten = torch.ops.aten
 PART = 50
-MOST = range(1000, 1150)  # more of them: python tests/random_figures.py FIRST LAST
+MOST = range(1000, 1500)  # more of them: python tests/random_figures.py FIRST LAST
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -22,13 +22,10 @@ def test_random_blocks(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("first", MOST[::PART])
 def test_more_random_blocks(first):
-    """Smoothing loses more than 1 dB where roundings that no layer's own error shows are amplified: in a few of a hundred."""
     found = {seed: examine(seed) for seed in range(first, first + PART)}
-    assert {seed: why for seed, f in found.items() if (why := wrong(f))} == {}
+    assert {seed: why for seed, f in found.items() if (why := wrong(f) or loss(f))} == {}
     refused = {seed: f.refused for seed, f in found.items() if f.refused}
     assert len(refused) <= PART // 10, refused
-    lost = {seed: why for seed, f in found.items() if (why := loss(f))}
-    assert len(lost) <= PART // 10, lost
 
 
 def _passes(ctx, n, out, flow, operands):
