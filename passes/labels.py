@@ -71,25 +71,44 @@ def execute(interpreter: _Interpreter, symbols: dict[Any, int]) -> _Interpreter:
 def values_at(gm: fx.GraphModule, symbols: dict[Any, int]) -> dict[fx.Node, Any]:
     """What every node holds at one choice of sizes, on fake tensors.
 
-    Several analyses ask for the same sizes, and nothing else of them takes as long: the graph keeps the answer, which
-    counts as long as its nodes are what they were.
+    Several analyses ask for the same sizes, and nothing else of them takes as long: the graph keeps the answer, and
+    shares it with graphs of the same operations (of layers that are compiled one by one).
     """
-    form = [(n, n.target, n.args, n.kwargs) for n in gm.graph.nodes]
-    kept: dict[Any, Any] = gm.graph.__dict__.setdefault("_sqcompile_values", {})
-    key = tuple(symbols.values())
-    before, values = kept.get(key, ([], {}))
-    same = len(before) == len(form) and all(
-        a is b for x, y in zip(before, form, strict=True) for a, b in zip(x, y, strict=True)
-    )
-    if not same:
+    form = _form(gm)
+    kept: dict[Any, Any] = gm.meta.setdefault("values", {})
+    key = tuple(symbols.items())
+    before, values = kept.get(key, (None, []))
+    if before != form:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode, torch.no_grad():
             inputs = [_concrete(value(n), symbols) for n in gm.graph.find_nodes(op="placeholder")]
             run = _Values(gm, mode)
             run.run(*inputs, enable_io_processing=False)
-        values = run.values
+        values = [run.values[n] for n in gm.graph.nodes]
         kept[key] = form, values
-    return values
+    return dict(zip(gm.graph.nodes, values, strict=True))
+
+
+def _form(gm: fx.GraphModule) -> list[Any]:
+    """All that the values of a graph's nodes depend on, nodes by their position. 1, 1.0 and True are not the same."""
+    position = {n: i for i, n in enumerate(gm.graph.nodes)}
+
+    def leaf(x: Any) -> Any:
+        return (fx.Node, position[x]) if isinstance(x, fx.Node) else (type(x), x)
+
+    form: list[Any] = []
+    for n in gm.graph.nodes:
+        if n.op == "get_attr":
+            t = get_tensor(gm, str(n.target))
+            form.append((t.shape, t.stride(), t.dtype, t.device))
+        elif n.op == "placeholder":
+            v = value(n)
+            sizes = v.shape if isinstance(v, Tensor) else [v]
+            dtype, device = (v.dtype, v.device) if isinstance(v, Tensor) else (None, None)
+            form.append(([str(s) for s in sizes], dtype, device))
+        else:
+            form.append((n.target, *fx.node.map_aggregate((n.args, n.kwargs), leaf)))
+    return form
 
 
 class _Values(fx.Interpreter):

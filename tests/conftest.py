@@ -67,15 +67,17 @@ def fold_everything(model: nn.Module, *inputs: Any, seed: int = 0, **named: Any)
     return fold_sites(trace(model, call), call, seed)
 
 
-def fold_sites(gm: fx.GraphModule, call: Call, seed: int = 0) -> Any:
-    """`fold_everything` of the traced graph of a call."""
+def fold_sites(gm: fx.GraphModule, call: Call, seed: int = 0, into: fx.GraphModule | None = None) -> Any:
+    """`fold_everything` of the traced graph of a call; into the same graph in float64 instead, if one is given."""
     sites, refusals = match(gm)
     generator = torch.Generator().manual_seed(seed)
     every = sites + input_sites(refusals, {l.name for l in find_linears(gm)})
     scales = {s.name: torch.where(s.free, torch.exp(torch.randn(s.channels, generator=generator)), 1.0) for s in every}
     layers = tuple(LayerPlan(l.name, "linear", True, "folded", "") for l in find_linears(gm))
+    if into is not None:
+        scales = {name: s.double() for name, s in scales.items()}
     plan = Plan(Recipe(), to_spec(call), scales, layers)
-    return fold(gm, every, plan), sites, refusals
+    return fold(into or gm, every, plan), sites, refusals
 
 
 def fold_heads(gm: Any, attentions: Any, seed: int = 0) -> Any:

@@ -57,7 +57,7 @@ FUSED = {
     ("opt", "O3"): {"int8_gemm": 8, "norm_quantize": 4, "int8_attention": 2, "quantize": 2 + 4,
                     "finite_rows": 2, "finite_heads": 4, "aligned_mask": 1, "mask_blocks": 1},
     ("gpt2", "default"): {"int8_gemm": 8, "norm_quantize": 4, "quantize_rows": 4},
-    ("t5", "default"): {"int8_gemm": 21, "norm_quantize": 10, "act_quantize": 4, "quantize_rows": 7},
+    ("t5", "default"): {"int8_gemm": 21, "norm_quantize": 11, "act_quantize": 4, "quantize_rows": 6},
     ("gemma", "default"): {"int8_gemm": 8, "norm_quantize": 4, "act_quantize": 2, "quantize_rows": 2},
     ("phi3", "default"): {"int8_gemm": 8, "norm_quantize": 4, "act_quantize": 2, "quantize_rows": 2},
     ("mixtral", "default"): {

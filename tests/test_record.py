@@ -67,7 +67,36 @@ def test_a_graph_that_changed_is_executed_anew() -> None:
     gm = traced()
     assert [s.kind for s in match(gm)[0]] == ["linear"]
     [relu] = gm.graph.find_nodes(op="call_function", target=aten.relu.default)
-    kept: dict[Any, Any] = dict(gm.graph._sqcompile_values)  # type: ignore[attr-defined]
+    kept: dict[Any, Any] = dict(gm.meta["values"])
     relu.target = aten.exp.default
     assert match(gm)[0] == []
-    assert all(gm.graph._sqcompile_values[k][1] is not v[1] for k, v in kept.items())  # type: ignore[attr-defined]
+    assert all(gm.meta["values"][k][1] is not v[1] for k, v in kept.items())
+
+
+def test_a_number_of_another_type_is_another_graph() -> None:
+    """1 == 1.0 == True in Python; a tensor plus 1.0 is float where one plus 1 is int."""
+    gm = traced()
+    [relu] = gm.graph.find_nodes(op="call_function", target=aten.relu.default)
+    match(gm)
+    forms = []
+    for number in (1, 1.0, True):
+        with gm.graph.inserting_after(relu):
+            more = gm.graph.call_function(aten.mul.Tensor, (relu, number))
+        forms.append(labels._form(gm))
+        gm.graph.erase_node(more)
+    assert forms[0] != forms[1] != forms[2] != forms[0]
+
+
+def test_layers_of_one_template_share_what_their_calls_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose layers are compiled one by one: the graph is executed at two sizes for all of them, not for each."""
+    runs = []
+    run = labels._Values.run
+    model = tiny_lm("llama", num_hidden_layers=3)
+    plan = sqcompile.calibrate(model, token_batches(1), progress=False)
+    monkeypatch.setattr(labels._Values, "run", lambda self, *args, **kw: runs.append(1) or run(self, *args, **kw))
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.compile(backend="smoothquant", options={"plan": plan, "compiler": "eager"})
+    with torch.no_grad():
+        model(token_batches(1)[0]["input_ids"], use_cache=False)
+    assert len(runs) == 2

@@ -169,6 +169,8 @@ def attach(template: Template, constants: dict[int, tuple[str, Tensor]], aliases
     gm = fx.GraphModule(root, graph)
     gm.meta["fake_mode"], gm.meta["aliases"] = template.fake_mode, aliases
     gm.meta["sizes"], gm.meta["conditions"] = (template.graph.meta[k] for k in ("sizes", "conditions"))
+    for known in ("recorded", "values"):  # layers of other weights repeat its calls
+        gm.meta[known] = template.graph.meta.setdefault(known, {})
     gm.meta["arguments"] = [i for i, _ in left]
     gm.meta["updates"] = [env[order[i]].name for i in template.updates]
     tidy(gm)
