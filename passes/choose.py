@@ -45,6 +45,7 @@ def choose(
     recipe: Recipe,
     call: Any,
     attentions: Sequence[Attention] = (),
+    unsmoothed: str | None = None,
 ) -> Plan:
     """Makes the plan for a traced graph.
 
@@ -54,11 +55,14 @@ def choose(
         recipe: the user's choices.
         call: spec of the captured call, kept in the plan.
         attentions: those of the graph, if the recipe quantizes them.
+        unsmoothed: why nothing is smoothed, whatever the recipe says.
 
     Raises:
         NothingToQuantizeError: if no linear would run in INT8; the message gives the reasons.
     """
-    chooser = Chooser(gm, calibration, recipe)
+    if not recipe.smooth:
+        unsmoothed = "the recipe does not smooth"
+    chooser = Chooser(gm, calibration, recipe, unsmoothed)
     linears = find_linears(gm)
     floats = stay_float(gm, linears, calibration, recipe)
     check_any(gm, linears, floats)
@@ -70,8 +74,8 @@ def choose(
             continue
         how: Smoothing = "multiplied" if site.kind == "input" else "folded"
         chooser.leave(quantized)
-        if not recipe.smooth:
-            note: _Note = ("none", "the recipe does not smooth", None)
+        if unsmoothed:
+            note: _Note = ("none", unsmoothed, None)
         else:
             s, alpha, reason = chooser.best(site, floats)
             if s is not None:
@@ -92,8 +96,10 @@ def choose(
 class Chooser:
     """Quantization error of linears on the calibration sample, under the scales chosen so far."""
 
-    def __init__(self, gm: fx.GraphModule, calibration: Calibration, recipe: Recipe) -> None:
-        self.gm, self.calibration, self.recipe = gm, calibration, recipe
+    def __init__(
+        self, gm: fx.GraphModule, calibration: Calibration, recipe: Recipe, unsmoothed: str | None = None
+    ) -> None:
+        self.gm, self.calibration, self.recipe, self.unsmoothed = gm, calibration, recipe, unsmoothed
         self.columns: dict[str, Tensor] = {}  # s of a linear's input channels, [K]
         self.halves: dict[str, Tensor] = {}  # s as chosen from either half of the tokens, [2, K]; for static scales
         self.margins: dict[str, float] = {}  # of a linear's static scale

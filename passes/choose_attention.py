@@ -68,7 +68,7 @@ def choose_attention(
     """
     reasons = {a.name: reason for a in attentions if (reason := _stays_float(chooser, a))}
     open_ = {a.name: a for a in attentions if a.name not in reasons}
-    sites, why = match_heads(gm, list(open_.values())) if chooser.recipe.smooth else ([], {})
+    sites, why = ([], {}) if chooser.unsmoothed else match_heads(gm, list(open_.values()))
     tensors: dict[str, Tensor] = {}
     chosen: dict[str, tuple[_Choice, float | None, str]] = {}
     for site in sites:
@@ -93,7 +93,7 @@ def choose_attention(
             how = "multiplied"
             chosen[a.name] = _explicit(chooser, a, why[a.name])
         elif a.name not in chosen:
-            chosen[a.name] = _least(chooser, a, _ones(chooser, a)), None, "the recipe does not smooth"
+            chosen[a.name] = _least(chooser, a, _ones(chooser, a)), None, chooser.unsmoothed or ""
         plans.append(_plan(chooser, a, how, *chosen[a.name], values.get(a.name), tensors))
     return tuple(plans), tensors
 
@@ -250,7 +250,7 @@ def _least(chooser: Chooser, a: Attention, by: tuple[Tensor, Tensor]) -> _Choice
     """The smaller error of K with and without its mean, which only dynamic scales and plain scores leave open."""
     free = not isinstance(a.scores, str) and not a.scores.softcap
     choices = [_Choice(by, None, _error(chooser, a, by, None, free))]
-    if free and chooser.recipe.smooth and chooser.recipe.granularity != "per_tensor_static":
+    if free and not chooser.unsmoothed and chooser.recipe.granularity != "per_tensor_static":
         mean = chooser.calibration.heads[a.k].rows.float().mean(0).view(a.groups, a.width)
         choices.append(_Choice(by, mean, _error(chooser, a, by, mean, free)))
     return min(choices, key=lambda c: c.error)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from sqcompile.captured import flatten_like
@@ -24,6 +25,7 @@ from sqcompile.inputs import Call, Reader
 from sqcompile.interrupts import checkpoint, each_at_once
 from sqcompile.padding import Padding
 from sqcompile.passes.attention_chains import Attention
+from sqcompile.passes.end_to_end import Sample
 from sqcompile.passes.graph import Linear, aten, find_linears, nodes_by_name, value
 from sqcompile.passes.heads import brought
 
@@ -33,11 +35,13 @@ class Calibration:
     """Statistics by linear name (see `Linear.name`); linears that read one tensor share one InputStats.
 
     ``heads`` are those of attentions' queries, keys and values [.., H, S, D], by node: K is H D, head by head.
+    ``sample`` holds the first calls, to run them again.
     """
 
     inputs: dict[str, InputStats]
     batches: int
     heads: dict[str, InputStats] = field(default_factory=dict)
+    sample: Sample = field(default_factory=Sample)
 
 
 def calibrate(
@@ -88,7 +92,7 @@ def calibrate(
             if isinstance(loader, Iterable)
             else "the calibration callable made no call the second time: it is run twice, first to see what it passes"
         )
-    return Calibration(observer.found(), observer.batches, observer.heads)
+    return Calibration(observer.found(), observer.batches, observer.heads, observer.sample)
 
 
 def _key(l: Linear) -> tuple[str, str | None]:
@@ -120,7 +124,8 @@ class Observer(fx.Interpreter):
                     self.operands.setdefault(brought(nodes[name]).name, {})[name] = what, a
         self.heads: dict[str, InputStats] = {}
         self.head_generator = torch.Generator().manual_seed(0)  # its own: linears' samples stay what they are
-        self.batches = 0
+        self.sample, self.batches = Sample(), 0
+        self.outputs = pytree.tree_leaves(next(iter(gm.graph.find_nodes(op="output"))).args)
         self.lock = threading.Lock()
         self.over = threading.Event()  # statistics stay what they are from now on
         self.routed_masks: dict[str | None, Tensor] = {}
@@ -130,6 +135,7 @@ class Observer(fx.Interpreter):
         """The nodes whose rows are tokens or padding, and the dim of their channels."""
         asked = {l.x: -1 for l in self.linears if not l.offsets}
         asked |= {str(nodes[x].args[0]): -1 for x in self.routed if nodes[x].args}  # what experts' rows are picked from
+        asked |= {n.name: -1 for n in self.outputs if isinstance(n, fx.Node)}
         for name, found in self.operands.items():
             for what, a in found.values():
                 asked[name] = -2 if what == "keys" and a.transposed else -1
@@ -167,6 +173,8 @@ class Observer(fx.Interpreter):
             raise CalibrationError(f"the model refuses calibration batch {self.batches}: {what}") from e
         with self.lock:
             self.batches += 1
+            if not self.over.is_set():
+                self.sample.add(leaves, out, lambda i, y: call.padding.real(str(self.outputs[i]), y))
         return out
 
     def stop(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from sqcompile.lock import analysing, compiling
 from sqcompile.models import check_model
 from sqcompile.passes.attention_chains import Attention, find_attentions
 from sqcompile.passes.choose import choose
+from sqcompile.passes.end_to_end import smoothed_or_not
 from sqcompile.passes.finite import check_vectors, check_weights
 from sqcompile.passes.floats import wanted
 from sqcompile.passes.fold import fold
@@ -121,15 +123,21 @@ def calibrate(
 
 
 def rewrite(
-    traced: fx.GraphModule, plan: Plan, until: str, shared: Shared | None = None, enter: Enter = silent
+    traced: fx.GraphModule,
+    plan: Plan,
+    until: str,
+    shared: Shared | None = None,
+    enter: Enter = silent,
+    shown: bool = True,
 ) -> fx.GraphModule:
     """The rewrites in their order, up to a stage: "traced", "folded", "quantized" or "lowered".
 
     With ``shared``, the graph is one of several of a model: it may lack sites of the plan, and shares INT8 weights.
-    ``enter`` is told which rewrite begins.
+    ``enter`` is told which rewrite begins. ``shown`` is whether SQCOMPILE_SHOW=1 prints the stages.
     """
+    show = show_stage if shown else (lambda *_: None)
     gm = verify(traced, "traced")
-    text = show_stage(gm, "traced", None)
+    text = show(gm, "traced", None)
     if until == "traced":
         return gm
     enter("fold")
@@ -148,12 +156,12 @@ def rewrite(
     folded = {a.name for a in plan.attention if a.quantized != "none" and a.smoothing == "folded"}
     heads, _ = match_heads(gm, [a for a in attentions if a.name in folded])
     gm = verify(fold(gm, sites, plan, heads), "folded")
-    text = show_stage(gm, "folded", text)
+    text = show(gm, "folded", text)
     if until == "folded":
         return gm
     enter("insert_qdq")
     gm = verify(insert_qdq(gm, plan, shared), "quantized")
-    text = show_stage(gm, "quantized", text)
+    text = show(gm, "quantized", text)
     if until == "quantized":
         return quantize_weights(gm)
     enter("lower")
@@ -161,7 +169,7 @@ def rewrite(
     handed_over = [gm]
     del gm  # lower frees each plain int8 weight as it packs it, which no other reference may prevent
     gm = verify(lower(handed_over.pop(), shared), "lowered")
-    show_stage(gm, "lowered", text)
+    show(gm, "lowered", text)
     return gm
 
 
@@ -212,7 +220,9 @@ def _analyse(
         enter("match")
         sites, refusals = match(traced)
         enter("plan")
-        return traced, choose(traced, sites, refusals, calibration, recipe, to_spec(call), attentions)
+        plan_of = partial(choose, traced, sites, refusals, calibration, recipe, to_spec(call), attentions)
+        plan = smoothed_or_not(plan_of, calibration.sample, lambda p: rewrite(traced, p, "quantized", shown=False))
+        return traced, plan
 
 
 def _example(model: nn.Module, example: Any) -> Call | None:

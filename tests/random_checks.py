@@ -22,6 +22,7 @@ from sqcompile.emit import emit
 from sqcompile.inputs import Call, Forward, as_call
 from sqcompile.passes.attention_chains import find_attentions
 from sqcompile.passes.choose import choose
+from sqcompile.passes.end_to_end import smoothed_or_not
 from sqcompile.passes.graph import clone, get_tensor, set_tensor
 from sqcompile.passes.lower import lower
 from sqcompile.passes.match import match
@@ -125,7 +126,8 @@ def _examine(c: Capture, r: random.Random, found: Found) -> None:
     sites, refusals = match(gm)
 
     def quantized_by(recipe: Recipe) -> tuple[Plan, fx.GraphModule]:
-        plan = choose(gm, sites, refusals, calibration, recipe, to_spec(c.call), attentions)
+        plan_of = functools.partial(choose, gm, sites, refusals, calibration, recipe, to_spec(c.call), attentions)
+        plan = smoothed_or_not(plan_of, calibration.sample, functools.partial(rewrite, gm, until="quantized"))
         return plan, rewrite(gm, plan, until="quantized")
 
     plan, quantized = quantized_by(recipe)

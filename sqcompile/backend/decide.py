@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +16,17 @@ from torch import fx
 
 from sqcompile.calibrate import Calibration, Observer
 from sqcompile.call_spec import to_spec
+from sqcompile.compile import rewrite
 from sqcompile.errors import NothingToQuantizeError
 from sqcompile.input_stats import InputStats
 from sqcompile.inputs import Call
 from sqcompile.passes.attention_chains import find_attentions
 from sqcompile.passes.choose import choose
+from sqcompile.passes.end_to_end import smoothed_or_not
 from sqcompile.passes.floats import float_layer, names_linear, stay_float
 from sqcompile.passes.graph import find_linears
 from sqcompile.passes.match import match
+from sqcompile.passes.shared import Shared
 from sqcompile.passes.uses import APART, as_used, balanced, first_use
 from sqcompile.plan import LayerPlan, Plan
 from sqcompile.recipe import LM_HEAD, Recipe
@@ -74,11 +78,12 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
             for side, node in a.operands.items()
             if (a.name, side) in heads
         }
-        calibration = Calibration(inputs, calls, nodes)
+        calibration = Calibration(inputs, calls, nodes, o.sample)
         own, call = _for_graph(recipe, graphs, gm), to_spec(Call((), {}))
         try:
             with torch.no_grad():
-                more = choose(gm, sites, refusals, calibration, own, call, o.attentions)
+                plan_of = partial(choose, gm, sites, refusals, calibration, own, call, o.attentions)
+                more = smoothed_or_not(plan_of, o.sample, partial(_quantized, gm))
         except NothingToQuantizeError as e:
             error = e
             reasons = stay_float(gm, o.linears, calibration, own)
@@ -89,6 +94,10 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
         raise error or NothingToQuantizeError("nothing to quantize: the observed graphs have no linear")
     known = {l.name for l in plan.layers}
     return replace(plan, layers=plan.layers + tuple({l.name: l for l in floats if l.name not in known}.values()))
+
+
+def _quantized(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    return rewrite(gm, plan, "quantized", Shared(identity=id, check=lambda _: None), shown=False)
 
 
 def measured(plan: Plan, observers: Sequence[Observer], torn: Collection[str]) -> Plan:
