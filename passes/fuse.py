@@ -147,9 +147,8 @@ def _into_attention(gm: fx.GraphModule, q: fx.Node) -> None:
         return
     own = scale.target == sqcompile_ops.token_scale.default and scale.args[0] is x
     for attention in list(q.users):
-        factor = attention.args[
-            1
-        ]  # of a static scale, mul(finite_rows(x), scale): the kernel sees itself what is finite
+        factor = attention.args[1]
+        # of a static scale, mul(finite_rows(x), scale): the kernel sees itself what is finite
         static = factor.target == aten.mul.Tensor and factor.args[1] is scale  # type: ignore[union-attr]
         if factor is scale or static:
             attention.args = (x, None if own else scale, *attention.args[2:])

@@ -91,10 +91,14 @@ def left_alone(model: nn.Module) -> Iterator[None]:
         CaptureError: if forward writes to such a tensor.
     """
     before = [_contents(box) for box in _boxes(model)]
+    hooks = getattr(torch.nn.modules.module, "_global_buffer_registration_hooks", {})
+    known = set(hooks)
     try:
         with _RealTensors(), _Data():
             yield
     finally:
+        for left in hooks.keys() - known:  # by a capture that failed: torch 2.11 then refuses the model new buffers
+            del hooks[left]
         try:
             _take_back(before)
         except KeyboardInterrupt:  # Ctrl-C comes once: what it cut off is done again

@@ -207,3 +207,11 @@ def test_what_forward_keeps_is_taken_back_also_when_it_fails(fails):
     assert (model.calls, model.kept, model.gone, model.state.calls, model.state.last) == (0, {}, "here", 0, None)
     assert len(model.listed) == 1 and list(model.recent) == [1, 2] and model.seen == {"s"}
     assert model.nested == {"list": [[], ()]} and model.counts == {"x": 1} and list(model.ordered) == ["a", "b"]
+
+
+def test_a_model_takes_new_buffers_after_a_capture_that_failed():
+    model = net(lambda m, x: m.a(x) if x.sum() > 0 else x)
+    with pytest.raises(CaptureError):
+        sqcompile.compile(model, [torch.randn(2, 8, 16)], backend="eager", progress=False)
+    model.register_buffer("late", torch.zeros(3))
+    assert model.late.shape == (3,)

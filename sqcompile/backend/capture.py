@@ -71,6 +71,8 @@ def capture(gm: fx.GraphModule) -> Template:
     for n in list(own.graph.nodes):
         if n.target is torch._C._set_grad_enabled:  # there are no gradients anyway
             own.graph.erase_node(n)
+        elif n.target is getattr(torch._C._autograd, "_get_data_attr", None):
+            n.target = torch.detach  # it shares memory, too, and torch 2.11 cannot lower x.data
     own.recompile()
     for n in own.graph.nodes:
         refuse_nested(n)
