@@ -29,6 +29,14 @@ TINY = torch.finfo(torch.float64).tiny
 EXACT = 1e-12  # relative energy of an error that is none: float32's own
 
 
+class _Run(fx.Interpreter):
+    """Runs a graph; Ctrl-C takes effect between two operations."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        checkpoint()
+        return super().run_node(n)
+
+
 @dataclass(frozen=True)
 class _Call:
     """Arguments of a call, and rows [R, C] of its outputs: by the output's position, which rows, and the rows in float."""
@@ -39,7 +47,7 @@ class _Call:
 
 @dataclass
 class Sample:
-    """The first calls of a traced graph, with what they gave in float."""
+    """The first calls of a traced graph, with what they gave in float. On the device of the calls."""
 
     calls: list[_Call] = field(default_factory=list)
     rows: int = 0
@@ -72,8 +80,7 @@ class Sample:
         """Of each call, for each output, the energy of the error of each kept row relative to the row's: float64 [R]."""
         found = []
         for call in self.calls:
-            checkpoint()
-            outputs = _leaves(fx.Interpreter(quantized).run(*call.arguments, enable_io_processing=False))
+            outputs = _leaves(_Run(quantized).run(*call.arguments, enable_io_processing=False))
             rows = [(want.double(), _rows(outputs[i])[which].double()) for i, (which, want) in call.rows.items()]
             energies = [(want.square().sum(-1), (got - want).square().sum(-1)) for want, got in rows]
             found.append([error / signal.clamp_min(TINY) for signal, error in energies])

@@ -1,7 +1,8 @@
 """calibrate: run the captured graph on real input and keep raw statistics of every linear's input, and of attentions.
 
 Raw means: nothing that depends on alpha or granularity, so that another recipe needs no second run. Memory is
-O(channels): absmax per channel and a bounded sample of rows, never the activations.
+O(channels): absmax per channel and a bounded sample of rows, never the activations. Of the first calls, arguments and
+rows of the outputs are kept, to a bound (`end_to_end`).
 """
 
 from __future__ import annotations
