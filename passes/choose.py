@@ -60,6 +60,7 @@ def choose(
     Raises:
         NothingToQuantizeError: if no linear would run in INT8; the message gives the reasons.
     """
+    again = unsmoothed is not None
     if not recipe.smooth:
         unsmoothed = "the recipe does not smooth"
     chooser = Chooser(gm, calibration, recipe, unsmoothed)
@@ -86,7 +87,7 @@ def choose(
                 note = ("none", reason, None)
         notes.update({l.name: note for l in quantized})
     attention, heads = choose_attention(gm, chooser, attentions, set(floats))
-    if chooser.static:
+    if chooser.static and not again:
         warn_of_few(calibration.inputs[l.name].count for l in linears if l.name not in floats)
     layers = tuple(chooser.layer(l, floats, notes) for l in linears)
     columns = {name: s for name, s in chooser.columns.items() if name not in floats}
