@@ -125,10 +125,12 @@ def _examine(c: Capture, r: random.Random, found: Found) -> None:
     calibration = calibrate(gm, model, [model.inputs(2, 40, seed) for seed in (1, 2, 3, 4)], False, attentions)
     sites, refusals = match(gm)
 
+    quantize = functools.cache(functools.partial(rewrite, gm, until="quantized"))
+
     def quantized_by(recipe: Recipe) -> tuple[Plan, fx.GraphModule]:
         plan_of = functools.partial(choose, gm, sites, refusals, calibration, recipe, to_spec(c.call), attentions)
-        plan = smoothed_or_not(plan_of, calibration.sample, functools.partial(rewrite, gm, until="quantized"))
-        return plan, rewrite(gm, plan, until="quantized")
+        plan = smoothed_or_not(plan_of, calibration.sample, quantize)
+        return plan, quantize(plan)
 
     plan, quantized = quantized_by(recipe)
     stages, lowered = Stages(model, gm, plan), verify(lower(quantized), "lowered")
