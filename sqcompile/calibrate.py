@@ -2,7 +2,7 @@
 
 Raw means: nothing that depends on alpha or granularity, so that another recipe needs no second run. Memory is
 O(channels): absmax per channel and a bounded sample of rows, never the activations. Of the first calls, arguments and
-rows of the outputs are kept, to a bound (`end_to_end`).
+rows of the outputs are kept, 64 MB at most of a graph (`end_to_end`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sqcompile.inputs import Call, Reader
 from sqcompile.interrupts import checkpoint, each_at_once
 from sqcompile.padding import Padding
 from sqcompile.passes.attention_chains import Attention
-from sqcompile.passes.end_to_end import Sample
+from sqcompile.passes.end_to_end import Sample, is_random
 from sqcompile.passes.graph import Linear, aten, find_linears, nodes_by_name, value
 from sqcompile.passes.heads import brought
 
@@ -125,7 +125,7 @@ class Observer(fx.Interpreter):
                     self.operands.setdefault(brought(nodes[name]).name, {})[name] = what, a
         self.heads: dict[str, InputStats] = {}
         self.head_generator = torch.Generator().manual_seed(0)  # its own: linears' samples stay what they are
-        self.sample, self.batches = Sample(), 0
+        self.sample, self.batches, self.random = Sample(), 0, is_random(gm)
         self.outputs = pytree.tree_leaves(next(iter(gm.graph.find_nodes(op="output"))).args)
         self.lock = threading.Lock()
         self.over = threading.Event()  # statistics stay what they are from now on
@@ -174,7 +174,7 @@ class Observer(fx.Interpreter):
             raise CalibrationError(f"the model refuses calibration batch {self.batches}: {what}") from e
         with self.lock:
             self.batches += 1
-            if not self.over.is_set():
+            if not self.over.is_set() and not self.random:
                 self.sample.add(leaves, out, lambda i, y: call.padding.real(str(self.outputs[i]), y))
         return out
 

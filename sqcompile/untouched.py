@@ -97,8 +97,9 @@ def left_alone(model: nn.Module) -> Iterator[None]:
         with _RealTensors(), _Data():
             yield
     finally:
-        for left in hooks.keys() - known:  # by a capture that failed: torch 2.11 then refuses the model new buffers
-            del hooks[left]
+        for new in hooks.keys() - known:  # left by a capture that failed: torch 2.11 then refuses the model new buffers
+            if getattr(hooks[new], "__module__", "").startswith("torch."):
+                del hooks[new]
         try:
             _take_back(before)
         except KeyboardInterrupt:  # Ctrl-C comes once: what it cut off is done again

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from backend_cases import session
@@ -9,9 +14,11 @@ from torch import Tensor, nn
 
 import sqcompile
 from sqcompile import Recipe
-from sqcompile.passes.end_to_end import CALLS, ROWS, Sample, at_worst
+from sqcompile.calibrate import Observer
+from sqcompile.inputs import as_call
+from sqcompile.passes.end_to_end import CALLS, LARGEST, ROWS, WHY, Sample, at_worst
+from sqcompile.trace import trace
 
-WHY = "smoothing would make the outputs of the whole model worse"
 FORMS = ("compile", "backend")
 
 
@@ -44,7 +51,7 @@ class Outliers(nn.Module):
         return self.fc(x * self.large)
 
 
-def plan_of(model: nn.Module, batches: list[Tensor], recipe: Recipe, form: str) -> sqcompile.Plan:
+def plan_of(model: nn.Module, batches: list[Any], recipe: Recipe, form: str) -> sqcompile.Plan:
     if form == "compile":
         return sqcompile.calibrate(model, batches, recipe=recipe, progress=False)
     torch._dynamo.reset()
@@ -52,7 +59,7 @@ def plan_of(model: nn.Module, batches: list[Tensor], recipe: Recipe, form: str) 
     net = torch.compile(model, backend="smoothquant", options=options)
     with torch.no_grad():
         for x in [*batches, batches[0]]:
-            net(x)
+            net(*x) if isinstance(x, tuple) else net(x)
     return session(model).plan
 
 
@@ -96,6 +103,10 @@ def test_a_sample_is_bounded():
     many = rows_of(torch.randn(2, 3 * ROWS, 8))
     assert many.rows <= ROWS and len(many.calls[0].rows[0][0]) == many.rows
     assert not rows_of(torch.zeros(2**12, 2**13)).calls, "arguments of 128 MB are not copied"
+    several = Sample()
+    for _ in range(CALLS):
+        rows_of(torch.randn(10, 2**19), several)
+    assert 0 < several.bytes <= LARGEST
 
 
 def test_a_sample_is_a_copy_without_padding():
@@ -117,11 +128,108 @@ def test_caches_count_only_where_there_is_nothing_else():
 
 def test_few_calls_that_disagree_tell_little():
     ten, one = torch.full((4,), 1e-3), torch.full((4,), 1e-4)
-    alike = at_worst([[one], [one], [one]], [[ten], [ten], [ten]])
-    assert alike == pytest.approx(-10, abs=1e-4)
-    apart = at_worst([[one], [ten], [ten]], [[ten], [ten], [ten]])
+    assert at_worst([one, one, one], [ten, ten, ten]) == pytest.approx(-10, abs=1e-4)
+    apart = at_worst([one, ten, ten], [ten, ten, ten])
     assert apart == pytest.approx(-10 / 3 + 10 / 3, abs=1e-4), "the mean, and its standard error"
-    assert at_worst([[one, ten[:1]]], [[ten, ten[:1]]]) == pytest.approx(-8, abs=1e-4), "each row counts as much"
+
+
+def test_what_single_rows_may_say():
+    ten, one = torch.full((9,), 1e-3), torch.full((9,), 1e-4)
+    exact, infinite = torch.zeros(1), torch.tensor([float("inf")])
+    assert at_worst([torch.cat([one, exact])], [torch.cat([ten, exact])]) == pytest.approx(-10, abs=1e-4), (
+        "exact in both"
+    )
+    assert at_worst([torch.cat([one, ten[:1]])], [torch.cat([ten, exact])]) == pytest.approx((-90 + 20) / 10, abs=1e-4)
+    assert at_worst([torch.cat([one, infinite])], [torch.cat([ten, exact])]) == float("inf"), (
+        "what overflows is the worst"
+    )
+    for noise in (one, infinite):
+        assert at_worst([noise], [infinite[:1].expand_as(noise)]) == -float("inf"), "and no reason not to smooth"
+
+
+class Head(nn.Module):
+    """Outliers, a linear, and something that a user would return of it."""
+
+    def __init__(self, end) -> None:
+        super().__init__()
+        self.body, self.end = Outliers(), end
+        self.score = nn.Linear(48, 1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> object:
+        x = torch.sin(input_ids[..., None] * torch.arange(1.0, 33.0))
+        return self.end(self, self.body(x))
+
+
+ENDS = {
+    "a number a token": lambda m, y: m.score(y),
+    "a number a token, flat": lambda m, y: m.score(y)[..., 0],
+    "rows of zeros": lambda m, y: y * (y.amax(-1, keepdim=True) > y.mean()),
+    "a mask": lambda m, y: (y > 0).to(y.dtype),
+    "nothing in floating point": lambda m, y: (y.argmax(-1), None),
+    "minus infinity": lambda m, y: y.masked_fill(y < 0, float("-inf")),
+    "scalar": lambda m, y: {"loss": y.mean(), "hidden": y},
+    "half": lambda m, y: [y.half(), (y.bfloat16(), 3)],
+    "eight bits": lambda m, y: (y.to(torch.float8_e4m3fn), y),
+    "random": lambda m, y: y + torch.rand(len(y), 1, 1),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("end", ENDS)
+def test_outputs_of_all_kinds(end, form):
+    """Smoothing helps all of these, and none is too odd to be calibrated with padding."""
+    ids = [torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(s)) for s in range(4)]
+    mask = (torch.arange(24) < torch.tensor([[24], [9], [17]])).long()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = plan_of(Head(ENDS[end]).eval(), [(x, mask) for x in ids], Recipe(), form)
+    assert [l.smoothing for l in plan.layers if l.name == "body.fc.weight"] == ["folded"]
+
+
+def test_random_numbers_decide_nothing():
+    torch.manual_seed(0)
+    with_random, without = (is_sampled(Head(ENDS[end])) for end in ("random", "scalar"))
+    assert without and not with_random
+
+
+def is_sampled(model: nn.Module) -> bool:
+    ids = torch.randint(0, 96, (3, 24))
+    gm = trace(model.eval(), as_call(model, ids))
+    observer = Observer(gm)
+    before = torch.get_rng_state()
+    observer.batch([ids])
+    torch.set_rng_state(before)
+    return bool(observer.sample.calls)
+
+
+def test_what_cannot_be_compared_stays_smoothed(monkeypatch):
+    def fails(*args):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(Sample, "noise", fails)
+    with pytest.warns(UserWarning, match="was not compared: OutOfMemoryError: no memory"):
+        plan = plan_of(Outliers().eval(), batches(range(2)), Recipe(), "compile")
+    assert [l.smoothing for l in plan.layers] == ["folded"]
+
+
+def test_one_quantized_stage_at_a_time(monkeypatch):
+    """The second is made when nothing is left of the first, without a garbage collection."""
+    stages: list[weakref.ref[Any]] = []
+
+    def noise(self, quantized):
+        assert all(ref() is None for ref in stages)
+        stages.append(weakref.ref(quantized))
+        return run(self, quantized)
+
+    run = Sample.noise
+    monkeypatch.setattr(Sample, "noise", noise)
+    gc.collect()
+    gc.disable()
+    try:
+        plan_of(Outliers().eval(), batches(range(2)), Recipe(), "compile")
+        assert len(stages) == 2 and all(ref() is None for ref in stages)
+    finally:
+        gc.enable()
 
 
 def test_stages_are_shown_once(monkeypatch, capsys):
