@@ -102,7 +102,7 @@ class Sample:
             with contextlib.ExitStack() as stack:
                 for kind in {which.device.type for which, _ in call.rows.values()}:
                     stack.enter_context(torch.autocast(kind, enabled=False))  # a user's: INT8 values need float32
-                outputs = _leaves(_Run(quantized).run(*call.arguments, enable_io_processing=False))
+                outputs = pytree.tree_leaves(_Run(quantized).run(*call.arguments, enable_io_processing=False))
             parts = []
             for i, (which, want) in call.rows.items():
                 signal = want.double().square().sum(-1)
@@ -112,15 +112,11 @@ class Sample:
         return found
 
 
-def _leaves(outputs: Any) -> list[Any]:
-    return pytree.tree_leaves(outputs)
-
-
 def _compared(outputs: Any) -> dict[int, Tensor]:
     """By position: the outputs in floating point; of four dims, as caches [B, H, S, D], only where there are no others."""
     tensors = {
         i: y
-        for i, y in enumerate(_leaves(outputs))
+        for i, y in enumerate(pytree.tree_leaves(outputs))
         if isinstance(y, Tensor)
         and y.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         and y.layout == torch.strided

@@ -83,7 +83,7 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
         try:
             with torch.no_grad():
                 plan_of = partial(choose, gm, sites, refusals, calibration, own, call, o.attentions)
-                more = smoothed_or_not(plan_of, o.sample, partial(_quantized, gm))
+                more = smoothed_or_not(plan_of, calibration.sample, partial(_quantized, gm))
         except NothingToQuantizeError as e:
             error = e
             reasons = stay_float(gm, o.linears, calibration, own)
