@@ -3,8 +3,9 @@
 compiled = sqcompile.compile(model, calib_loader)
 """
 
-from sqcompile.compile import calibrate, compile
-from sqcompile.emit import CompiledModel
+from sqcompile.api import calibrate, compile
+from sqcompile.compiled.emit import CompiledModel
+from sqcompile.compiled.report import Report
 from sqcompile.errors import (
     CalibrationError,
     CaptureError,
@@ -17,10 +18,9 @@ from sqcompile.errors import (
     StageError,
     WeightError,
 )
-from sqcompile.plan import LayerPlan, Plan
-from sqcompile.recipe import PRESETS, Recipe
+from sqcompile.plan.plan import LayerPlan, Plan
+from sqcompile.plan.recipe import PRESETS, Recipe
 from sqcompile.refresh import refresh
-from sqcompile.report import Report
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sqcompile.emit import CompiledModel
+from sqcompile.compiled.emit import CompiledModel
 from sqcompile.errors import StageError
 
 

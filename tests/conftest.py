@@ -13,14 +13,14 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
 from sqcompile import Recipe
-from sqcompile.call_spec import to_spec
-from sqcompile.inputs import Call, as_call
-from sqcompile.passes.fold import fold
-from sqcompile.passes.graph import find_linears
-from sqcompile.passes.head_labels import match_heads
-from sqcompile.passes.match import input_sites, match
-from sqcompile.plan import LayerPlan, Plan
-from sqcompile.trace import trace
+from sqcompile.capture.call_spec import to_spec
+from sqcompile.capture.inputs import Call, as_call
+from sqcompile.capture.trace import trace
+from sqcompile.passes.ir.graph import find_linears
+from sqcompile.passes.labels.head_sites import match_heads
+from sqcompile.passes.labels.match import input_sites, match
+from sqcompile.passes.rewrite.fold import fold
+from sqcompile.plan.plan import LayerPlan, Plan
 
 # as many threads as `make test` has cores, over its processes
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sqcompile
-from sqcompile import Recipe, plan_file
+from sqcompile import Recipe
+from sqcompile.plan.plan import file as plan_file
 
 KEY = "sqcompile_plan"
 

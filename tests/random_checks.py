@@ -15,22 +15,22 @@ from random_blocks import RandomModel, outputs
 from torch import Tensor, fx, nn
 
 from sqcompile import Recipe, SQCompileError
-from sqcompile.calibrate import calibrate
-from sqcompile.call_spec import to_spec
-from sqcompile.compile import rewrite
-from sqcompile.emit import emit
-from sqcompile.inputs import Call, Forward, as_call
-from sqcompile.passes.attention_chains import find_attentions
-from sqcompile.passes.choose import choose
-from sqcompile.passes.end_to_end import smoothed_or_not
-from sqcompile.passes.graph import clone, get_tensor, set_tensor
-from sqcompile.passes.lower import lower
-from sqcompile.passes.match import match
-from sqcompile.plan import Plan
-from sqcompile.recipe import PRESETS
-from sqcompile.stages import Stages
-from sqcompile.trace import trace
-from sqcompile.verify import verify
+from sqcompile.api import rewrite
+from sqcompile.capture.call_spec import to_spec
+from sqcompile.capture.inputs import Call, Forward, as_call
+from sqcompile.capture.trace import trace
+from sqcompile.compiled.emit import emit
+from sqcompile.compiled.stages import Stages
+from sqcompile.passes.attention.chains import find_attentions
+from sqcompile.passes.ir.graph import clone, get_tensor, set_tensor
+from sqcompile.passes.ir.verify import verify
+from sqcompile.passes.labels.match import match
+from sqcompile.passes.lowering.lower import lower
+from sqcompile.passes.planning.choose import choose
+from sqcompile.passes.planning.end_to_end import smoothed_or_not
+from sqcompile.plan.plan import Plan
+from sqcompile.plan.recipe import PRESETS
+from sqcompile.statistics.observe import calibrate
 
 RECIPES = (
     PRESETS["default"], PRESETS["default"], PRESETS["O1"], PRESETS["O2"], PRESETS["O3"], Recipe(), Recipe(attention="qk"),

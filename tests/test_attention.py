@@ -15,8 +15,8 @@ import sqcompile
 from sqcompile.kernels import fused, x86
 from sqcompile.kernels.attention import CAUSAL, FULL, GENERAL, _attention_triton, attention, mask_kind
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.passes.attention import lower_attention
-from sqcompile.passes.canonicalize import canonicalize
+from sqcompile.passes.canonical.canonicalize import canonicalize
+from sqcompile.passes.lowering.float_attention import lower_attention
 
 NEVER = float("-inf")
 

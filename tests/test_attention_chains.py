@@ -11,11 +11,11 @@ from torch import nn
 
 import sqcompile
 from sqcompile import Recipe
-from sqcompile.inputs import as_call
+from sqcompile.capture.inputs import as_call
+from sqcompile.capture.trace import trace
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.passes.attention_chains import find_attentions
-from sqcompile.passes.head_labels import match_heads
-from sqcompile.trace import trace
+from sqcompile.passes.attention.chains import find_attentions
+from sqcompile.passes.labels.head_sites import match_heads
 
 
 def found(model, call):

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sqcompile
 from sqcompile import PRESETS, Recipe
-from sqcompile.calibrate import calibrate
 from sqcompile.kernels import attention_int8
 from sqcompile.kernels import attention_parts as kernel
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import quantize, token_scale
+from sqcompile.statistics.observe import calibrate
 
 
 @pytest.mark.parametrize("attention", [pytest.param("qk", marks=pytest.mark.slow), "qk_pv"])

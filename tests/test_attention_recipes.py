@@ -11,11 +11,12 @@ from families import build, resized
 from test_attention_chains import operators, with_attention
 
 import sqcompile
-from sqcompile import PRESETS, Recipe, report
+from sqcompile import PRESETS, Recipe
+from sqcompile.compiled import report
 from sqcompile.errors import PlanError, RecipeError
 from sqcompile.kernels import speedup
-from sqcompile.passes.attention_chains import find_attentions
-from sqcompile.plan import Plan
+from sqcompile.passes.attention.chains import find_attentions
+from sqcompile.plan.plan import Plan
 
 
 def test_static_recipes_have_constant_scales():

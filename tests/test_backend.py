@@ -15,8 +15,8 @@ from torch._dynamo.utils import counters
 
 import sqcompile
 from sqcompile.backend import smoothquant
-from sqcompile.passes.graph import get_tensor
-from sqcompile.recipe import resolve_recipe
+from sqcompile.passes.ir.graph import get_tensor
+from sqcompile.plan.recipe import resolve_recipe
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

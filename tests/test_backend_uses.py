@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import sqcompile
-from sqcompile.passes.graph import Linear
-from sqcompile.passes.uses import as_used
-from sqcompile.recipe import resolve_recipe
+from sqcompile.passes.ir.graph import Linear
+from sqcompile.passes.planning.uses import as_used
+from sqcompile.plan.recipe import resolve_recipe
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import T5ForConditionalGeneration
 
 import sqcompile
-from sqcompile.inputs import Reader, as_call
+from sqcompile.capture.inputs import Reader, as_call
 
 
 class Net(nn.Module):

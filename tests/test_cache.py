@@ -10,7 +10,7 @@ from transformers import StaticCache
 
 import sqcompile
 from sqcompile.backend import smoothquant
-from sqcompile.cache import Int8StaticCache
+from sqcompile.capture.kv_cache import Int8StaticCache
 from sqcompile.errors import RecipeError
 from sqcompile.kernels.ops import sqcompile_ops
 

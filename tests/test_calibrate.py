@@ -10,10 +10,10 @@ from tqdm import tqdm
 from transformers import BatchEncoding
 
 import sqcompile
-from sqcompile.calibrate import calibrate
-from sqcompile.input_stats import SAMPLE_ROWS, InputStats
-from sqcompile.inputs import as_call
-from sqcompile.trace import trace
+from sqcompile.capture.inputs import as_call
+from sqcompile.capture.trace import trace
+from sqcompile.statistics.input_stats import SAMPLE_ROWS, InputStats
+from sqcompile.statistics.observe import calibrate
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from conftest import fold_everything, relative_error, sites_of, tiny_lm, token_batches
 from torch import nn
 
-from sqcompile.passes.attention_chains import find_attentions
-from sqcompile.passes.head_labels import match_heads
+from sqcompile.passes.attention.chains import find_attentions
+from sqcompile.passes.labels.head_sites import match_heads
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import sqcompile
 from sqcompile import PRESETS, Recipe
-from sqcompile.passes.graph import find_linears
+from sqcompile.passes.ir.graph import find_linears
 from sqcompile.show import show
 
 

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sqcompile.passes import label_rules
-from sqcompile.passes.graph import find_linears
+from sqcompile.passes.ir.graph import find_linears
+from sqcompile.passes.labels.interpreter import rules as label_rules
 
 
 class Einsum(nn.Module):

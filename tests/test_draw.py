@@ -19,16 +19,16 @@ from torch import Tensor, nn
 
 import sqcompile
 from sqcompile import DrawError, StageError
+from sqcompile.capture.inputs import as_call
+from sqcompile.capture.trace import trace
 from sqcompile.draw import draw, fold_repeats, roles_of
 from sqcompile.draw.condense import condense
 from sqcompile.draw.layout import layout
 from sqcompile.draw.svg import render
-from sqcompile.inputs import as_call
 from sqcompile.kernels import fused, x86
-from sqcompile.passes.graph import find_linears
+from sqcompile.passes.ir.graph import find_linears
 from sqcompile.show.__main__ import main
 from sqcompile.show.load import load, parse_input
-from sqcompile.trace import trace
 
 SVG = "{http://www.w3.org/2000/svg}"
 

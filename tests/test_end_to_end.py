@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import sqcompile
 from sqcompile import Recipe
-from sqcompile.calibrate import Observer
-from sqcompile.inputs import as_call
-from sqcompile.passes.end_to_end import CALLS, LARGEST, ROWS, WHY, Sample, at_worst
-from sqcompile.trace import trace
+from sqcompile.capture.inputs import as_call
+from sqcompile.capture.trace import trace
+from sqcompile.passes.planning.end_to_end import CALLS, LARGEST, ROWS, WHY, Sample, at_worst
+from sqcompile.statistics.observe import Observer
 
 FORMS = ("compile", "backend")
 

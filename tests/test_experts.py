@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 import sqcompile
 from sqcompile import Recipe
-from sqcompile.calibrate import calibrate
-from sqcompile.inputs import as_call
+from sqcompile.capture.inputs import as_call
+from sqcompile.capture.trace import trace
 from sqcompile.kernels import reference
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.passes.graph import find_linears
-from sqcompile.trace import trace
+from sqcompile.passes.ir.graph import find_linears
+from sqcompile.statistics.observe import calibrate
 
 EXPERTS = ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj")
 

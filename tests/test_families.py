@@ -31,11 +31,11 @@ from families import (
 from torch import nn
 
 import sqcompile
-from sqcompile.inputs import as_call
-from sqcompile.passes.attention_chains import find_attentions
-from sqcompile.passes.graph import find_linears
-from sqcompile.passes.match import match
-from sqcompile.trace import trace
+from sqcompile.capture.inputs import as_call
+from sqcompile.capture.trace import trace
+from sqcompile.passes.attention.chains import find_attentions
+from sqcompile.passes.ir.graph import find_linears
+from sqcompile.passes.labels.match import match
 
 # those with a switch; Gemma-2 and BLOOM are spelled out as they come, Falcon never is
 SPELLED_OUT = [n for n in FAMILIES if n not in ("falcon 7b", "falcon 40b", "falcon alibi", "gemma2", "bloom")]
@@ -216,7 +216,7 @@ def test_only_the_value_and_up_rows_of_fused_projections_are_smoothed():
 
 
 def test_labels_that_pass_rotary_embeddings_are_refused_with_that_reason():
-    from sqcompile.passes.match import _flows
+    from sqcompile.passes.labels.match import _flows
 
     model, call = build("phi3")
     gm = trace(model, as_call(model, call))
@@ -265,7 +265,7 @@ def test_thirty_two_layers_match_in_seconds():
 
 
 def test_labels_live_no_longer_than_their_values():
-    from sqcompile.passes import labels
+    from sqcompile.passes.labels.interpreter import interpreter as labels
 
     peak = {}
     for layers in (2, 6):

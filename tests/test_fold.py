@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 import sqcompile
 from sqcompile import Recipe
-from sqcompile.passes.choose import smoothing_scale
-from sqcompile.passes.graph import effective_weight, find_linears, nodes_by_name
+from sqcompile.passes.ir.graph import effective_weight, find_linears, nodes_by_name
+from sqcompile.passes.planning.choose import smoothing_scale
 
 
 def kinds(sites):

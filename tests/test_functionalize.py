@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sqcompile.inputs import Call
-from sqcompile.passes.graph import is_mutable
-from sqcompile.trace import trace
+from sqcompile.capture.inputs import Call
+from sqcompile.capture.trace import trace
+from sqcompile.passes.ir.graph import is_mutable
 
 
 class Net(nn.Module):

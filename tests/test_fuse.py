@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import sqcompile
-from sqcompile import report
-from sqcompile.inductor import inductor
+from sqcompile.compiled import report
+from sqcompile.compiled.inductor import inductor
 from sqcompile.kernels import fused, speedup, x86
 from sqcompile.kernels.ops import sqcompile_ops
 

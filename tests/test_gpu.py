@@ -12,7 +12,7 @@ from test_fuse import CALLS
 import sqcompile
 from sqcompile.kernels import fused
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.recipe import PRESETS
+from sqcompile.plan.recipe import PRESETS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -166,7 +166,7 @@ def test_a_plan_of_the_cpu_fits_where_channels_are_picked_by_a_buffer():
 
 
 def test_without_triton_the_reference_serves_with_a_warning(monkeypatch):
-    from sqcompile.passes import lower
+    from sqcompile.passes.lowering import lower
 
     monkeypatch.setattr(lower, "_warned", set())
     monkeypatch.setattr(fused, "available", lambda device: False)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import sqcompile
-from sqcompile import interrupts
+from sqcompile.process import interrupts
 
 
 @pytest.fixture(autouse=True)
@@ -64,13 +64,13 @@ def module(name):
 
 
 PLACES = {
-    "capture": (module("trace"), "refuse_names"),
-    "in the export": (module("untouched")._RealTensors, "__torch_dispatch__"),
-    "calibration": (module("calibrate").InputStats, "update"),
-    "labels": (module("passes.labels")._Labels, "run_node"),
-    "plan": (module("passes.choose").Chooser, "best"),
-    "rewriting": (module("passes.graph"), "record"),
-    "emit": (module("emit"), "flatten"),
+    "capture": (module("capture.trace"), "refuse_names"),
+    "in the export": (module("capture.untouched")._RealTensors, "__torch_dispatch__"),
+    "calibration": (module("statistics.observe").InputStats, "update"),
+    "labels": (module("passes.labels.interpreter")._Labels, "run_node"),
+    "plan": (module("passes.planning.choose").Chooser, "best"),
+    "rewriting": (module("passes.ir.graph"), "record"),
+    "emit": (module("compiled.emit"), "flatten"),
 }
 
 

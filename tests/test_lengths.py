@@ -99,9 +99,9 @@ def test_sizes_that_must_be_equal_are_tried_equal(batch):
 
 def test_a_remedy_is_one_that_the_caller_has(fresh_dynamo):
     """``dynamic_shapes`` is an argument of sqcompile's functions, and of nothing that torch.compile takes."""
-    from sqcompile.inputs import as_call
-    from sqcompile.passes.sizes import at_two_sizes
-    from sqcompile.trace import trace
+    from sqcompile.capture.inputs import as_call
+    from sqcompile.capture.trace import trace
+    from sqcompile.passes.ir.sizes import at_two_sizes
 
     gm = trace(Features().eval(), as_call(Features(), torch.randn(2, 6, 25)))
 

@@ -18,7 +18,7 @@ from torch import nn
 import sqcompile
 from sqcompile import Plan, PlanError, Recipe
 from sqcompile.backend.options import parse
-from sqcompile.plan import given_plan
+from sqcompile.plan.plan import given_plan
 
 plan, static = pytest.fixture(dynamic_plan), pytest.fixture(static_plan)
 

@@ -10,11 +10,11 @@ from conftest import tiny_lm, token_batches
 from torch import fx, nn
 
 import sqcompile
-from sqcompile.inputs import as_call
-from sqcompile.passes import labels
-from sqcompile.passes.graph import add_op, aten, value
-from sqcompile.passes.match import match
-from sqcompile.trace import trace
+from sqcompile.capture.inputs import as_call
+from sqcompile.capture.trace import trace
+from sqcompile.passes.ir.graph import add_op, aten, value
+from sqcompile.passes.labels.interpreter import interpreter as labels
+from sqcompile.passes.labels.match import match
 
 
 class Twice(nn.Module):

@@ -15,12 +15,12 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import sqcompile
-import sqcompile.inductor
+import sqcompile.compiled.inductor
 from sqcompile.backend import smoothquant
-from sqcompile.inductor import flatten
+from sqcompile.compiled.inductor import flatten
 from sqcompile.kernels import fused, x86
-from sqcompile.passes.graph import value
-from sqcompile.passes.regions import cut, find_repeats
+from sqcompile.passes.ir.graph import value
+from sqcompile.passes.lowering.regions import cut, find_repeats
 
 LAYERS = 6
 

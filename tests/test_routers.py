@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sqcompile
-from sqcompile.inputs import as_call
-from sqcompile.passes.graph import find_linears
-from sqcompile.passes.routers import find_routers
-from sqcompile.trace import trace
+from sqcompile.capture.inputs import as_call
+from sqcompile.capture.trace import trace
+from sqcompile.passes.ir.graph import find_linears
+from sqcompile.passes.planning.routers import find_routers
 
 WIDTH, EXPERTS = 32, 4
 

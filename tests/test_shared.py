@@ -13,8 +13,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import sqcompile
-from sqcompile.passes.graph import aten, evaluate, set_tensor
-from sqcompile.passes.shared import Shared
+from sqcompile.passes.ir.graph import aten, evaluate, set_tensor
+from sqcompile.passes.rewrite.weight_store import Shared
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

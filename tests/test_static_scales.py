@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import sqcompile
 from sqcompile import Recipe
-from sqcompile.input_stats import InputStats
-from sqcompile.passes.static_scales import FEW_TOKENS, ONE_TOKEN, margin
-from sqcompile.recipe import ALPHAS
+from sqcompile.passes.planning.static_scales import FEW_TOKENS, ONE_TOKEN, margin
+from sqcompile.plan.recipe import ALPHAS
+from sqcompile.statistics.input_stats import InputStats
 
 WIDTH = 32
 

@@ -189,7 +189,7 @@ def test_a_batch_that_is_refused_leaves_nothing_behind():
 
 def test_a_model_that_dies_in_another_thread():
     """Its graphs are dropped by whoever comes next, as the thread that frees it waits for nobody."""
-    from sqcompile.lock import compiling
+    from sqcompile.process.lock import compiling
 
     model = mlp()
     plan, _ = planned(mlp())

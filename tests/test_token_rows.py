@@ -8,12 +8,12 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import sqcompile
-from sqcompile.calibrate import calibrate
-from sqcompile.inputs import as_call
-from sqcompile.padding import token_inputs
-from sqcompile.passes.graph import find_linears, nodes_by_name, value
-from sqcompile.passes.token_rows import Rows, token_rows
-from sqcompile.trace import trace
+from sqcompile.capture.inputs import as_call
+from sqcompile.capture.trace import trace
+from sqcompile.passes.ir.graph import find_linears, nodes_by_name, value
+from sqcompile.passes.labels.token_rows import Rows, token_rows
+from sqcompile.statistics.observe import calibrate
+from sqcompile.statistics.padding import token_inputs
 
 B, T, D = 3, 5, 8
 PAD = 1000.0  # in every channel of what is padding

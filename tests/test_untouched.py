@@ -152,9 +152,9 @@ def test_reading_data_and_writing_to_what_forward_makes_is_served(body):
 
 
 def test_no_operator_of_a_graph_writes_to_its_arguments():
-    from sqcompile.inputs import as_call
-    from sqcompile.trace import trace
-    from sqcompile.verify import verify
+    from sqcompile.capture.inputs import as_call
+    from sqcompile.capture.trace import trace
+    from sqcompile.passes.ir.verify import verify
 
     model, x = net(lambda m, x: m.a(x)), torch.randn(2, 3, 16)
     gm = trace(model, as_call(model, x))

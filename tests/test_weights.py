@@ -13,7 +13,7 @@ from torch import nn
 
 import sqcompile
 from sqcompile import Recipe
-from sqcompile.passes.sqnr import relative, sqnr_db
+from sqcompile.passes.planning.sqnr import relative, sqnr_db
 
 STATIC = Recipe(activation="per_tensor_static")
 

@@ -25,7 +25,7 @@ from sqcompile.backend.options import Options, parse
 from sqcompile.backend.runner import GRAD, Runner, asks_for_gradients
 from sqcompile.backend.session import model_tensors, reset, session_of
 from sqcompile.errors import CaptureError, SQCompileError
-from sqcompile.lock import compiling
+from sqcompile.process.lock import compiling
 
 __all__ = ["Options", "smoothquant"]
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sqcompile.backend.samples import Samples
 from sqcompile.backend.weights import states, storage_of
-from sqcompile.calibrate import Observer
-from sqcompile.samples import Samples
-from sqcompile.stages import state
+from sqcompile.compiled.stages import state
+from sqcompile.statistics.observe import Observer
 
 if TYPE_CHECKING:
     from sqcompile.backend.session import Session

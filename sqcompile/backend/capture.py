@@ -20,15 +20,15 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._guards import TracingContext
 
 from sqcompile.backend.scalars import take_floats, tensors_of_floats
+from sqcompile.capture.trace import refuse_nested, tidy
+from sqcompile.capture.untouched import assigned_to, written_to
 from sqcompile.errors import CaptureError
-from sqcompile.explain import first_line, source
-from sqcompile.passes.canonicalize import canonicalize
-from sqcompile.passes.graph import aten, clone, finish, get_tensor, set_tensor, value
-from sqcompile.passes.label_rules import LAYOUT, behind
-from sqcompile.passes.sizes import conditions, vary
-from sqcompile.trace import refuse_nested, tidy
-from sqcompile.untouched import assigned_to, written_to
-from sqcompile.verify import verify
+from sqcompile.passes.canonical.canonicalize import canonicalize
+from sqcompile.passes.ir.explain import first_line, source
+from sqcompile.passes.ir.graph import aten, clone, finish, get_tensor, set_tensor, value
+from sqcompile.passes.ir.sizes import conditions, vary
+from sqcompile.passes.ir.verify import verify
+from sqcompile.passes.labels.rules import LAYOUT, behind
 
 
 @dataclass(frozen=True)

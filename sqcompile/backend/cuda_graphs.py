@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqcompile.explain import first_line
+from sqcompile.passes.ir.explain import first_line
 
 _MOST = 16  # recordings of one graph: batch sizes and caches in use at a time
 

@@ -14,22 +14,22 @@ from typing import Any
 import torch
 from torch import fx
 
-from sqcompile.calibrate import Calibration, Observer
-from sqcompile.call_spec import to_spec
-from sqcompile.compile import rewrite
+from sqcompile.api import rewrite
+from sqcompile.capture.call_spec import to_spec
+from sqcompile.capture.inputs import Call
 from sqcompile.errors import NothingToQuantizeError
-from sqcompile.input_stats import InputStats
-from sqcompile.inputs import Call
-from sqcompile.passes.attention_chains import find_attentions
-from sqcompile.passes.choose import choose
-from sqcompile.passes.end_to_end import smoothed_or_not
-from sqcompile.passes.floats import float_layer, names_linear, stay_float
-from sqcompile.passes.graph import find_linears
-from sqcompile.passes.match import match
-from sqcompile.passes.shared import Shared
-from sqcompile.passes.uses import APART, as_used, balanced, first_use
-from sqcompile.plan import LayerPlan, Plan
-from sqcompile.recipe import LM_HEAD, Recipe
+from sqcompile.passes.attention.chains import find_attentions
+from sqcompile.passes.ir.graph import find_linears
+from sqcompile.passes.labels.match import match
+from sqcompile.passes.planning.choose import choose
+from sqcompile.passes.planning.end_to_end import smoothed_or_not
+from sqcompile.passes.planning.stay_float import float_layer, names_linear, stay_float
+from sqcompile.passes.planning.uses import APART, as_used, balanced, first_use
+from sqcompile.passes.rewrite.weight_store import Shared
+from sqcompile.plan.plan import LayerPlan, Plan
+from sqcompile.plan.recipe import LM_HEAD, Recipe
+from sqcompile.statistics.input_stats import InputStats
+from sqcompile.statistics.observe import Calibration, Observer
 
 
 def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:

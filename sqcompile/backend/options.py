@@ -7,10 +7,10 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqcompile.emit import BACKENDS
+from sqcompile.compiled.emit import BACKENDS
 from sqcompile.errors import RecipeError
-from sqcompile.plan import Plan, given_plan
-from sqcompile.recipe import Recipe, resolve_recipe
+from sqcompile.plan.plan import Plan, given_plan
+from sqcompile.plan.recipe import Recipe, resolve_recipe
 
 MODES = ("default", "reduce-overhead")
 

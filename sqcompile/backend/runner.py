@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sqcompile.api import rewrite
 from sqcompile.backend.bound import Bound, Floats, Observed
 from sqcompile.backend.capture import Template, attach, refuse_writes, write_back
 from sqcompile.backend.cuda_graphs import Recorder
 from sqcompile.backend.options import Options
 from sqcompile.backend.session import Session, quantized_only, session_of, sweep
 from sqcompile.backend.weights import is_freed, source
-from sqcompile.calibrate import Observer
-from sqcompile.compile import rewrite
+from sqcompile.compiled.inductor import compile_regions, compile_without_constants, flatten, inductor, with_layout
 from sqcompile.errors import CaptureError, StageError
-from sqcompile.inductor import compile_regions, compile_without_constants, flatten, inductor, with_layout
-from sqcompile.lock import compiling
-from sqcompile.passes.attention_chains import find_attentions
-from sqcompile.passes.finite import check_weights
-from sqcompile.passes.floats import wanted
-from sqcompile.passes.graph import above, find_linears, nodes_by_name
-from sqcompile.passes.shared import held
-from sqcompile.recipe import resolve_recipe
+from sqcompile.passes.attention.chains import find_attentions
+from sqcompile.passes.ir.graph import above, find_linears, nodes_by_name
+from sqcompile.passes.planning.finite import check_weights
+from sqcompile.passes.planning.stay_float import wanted
+from sqcompile.passes.rewrite.weight_store import held
+from sqcompile.plan.recipe import resolve_recipe
+from sqcompile.process.lock import compiling
+from sqcompile.statistics.observe import Observer
 
 GRAD = (
     "backend 'smoothquant' computes no gradients, and this call asks for them: call the model under torch.no_grad() or "

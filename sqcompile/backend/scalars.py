@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sqcompile.passes.graph import above, add_op, aten, value
+from sqcompile.passes.ir.graph import above, add_op, aten, value
 
 # on numbers, and the same on tensors of no dimension
 _NUMBERS: dict[Any, Any] = {

@@ -30,14 +30,14 @@ from sqcompile.backend.cuda_graphs import Pool
 from sqcompile.backend.decide import completed, decide, measured
 from sqcompile.backend.options import Options
 from sqcompile.backend.weights import Blocks, check_not_freed
+from sqcompile.capture.trace import aliases
 from sqcompile.errors import PlanError, RecipeError
-from sqcompile.passes.graph import find_linears, first_leaf, nodes_by_name
-from sqcompile.passes.shared import Shared
-from sqcompile.passes.uses import first_use
-from sqcompile.plan import Plan
-from sqcompile.recipe import resolve_recipe
+from sqcompile.passes.ir.graph import find_linears, first_leaf, nodes_by_name
+from sqcompile.passes.planning.uses import first_use
+from sqcompile.passes.rewrite.weight_store import Shared
+from sqcompile.plan.plan import Plan
+from sqcompile.plan.recipe import resolve_recipe
 from sqcompile.refresh import touch
-from sqcompile.trace import aliases
 
 if TYPE_CHECKING:
     from sqcompile.backend.runner import Runner

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sqcompile.backend.samples import sample
+from sqcompile.compiled.stages import state
 from sqcompile.errors import StageError
-from sqcompile.samples import sample
-from sqcompile.stages import state
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from typing import Any
 import networkx as nx
 from torch import fx
 
+from sqcompile.compiled.names import Names, collapse, refusal_lines
+from sqcompile.compiled.report import PRODUCTS
 from sqcompile.draw.condense import Roles, condense, parameters_of
 from sqcompile.draw.svg import page, render
 from sqcompile.errors import DrawError
-from sqcompile.names import Names, collapse, refusal_lines
-from sqcompile.passes.attention_chains import find_attentions
-from sqcompile.passes.graph import find_linears, nodes_by_name
-from sqcompile.passes.match import match
-from sqcompile.plan import AttentionPlan, LayerPlan, Plan
-from sqcompile.report import PRODUCTS
+from sqcompile.passes.attention.chains import find_attentions
+from sqcompile.passes.ir.graph import find_linears, nodes_by_name
+from sqcompile.passes.labels.match import match
+from sqcompile.plan.plan import AttentionPlan, LayerPlan, Plan
 
 # Runs of equal blocks this long are drawn as one block and "... more like it".
 _LONG_RUN = 4

@@ -17,9 +17,9 @@ from typing import Any
 import networkx as nx
 from torch import Tensor, fx
 
-from sqcompile.names import Names
-from sqcompile.passes.graph import LINEARS, Linear, aten, constants, first_leaf, value
-from sqcompile.passes.labels import vector_operand
+from sqcompile.compiled.names import Names
+from sqcompile.passes.ir.graph import LINEARS, Linear, aten, constants, first_leaf, value
+from sqcompile.passes.labels.interpreter import vector_operand
 from sqcompile.show import show
 
 _PRODUCTS = ("mm", "matmul", "linear", "einsum", "conv")

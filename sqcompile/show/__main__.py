@@ -14,18 +14,18 @@ import warnings
 from torch import fx, nn
 
 import sqcompile
-from sqcompile.compile import rewrite
+from sqcompile.api import rewrite
+from sqcompile.capture.inputs import as_call
+from sqcompile.capture.trace import trace
+from sqcompile.compiled.names import collapse, refusal_lines, site_labels
 from sqcompile.draw import draw
 from sqcompile.errors import SQCompileError
-from sqcompile.inputs import as_call
-from sqcompile.names import collapse, refusal_lines, site_labels
-from sqcompile.passes.graph import find_linears
-from sqcompile.passes.match import match
-from sqcompile.plan import Plan
+from sqcompile.passes.ir.graph import find_linears
+from sqcompile.passes.ir.verify import STAGES
+from sqcompile.passes.labels.match import match
+from sqcompile.plan.plan import Plan
 from sqcompile.show import show
 from sqcompile.show.load import load
-from sqcompile.trace import trace
-from sqcompile.verify import STAGES
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,94 @@
+"""record: what each call of a rewritten graph gives, as export recorded it for the graph that was traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from sqcompile.process.interrupts import checkpoint
+
+
+def record(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Computes the value of a call from those of its arguments.
+
+    The layers of a model repeat their calls: what a call on the same sizes gave is made anew, not computed again.
+    """
+    checkpoint()
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _value)
+    mode, key = gm.meta["fake_mode"], _call(node.target, args, kwargs)
+    known = gm.meta.setdefault("recorded", {})
+    # the Python dispatcher: composite operators in C++ do not all take symbolic sizes
+    with mode, enable_python_dispatcher():
+        if key in known:
+            size, stride, dtype, device = known[key]
+            node.meta["val"] = torch.empty_strided(size, stride, dtype=dtype, device=device)
+            return
+        node.meta["val"] = v = node.target(*args, **kwargs)  # type: ignore[operator]
+    # a view is recorded as one, with the storage of its operand
+    own = isinstance(v, FakeTensor) and not any(_shares(v, a) for a in pytree.tree_leaves((args, kwargs)))
+    if key is not None and own:
+        known[key] = v.shape, v.stride(), v.dtype, v.device
+
+
+def _call(target: Any, args: Any, kwargs: Any) -> Any:
+    """What the value of a call depends on; None where that is more than sizes, dtypes and numbers.
+
+    An operator whose result's size depends on values makes a symbol of its own in each call.
+    """
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.dynamic_output_shape in target.tags:
+        return None
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    key: list[Any] = [target, spec]
+    for x in leaves:
+        if isinstance(x, FakeTensor):
+            sizes = tuple(_layout(x))
+            key.append((x.dtype, x.device, x.dim(), sizes, _plain(x.storage_offset())))
+        elif isinstance(x, Tensor):  # packed for a kernel
+            return None
+        else:
+            key.append((type(x), _plain(x)))
+    return tuple(key)
+
+
+def record_readers(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Records anew what reads a node that lies differently in memory than what it replaced, as far as that matters.
+
+    What a graph is cut at, and what is returned, is compiled for the strides that are recorded.
+    """
+    for user in node.users:
+        packed = any(isinstance(_value(a), Tensor) and _value(a).is_mkldnn for a in user.all_input_nodes)
+        if user.op == "call_function" and not packed:  # whose result is dense
+            before = _layout(_value(user))
+            record(gm, user)
+            if _layout(_value(user)) != before:
+                record_readers(gm, user)
+
+
+def _layout(v: Any) -> Any:
+    """Sizes and strides of a value, as expressions."""
+    if isinstance(v, (list, tuple)):
+        return [_layout(x) for x in v]
+    sizes = [*v.shape, *v.stride()] if isinstance(v, Tensor) else []
+    return [_plain(s) for s in sizes]
+
+
+def _plain(x: Any) -> Any:
+    """A number, as an expression if it is symbolic."""
+    return x.node.expr if isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)) else x
+
+
+def _shares(x: Tensor, other: Any) -> bool:
+    return (
+        isinstance(other, Tensor)
+        and not other.is_mkldnn
+        and x.untyped_storage()._cdata == other.untyped_storage()._cdata
+    )
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("val")

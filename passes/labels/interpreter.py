@@ -1,0 +1,282 @@
+"""labels: where does each channel of a tensor go? Found by executing the graph's layout on integer labels.
+
+A producer (a norm's scale, a linear's output) gives its output the labels 0..C-1 along the channel axis. The graph
+runs downstream on small fake tensors, and beside each value run the labels of every producer that reaches it. The
+invariant, for one producer with a scale ``s > 0`` per label:
+
+    if the producer's output is divided by s[label], then every labelled tensor is divided by s[its labels],
+    element by element (label -1: unchanged), and everything else keeps its value.
+
+Layout operations are executed on the labels as they are. Operations that commute with a positive scale pass them on.
+A linear whose input columns carry one label each absorbs them: a balance layer. Whatever else a label reaches refuses
+*that label*, with a reason, and a refused label keeps s = 1, for which the invariant holds trivially.
+
+The invariant is one of real numbers; float32 keeps it to a few roundings. A cast to half precision on the way of a label
+between two ends in float32 would not, and refuses it (`label_rules.refuse_rounding`).
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sqcompile.passes.ir.graph import Linear, aten, constants, evaluate, get_tensor, is_channel_vector, leaves, value
+from sqcompile.passes.labels.rules import (
+    HOMOGENEOUS,
+    LAYOUT,
+    LIKE_SECOND,
+    OUTPUT,
+    RULES,
+    SHAPE_ONLY,
+    Flow,
+    Refused,
+    describe,
+    narrower,
+    refuse_rounding,
+    uniform,
+)
+from sqcompile.process.interrupts import checkpoint
+
+_Interpreter = TypeVar("_Interpreter", bound="_Labels")
+
+
+def run_labels(gm: fx.GraphModule, linears: list[Linear], symbols: dict[Any, int]) -> dict[str, Flow]:
+    """Runs the labels of every producer at one choice of sizes.
+
+    Args:
+        gm: a traced graph.
+        linears: its linears.
+        symbols: a concrete size for each free symbol of the graph's placeholders.
+
+    Returns:
+        The flow of each producer, by node name.
+    """
+    return execute(_Labels(gm, linears), symbols).flows
+
+
+def execute(interpreter: _Interpreter, symbols: dict[Any, int]) -> _Interpreter:
+    """Runs an interpreter of labels at one choice of sizes."""
+    gm = interpreter.module
+    assert isinstance(gm, fx.GraphModule)
+    interpreter.values = values_at(gm, symbols)
+    with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():  # labels are real tensors
+        interpreter.run(enable_io_processing=False)
+    return interpreter
+
+
+def values_at(gm: fx.GraphModule, symbols: dict[Any, int]) -> dict[fx.Node, Any]:
+    """What every node holds at one choice of sizes, on fake tensors.
+
+    Several analyses ask for the same sizes, and nothing else of them takes as long: the graph keeps the answer, and
+    shares it with graphs of the same operations (of layers that are compiled one by one).
+    """
+    form = _form(gm)
+    kept: dict[Any, Any] = gm.meta.setdefault("values", {})
+    key = tuple(symbols.items())
+    before, values = kept.get(key, (None, []))
+    if before != form:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode, torch.no_grad():
+            inputs = [_concrete(value(n), symbols) for n in gm.graph.find_nodes(op="placeholder")]
+            run = _Values(gm, mode)
+            run.run(*inputs, enable_io_processing=False)
+        values = [run.values[n] for n in gm.graph.nodes]
+        kept[key] = form, values
+    return dict(zip(gm.graph.nodes, values, strict=True))
+
+
+def _form(gm: fx.GraphModule) -> list[Any]:
+    """All that the values of a graph's nodes depend on, nodes by their position. 1, 1.0 and True are not the same."""
+    position = {n: i for i, n in enumerate(gm.graph.nodes)}
+
+    def leaf(x: Any) -> Any:
+        return (fx.Node, position[x]) if isinstance(x, fx.Node) else (type(x), x)
+
+    form: list[Any] = []
+    for n in gm.graph.nodes:
+        if n.op == "get_attr":
+            t = get_tensor(gm, str(n.target))
+            form.append((t.shape, t.stride(), t.dtype, t.device))
+        elif n.op == "placeholder":
+            v = value(n)
+            sizes = v.shape if isinstance(v, Tensor) else [v]
+            dtype, device = (v.dtype, v.device) if isinstance(v, Tensor) else (None, None)
+            form.append(([str(s) for s in sizes], dtype, device))
+        else:
+            form.append((n.target, *fx.node.map_aggregate((n.args, n.kwargs), leaf)))
+    return form
+
+
+class _Values(fx.Interpreter):
+    """Executes a graph on fake tensors and keeps what every node holds."""
+
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False
+        self.mode, self.values = mode, dict[fx.Node, Any]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        checkpoint()
+        if n.op == "get_attr":
+            out = self.mode.from_tensor(get_tensor(self.module, str(n.target)), static_shapes=True)
+        else:
+            out = super().run_node(n)
+        self.values[n] = out
+        return out
+
+
+def _concrete(v: Any, symbols: dict[Any, int]) -> Any:
+    def size(s: Any) -> int:
+        return int(s.node.expr.xreplace(symbols)) if isinstance(s, torch.SymInt) else s
+
+    if isinstance(v, Tensor):
+        return torch.empty([size(s) for s in v.shape], dtype=v.dtype, device=v.device)
+    return size(v)
+
+
+class _Labels(fx.Interpreter):
+    """Executes labels beside the values there are (`values_at`); a label lives as long as its value."""
+
+    values: dict[fx.Node, Any]
+
+    def __init__(self, gm: fx.GraphModule, linears: list[Linear]) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False
+        self.linears = {l.node: l for l in linears}
+        self.const = constants(gm)
+        self.flows: dict[str, Flow] = {}
+        self.labels: dict[fx.Node, dict[str, Any]] = {}
+        self.ways: dict[fx.Node, dict[str, set[torch.dtype]]] = {}  # the dtypes that each label has passed
+
+    def run_node(self, n: fx.Node) -> Any:
+        checkpoint()
+        out = self.values[n]
+        if n not in self.const:
+            mine = self._propagate(n, out)
+            self._start(n, out, mine)
+            if mine:
+                self.labels[n] = mine
+        for dead in self.user_to_last_uses.get(n, []):
+            self.labels.pop(dead, None)
+            self.ways.pop(dead, None)
+        return out
+
+    def _start(self, n: fx.Node, out: Any, mine: dict[str, Any]) -> None:
+        kind = producer_kind(n, n.name in self.linears, self.const)
+        if kind and isinstance(out, Tensor) and out.dtype.is_floating_point and out.dim() >= 2 and out.shape[-1] > 1:
+            parameters = [value(a).dtype for c in n.all_input_nodes if c in self.const for a in leaves(c)]
+            dtype = next((d for d in parameters if d.is_floating_point and narrower(d, out.dtype)), out.dtype)
+            self.flows[n.name] = Flow(n.name, kind, out.shape[-1], dtype)
+            self.ways.setdefault(n, {})[n.name] = set()
+            mine[n.name] = torch.arange(out.shape[-1]).expand(out.shape)
+
+    def _propagate(self, n: fx.Node, out: Any) -> dict[str, Any]:
+        seen: dict[str, list[tuple[fx.Node, Any]]] = {}
+        inputs = n.all_input_nodes[:1] if n.target in LIKE_SECOND else n.all_input_nodes
+        for a in inputs:
+            for producer, labels in self.labels.get(a, {}).items():
+                seen.setdefault(producer, []).append((a, labels))
+        result: dict[str, Any] = {}
+        if n.target in SHAPE_ONLY or not seen:
+            return result
+        for producer, operands in seen.items():
+            flow = self.flows[producer]
+            way = set().union(*(self.ways[a][producer] for a, _ in operands), _dtypes(out))
+            self.ways.setdefault(n, {})[producer] = way
+            try:
+                labels = self._rule(n, out, flow, operands)
+                if labels is not None:
+                    result[producer] = labels
+            except (Refused, RuntimeError, IndexError, TypeError) as e:
+                # an error is a layout the rule did not foresee, on labels alone: the values were computed before
+                flow.stops[n.name] = reason = str(e) if isinstance(e, Refused) else describe(n)
+                for _, labels in operands:
+                    flow.refuse(labels, reason)
+        return result
+
+    def _rule(self, n: fx.Node, out: Any, flow: Flow, operands: list[tuple[fx.Node, Any]]) -> Any:
+        if n.op == "output":
+            raise Refused(OUTPUT)
+        node, labels = operands[0]
+        if n.name in self.linears:
+            if node is not n.args[0] or len(operands) != 1:
+                raise Refused(describe(n))
+            columns = labels.reshape(-1, labels.shape[-1])
+            if not bool((columns == columns[:1]).all()):
+                raise Refused("is not one column of the linear it reaches")
+            refuse_rounding(self.ways[node][flow.producer], flow.dtype, self.env[node].dtype)
+            flow.balance.append((n.name, columns[0].clone()))
+            return None
+        t = n.target
+        if t in HOMOGENEOUS:
+            labels = next(l for a, l in operands if a is n.args[0])
+            if not out.dtype.is_floating_point:
+                raise Refused(f"is cast to {out.dtype}")
+            return labels
+        if t in LAYOUT:
+            return self._layout(n, node, labels, len(operands))
+        rule = RULES.get(t)
+        if rule is None:
+            raise Refused(describe(n))
+        return rule(self, n, out, flow, dict(operands))
+
+    def _layout(self, n: fx.Node, node: fx.Node, labels: Any, count: int) -> Any:
+        if n.args[0] is not node or count != 1:
+            raise Refused(describe(n))
+        args, kwargs = fx.node.map_arg((n.args[1:], n.kwargs), lambda a: self._argument(n, a, labels))
+        if n.target is operator.getitem:
+            return labels[args[0]]
+        return n.target(labels, *args, **kwargs)  # type: ignore[operator]
+
+    def _argument(self, n: fx.Node, a: fx.Node, labels: Any) -> Any:
+        """An argument of a layout op as data: a size, or an index tensor."""
+        v = self.env[a]
+        if not isinstance(v, Tensor):
+            return v
+        if a in self.const:
+            return evaluate(self.module, a).cpu()  # type: ignore[arg-type]  # as labels are
+        if n.target in LIKE_SECOND:
+            return torch.empty(v.shape, device="meta")
+        # rows picked by data (a router's tokens, the last token): fine if every row has the same labels
+        dims: Any = []
+        if n.target == aten.index.Tensor:
+            dims = [d for d, index in enumerate(n.args[1]) if index is a]  # type: ignore[arg-type]
+        elif n.target == aten.index_select.default:
+            dims = [n.args[1]]
+        if dims and not v.dtype.is_floating_point and v.dtype != torch.bool and all(uniform(labels, d) for d in dims):
+            return torch.zeros(v.shape, dtype=torch.int64)
+        raise Refused("is selected by an index that depends on the input")
+
+
+def _dtypes(out: Any) -> set[torch.dtype]:
+    return {x.dtype for x in (out if isinstance(out, (list, tuple)) else (out,)) if isinstance(x, Tensor)}
+
+
+def producer_kind(n: fx.Node, is_linear: bool, const: set[fx.Node]) -> str | None:
+    """How 1/s can be absorbed at this node's output, if it can."""
+    if is_linear:
+        return "linear"
+    if n.target in (aten.layer_norm.default, aten.rms_norm.default) and len(n.args[1]) == 1:  # type: ignore[arg-type]
+        return "norm"
+    if n.target == aten.mul.Tensor and vector_operand(n, const) is not None:
+        return "scale"
+    return None
+
+
+def vector_operand(n: fx.Node, const: set[fx.Node]) -> int | None:
+    """Which argument of a multiplication is a constant channel vector, the other being data."""
+    for i, j in ((0, 1), (1, 0)):
+        a, b = n.args[i], n.args[j]
+        if (
+            isinstance(a, fx.Node)
+            and isinstance(b, fx.Node)
+            and a in const
+            and b not in const
+            and is_channel_vector(a, value(n))
+        ):
+            return i
+    return None

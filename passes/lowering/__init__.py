@@ -1,0 +1,1 @@
+"""lower: quantize -> GEMM -> dequantize becomes kernels' operators, fused for GPUs, cut into regions for the compiler."""

@@ -1,0 +1,323 @@
+"""fuse: a quantize meets what computes its input, a GEMM what is done with its result. For GPUs, where each is a kernel.
+
+    %y = mul(%g, to(mul(%x, rsqrt(add(mean(pow(%x, 2), [-1], True), eps))), bf16))   # or rms_norm, layer_norm
+    %s = sqcompile.token_scale(%y);  %q = sqcompile.quantize(%y, %s)
+->
+    %q, %s, _ = sqcompile.norm_quantize(%x, %g, None, eps, True, True, None, None, False)
+
+    quantize(mul(silu(%gate), %up))         -> sqcompile.act_quantize(%gate, %up, "silu", ...)
+    quantize(mul(%x, %inv_s))               -> one of these with the multiplier %inv_s, or sqcompile.quantize_rows
+    add(%r, sqcompile.int8_gemm(%q, ...))   -> sqcompile.int8_gemm(%q, ..., residual=%r)
+    quantize(relu(int8_gemm(%q, %r, ...)), %s)  -> sqcompile.int8_gemm(%q, %r, ..., "relu", out_scale=%s)  (static %s)
+    finite_rows(relu(int8_gemm(%q, %r, ...)))   -> %r
+    int8_attention(quantize(%x, token_scale(%x)), ...)  -> sqcompile.int8_attention(%x, None, ...)
+
+Values between are rounded as before, but for the GEMM's own result, which is rounded once, after residual or activation.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.passes.ir.graph import (
+    add_op,
+    add_tensor,
+    arguments,
+    aten,
+    constants,
+    get_tensor,
+    is_channel_vector,
+    value,
+)
+
+_ACTIVATIONS: dict[Any, str] = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
+
+_ATTENTION = {
+    sqcompile_ops.int8_attention.default,
+    sqcompile_ops.int8_scores.default,
+    sqcompile_ops.int8_attend.default,
+}
+
+
+def fuse(gm: fx.GraphModule) -> None:
+    """Rewrites a graph of `int8_gemm` in place; what matches no pattern is quantized by a kernel of its own."""
+    const = constants(gm)
+    for node in list(gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
+        _residual(gm, node)
+    for q in list(gm.graph.find_nodes(op="call_function", target=sqcompile_ops.quantize.default)):
+        if any(u.target in _ATTENTION for u in q.users):
+            _into_attention(gm, q)
+            continue  # the compiler fuses those of keys and values with the rotary embedding before them
+        q = _before_views(gm, q)
+        if not _into_gemm(gm, q, const):
+            _quantize(gm, q, const)
+    gm.graph.eliminate_dead_code()
+
+
+def _before_views(gm: fx.GraphModule, q: fx.Node) -> fx.Node:
+    """quantize(reshape(x)) -> reshape(quantize(x)), where tokens stay tokens: what computes x is in sight then."""
+    while True:
+        x, scale = q.args[:2]
+        assert isinstance(x, fx.Node) and isinstance(scale, fx.Node)
+        rows = _rows(q)
+        if x.target in (aten.clone.default, aten.contiguous.default):
+            others = [rows] if rows else [scale] if scale.args and scale.args[0] is x else []
+            for node in (q, *others):
+                node.update_arg(0, x.args[0])
+            if not x.users:
+                gm.graph.erase_node(x)
+            continue
+        sizes: Any = x.args[1] if x.target == aten.reshape.default else None
+        tokens = sizes and sizes[-1] == value(x.args[0]).shape[-1]  # type: ignore[arg-type]
+        if not tokens or len(q.args) > 2 or rows is None:
+            return q
+        with gm.graph.inserting_before(min(q, rows)):
+            inner = add_op(gm, rows.target, x.args[0])  # type: ignore[arg-type]
+            new = add_op(gm, sqcompile_ops.quantize.default, x.args[0], inner if rows is scale else scale)
+            q.replace_all_uses_with(add_op(gm, aten.reshape.default, new, sizes))
+            rows.replace_all_uses_with(add_op(gm, aten.reshape.default, inner, [*sizes[:-1], 1]))
+        gm.graph.erase_node(q)
+        gm.graph.erase_node(rows)
+        if not x.users:
+            gm.graph.erase_node(x)
+        q = new
+
+
+def _rows(q: fx.Node) -> fx.Node | None:
+    """What gives the rows of a quantize node their factors: its own scale per token, or finite_rows of a static one."""
+    x, scale = q.args[:2]
+    if scale.target == sqcompile_ops.token_scale.default and scale.args[0] is x:  # type: ignore[union-attr]
+        return scale  # type: ignore[return-value]
+    static = scale.op == "get_attr"  # type: ignore[union-attr]
+    same = [u for u in x.users if u.target == sqcompile_ops.finite_rows.default]  # type: ignore[union-attr]
+    return same[0] if static and same else None
+
+
+def _residual(gm: fx.GraphModule, add: fx.Node) -> None:
+    """y + r, where nothing else reads y."""
+    a, b = add.args[:2]
+    for y, r in ((b, a), (a, b)):
+        if not isinstance(y, fx.Node) or not isinstance(r, fx.Node) or add.kwargs:
+            continue
+        if y.target != sqcompile_ops.int8_gemm.default or len(y.users) != 1 or y is r:
+            continue
+        args = list(y.args)
+        fits = value(r).shape == value(y).shape and value(r).dtype == value(y).dtype == value(add).dtype
+        if fits and args[6:] == ["none", None, None]:
+            _replace(gm, add, sqcompile_ops.int8_gemm.default, *args[:7], r, None)
+            return
+
+
+def _into_gemm(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> bool:
+    """A static quantization of a GEMM's result, activated or not, happens in the GEMM: int8 in, int8 out."""
+    x, scale = q.args[:2]
+    assert isinstance(x, fx.Node) and isinstance(scale, fx.Node)
+    rows = _rows(q)
+    if scale not in const or rows is None or set(x.users) != {q, rows}:
+        return False
+    activation, gemm = _activation(x), x
+    if activation:
+        gemm = x.args[0]  # type: ignore[assignment]
+    if gemm.target != sqcompile_ops.int8_gemm.default or (activation and len(gemm.users) != 1):
+        return False
+    args = list(gemm.args)
+    factors = args[1]
+    assert isinstance(factors, fx.Node)
+    if args[6:] != ["none", None, None] or not _is_factor(factors) or value(factors).dim() != value(rows).dim():
+        return False
+    rows.replace_all_uses_with(factors)
+    gm.graph.erase_node(rows)
+    _replace(gm, q, sqcompile_ops.int8_gemm.default, *args[:6], activation or "none", None, scale)
+    return True
+
+
+def _is_factor(node: fx.Node) -> bool:
+    """Whether a GEMM's row factors are those of a static scale, 1 or NaN."""
+    while node.target == aten.reshape.default:
+        node = node.args[0]  # type: ignore[assignment]
+    if node.target is not operator.getitem:
+        return node.target == sqcompile_ops.finite_rows.default
+    source: Any = node.args[0]
+    static = {sqcompile_ops.norm_quantize.default: 6, sqcompile_ops.act_quantize.default: 3}.get(source.target)
+    return static is not None and source.args[static] is not None
+
+
+def _into_attention(gm: fx.GraphModule, q: fx.Node) -> None:
+    """Queries are quantized by the attention kernel, which reads them once."""
+    x, scale = q.args[:2]
+    assert isinstance(x, fx.Node) and isinstance(scale, fx.Node)
+    target = sqcompile_ops.int8_attention.default
+    if len(q.args) > 2 or any(u.target != target or u.args[0] is not q or q in u.args[1:] for u in q.users):
+        return
+    own = scale.target == sqcompile_ops.token_scale.default and scale.args[0] is x
+    for attention in list(q.users):
+        factor = attention.args[1]
+        # of a static scale, mul(finite_rows(x), scale): the kernel sees itself what is finite
+        static = factor.target == aten.mul.Tensor and factor.args[1] is scale  # type: ignore[union-attr]
+        if factor is scale or static:
+            attention.args = (x, None if own else scale, *attention.args[2:])
+
+
+def _quantize(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> None:
+    x, scale = q.args[:2]
+    assert isinstance(x, fx.Node) and isinstance(scale, fx.Node)
+    if len(q.args) > 2 and q.args[2]:
+        return
+    per_token = scale.target == sqcompile_ops.token_scale.default
+    if not per_token and scale not in const and scale.target != sqcompile_ops.tensor_scale.default:
+        return
+    rows = _rows(q) if per_token or scale in const else scale
+    if rows is None:
+        return
+    static = _plane(gm, scale, min(q, rows)) if scale in const else None
+    readers = {u for u in x.users if u is not q and u is not rows}
+    base, multiplier = x, None
+    norm, act = _norm(x, const), _act(x, const)
+    if norm is None and act is None and (found := _multiplied(x, const)) is not None:
+        base, multiplier = found
+        norm, act = _norm(base, const), _act(base, const)
+        readers = {u for u in base.users if u is not x} | readers
+    with gm.graph.inserting_before(min(q, rows) if per_token or static is not None else q):
+        if norm is not None and (per_token or static is not None) and (multiplier is None or len(x.users) <= 2):
+            readers = {u for u in readers if u > q}  # who reads it earlier computes the norm by itself
+            new = add_op(gm, sqcompile_ops.norm_quantize.default, *norm, static, multiplier, bool(readers))
+            if readers:
+                _point(gm, base, new, 2, keep=readers)
+        elif act is not None and (per_token or static is not None) and not readers:
+            new = add_op(gm, sqcompile_ops.act_quantize.default, *act, static, multiplier)
+        elif static is None:
+            granularity = "token" if per_token else "tensor"
+            new = add_op(gm, sqcompile_ops.quantize_rows.default, base, granularity, multiplier)
+        else:
+            return  # pointwise: the compiler fuses it with what it finds
+    _point(gm, q, new, 0)
+    _point(gm, rows, new, 1)
+
+
+def _plane(gm: fx.GraphModule, scale: fx.Node, reader: fx.Node) -> fx.Node:
+    """A static scale as [1, 1]: Inductor writes constants of fewer dims into its code, where no kernel can read them."""
+    if scale.op != "get_attr" or value(scale).dim() or value(reader).dim() < 2:
+        return scale
+    with gm.graph.inserting_before(reader):
+        return add_tensor(gm, f"{scale.target}_plane", get_tensor(gm, str(scale.target)).reshape(1, 1))
+
+
+def _point(gm: fx.GraphModule, old: fx.Node, new: fx.Node, i: int, keep: set[fx.Node] | None = None) -> None:
+    """Readers of old (or those in keep) read item i of new."""
+    readers = set(old.users) if keep is None else keep
+    with gm.graph.inserting_after(new):
+        item = gm.graph.call_function(operator.getitem, (new, i))
+    item.meta["val"] = value(new)[i]
+    old.replace_all_uses_with(item, delete_user_cb=lambda u: u in readers)
+
+
+def _replace(gm: fx.GraphModule, old: fx.Node, target: Any, *args: Any) -> None:
+    with gm.graph.inserting_before(old):
+        new = add_op(gm, target, *args)
+    old.replace_all_uses_with(new)
+    gm.graph.erase_node(old)
+    gm.graph.eliminate_dead_code()
+
+
+def _multiplied(x: fx.Node, const: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+    """base and a float32 channel vector, where x = base · vector in float32."""
+    if x.target != aten.mul.Tensor or value(x).dtype != torch.float32:
+        return None
+    for base, vector in _operands(x):
+        same = value(base).shape == value(x).shape
+        if same and base not in const and _is_vector(vector, x, const) and value(vector).dtype == torch.float32:
+            return base, vector
+    return None
+
+
+def _activation(x: fx.Node) -> str | None:
+    name = _ACTIVATIONS.get(x.target)
+    if name == "gelu" and arguments(x)["approximate"] == "tanh":
+        return "gelu_tanh"
+    return name
+
+
+def _act(x: fx.Node, const: set[fx.Node]) -> tuple[Any, ...] | None:
+    """gate, up or None, and the activation, where x = act(gate) · up or act(gate)."""
+    if name := _activation(x):
+        return x.args[0], None, name
+    if x.target != aten.mul.Tensor:
+        return None
+    for a, up in _operands(x):
+        if up not in const and (name := _activation(a)):
+            same = value(a).shape == value(up).shape and value(a).dtype == value(up).dtype
+            return (a.args[0], up, name) if same else None
+    return None
+
+
+def _norm(x: fx.Node, const: set[fx.Node]) -> tuple[Any, ...] | None:
+    """x, weight, bias, eps, rms, round_first of `norm_quantize`, where a node is a norm in one of its spellings."""
+    if x.target in (aten.layer_norm.default, aten.rms_norm.default):
+        args = arguments(x)
+        h, rms = args["input"], x.target == aten.rms_norm.default
+        eps = args["eps"]
+        if eps is None:  # that of the accumulator or of the input, by PyTorch's version: the same in float32 alone
+            if value(h).dtype != torch.float32:
+                return None
+            eps = torch.finfo(torch.float32).eps
+        vectors = args["weight"], None if rms else args["bias"]
+        fits = len(args["normalized_shape"]) == 1 and not (vectors[0] is None and vectors[1] is not None)
+        return (h, *vectors, eps, rms, False) if fits else None
+    y = _cast_of(x)
+    if y.target != aten.mul.Tensor:
+        return None
+    for weight, inner in _operands(y):
+        if _is_vector(weight, y, const):
+            return _rms(x, weight, inner)
+    return None
+
+
+def _rms(x: fx.Node, weight: fx.Node, inner: fx.Node) -> tuple[Any, ...] | None:
+    """weight · [cast] h · rsqrt(mean(h²) + eps)."""
+    product = _cast_of(inner)
+    if product.target != aten.mul.Tensor:
+        return None
+    for h, root in _operands(product):
+        eps = _root_mean_square(h, root)
+        if eps is None:
+            continue
+        source = _cast_of(h)
+        round_first = inner is not product and value(inner).dtype == value(x).dtype
+        exact = value(h).dtype == torch.float32 and value(source).dtype == value(x).dtype
+        exact = exact and value(source).shape == value(x).shape  # [..., 1] · weight is no norm of K channels
+        exact = exact and (not round_first or value(weight).dtype == value(x).dtype)
+        return (source, weight, None, eps, True, round_first) if exact else None
+    return None
+
+
+def _root_mean_square(h: fx.Node, root: Any) -> float | None:
+    """eps, where a node is rsqrt(mean(h²) + eps)."""
+    if root.target != aten.rsqrt.default or root.args[0].target != aten.add.Tensor or root.args[0].kwargs:
+        return None
+    mean, eps = root.args[0].args[:2]
+    if not isinstance(eps, float) or mean.target != aten.mean.dim:
+        return None
+    square, over = mean.args[0], arguments(mean)
+    whole = over["dim"] is not None and list(over["dim"]) == [-1] and over["keepdim"] and over["dtype"] is None
+    return eps if whole and square.target == aten.pow.Tensor_Scalar and square.args == (h, 2) else None
+
+
+def _operands(x: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """The two operands of a multiplication in both orders, where both are tensors."""
+    a, b = x.args[:2]
+    return [(a, b), (b, a)] if isinstance(a, fx.Node) and isinstance(b, fx.Node) else []
+
+
+def _is_vector(v: fx.Node, like: fx.Node, const: set[fx.Node]) -> bool:
+    return v in const and value(v).dim() == 1 and is_channel_vector(v, value(like))
+
+
+def _cast_of(x: fx.Node) -> fx.Node:
+    """What x is cast from, or x itself."""
+    cast = (x.target == aten.to.dtype and len(x.args) == 2) or x.target == aten.type_as.default
+    return x.args[0] if cast else x  # type: ignore[return-value]

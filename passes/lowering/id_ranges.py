@@ -1,0 +1,108 @@
+"""id_ranges: a check of the indices that an input gives, in front of what reads a table with them.
+
+    %y = embedding(%weight, %ids)                                    # weight [V, K]
+->
+    %checked = sqcompile.checked_ids(%ids, 0, V, "input_ids indexes embed.weight")
+    %y = embedding(%weight, %checked)
+
+PyTorch's own operators raise an IndexError for an index out of range. Compiled code for the CPU ends the process instead,
+and a one-hot comes out as zeros. On a GPU both stop at an assertion of the device, so nothing is added there.
+
+An index is checked where it stands, so that one computed from inputs is, too (positions counted from a mask), if it is by
+arithmetic and layout. What a model chooses by its activations, such as experts, is in range as it is made.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.passes.ir.graph import add_op, aten, constants, first_leaf, value
+from sqcompile.passes.labels.rules import HOMOGENEOUS, LAYOUT
+
+_ARITHMETIC = {
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.cumsum.default, aten.masked_fill.Scalar, aten.where.self,
+    aten.where.ScalarOther, aten.where.ScalarSelf, aten.cat.default, aten.stack.default, aten.clamp.default,
+    aten.clamp_min.default, aten.ne.Scalar, aten.eq.Scalar, aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar,
+}  # fmt: skip
+
+_DYNAMOS = re.compile(r"^[Ll]_(kwargs_)?|_$")  # L_input_ids_
+_POSITIONS = {aten.arange.default, aten.arange.start, aten.arange.start_step}
+_EMBEDDINGS = {aten.embedding.default, aten.embedding_bag.default, aten.embedding_bag.padding_idx}
+
+
+def check_ids(gm: fx.GraphModule) -> None:
+    """Adds the checks, in place."""
+    const = constants(gm)
+    checked: dict[tuple[Any, ...], fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        for index, table, size, low in _reads(node):
+            v = value(index)
+            if index in const or not isinstance(v, Tensor) or v.device.type != "cpu" or v.dtype == torch.bool:
+                continue
+            origins = _origins(gm, index)
+            if not origins or (table is not None and table not in const and origins <= {"positions"}):
+                continue
+            key = index, size, low
+            if key not in checked:
+                with gm.graph.inserting_before(node):
+                    end = size
+                    if not isinstance(size, int):
+                        assert table is not None
+                        end = add_op(gm, aten.sym_size.int, table, value(table).shape.index(size))
+                    first = (-end if isinstance(end, int) else add_op(gm, operator.neg, end)) if low else 0
+                    name = first_leaf(table) if table in const else None
+                    what = f"{_spelled(index, origins)} indexes {name or _described(node)}"
+                    checked[key] = add_op(gm, sqcompile_ops.checked_ids.default, index, first, end, what)
+            node.replace_input_with(index, checked[key])
+
+
+def _reads(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | None, Any, bool]]:
+    """The indices of a node: each with the table that it reads, the table's size, and whether it may count from the end."""
+    args: Any = node.args
+    if node.target in _EMBEDDINGS:
+        yield args[1], args[0], value(args[0]).shape[0], False
+    elif node.target == aten.one_hot.default and len(args) > 1 and isinstance(args[1], int) and args[1] > 0:
+        yield args[0], None, args[1], False
+    elif node.target in (aten.index_select.default, aten.gather.default):
+        yield args[2], args[0], value(args[0]).shape[args[1]], False
+    elif node.target == aten.index.Tensor:
+        for dim, index in enumerate(args[1]):
+            if isinstance(index, fx.Node):
+                yield index, args[0], value(args[0]).shape[dim], True
+
+
+def _origins(gm: fx.GraphModule, index: fx.Node) -> set[str]:
+    """The inputs that an index is computed from by arithmetic and layout; "positions" are of no input."""
+    names = gm.meta.get("names", {})
+    todo, seen, found = [index], set[fx.Node](), set[str]()
+    while todo:
+        n = todo.pop()
+        v = value(n)
+        if n in seen or not isinstance(v, Tensor) or v.dtype.is_floating_point:
+            continue
+        seen.add(n)
+        if n.op == "placeholder":
+            found.add(_DYNAMOS.sub("", names.get(n.name, n.name)))
+        elif n.target in _POSITIONS:
+            found.add("positions")
+        elif n.target in LAYOUT:
+            todo += n.all_input_nodes[:1]
+        elif n.target in _ARITHMETIC or n.target in HOMOGENEOUS:
+            todo += n.all_input_nodes
+    return found
+
+
+def _spelled(index: fx.Node, origins: set[str]) -> str:
+    names = " and ".join(sorted(origins))
+    return names if index.op == "placeholder" or origins == {"positions"} else f"what is computed from {names}"
+
+
+def _described(node: fx.Node) -> str:
+    return f"{node.target.overloadpacket.__name__} ({node.name})"  # type: ignore[union-attr]

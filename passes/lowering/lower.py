@@ -1,0 +1,262 @@
+"""lower: linears that share a quantized input become one INT8 linear. Reads only the graph.
+
+    %y1 = sqcompile.dequantize(linear(to(%q, float32), to(%w1, float32)), %s, %w1_scale, %b1, dtype)
+    %y2 = sqcompile.dequantize(linear(to(%q, float32), to(%w2, float32)), %s, %w2_scale, %b2, dtype)
+->
+    %y = sqcompile.int8_linear(%q, %s, %w12, %w12_scale, %b12, dtype)                         # any device
+    %y = sqcompile.int8_gemm(%q, %s, %w12, %w12_scale, %b12, dtype, "none", None, None)       # CUDA (see `fuse`)
+    %y = sqcompile.int8_linear_packed(%q_u8, %s, %w12_packed, %w12_scale, %w12_sum, %b12, dtype)    # x86 with VNNI
+    %y1, %y2 = %y[..., :n1], %y[..., n1:]
+
+Each output channel has a scale of its own, so merging q, k, v or gate, up changes no value.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sqcompile.kernels import fused, x86
+from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.kernels.reference import UINT8_ZERO_POINT
+from sqcompile.passes.ir.graph import (
+    add_op,
+    add_tensor,
+    aten,
+    clone,
+    constants,
+    evaluate,
+    finish,
+    get_tensor,
+    release_freed_memory,
+    value,
+)
+from sqcompile.passes.ir.record import record_readers
+from sqcompile.passes.labels.rules import LAYOUT
+from sqcompile.passes.lowering.float_attention import lower_attention
+from sqcompile.passes.lowering.fuse import fuse
+from sqcompile.passes.lowering.id_ranges import check_ids
+from sqcompile.passes.lowering.int8_attention import lower_int8_attention
+from sqcompile.passes.rewrite.weight_store import Lazy, Merged, Shared
+
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """One linear of int8 operands: the node of its result, and what it is made of."""
+
+    out: fx.Node
+    q: fx.Node
+    weight: fx.Node
+    scale: fx.Node
+    weight_scale: fx.Node
+    bias: fx.Node | None
+    dtype: torch.dtype
+    offsets: fx.Node | None = None
+    static: fx.Node | None = None  # Δx, by which the weight's scale is multiplied
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Linears of one key become one."""
+        alone = self.out if self.offsets else None  # experts are not merged: each is a product of its own anyway
+        return self.q, self.scale, self.static, self.dtype, self.bias is None, alone
+
+
+def lower(gm: fx.GraphModule, shared: Shared | None = None) -> fx.GraphModule:
+    """Lowers every quantized linear, and computes what depends on parameters alone.
+
+    With ``shared`` (the same as of `insert_qdq`), a weight that another graph has made is taken from it.
+
+    On a device without INT8 kernels of its own, the integer reference runs, with a warning once per device type.
+    Weights are packed one group at a time and the plain int8 copy is dropped, so no two copies of the model exist.
+    """
+    gm = clone(gm)
+    groups: dict[tuple[object, ...], list[_Quantized]] = {}
+    for node in gm.graph.nodes:
+        grouped = node.target == sqcompile_ops.grouped_dequantize.default
+        if grouped or node.target == sqcompile_ops.dequantize.default:
+            acc, scale, weight_scale, more, dtype = node.args
+            q, weight = (cast.args[0] for cast in acc.args[:2])
+            weight_scale, static = weight_scale.args if weight_scale.target == aten.mul.Tensor else (weight_scale, None)
+            bias, offsets = (None, more) if grouped else (more, None)
+            found = _Quantized(node, q, weight, scale, weight_scale, bias, dtype, offsets, static)
+            groups.setdefault(found.key, []).append(found)
+    for group in groups.values():
+        if group[0].offsets:
+            _lower_experts(gm, group[0], shared)
+        else:
+            _lower_group(gm, group, shared)
+        release_freed_memory()
+    gm.meta.pop("lazy", None)  # it holds the float weights
+    _materialize(gm)
+    lower_int8_attention(gm)
+    lower_attention(gm)
+    kernels = (sqcompile_ops.int8_gemm.default, sqcompile_ops.int8_grouped_linear.default)
+    if any(gm.graph.find_nodes(op="call_function", target=target) for target in kernels):
+        fuse(gm)
+    check_ids(gm)
+    return finish(gm)
+
+
+def _weights(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | None) -> Merged:
+    """The weights of a group as one: packed for the CPU where it has kernels; shared between graphs if asked for."""
+    if shared is None:
+        parts = [(get_tensor(gm, str(g.weight.target)), get_tensor(gm, str(g.weight_scale.target))) for g in group]
+        return _merge(parts, bool(group[0].offsets))
+    lazy: list[Lazy] = [gm.meta["lazy"][str(g.weight.target)] for g in group]
+    key = tuple(l.key for l in lazy)
+    return shared.get(gm, key, lambda: _merge([l.make() for l in lazy], bool(group[0].offsets)))
+
+
+def _merge(parts: list[tuple[torch.Tensor, torch.Tensor]], experts: bool) -> Merged:
+    packs = parts[0][0].device.type == "cpu" and x86.available()
+    if experts:
+        [(w_int8, scale)] = parts
+        scale = scale.expand(w_int8.shape[:2]).contiguous()
+        if not packs:
+            return Merged(w_int8, scale)
+        packed = [x86.pack(matrix) for matrix in w_int8]
+        return Merged(packed, scale, torch.stack([x86.row_sum(m, p) for m, p in zip(w_int8, packed, strict=True)]))
+    w_int8 = torch.cat([w for w, _ in parts])
+    scale = torch.cat([scale.expand(len(w)) for w, scale in parts])
+    if not packs:
+        return Merged(w_int8, scale)
+    w = x86.pack(w_int8)
+    return Merged(w, scale, x86.row_sum(w_int8, w))
+
+
+def _columns(gm: fx.GraphModule, g: _Quantized, merged: Merged) -> torch.Tensor:
+    """The factors of output channels, float32 [N] or [E, N]: Δw, times Δx where it is static."""
+    return merged.scale if g.static is None else merged.scale * get_tensor(gm, str(g.static.target))
+
+
+def _lower_group(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | None) -> None:
+    first = group[0]
+    sizes = [value(g.weight).shape[0] for g in group]
+    merged = _weights(gm, group, shared)
+    assert isinstance(merged.w, torch.Tensor)
+    bias = None if first.bias is None else torch.cat([evaluate(gm, g.bias) for g in group if g.bias is not None])
+    name = str(first.weight.target).removesuffix("_int8")
+    device = merged.scale.device
+    with gm.graph.inserting_before(first.out):
+        w_scale = add_tensor(gm, f"{name}_columns", _columns(gm, first, merged))
+        b = None if bias is None else add_tensor(gm, f"{name}_bias", bias)
+        if merged.row_sum is not None:
+            w, w_sum = add_tensor(gm, f"{name}_packed", merged.w), add_tensor(gm, f"{name}_sum", merged.row_sum)
+            new = gm.graph.call_function(
+                sqcompile_ops.int8_linear_packed.default,
+                (_as_uint8(gm, first.q), first.scale, w, w_scale, w_sum, b, first.dtype),
+            )
+        else:
+            w = add_tensor(gm, f"{name}_merged", merged.w)
+            arguments: tuple[Any, ...] = (first.q, first.scale, w, w_scale, b, first.dtype)
+            if fused.available(device):
+                new = gm.graph.call_function(sqcompile_ops.int8_gemm.default, (*arguments, "none", None, None))
+            else:
+                _warn_reference(device)
+                new = gm.graph.call_function(sqcompile_ops.int8_linear.default, arguments)
+        like = value(first.out)
+        new.meta["val"] = like.new_empty((*like.shape[:-1], sum(sizes)))
+        parts = [new]
+        if len(group) > 1:
+            ends = list(itertools.accumulate(sizes))
+            parts = [add_op(gm, aten.slice.Tensor, new, -1, e - n, e) for e, n in zip(ends, sizes, strict=True)]
+            parts = [
+                add_op(gm, aten.contiguous.default, p) if _shows_strides(g.out) else p
+                for g, p in zip(group, parts, strict=True)
+            ]
+    for g, part in zip(group, parts, strict=True):
+        _replace(gm, g, part)
+        record_readers(gm, part)
+
+
+def _lower_experts(gm: fx.GraphModule, g: _Quantized, shared: Shared | None) -> None:
+    merged = _weights(gm, [g], shared)
+    name = str(g.weight.target).removesuffix("_int8")
+    with gm.graph.inserting_before(g.out):
+        w_scale = add_tensor(gm, f"{name}_columns", _columns(gm, g, merged))
+        if merged.row_sum is not None:
+            w = [add_tensor(gm, f"{name}_packed_{e}", p) for e, p in enumerate(merged.w)]
+            arguments: tuple[Any, ...] = (
+                _as_uint8(gm, g.q),
+                g.scale,
+                w,
+                w_scale,
+                add_tensor(gm, f"{name}_sum", merged.row_sum),
+                g.offsets,
+                g.dtype,
+            )
+            target = sqcompile_ops.int8_grouped_linear_packed.default
+        else:
+            assert isinstance(merged.w, torch.Tensor)
+            if not fused.available(merged.w.device):
+                _warn_reference(merged.w.device)
+            arguments = (g.q, g.scale, add_tensor(gm, f"{name}_all", merged.w), w_scale, g.offsets, g.dtype)
+            target = sqcompile_ops.int8_grouped_linear.default
+        new = gm.graph.call_function(target, arguments)
+        new.meta["val"] = value(g.out)
+    _replace(gm, g, new)
+
+
+def _shows_strides(node: fx.Node) -> bool:
+    """Whether the caller, or an operation that looks at memory, sees a tensor through layout operations alone."""
+    return any(
+        u.op == "output"
+        or u.target in (aten.as_strided.default, aten.view_as_complex.default)
+        or (u.target in LAYOUT and _shows_strides(u))
+        for u in node.users
+    )
+
+
+def _replace(gm: fx.GraphModule, old: _Quantized, new: fx.Node) -> None:
+    """Puts the new node in place of a linear, and drops the linear and its plain int8 weight at once."""
+    old.out.replace_all_uses_with(new)
+    acc = old.out.args[0]
+    assert isinstance(acc, fx.Node)
+    weight_cast = acc.args[1]
+    for node in (old.out, acc, weight_cast):
+        gm.graph.erase_node(node)  # type: ignore[arg-type]
+    if not old.weight.users:
+        path, _, leaf = str(old.weight.target).rpartition(".")
+        gm.graph.erase_node(old.weight)
+        delattr(gm.get_submodule(path), leaf)
+
+
+def _as_uint8(gm: fx.GraphModule, q: fx.Node) -> fx.Node:
+    """The uint8 twin of a quantize node, made once."""
+    x, scale = q.args
+    for user in x.users:  # type: ignore[union-attr]
+        if user.target == sqcompile_ops.quantize.default and user.args == (x, scale, UINT8_ZERO_POINT):
+            return user
+    with gm.graph.inserting_before(q):
+        return add_op(gm, sqcompile_ops.quantize.default, x, scale, UINT8_ZERO_POINT)
+
+
+def _warn_reference(device: torch.device) -> None:
+    if device.type not in _warned:
+        _warned.add(device.type)
+        warnings.warn(
+            f"sqcompile has no INT8 kernels for {device.type}"
+            + (" without AVX512-VNNI" if device.type == "cpu" else "")
+            + ": the compiled model runs the plain-PyTorch integer reference, correct but slow",
+            stacklevel=2,
+        )
+
+
+def _materialize(gm: fx.GraphModule) -> None:
+    """Constant expressions that data meets (a norm's weight / s) become tensors."""
+    const = constants(gm)
+    for node in [n for n in gm.graph.nodes if n in const and n.op == "call_function"]:
+        if any(u not in const for u in node.users):
+            tensor = evaluate(gm, node)
+            if isinstance(tensor, torch.Tensor):
+                with gm.graph.inserting_before(node):
+                    new = add_tensor(gm, f"constant_{node.name}", tensor.to(value(node).dtype).clone())
+                node.replace_all_uses_with(new)
+                gm.graph.erase_node(node)

@@ -1,0 +1,94 @@
+"""static_scales: Δ of an input from calibration, with room for tokens that calibration has not seen.
+
+    Δ = (1 + m) · max_j (max_t |X_tj| / s_j) / 127
+
+The largest of n tokens is a poor guess of the largest of all: a new token is beyond it in one channel with a probability
+of 1 / (n + 1). Without smoothing one channel with outliers sets the limit, and the others are far below it. Smoothing
+takes every channel to the limit, so that a new token is beyond it in about K / (n + 1) channels, and is clipped there.
+
+How far beyond, the calibration tokens tell themselves. They are kept as two halves, of which each has an absmax of its
+own: scales made from one half are tried on sampled rows of the other, whose tokens are as new to them as unseen text.
+A sample of few rows shows few outliers, though, and a single one can cost more than all rounding. So what is expected of
+the tails is added (`clipped`): of an exponential tail, the largest of n values is beyond any limit L above it by a mean
+square of 2 β² exp(-(L - M) / β) / n for each new value, M being the largest one so far, and two such maxima differ by
+2 ln 2 · β in the mean, from which β is known. The margin m is the candidate with the smallest sum of both, by
+the geometric mean over the halves; `choose` compares α by the same sum, s from one half as well. Both vanish with thousands of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from sqcompile.kernels.reference import ABSMAX_FLOOR, QMAX, absmax_scale
+from sqcompile.statistics.input_stats import InputStats
+
+MARGINS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)
+# Of one token nothing is known about the next.
+ONE_TOKEN = 0.25
+# Calibration with fewer tokens is warned of.
+FEW_TOKENS = 512
+
+
+def has_halves(stats: InputStats) -> bool:
+    """Whether there are tokens in both halves."""
+    return stats.count > 1 and bool((stats.halves.amax(1) > 0).all())
+
+
+def margin(stats: InputStats, columns: Tensor, weight: Tensor) -> float:
+    """The margin of an input.
+
+    Args:
+        stats: of the input, K channels.
+        columns: float32 [2, K], what its channels are divided by, chosen from either half.
+        weight: float32 [K], what an error of each channel costs, squared.
+    """
+    if not has_halves(stats):
+        return ONE_TOKEN
+    errors = torch.zeros(len(MARGINS), dtype=torch.float32, device=columns.device)
+    room = 1 + torch.tensor(MARGINS, dtype=torch.float32, device=columns.device)
+    for mine, other in ((0, 1), (1, 0)):
+        rows = stats.rows[stats.half == mine].float()
+        x, cost = rows / columns[other], weight * columns[other].square()
+        limits = (stats.halves[other] / columns[other]).max() * room
+        for i, limit in enumerate(limits):
+            scale = absmax_scale(limit)
+            rounded = (x / scale).round().clamp(-QMAX, QMAX) * scale
+            tail = clipped(stats, stats.halves[other], limit * columns[other], weight)
+            error = ((rounded - x).square() @ cost).sum() + len(rows) * tail
+            errors[i] += error.clamp_min(ABSMAX_FLOOR).log()  # a token like no other decides for its half alone
+    return MARGINS[int(errors.argmin())]
+
+
+def margin_of_channels(stats: InputStats) -> float:
+    """The margin of an input whose channels have a static scale each: one β of the mean channel, times what is unseen."""
+    return _tail(stats) * min(1.0, FEW_TOKENS / stats.count) if has_halves(stats) else ONE_TOKEN
+
+
+def clipped(stats: InputStats, absmax: Tensor, limits: Tensor, weight: Tensor) -> Tensor:
+    """The expected cost of clipping a new row: absmax [K] of half of the tokens, limits [K] of channels, weight [K]."""
+    beta = _tail(stats) * absmax.clamp_min(ABSMAX_FLOOR)
+    beyond = ((limits - absmax).clamp_min(0) / beta).neg().exp()
+    return (weight * 2 * beta.square() * beyond).sum() / (stats.count / 2)
+
+
+def _tail(stats: InputStats) -> float:
+    """β relative to the largest value, for the mean channel: by how much the halves' maxima differ, over 2 ln 2."""
+    absmax = stats.absmax
+    relative = (stats.halves[0] - stats.halves[1]).abs()[absmax > 0] / absmax[absmax > 0]
+    return max(float(relative.mean()) / (2 * math.log(2)), 0.01)
+
+
+def warn_of_few(counts: Iterable[int]) -> None:
+    """Warns once for a plan whose static scales come from few tokens; ``counts``: of each linear's."""
+    tokens = max(counts, default=FEW_TOKENS)
+    if tokens < FEW_TOKENS:
+        warnings.warn(
+            f"static scales from {tokens} calibration token{'s' if tokens > 1 else ''}: larger values on other input are "
+            f"clipped. Calibrate with at least {FEW_TOKENS} tokens, better thousands, or take a recipe with dynamic scales",
+            stacklevel=2,
+        )

@@ -1,0 +1,168 @@
+"""fold: smoothing scales go into the graph; the float function stays the same.
+
+    (X·diag(1/s)) (diag(s)·Wᵀ) = X·Wᵀ
+
+    %n = layer_norm(%x, [64], %g, %b)          %n = layer_norm(%x, [64], %g / %s, %b / %s)
+    %q = linear(%n, %wq)                  ->   %q = linear(%n, %wq * %s)
+
+Parameters are not written to: a folded parameter is an expression over the old one, so one that is shared or tied is
+changed for the site alone. Where nothing absorbs 1/s, ``%x * %inv_s`` stands explicitly before the balance layers.
+Scales of attentions' head channels multiply what makes the queries and divide what makes the keys (`head_labels`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sqcompile.errors import PlanError
+from sqcompile.passes.ir.graph import (
+    FOLD_CAST,
+    Linear,
+    add_op,
+    add_tensor,
+    aten,
+    clone,
+    constants,
+    evaluate,
+    find_linears,
+    finish,
+    first_leaf,
+    linear_operands,
+    nodes_by_name,
+    value,
+)
+from sqcompile.passes.labels.head_sites import HeadSite
+from sqcompile.passes.labels.interpreter import vector_operand
+from sqcompile.passes.labels.match import Site
+from sqcompile.plan.plan import Plan
+
+
+def fold(gm: fx.GraphModule, sites: list[Site], plan: Plan, heads: Sequence[HeadSite] = ()) -> fx.GraphModule:
+    """Applies a plan's scales.
+
+    Args:
+        gm: a traced graph.
+        sites: what can be scaled in it (`match`, and `input_sites` of the refusals).
+        plan: scales by site name.
+        heads: what can be scaled in its attentions (`match_heads`).
+
+    Raises:
+        PlanError: if the plan has a scale for a site that this graph does not have, or of another size, or has none for
+            what it says is smoothed, or if a folded vector overflows the model's dtype.
+    """
+    by_name = {s.name: s for s in sites}
+    for name, s in plan.scales.items():
+        if name not in by_name or by_name[name].channels != len(s):
+            raise PlanError(f"the plan smooths {name!r}, which this model does not have: calibrate this model")
+    balanced = {l.name for name in plan.scales for l, _ in by_name[name].balance}
+    smoothed = {l.name for l in plan.layers if l.quantized and l.smoothing != "none"}
+    for l in find_linears(gm):
+        if l.name in smoothed - balanced:
+            raise PlanError(
+                f"the plan smooths {l.name!r}, and has no scales for it in this model: calibrate this model"
+            )
+    head_sites = {s.name: s for s in heads}
+    head_scales = {n.removesuffix("/scale"): s for n, s in plan.heads.items() if n.endswith("/scale")}
+    for name, s in head_scales.items():
+        if name not in head_sites or head_sites[name].classes != len(s):
+            raise PlanError(f"the plan smooths the attention {name!r}, which this model lacks: calibrate this model")
+    for name in head_sites.keys() - head_scales.keys():
+        raise PlanError(f"the plan smooths the attention {name!r}, and has no scales for it: calibrate this model")
+    new = clone(gm)
+    folder = _Folder(new)
+    quantized = {l.name for l in plan.layers if l.quantized}
+    for i, (name, s) in enumerate(plan.scales.items()):
+        folder.site(by_name[name], s, f"smooth_{i}", quantized)
+    for i, (name, s) in enumerate(head_scales.items()):
+        for site, classes in head_sites[name].queries:
+            folder.site(site, pick(s, classes).reciprocal(), f"queries_{i}", quantized)
+        for site, classes in head_sites[name].keys:
+            folder.site(site, pick(s, classes), f"keys_{i}", quantized)
+    return finish(new)
+
+
+class _Folder:
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.nodes = nodes_by_name(gm)
+        self.const = constants(gm)
+
+    def site(self, site: Site, s: Tensor, name: str, quantized: set[str]) -> None:
+        producer = self.nodes[site.producer]
+        if site.kind == "input":
+            self._multiply(site, s, name, quantized)
+            return
+        if site.kind == "linear":
+            self._linear_rows(producer, s, name)
+        elif site.kind == "scale":
+            self._change(producer, vector_operand(producer, self.const), aten.div.Tensor, s, name)
+        else:
+            self._norm(producer, s, name)
+        for node, argument, labels in site.adds:
+            self._change(self.nodes[node], argument, aten.div.Tensor, pick(s, labels), f"{name}_add")
+        for linear, index in site.balance:
+            self._columns(linear, pick(s, index), name)
+
+    def _change(self, user: fx.Node, argument: int | None, op: Callable[..., Any], by: Tensor, name: str) -> None:
+        """Replaces a constant argument by ``op(argument, by)``, in the argument's dtype."""
+        assert argument is not None
+        old = user.args[argument]
+        assert isinstance(old, fx.Node)
+        by = by.to(value(old).device)
+        if value(old).dim() < 2:  # of a matrix, quantization is from the float32 product
+            before = evaluate(self.gm, old)
+            if bool((before.isfinite() & ~op(before, by).to(before.dtype).isfinite()).any()):
+                raise PlanError(
+                    f"the plan's scales take {first_leaf(old)!r} out of {before.dtype}: calibrate this model"
+                )
+        with self.gm.graph.inserting_before(user):
+            new = self._scaled(old, op, by, name)
+        user.update_arg(argument, new)
+        self.const.add(new)
+
+    def _scaled(self, old: fx.Node, op: Callable[..., Any], by: Tensor, name: str) -> fx.Node:
+        new = add_op(self.gm, op, old, add_tensor(self.gm, name, by))
+        if value(new).dtype != value(old).dtype:
+            new = add_op(self.gm, aten.to.dtype, new, value(old).dtype)
+            new.meta[FOLD_CAST] = True
+        return new
+
+    def _linear_rows(self, node: fx.Node, s: Tensor, name: str) -> None:
+        self._change(node, 1, aten.div.Tensor, s[:, None], f"{name}_rows")
+        if linear_operands(node)[2] is not None:
+            self._change(node, 2, aten.div.Tensor, s, f"{name}_bias")
+
+    def _columns(self, linear: Linear, s: Tensor, name: str) -> None:
+        self._change(self.nodes[linear.node], 1, aten.mul.Tensor, s, f"{name}_columns")
+
+    def _norm(self, node: fx.Node, s: Tensor, name: str) -> None:
+        """Divides a norm's weight and bias; a norm without a weight gets one."""
+        args = list(node.args)
+        if len(args) < 3 or args[2] is None:
+            with self.gm.graph.inserting_before(node):
+                like = value(node)
+                ones = torch.ones(len(s), dtype=like.dtype, device=like.device)
+                args[2:3] = [add_tensor(self.gm, f"{name}_weight", ones)]
+            node.args = tuple(args)
+        self._change(node, 2, aten.div.Tensor, s, name)
+        if node.target == aten.layer_norm.default and len(args) > 3 and args[3] is not None:
+            self._change(node, 3, aten.div.Tensor, s, f"{name}_bias")
+
+    def _multiply(self, site: Site, s: Tensor, name: str, quantized: set[str]) -> None:
+        users = [(l, self.nodes[l.node]) for l, _ in site.balance if l.name in quantized]
+        x = self.nodes[site.producer]
+        with self.gm.graph.inserting_before(min(u for _, u in users)):
+            smoothed = self._scaled(x, aten.mul.Tensor, s.reciprocal().to(value(x).device), name)
+        for linear, user in users:
+            user.update_arg(0, smoothed)
+            self._columns(linear, s, name)
+
+
+def pick(s: Tensor, labels: Tensor) -> Tensor:
+    """s by label; 1 where a label is -1."""
+    labels = labels.to(s.device)
+    return torch.where(labels >= 0, s[labels.clamp_min(0)], 1.0)

@@ -1,0 +1,178 @@
+"""insert_qdq: INT8 values, float arithmetic. The reference for everything below it, on any device.
+
+    %y = linear(%x, %w, %b)
+->
+    %s = sqcompile.token_scale(%x)                    # or tensor_scale(%x), or a calibrated constant
+    %q = sqcompile.quantize(%x, %s)                   # int8, shared by every linear that reads %x
+    %acc = linear(to(%q, float32), to(%w_int8, float32))
+    %y = sqcompile.dequantize(%acc, %s, %w_scale, %b, dtype)
+
+With a static scale, which rows that are not finite do not change, they come out as NaN by a factor of their own:
+
+    %q = sqcompile.quantize(%x, %s)                   # %s calibrated
+    %r = sqcompile.finite_rows(%x)                    # 1, or NaN where the row of %x is not finite
+    %y = sqcompile.dequantize(%acc, %r, mul(%w_scale, %s), %b, dtype)
+
+The scales come out of the product, Y = Δx Δw (X̂ Ŵᵀ), so that %acc is a sum of integers: exact in float32 up to 2^24,
+and a kernel that sums in int32 gives the same result to the bit, not one that rounds the next quantization elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.kernels.reference import quantize, weight_scale
+from sqcompile.passes.ir.graph import (
+    FOLD_CAST,
+    Linear,
+    add_op,
+    add_tensor,
+    aten,
+    clone,
+    effective_weight,
+    find_linears,
+    finish,
+    linear_operands,
+    nodes_by_name,
+    release_freed_memory,
+    row_parts,
+    set_tensor,
+    value,
+)
+from sqcompile.passes.planning.finite import check_tensor
+from sqcompile.passes.rewrite.insert_qdq_attention import quantize_attention
+from sqcompile.passes.rewrite.weight_store import Lazy, Shared
+from sqcompile.plan.plan import LayerPlan, Plan
+
+
+def insert_qdq(gm: fx.GraphModule, plan: Plan, shared: Shared | None = None) -> fx.GraphModule:
+    """Quantizes the plan's attentions (`quantize_attention`) and linears.
+
+    Weights are quantized from their float32 folded value, one at a time. The result holds int8 [N, K] and float32
+    scales [N] ([1] per tensor) under ``<weight name>_int8`` and ``_scale``, and no float copy of them. Experts have a
+    scale per expert and output channel: int8 [E, N, K] and float32 [E, N] ([E, 1] per tensor).
+
+    With ``shared``, weights are quantized when `lower` asks for them: until then the graph holds tensors without data
+    (on the meta device), and ``meta["lazy"]`` says by their names how they are made.
+    """
+    folded, gm = gm, clone(gm)
+    quantize_attention(gm, plan)
+    inserter = _Inserter(gm, plan, folded, shared)
+    layers = {l.name: l for l in plan.layers if l.quantized}
+    # Match first: once a weight is quantized, its graph has other linears.
+    for linear in find_linears(gm):
+        if linear.name in layers:
+            inserter.linear(linear, layers[linear.name])
+            release_freed_memory()
+    return finish(gm)
+
+
+def quantize_weights(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph made with ``shared`` that is run as it is, without `lower`: its weights are quantized now. In place."""
+    for name, lazy in gm.meta.pop("lazy", {}).items():
+        w, scale = lazy.make()
+        set_tensor(gm, name, w)
+        set_tensor(gm, lazy.scale, scale)
+    return gm
+
+
+class _Inserter:
+    def __init__(self, gm: fx.GraphModule, plan: Plan, folded: fx.GraphModule, shared: Shared | None) -> None:
+        self.gm, self.plan, self.folded, self.shared = gm, plan, folded, shared
+        self.nodes, self.folded_nodes = nodes_by_name(gm), nodes_by_name(folded)
+        self.inputs: dict[tuple[str, float | None], tuple[fx.Node, fx.Node, fx.Node | None]] = {}
+
+    def linear(self, linear: Linear, layer: LayerPlan) -> None:
+        node = self.nodes[linear.node]
+        x, _, bias = linear_operands(node)
+        x_float, x_scale, static = self._input(x, layer)
+        name = linear.name.replace("#", "_use")
+        with self.gm.graph.inserting_before(node):
+            w_int8, w_scale = self._operands(linear, name)
+            if static is not None:
+                w_scale = add_op(self.gm, aten.mul.Tensor, w_scale, static)
+            w_float = add_op(self.gm, aten.to.dtype, w_int8, torch.float32)
+            if linear.experts:
+                offsets, dequantize = node.args[2], sqcompile_ops.grouped_dequantize.default
+                acc = add_op(self.gm, sqcompile_ops.grouped_linear.default, x_float, w_float, offsets)
+                y = add_op(self.gm, dequantize, acc, x_scale, w_scale, offsets, value(node).dtype)
+            else:
+                acc = add_op(self.gm, aten.linear.default, x_float, w_float)
+                y = add_op(self.gm, sqcompile_ops.dequantize.default, acc, x_scale, w_scale, bias, value(node).dtype)
+        node.replace_all_uses_with(y)
+        self.gm.graph.erase_node(node)
+
+    def _operands(self, linear: Linear, name: str) -> tuple[fx.Node, fx.Node]:
+        if self.shared is None:
+            q, scale = self._weight(linear)
+            return add_tensor(self.gm, f"{name}_int8", q), add_tensor(self.gm, f"{name}_scale", scale)
+        weight = self.nodes[linear.weight]
+        per_channel = self.plan.recipe.weight == "per_channel"
+        rows = (*linear.shape[:-2], linear.out_features if per_channel else 1)
+        w_int8 = _stand_in(self.gm, f"{name}_int8", linear.shape, torch.int8, value(weight).device)
+        w_scale = _stand_in(self.gm, f"{name}_scale", rows, torch.float32, value(weight).device)
+        key = per_channel, self.shared.key(self.gm, weight)
+        lazy = self.gm.meta.setdefault("lazy", {})
+        lazy[str(w_int8.target)] = Lazy(key, lambda: self._weight(linear), str(w_scale.target))
+        return w_int8, w_scale
+
+    def _weight(self, linear: Linear) -> tuple[Tensor, Tensor]:
+        """int8 [N, K] and float32 [N], or [1] per tensor; for experts, each a tensor of its own, with a leading [E]."""
+        w = effective_weight(self.folded, linear, self.folded_nodes)
+        per_channel = self.plan.recipe.weight == "per_channel"
+        if not linear.experts:
+            q, scale = _quantize_weight(w, per_channel)
+        else:
+            q, scales = torch.empty(w.shape, dtype=torch.int8, device=w.device), []
+            for out, matrix in zip(q, w, strict=True):
+                values, scale = _quantize_weight(matrix, per_channel)
+                out.copy_(values)
+                scales.append(scale)
+            scale = torch.stack(scales)
+        if not bool(scale.isfinite().all()):
+            check_tensor(w, linear.name.partition("#")[0])
+        return q, scale
+
+    def _input(self, x: fx.Node, layer: LayerPlan) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+        """The quantized input as float32 integers, the factor of its rows, and Δ where it is static; made once for each."""
+        if x.meta.get(FOLD_CAST):  # quantize the float32 product x·(1/s), not its rounding to the model's dtype
+            assert isinstance(x.args[0], fx.Node)
+            x = x.args[0]
+        key = (x.name, layer.input_scale)
+        if key not in self.inputs:
+            after = x.next
+            while after.op == "placeholder":
+                after = after.next
+            with self.gm.graph.inserting_before(after):
+                static = None
+                if layer.input_scale is not None:
+                    constant = torch.tensor(layer.input_scale, dtype=torch.float32, device=value(x).device)
+                    static = add_tensor(self.gm, f"{layer.name}_input_scale", constant)
+                    scale = add_op(self.gm, sqcompile_ops.finite_rows.default, x)
+                elif self.plan.recipe.activation == "per_token":
+                    scale = add_op(self.gm, sqcompile_ops.token_scale.default, x)
+                else:
+                    scale = add_op(self.gm, sqcompile_ops.tensor_scale.default, x)
+                q = add_op(self.gm, sqcompile_ops.quantize.default, x, scale if static is None else static)
+                self.inputs[key] = add_op(self.gm, aten.to.dtype, q, torch.float32), scale, static
+        return self.inputs[key]
+
+
+def _stand_in(
+    gm: fx.GraphModule, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> fx.Node:
+    """A get_attr node for a tensor that is not there yet. Call inside ``graph.inserting_before``."""
+    node = add_tensor(gm, name, torch.empty(shape, dtype=dtype, device="meta"))
+    with gm.meta["fake_mode"]:
+        node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
+    return node
+
+
+def _quantize_weight(w: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
+    parts = row_parts(w)  # no float copy of the weight
+    scale = torch.cat([weight_scale(w[p].float(), True) for p in parts])
+    if not per_channel:
+        scale = scale.amax(dim=0, keepdim=True)
+    return torch.cat([quantize(w[p], scale[p] if per_channel else scale) for p in parts]), scale.flatten()

@@ -1,0 +1,88 @@
+"""models: what can be compiled at all, said before anything runs: one sentence for each thing that cannot."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from sqcompile.compiled.emit import CompiledModel
+from sqcompile.errors import CaptureError
+
+
+def check_model(model: Any) -> None:
+    """Refuses what is no float module with values of its own.
+
+    Raises:
+        CaptureError: saying what to pass instead.
+    """
+    from torch._dynamo.eval_frame import OptimizedModule  # here, as Dynamo imports triton
+
+    if not isinstance(model, nn.Module):
+        raise CaptureError(_no_module(model))
+    kind = type(model).__name__
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise CaptureError(f"the model is wrapped in {kind}: pass the model in it, model.module")
+    for name, module in model.named_modules():
+        what = f"its submodule {name!r}" if name else "the model"
+        if isinstance(module, CompiledModel):
+            raise CaptureError(f"{what} is compiled by sqcompile already: pass the float model it was made from")
+        if isinstance(module, OptimizedModule):
+            raise CaptureError(
+                f"{what} was made by torch.compile: pass the module it was made from, its _orig_mod (or keep torch.compile, "
+                'with backend="smoothquant")'
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(f"{what} is TorchScript, which cannot be captured: pass the nn.Module it was made from")
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise CaptureError(f"{what} ({type(module).__name__}) is quantized already: pass the float model")
+        if type(module).__module__.startswith("torch.distributed.fsdp"):
+            raise CaptureError(
+                f"{what} shards its parameters ({type(module).__name__}): pass a model that holds them whole"
+            )
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        _check_tensor(name, t)
+
+
+def _check_tensor(name: str, t: Tensor) -> None:
+    kind = type(t).__name__
+    if is_lazy(t):
+        raise CaptureError(f"{name} is not initialized yet: run the model once on a real batch, then compile it")
+    if t.is_meta:
+        raise CaptureError(
+            f"{name} is on the meta device, and has no values: load the model with its weights (not offloaded: without "
+            "device_map, where they do not fit)"
+        )
+    if is_traceable_wrapper_subclass(t):
+        raise CaptureError(
+            f"{name} is a {kind}, not a plain tensor (quantized or sharded already): load the float model, whole"
+        )
+    if isinstance(t, nn.Parameter) and type(t) is not nn.Parameter and not t.dtype.is_floating_point:
+        raise CaptureError(f"{name} is a {kind} of {t.dtype}, quantized already: load the float model")
+
+
+def _no_module(x: Any) -> str:
+    if isinstance(x, (str, os.PathLike)):
+        return (
+            f"the model is given by name, {str(x)!r}: load it, and pass the model itself "
+            "(transformers: AutoModelForCausalLM.from_pretrained(name))"
+        )
+    if isinstance(x, type) and issubclass(x, nn.Module):
+        return f"the model is the class {x.__name__}: pass an instance, with its weights"
+    if isinstance(x, torch.export.ExportedProgram):
+        return "the model is an ExportedProgram: pass the nn.Module it was made from (or its .module())"
+    if isinstance(x, fx.Graph):
+        return "the model is an fx.Graph: pass its GraphModule"
+    inside = [f".{name}" for name, v in getattr(x, "__dict__", {}).items() if isinstance(v, nn.Module)]
+    if inside:
+        return f"a {type(x).__name__} is no nn.Module: pass one that it holds ({', '.join(inside[:6])})"
+    if callable(x):
+        return (
+            f"the model is a function ({getattr(x, '__name__', type(x).__name__)}): pass an nn.Module that calls it, whose "
+            'parameters are its own (torch.compile(function, backend="smoothquant") takes functions)'
+        )
+    return f"the model is a {type(x).__name__}: pass an nn.Module"

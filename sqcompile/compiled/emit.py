@@ -1,0 +1,153 @@
+"""emit: a lowered graph becomes a module with the model's own signature and output type."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from sqcompile.capture.captured import flatten_like
+from sqcompile.capture.inputs import Forward
+from sqcompile.compiled.inductor import compile_regions, flatten, inductor
+from sqcompile.compiled.report import Report
+from sqcompile.compiled.stages import Stages
+from sqcompile.errors import CaptureError, StageError
+from sqcompile.passes.ir.graph import get_tensor, set_tensor
+from sqcompile.plan.plan import Plan
+
+BACKENDS = ("inductor", "eager")
+
+_UNSAVED = (
+    "a compiled model is neither saved, loaded nor copied, since its INT8 weights are packed for this machine: save "
+    "compiled.plan and the float weights, then sqcompile.compile(model, plan=...), which needs no data"
+)
+
+
+class CompiledModel(nn.Module):
+    """The compiled model: call it as the model it was made from.
+
+    Attributes:
+        plan: what was decided; ``sqcompile.compile(model, plan=compiled.plan)`` gives the same module without data.
+        report: one line per linear.
+        stages: the graphs "traced", "folded", "quantized" and "lowered".
+    """
+
+    def __init__(
+        self,
+        lowered: fx.GraphModule,
+        call: Forward,
+        plan: Plan,
+        stages: Stages,
+        run: Callable[[fx.GraphModule], Callable[..., Any]],
+    ) -> None:
+        super().__init__()
+        self.lowered = lowered
+        self.plan, self.report, self.stages = plan, Report.of(plan, lowered), stages
+        self._call = call
+        self._captured, self._out_spec = lowered.meta["captured"], lowered.meta["out_spec"]
+        flat, self._used = flatten(lowered)
+        self._run = run(flat)
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own signature and output type; no gradients.
+
+        Raises:
+            CaptureError: for a call with other arguments than the captured ones, or with sizes that the capture does not serve.
+        """
+        try:
+            call = self._call.bind(args, kwargs)
+        except TypeError as e:
+            raise CaptureError(f"the call does not fit the model's signature {self._call.signature}: {e}") from e
+        leaves = flatten_like(call, self._captured)
+        # compiled code reads its inputs as they lay in the capture, which was contiguous, and does not look
+        used = [x.contiguous() if isinstance(x, Tensor) else x for x in (leaves[i] for i in self._used)]
+        with torch.no_grad():
+            out = self._run(*used)
+        return pytree.tree_unflatten(list(out), self._out_spec)
+
+    def draw(self, path: str | os.PathLike[str], stage: str = "traced", full: bool = False) -> None:
+        """Draws a stage to a .svg or .html file: what absorbs 1/s, what absorbs s, INT8 GEMMs, refusals.
+
+        Args:
+            path: where to; the page shows each node's text and reason where the pointer is.
+            stage: "traced", "folded", "quantized" or "lowered".
+            full: draws every block; otherwise of four and more equal blocks in a row, one.
+
+        Raises:
+            DrawError: for another suffix, or a path that cannot be written.
+            StageError: if the float model is gone, from which stages are rebuilt, or its parameters changed.
+        """
+        from sqcompile.draw import draw
+
+        draw(path, self.stages["traced"], self.plan, self.stages[stage], full)
+
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors the compiled model holds; a packed weight counts as its int8 values."""
+        return sum(tensor_bytes(b) for b in self.lowered.buffers())
+
+    def train(self, mode: bool = True) -> CompiledModel:
+        """Only evaluation exists.
+
+        Raises:
+            StageError: for ``train(True)``.
+        """
+        if mode:
+            raise StageError("a compiled model cannot be trained: train the float model and compile it again")
+        return super().train(False)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises StageError: a file of it would lack the packed weights."""
+        raise StageError(_UNSAVED)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise StageError(_UNSAVED)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:  # pickle, copy and deepcopy
+        raise StageError(_UNSAVED)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
+        probes = [torch.empty(0, dtype=d, device=at) for d, at in {(b.dtype, b.device) for b in self.lowered.buffers()}]
+        if all((y.dtype, y.device) == (x.dtype, x.device) for x in probes for y in [fn(x)]):
+            return self  # part of a module that is moved to where it is
+        raise StageError(
+            "a compiled model stays on the device and in the dtype it was compiled for: move the float model, then "
+            "sqcompile.compile(model.to(...), plan=compiled.plan), which needs no data"
+        )
+
+
+def emit(
+    lowered: fx.GraphModule, call: Forward, plan: Plan, stages: Stages, backend: str, regional: bool
+) -> CompiledModel:
+    """Makes the module.
+
+    Args:
+        lowered: the lowered graph. The model's own tensors in it are copied, so that nothing is shared with the model.
+        call: how the model is called.
+        plan, stages: for the user.
+        backend: "inductor" compiles the graph once for all shapes; "eager" runs it as it is.
+        regional: see `compile_regions`.
+    """
+    copies: dict[Hashable, Tensor] = {}  # a tied tensor is copied once
+    for n in lowered.graph.find_nodes(op="get_attr"):
+        name = str(n.target)
+        if name in stages.original:
+            tensor = get_tensor(lowered, name)
+            set_tensor(lowered, name, _copy(tensor, copies))
+    how = {"inductor": compile_regions if regional else inductor, "eager": lambda flat: flat}
+    return CompiledModel(lowered, call, plan, stages, how[backend])
+
+
+def _copy(tensor: Tensor, copies: dict[Hashable, Tensor]) -> Tensor:
+    key = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    if key not in copies:
+        copies[key] = tensor.clone()
+    return copies[key]
+
+
+def tensor_bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()

@@ -1,0 +1,176 @@
+"""inductor: a lowered graph through Inductor, whole or block by block. Dynamo is not involved."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sqcompile.errors import StageError
+from sqcompile.passes.ir.explain import fixed_sizes
+from sqcompile.passes.ir.graph import clone, value
+from sqcompile.passes.lowering.regions import Part, Region, cut, find_repeats
+
+
+def flatten(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
+    """The graph from flat tensors to a flat tuple, and which leaves of a call it reads."""
+    flat = clone(gm)
+    flat.graph.set_codegen(fx.graph.CodeGen())
+    used = []
+    for i, n in enumerate(flat.graph.find_nodes(op="placeholder")):
+        if isinstance(value(n), (Tensor, torch.SymInt)):
+            used.append(i)
+        elif n.users:
+            raise StageError(f"input {n.name} is a constant of the capture, and yet the graph reads it")
+        else:
+            flat.graph.erase_node(n)
+    flat.recompile()
+    return flat, used
+
+
+def inductor(
+    flat: fx.GraphModule,
+    guarded: bool = False,
+    part: bool = False,
+    freezing: bool = True,
+) -> Callable[..., Any]:
+    """The graph through Inductor, with the symbolic sizes that its capture gave it.
+
+    ``guarded`` means that somebody checks sizes before each call (Dynamo), so that Inductor may fix some. A ``part`` of a
+    graph looks itself whether its inputs have the sizes and strides that were recorded.
+
+    Dynamo is not involved, so nothing is ever recompiled: one artifact serves every shape, sizes of 1 included.
+    Freezing folds what depends on constants alone, and packs float weights for oneDNN.
+    """
+    import torch._inductor.config as config
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx
+
+    fakes = [value(n) for n in flat.graph.find_nodes(op="placeholder")]
+    mode = flat.meta["fake_mode"]
+    before = dict(mode.shape_env.replacements) if mode.shape_env else {}
+    ranges = dict(mode.shape_env.var_to_range) if mode.shape_env else {}
+    # the operators' fakes give exact sizes and strides (tested), which need no check at every call
+    options = {
+        "freezing": freezing,
+        "triton.cudagraphs": False,  # see backend/cuda_graphs.py
+        "size_asserts": part,
+        "alignment_asserts": False,
+    }
+    with torch.no_grad(), config.patch(options), tracing(TracingContext(mode)), _unlisted_modules():
+        run: Any = compile_fx(flat, fakes)
+    _drop_graph(run)
+    after = dict(mode.shape_env.replacements) if mode.shape_env else {}
+    fixed = {k: v for k, v in after.items() if k not in before}
+    # no guard is checked at a call: a size assumed to stay below the example's next multiple of a block would go unnoticed
+    fixed |= {
+        k: mode.shape_env.var_to_range[k] for k, r in ranges.items() if _narrowed(r, mode.shape_env.var_to_range[k])
+    }
+    if fixed and not guarded:
+        raise StageError(
+            f"Inductor fixed sizes that are dynamic ({fixed}): run the graph as it is (backend='eager'; of torch.compile "
+            f"options={{'compiler': 'eager'}}), or {fixed_sizes(flat)}"
+        )
+    return run
+
+
+@contextlib.contextmanager
+def _unlisted_modules() -> Iterator[None]:
+    """Has the modules that Inductor makes meanwhile live as long as the code that is taken from them.
+
+    Freezing makes a module's globals of the constants, and Inductor lists all modules for ever: so would weights be kept.
+    """
+    from torch._inductor.codecache import PyCodeCache
+
+    before = {id(m) for m in PyCodeCache.modules}
+    yield
+    new = [
+        m for m in PyCodeCache.modules if id(m) not in before and any(isinstance(v, Tensor) for v in vars(m).values())
+    ]
+    for m in new:
+        PyCodeCache.modules[:] = [other for other in PyCodeCache.modules if other is not m]
+        if sys.modules.get(m.__name__) is m:
+            del sys.modules[m.__name__]
+
+
+def _drop_graph(run: Callable[..., Any]) -> None:
+    """Frees the graph that was compiled, and its packed weights: AOTAutograd keeps its methods with the code it makes."""
+    for name, v in list(vars(run).items()):
+        if name in ("zero_grad", "named_parameters", "named_buffers"):
+            delattr(run, name)
+        elif isinstance(v, types.FunctionType):  # one that is wrapped
+            _drop_graph(v)
+
+
+def _narrowed(before: Any, after: Any) -> bool:
+    """Whether a size's range became smaller, other than by indices being of 32 bits."""
+    return bool(after.lower > before.lower or after.upper < min(before.upper, 2**31 - 1))
+
+
+def compile_regions(flat: fx.GraphModule, guarded: bool = False) -> Callable[..., Any]:
+    """The graph with its repeated blocks through Inductor, one code for all blocks of a kind, and what is around them.
+
+    Args and errors: as `inductor`.
+    """
+    blocks = find_repeats(flat)
+    return _compile_parts(flat, blocks, {}, guarded) if blocks else with_layout(inductor(flat, guarded), flat)
+
+
+def compile_without_constants(
+    flat: fx.GraphModule, code: dict[str, Callable[..., Any]], guarded: bool
+) -> Callable[..., Any]:
+    """The graph through Inductor with its tensors as inputs; ``code`` keeps what equal graphs of other weights can use.
+
+    Args and errors: as `inductor`.
+    """
+    return _compile_parts(flat, [], code, guarded)
+
+
+def _compile_parts(
+    flat: fx.GraphModule, blocks: list[list[fx.Node]], code: dict[str, Callable[..., Any]], guarded: bool
+) -> Callable[..., Any]:
+    outer, regions = cut(flat, blocks)
+    for name, region in regions.items():
+        run = None if region.key is None else code.get(region.key)
+        if run is None:
+            run = _compile_part(region, code, guarded)
+        setattr(outer, name, Part(region, run))
+    return outer
+
+
+def _compile_part(region: Region, code: dict[str, Callable[..., Any]], guarded: bool) -> Callable[..., Any]:
+    """A part's code, put into ``code`` where others may use it."""
+    if region.key is None:
+        return with_layout(inductor(region.gm, guarded, part=True), region.gm)
+    try:
+        run = with_layout(inductor(region.gm, part=True, freezing=False), region.gm)
+    except StageError:
+        if not guarded:
+            raise
+        # sizes were fixed, and Dynamo looks at those of this part's inputs alone: no other part may use the code
+        return with_layout(inductor(region.gm, guarded=True, part=True, freezing=False), region.gm)
+    code[region.key] = run
+    return run
+
+
+def with_layout(run: Callable[..., Any], flat: fx.GraphModule) -> Callable[..., Any]:
+    """Gives outputs the layout they have in eager mode where that is contiguous.
+
+    Inductor returns the keys of a first call as they lie, not as the concatenation with an empty cache that they are; the
+    second call, which gets them, would be compiled for that layout, and again for the third.
+    """
+    outputs = [value(n) if isinstance(n, fx.Node) else n for n in next(iter(reversed(flat.graph.nodes))).args[0]]
+    dense = [i for i, v in enumerate(outputs) if isinstance(v, Tensor) and v.dim() > 1 and v.is_contiguous()]
+
+    def run_dense(*args: Any) -> Any:
+        out = list(run(*args))
+        for i in dense:
+            out[i] = out[i].contiguous()
+        return out
+
+    return run_dense

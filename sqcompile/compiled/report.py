@@ -1,0 +1,147 @@
+"""Report: what was done with every linear and every attention, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import fx
+
+from sqcompile.compiled.names import SiteLabel, collapse, site_labels
+from sqcompile.kernels import fused
+from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.kernels.speedup import ROWS, expected, expected_attention
+from sqcompile.passes.ir.graph import value
+from sqcompile.plan.plan import AttentionPlan, LayerPlan, Plan
+
+# which products of an attention run in INT8, in words
+PRODUCTS = {"none": "float", "qk": "int8 QKᵀ", "qk_pv": "int8 QKᵀ, PV"}
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """INT8 GEMMs of one shape; ``str`` of it is one line.
+
+    Attributes:
+        count: how many.
+        in_features, out_features: K and N, merged linears counted together.
+        gains: expected speed against bfloat16 by number of rows; empty for a shape no table knows.
+    """
+
+    count: int
+    in_features: int
+    out_features: int
+    gains: dict[int, float]
+
+    def __str__(self) -> str:
+        parts = [f"{gain:.2f}x with {rows} row{'s' if rows > 1 else ''}" for rows, gain in self.gains.items()]
+        gain = ", ".join(parts) or "not measured"
+        return f"{self.count} x {self.in_features} -> {self.out_features}: {gain}"
+
+
+def _gemms(lowered: fx.GraphModule) -> tuple[Gemm, ...]:
+    nodes = lowered.graph.find_nodes(op="call_function", target=sqcompile_ops.int8_gemm.default)
+    shapes = Counter((value(n.args[2]).shape, value(n.args[2]).device) for n in nodes)
+    gains = {s: {rows: expected(s[1], rows, *s[0]) for rows in ROWS} for s in shapes}
+    known = {s: {rows: gain for rows, gain in by_rows.items() if gain is not None} for s, by_rows in gains.items()}
+    return tuple(Gemm(count, s[0][1], s[0][0], known[s]) for s, count in shapes.items())
+
+
+@dataclass(frozen=True)
+class Int8Attention:
+    """INT8 attentions of one kind; ``str`` of it is one line.
+
+    Attributes:
+        count: how many.
+        products: "qk" or "qk_pv".
+        width: channels of a head.
+        gains: expected speed against scaled_dot_product_attention in bfloat16 by (batch, queries, keys); empty for a
+            width no table knows.
+        without_kernel: the type of a device that has no kernel for it, such as "cpu": plain PyTorch runs there.
+    """
+
+    count: int
+    products: str
+    width: int
+    gains: dict[tuple[int, int, int], float]
+    without_kernel: str | None = None
+
+    def __str__(self) -> str:
+        parts = [
+            f"{gain:.2f}x with {b} x {queries} queries of {keys} keys"
+            for (b, queries, keys), gain in self.gains.items()
+        ]
+        speed, slow = ", ".join(parts) or "not measured", min(self.gains.values(), default=1) < 1
+        if self.without_kernel and not parts:
+            speed, slow = f"in plain PyTorch, {self.without_kernel} has no kernel for it", True
+        hint = " (slower: Recipe(min_speedup=1.0) leaves it in float)" if slow else ""
+        return f"{self.count} x {self.products}, {self.width} channels: {speed}{hint}"
+
+
+def _attentions(lowered: fx.GraphModule) -> tuple[Int8Attention, ...]:
+    nodes = lowered.graph.find_nodes(op="call_function", target=sqcompile_ops.int8_attention.default)
+    kinds = Counter(
+        ("qk" if n.args[5] is None else "qk_pv", int(value(n.args[0]).shape[-1]), value(n.args[0]).device)
+        for n in nodes
+    )
+    return tuple(
+        Int8Attention(
+            count,
+            products,
+            width,
+            expected_attention(device, products, width),
+            None if fused.available(device) else device.type,
+        )
+        for (products, width, device), count in kinds.items()
+    )
+
+
+@dataclass(frozen=True)
+class Report:
+    """One entry per linear, in graph order; ``print(report)`` gives one line each, then the sites.
+
+    Attributes:
+        layers: name, kind, quantized, smoothing, reason, alpha, sqnr_db (see LayerPlan).
+        sites: the smoothed sites as a person would write them; ``key`` is the name in the plan.
+        gemms: on GPUs, the INT8 GEMMs by shape.
+        attention: one entry per attention, where the recipe quantizes them (see AttentionPlan).
+        int8_attention: the INT8 attentions by kind.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    sites: tuple[SiteLabel, ...]
+    gemms: tuple[Gemm, ...] = ()
+    attention: tuple[AttentionPlan, ...] = ()
+    int8_attention: tuple[Int8Attention, ...] = ()
+
+    @staticmethod
+    def of(plan: Plan, lowered: fx.GraphModule) -> Report:
+        sites = site_labels(plan.scales, [l.name for l in plan.layers])
+        return Report(plan.layers, sites, _gemms(lowered), plan.attention, _attentions(lowered))
+
+    def __str__(self) -> str:
+        width = max((len(l.name) for l in self.layers), default=0)
+        lines = [_line(l, width, "int8" if l.quantized else "float") for l in self.layers]
+        if self.attention:
+            width = max(len(a.name) for a in self.attention)
+            lines += ["attention:", *(f"  {_line(a, width, PRODUCTS[a.quantized])}" for a in self.attention)]
+        if self.sites:
+            lines += ["sites:", *(f"  {line}" for line in collapse(map(str, self.sites)))]
+        if self.gemms:
+            lines += ["INT8 GEMMs, expected speed against bf16:", *(f"  {gemm}" for gemm in self.gemms)]
+        if any(a.gains or a.without_kernel for a in self.int8_attention):
+            lines += ["INT8 attention, expected speed against bf16:", *(f"  {a}" for a in self.int8_attention)]
+        done = sum(l.quantized for l in self.layers)
+        folded = sum(l.smoothing == "folded" for l in self.layers)
+        lines.append(f"{done} of {len(self.layers)} linears in INT8, {folded} with smoothing folded into parameters")
+        if self.attention:
+            lines.append(
+                f"{sum(a.quantized != 'none' for a in self.attention)} of {len(self.attention)} attentions in INT8"
+            )
+        return "\n".join(lines)
+
+
+def _line(x: LayerPlan | AttentionPlan, width: int, kind: str) -> str:
+    alpha = f"α {x.alpha:.2f}" if x.alpha is not None else ""
+    sqnr = f"{x.sqnr_db:5.1f} dB" if x.sqnr_db is not None else ""
+    return f"{x.name:{width}}  {kind:5}  {x.smoothing:10}  {alpha:6}  {sqnr:8}  {x.reason}".rstrip()

@@ -1,0 +1,89 @@
+"""Stages: the graphs a model went through, rebuilt when looked at.
+
+A compiled model holds INT8 weights alone. Its earlier stages are rebuilt on demand from the user's own model, to
+which only a weak reference is kept: dropping the float model frees it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, fx, nn
+
+from sqcompile.errors import StageError
+from sqcompile.passes.ir.graph import clone, get_tensor, set_tensor
+from sqcompile.passes.ir.verify import STAGES
+from sqcompile.plan.plan import Plan
+from sqcompile.process.lock import compiling
+
+
+class Stages(Mapping[str, fx.GraphModule]):
+    """``stages["traced" | "folded" | "quantized" | "lowered"]``: GraphModules with the model's own signature.
+
+    Raises:
+        StageError: if the float model is gone, or its parameters changed since it was compiled.
+    """
+
+    def __init__(self, model: nn.Module, traced: fx.GraphModule, plan: Plan) -> None:
+        self._model = weakref.ref(model)
+        own = _tensors(model)
+        names = {str(n.target) for n in traced.graph.find_nodes(op="get_attr")}
+        self.shared = frozenset(n for n in names if n in own)
+        self.original = frozenset(names)  # every tensor that came with the capture
+        self._constants = {n: get_tensor(traced, n) for n in names - self.shared}
+        self._graph, self._meta = _ownerless(clone(traced)), dict(traced.meta)
+        self._states = {n: state(own[n]) for n in self.shared}
+        self._plan = plan
+        self._cache: weakref.WeakValueDictionary[str, fx.GraphModule] = weakref.WeakValueDictionary()
+
+    def __getitem__(self, name: str) -> fx.GraphModule:
+        if name not in STAGES:
+            raise KeyError(f"no stage {name!r}: the stages are {', '.join(STAGES)}")
+        if name not in self._cache:
+            from sqcompile.api import rewrite
+
+            with compiling():
+                self._cache[name] = stage = rewrite(self._traced(), self._plan, until=name)
+            return stage
+        return self._cache[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(STAGES)
+
+    def __len__(self) -> int:
+        return len(STAGES)
+
+    def _traced(self) -> fx.GraphModule:
+        model = self._model()
+        if model is None:
+            raise StageError("the float model was freed, and a stage is rebuilt from it: keep a reference to the model")
+        own = _tensors(model)
+        if any(state(own[n]) != s for n, s in self._states.items()):
+            raise StageError("the model's parameters changed since it was compiled: compile it again to see its stages")
+        root = nn.Module()
+        for n in self.shared:
+            set_tensor(root, n, own[n].detach())
+        for n, tensor in self._constants.items():
+            set_tensor(root, n, tensor)
+        gm = fx.GraphModule(root, self._graph)
+        gm.meta.update(self._meta)
+        traced = clone(gm)
+        _ownerless(gm)
+        return traced
+
+
+def _ownerless(gm: fx.GraphModule) -> fx.Graph:
+    """The module's graph, which no longer keeps the module alive, and so the model's tensors."""
+    gm.graph.owning_module = None
+    return gm.graph
+
+
+def state(tensor: Tensor) -> tuple[int, int]:
+    """Version and address of a tensor's values. A tensor made in inference mode has no version."""
+    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {**dict(model.named_buffers(remove_duplicate=False)), **dict(parameters)}

@@ -1,0 +1,1 @@
+"""Recipe: what the user asks for. Plan: what was decided, checked and saved."""

@@ -1,0 +1,197 @@
+"""check_values: whether what a plan says can be done. Nothing of a file, or of a plan made by hand, is taken on trust.
+
+What only a graph can tell is left to `rewrite`: names, and shapes of weights.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from torch import Tensor
+
+from sqcompile.capture.call_spec import check_spec
+from sqcompile.errors import PlanError
+from sqcompile.passes.planning.smoothing import LARGEST
+from sqcompile.plan.recipe import AttentionProducts
+
+if TYPE_CHECKING:
+    from sqcompile.plan.plan import AttentionPlan, LayerPlan, Plan
+
+_LONGEST_NAME = 1000
+_LARGEST_SIZE = 2**31 - 1
+
+# Scales of smoothing: what `fold` makes of a weight, w · s_in / s_out, is finite in float32 for every |w| < 2^47.
+_SMOOTHING = 1 / LARGEST, LARGEST
+# Δ of activations: 1/Δ and 127 Δ are finite in float32; the least one stands for zeros (`absmax_scale`).
+_STEP = 1e-33, 2.7e36
+_ANY = -torch.finfo(torch.float32).max, torch.finfo(torch.float32).max
+
+# By what it is, each tensor of an attention: its shape, from (H, G, D), None for a size that only the graph knows; its range.
+_HEADS: dict[str, tuple[Callable[[int, int, int], tuple[int | None, ...]], tuple[float, float]]] = {
+    "scale": (lambda h, g, d: (None,), _SMOOTHING),
+    "query_by": (lambda h, g, d: (h, d), _SMOOTHING),
+    "key_by": (lambda h, g, d: (g, d), _SMOOTHING),
+    "key_mean": (lambda h, g, d: (g, d), _ANY),
+    "value_scale": (lambda h, g, d: (g, None), _STEP),
+}
+
+
+def check_values(plan: Plan) -> None:
+    """Checks every field of a plan whose parts have the right classes, and that they agree with each other.
+
+    Raises:
+        PlanError: names the field, its value and what it should be.
+    """
+    check_spec(plan.call)
+    layers = {l.name: l for l in plan.layers if _named(l.name, "linear")}
+    attention = {a.name: a for a in plan.attention if _named(a.name, "attention")}
+    _need(len(layers) == len(plan.layers), "it names a linear twice")
+    _need(len(attention) == len(plan.attention), "it names an attention twice")
+    for l in plan.layers:
+        _check_layer(l, f"linear {l.name!r}", plan.recipe.activation == "per_tensor_static")
+    for a in plan.attention:
+        _check_attention(a, f"attention {a.name!r}", plan)
+    _need(any(l.quantized for l in plan.layers), "it quantizes no linear")
+    for name, s in plan.columns.items():
+        _need(name in layers, f"its columns belong to {_said(name)}, which is none of its linears")
+        _tensor(s, f"columns of {name!r}", layers[name].shape[-1:], _SMOOTHING)
+    for name, t in plan.heads.items():
+        whose, _, what = name.rpartition("/") if isinstance(name, str) else ("", "", "")
+        known = whose in attention and what in _HEADS
+        _need(known, f"its heads have {_said(name)}, which is nothing of one of its attentions")
+        static = plan.recipe.granularity == "per_tensor_static"
+        _need(static or what != "value_scale", f"its heads have {name!r}, and its recipe is dynamic")
+        shape, bounds = _HEADS[what]
+        _tensor(t, f"heads {name!r}", shape(*attention[whose].shape), bounds)
+    _check_sites(plan, layers)
+
+
+def _check_layer(l: LayerPlan, what: str, static: bool) -> None:
+    _choice(l.kind, ("linear", "experts"), f"{what}: kind")
+    _need(isinstance(l.quantized, bool), f"{what}: quantized is {_said(l.quantized)}, not True or False")
+    _sizes(l.shape, what, 3 if l.kind == "experts" else 2)
+    _check_decision(l, what)
+    if l.input_scale is not None:
+        _number(l.input_scale, f"{what}: input_scale", *_STEP)
+    if l.quantized:
+        how = "an input_scale, as its recipe is static" if static else "no input_scale, as its recipe is dynamic"
+        _need((l.input_scale is not None) == static, f"{what} needs {how}")
+
+
+def _check_attention(a: AttentionPlan, what: str, plan: Plan) -> None:
+    _choice(a.quantized, get_args(AttentionProducts), f"{what}: quantized")
+    _sizes(a.shape, what, 3)
+    _need(a.shape[0] % a.shape[1] == 0, f"{what}: its {a.shape[1]} key heads do not share {a.shape[0]} heads evenly")
+    _check_decision(a, what)
+    for name in ("q_scale", "k_scale"):
+        if (step := getattr(a, name)) is not None:
+            _number(step, f"{what}: {name}", *_STEP)
+    if a.quantized == "none":
+        return
+    _need(a.quantized == plan.recipe.attention, f"{what}: quantized is {a.quantized!r}, and not so in the recipe")
+    static = plan.recipe.granularity == "per_tensor_static"
+    how = (
+        "a q_scale and a k_scale, as its recipe is static"
+        if static
+        else "no q_scale and k_scale, as its recipe is dynamic"
+    )
+    _need((a.q_scale is not None) == (a.k_scale is not None) == static, f"{what} needs {how}")
+    both = all(f"{a.name}/{by}" in plan.heads for by in ("query_by", "key_by"))
+    _need(a.smoothing == "none" or both, f"{what}: smoothing is {a.smoothing!r}, without heads query_by and key_by")
+
+
+def _check_decision(x: LayerPlan | AttentionPlan, what: str) -> None:
+    """What linears and attentions have in common."""
+    _choice(x.smoothing, ("folded", "multiplied", "none"), f"{what}: smoothing")
+    _need(_is_text(x.reason), f"{what}: reason is {_said(x.reason)}, not a line of text")
+    if x.alpha is not None:
+        _number(x.alpha, f"{what}: alpha", 0.0, 1.0)
+    if x.sqnr_db is not None:  # infinite where the output is exact
+        _number(x.sqnr_db, f"{what}: sqnr_db", *_ANY[:1], math.inf)
+
+
+def _check_sites(plan: Plan, layers: dict[str, LayerPlan]) -> None:
+    """Every smoothed linear has its scale in one site, or at least in ``columns``."""
+    commas = max((name.count(", ") for name in layers), default=0) + 1
+    balanced: set[str] = set()
+    for site, s in plan.scales.items():
+        _tensor(s, f"scales of {_said(site)}", (None,), _SMOOTHING)
+        balance = _balance(site, layers, commas) if isinstance(site, str) else []
+        _need(bool(balance), f"its scales have {_said(site)}, which is no 'producer -> linears' with linears of it")
+        _need(len({*balance} - balanced) == len(balance), f"it scales a linear of {site!r} twice")
+        balanced.update(balance)
+    for name, l in layers.items():
+        if l.quantized and l.smoothing == "none":
+            _need(name not in balanced, f"linear {name!r}: smoothing is 'none', and it is in a site with scales")
+        elif l.quantized:
+            scaled = name in balanced or name in plan.columns
+            _need(scaled, f"linear {name!r}: smoothing is {l.smoothing!r}, and there are no scales for it")
+
+
+def _balance(site: str, layers: dict[str, LayerPlan], commas: int) -> list[str]:
+    """The linears of a site "producer -> linear, linear", empty if it is none; a name may have a comma in it."""
+    producer, _, rest = site.partition(" -> ")
+    parts, found, i = rest.split(", "), list[str](), 0
+    while i < len(parts):
+        whole = (", ".join(parts[i:j]) for j in range(min(i + commas, len(parts)), i, -1))
+        name = next((n for n in whole if n in layers), None)
+        if name is None:
+            return []
+        found.append(name)
+        i += name.count(", ") + 1
+    return found if _is_text(producer) and producer else []
+
+
+def _tensor(t: Any, what: str, shape: tuple[int | None, ...], bounds: tuple[float, float]) -> None:
+    _need(isinstance(t, Tensor), f"{what} are {_said(t)}, no tensor")
+    _need(t.dtype == torch.float32, f"{what} are {t.dtype}, not torch.float32")
+    fits = len(t.shape) == len(shape) and all(n == want or want is None for n, want in zip(t.shape, shape, strict=True))
+    sizes = " x ".join("any" if n is None else str(n) for n in shape)
+    _need(fits and t.numel() > 0, f"{what} have the shape {tuple(t.shape)}, not {sizes}")
+    _need(t.layout == torch.strided and not t.is_meta, f"{what} hold no numbers")
+    low, high = bounds
+    inside = (t >= low) & (t <= high)
+    if not bool(inside.all()):  # nor is a NaN
+        _need(False, f"{what} have {float(t[~inside][0])}, and must lie in [{low:.3g}, {high:.3g}]")
+
+
+def _number(x: Any, what: str, low: float, high: float) -> None:
+    _need(isinstance(x, float) and low <= x <= high, f"{what} is {_said(x)}, not a float in [{low:.3g}, {high:.3g}]")
+
+
+def _choice(x: Any, choices: tuple[str, ...], what: str) -> None:
+    _need(isinstance(x, str) and x in choices, f"{what} is {_said(x)}, not one of {', '.join(choices)}")
+
+
+def _sizes(shape: Any, what: str, dims: int) -> None:
+    good = isinstance(shape, tuple) and len(shape) == dims
+    good = good and all(type(n) is int and 0 < n <= _LARGEST_SIZE for n in shape)
+    _need(good, f"{what}: shape is {_said(shape)}, not {dims} sizes")
+
+
+def _named(name: Any, what: str) -> bool:
+    good = _is_text(name) and 0 < len(name) <= _LONGEST_NAME
+    _need(good, f"the name of one {what} is {_said(name)}, not a name of a parameter or module")
+    return True
+
+
+def _is_text(x: Any) -> bool:
+    """Whether x is one line that can be printed: no control characters of a terminal, no halves of surrogate pairs."""
+    return isinstance(x, str) and x.isprintable()
+
+
+def _need(good: bool, otherwise: str) -> None:
+    if not good:
+        raise PlanError(f"the plan cannot be right: {otherwise}. Calibrate again")
+
+
+def _said(x: Any) -> str:
+    """A value in a few words, whatever it is."""
+    try:
+        return reprlib.repr(x)
+    except Exception:  # a number too long to be printed
+        return f"a {type(x).__name__}"

@@ -1,0 +1,247 @@
+"""Plan: everything decided about a model, without its weights or its data. Serializable.
+
+Keyed by parameter names, so that a plan applies to any graph captured from the same model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from sqcompile.errors import PlanError, RecipeError
+from sqcompile.plan.checks import check_values
+from sqcompile.plan.file import checksum, read_plan_file, write_plan_file
+from sqcompile.plan.recipe import LM_HEAD, AttentionProducts, Recipe, resolve_recipe
+
+FORMAT = 3  # 2 had no checksum, and "lm_head" among what its recipe skips where 3 has ``Recipe.lm_head``
+
+_T = TypeVar("_T")
+_HEADS = "attention: "  # before the names of ``Plan.heads`` in a file
+_COLUMNS = "columns: "  # and of ``Plan.columns``
+
+Smoothing = Literal["folded", "multiplied", "none"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is done with one linear, and why.
+
+    Attributes:
+        name: the weight's qualified name.
+        kind: "linear", or "experts": routed experts, whose weights are one tensor.
+        quantized: whether it runs in INT8.
+        smoothing: "folded" (1/s absorbed by a parameter), "multiplied" (x·(1/s) before quantization) or "none".
+        reason: in words.
+        alpha: migration strength of its site, None without smoothing.
+        sqnr_db: signal to quantization noise ratio of its output on the calibration sample, in dB; None in float.
+        input_scale: Δx where activations are static, else None.
+        shape: of the weight, (N, K) or (E, N, K).
+    """
+
+    name: str
+    kind: Literal["linear", "experts"]
+    quantized: bool
+    smoothing: Smoothing
+    reason: str
+    alpha: float | None = None
+    sqnr_db: float | None = None
+    input_scale: float | None = None
+    shape: tuple[int, ...] = (0, 0)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What is done with one attention, and why.
+
+    Attributes:
+        name: of the module that holds its projections.
+        quantized: which of its products run in INT8.
+        smoothing: "folded" (Q·diag(s) and K·diag(1/s) absorbed by parameters), "multiplied" (right before quantization:
+            what a graph with a KV cache makes of "folded") or "none".
+        reason: in words.
+        alpha: migration strength, None without smoothing.
+        sqnr_db: signal to quantization noise ratio of its scores on the calibration sample, in dB; None in float.
+        q_scale, k_scale: Δ of Q and K where they are static, else None.
+        shape: (H, G, D): heads, key heads, channels of a head.
+    """
+
+    name: str
+    quantized: AttentionProducts
+    smoothing: Smoothing
+    reason: str
+    alpha: float | None = None
+    sqnr_db: float | None = None
+    q_scale: float | None = None
+    k_scale: float | None = None
+    shape: tuple[int, ...] = (0, 0, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Decisions for one model. Plans are equal if all they say is, wherever their tensors are.
+
+    Attributes:
+        recipe: what was asked for.
+        call: shapes and dtypes of the call the model was captured with.
+        scales: smoothing scale by site name, float32 [C].
+        layers: every linear, in graph order.
+        attention: every attention, in graph order; empty where the recipe leaves attention alone.
+        heads: tensors of attentions, by attention name and what they are, float32: "<name>/scale" [classes] (smoothing),
+            "<name>/query_by" [H, D] and "<name>/key_by" [G, D] (what the scale comes to, for graphs that cannot fold it),
+            "<name>/key_mean" [G, D] (subtracted from the smoothed K), "<name>/value_scale" [G, Dv] (static Δ of V in the folded graph).
+        columns: s of each smoothed linear's input channels, float32 [K], by linear name: for graphs that hold a linear
+            and not all of its site, where it is multiplied explicitly.
+    """
+
+    recipe: Recipe
+    call: Any
+    scales: dict[str, Tensor]
+    layers: tuple[LayerPlan, ...]
+    attention: tuple[AttentionPlan, ...] = ()
+    heads: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        same = (self.recipe, self.call, self.layers, self.attention) == (
+            other.recipe, other.call, other.layers, other.attention,
+        )  # fmt: skip
+        return same and all(_equal(getattr(self, n), getattr(other, n)) for n in ("scales", "heads", "columns"))
+
+    def __hash__(self) -> int:
+        return hash((self.recipe, self.layers, self.attention, frozenset(self.scales)))
+
+    def check(self) -> None:
+        """Checks what can be known without a model: types, ranges, shapes, and that the parts agree.
+
+        Raises:
+            PlanError: names the field, its value and what it should be.
+        """
+        kinds: dict[str, tuple[Any, type | None]] = {
+            "recipe": (Recipe, None), "layers": (tuple, LayerPlan), "attention": (tuple, AttentionPlan),
+            "scales": (dict, None), "heads": (dict, None), "columns": (dict, None),
+        }  # fmt: skip
+        for name, (kind, part) in kinds.items():
+            found = getattr(self, name)
+            if not isinstance(found, kind) or (part is not None and not all(isinstance(x, part) for x in found)):
+                of = f" of {part.__name__}" if part else ""
+                raise PlanError(f"the plan's {name} are no {kind.__name__}{of}: pass what sqcompile.calibrate gives")
+        check_values(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as one safetensors file: the tensors, and all else as JSON in its header.
+
+        The file appears whole or not at all; an old one is replaced, with its permissions.
+
+        Raises:
+            PlanError: for a plan that `load` would refuse, or a path that is no regular file or cannot be written.
+        """
+        self.check()
+        meta: dict[str, Any] = {
+            "format": FORMAT,
+            "recipe": dataclasses.asdict(self.recipe),
+            "call": self.call,
+            "layers": [dataclasses.asdict(l) for l in self.layers],
+            "attention": [dataclasses.asdict(a) for a in self.attention],
+        }
+        tensors = self.scales | {_HEADS + k: v for k, v in self.heads.items()}
+        tensors |= {_COLUMNS + k: v for k, v in self.columns.items()}
+        write_plan_file(path, {**meta, "sha256": checksum(meta, tensors)}, tensors)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        """Reads a plan.
+
+        Raises:
+            PlanError: if the file is no plan, is damaged, or of a newer format.
+        """
+        meta, tensors = read_plan_file(path)
+        try:
+            sha256 = meta.pop("sha256", None)
+            plan = _decoded(meta, tensors)
+            plan.check()
+            if meta["format"] != 2 and sha256 != checksum(meta, tensors):
+                raise PlanError("its checksum differs: it was damaged or edited. Copy it again, or calibrate again")
+        except (PlanError, RecipeError) as e:
+            raise PlanError(f"{os.fsdecode(path)}: {e}") from e
+        return plan
+
+
+def given_plan(plan: Any, recipe: str | Recipe | None, data: str | None) -> Plan:
+    """The plan that a user passes, checked.
+
+    Args:
+        plan: a Plan, or the path of a saved one.
+        recipe: what is passed beside it; None for nothing.
+        data: the name of what is passed beside it to make a plan from, or None.
+
+    Raises:
+        PlanError: if it is none, or does not agree with what is passed beside it.
+        RecipeError: for an unknown recipe.
+    """
+    if isinstance(plan, (str, os.PathLike)):
+        plan = Plan.load(plan)
+    if not isinstance(plan, Plan):
+        said = " ".join(reprlib.repr(plan).split())  # a module has many lines
+        raise PlanError(f"plan={said}: pass what sqcompile.calibrate gives, or the path of a saved one")
+    plan.check()
+    if data is not None:
+        raise PlanError(f"plan and {data}: a plan needs no calibration, leave one of them out")
+    if recipe is not None and resolve_recipe(recipe) != plan.recipe:
+        raise PlanError(f"plan and recipe disagree: the plan is of {plan.recipe}. Leave recipe out, or calibrate again")
+    return plan
+
+
+def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        t.dtype == b[name].dtype and torch.equal(t.cpu(), b[name].cpu()) for name, t in a.items()
+    )
+
+
+def _decoded(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
+    """The plan in a file's JSON, whose fields are known by name, and have any value."""
+    version = meta.get("format")
+    if type(version) is not int or version not in (2, FORMAT):
+        raise PlanError(f"it has plan format {version!r}, and this version reads 2 and {FORMAT}: calibrate again")
+    if meta.keys() != {"format", "recipe", "call", "layers", "attention"}:
+        raise PlanError(f"its fields are {', '.join(sorted(meta))}, and not recipe, call, layers and attention")
+    for name in ("layers", "attention"):
+        if not isinstance(meta[name], list):
+            raise PlanError(f"its {name} are no list")
+    return Plan(
+        _fields(Recipe, _old_recipe(meta["recipe"]) if version == 2 else meta["recipe"]),
+        meta["call"],
+        {k: v for k, v in tensors.items() if not k.startswith((_HEADS, _COLUMNS))},
+        tuple(_fields(LayerPlan, l) for l in meta["layers"]),
+        tuple(_fields(AttentionPlan, a) for a in meta["attention"]),
+        {k.removeprefix(_HEADS): v for k, v in tensors.items() if k.startswith(_HEADS)},
+        {k.removeprefix(_COLUMNS): v for k, v in tensors.items() if k.startswith(_COLUMNS)},
+    )
+
+
+def _fields(kind: type[_T], found: Any) -> _T:
+    """A dataclass from a JSON object; lists are its tuples."""
+    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(found, dict):
+        raise PlanError(f"a {kind.__name__} in it is no object")
+    if unknown := sorted(found.keys() - known.keys()):
+        raise PlanError(f"a {kind.__name__} in it has the field {unknown[0]!r}, which this version does not know")
+    if missing := [n for n, f in known.items() if n not in found and f.default is dataclasses.MISSING]:
+        raise PlanError(f"a {kind.__name__} in it has no field {missing[0]!r}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+
+
+def _old_recipe(recipe: Any) -> Any:
+    """The recipe of format 2, where the head is quantized unless "lm_head" is skipped."""
+    skip = recipe.get("skip", [LM_HEAD]) if isinstance(recipe, dict) else None
+    if not isinstance(skip, list) or "lm_head" in recipe:
+        raise PlanError("its recipe is none of format 2")
+    return {**recipe, "skip": [name for name in skip if name != LM_HEAD], "lm_head": LM_HEAD not in skip}

@@ -1,0 +1,1 @@
+"""What all of a process shares: one compilation at a time, Ctrl-C, progress bars."""

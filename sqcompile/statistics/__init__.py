@@ -1,0 +1,1 @@
+"""calibrate: what the captured graph sees of real data, in bounded memory."""

@@ -1,0 +1,261 @@
+"""calibrate: run the captured graph on real input and keep raw statistics of every linear's input, and of attentions.
+
+Raw means: nothing that depends on alpha or granularity, so that another recipe needs no second run. Memory is
+O(channels): absmax per channel and a bounded sample of rows, never the activations. Of the first calls, arguments and
+rows of the outputs are kept, 64 MB at most of a graph (`end_to_end`).
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from sqcompile.capture.captured import flatten_like
+from sqcompile.capture.inputs import Call, Reader
+from sqcompile.errors import CalibrationError, CaptureError
+from sqcompile.passes.attention.chains import Attention
+from sqcompile.passes.attention.heads import brought
+from sqcompile.passes.ir.explain import first_line, operation, source
+from sqcompile.passes.ir.graph import Linear, aten, find_linears, nodes_by_name, value
+from sqcompile.passes.planning.end_to_end import Sample, is_random
+from sqcompile.process.interrupts import checkpoint, each_at_once
+from sqcompile.statistics.input_stats import InputStats
+from sqcompile.statistics.padding import Padding
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics by linear name (see `Linear.name`); linears that read one tensor share one InputStats.
+
+    ``heads`` are those of attentions' queries, keys and values [.., H, S, D], by node: K is H D, head by head.
+    ``sample`` holds the first calls, to run them again.
+    """
+
+    inputs: dict[str, InputStats]
+    batches: int
+    heads: dict[str, InputStats] = field(default_factory=dict)
+    sample: Sample = field(default_factory=Sample)
+
+
+def calibrate(
+    gm: fx.GraphModule,
+    model: nn.Module,
+    loader: Iterable[Any] | Callable[..., Any],
+    progress: bool = True,
+    attentions: Sequence[Attention] = (),
+    total: int | None = None,
+    reader: Reader | None = None,
+) -> Calibration:
+    """Runs a traced graph over the calibration data.
+
+    Args:
+        gm: the traced graph; it is not changed.
+        model: the module it was traced from, for its signature (and to be run, where ``loader`` is a callable).
+        loader: batches, or a callable that runs the model itself. An ``attention_mask`` [batch, tokens] among the
+            inputs excludes padding from the statistics, ``decoder_attention_mask`` that of a decoder's own tokens.
+        progress: whether to show a progress bar.
+        attentions: those whose queries, keys and values are observed.
+        total: number of batches, for the bar.
+        reader: of the batches, where it has read one of them before.
+
+    Raises:
+        CalibrationError: for a batch the model refuses, or a non-finite activation (names the tensor and the batch).
+    """
+    observer = Observer(gm, attentions)
+    captured, reader = gm.meta["captured"], reader or Reader(model)
+    bar = tqdm(desc="batches", unit="batch", disable=not progress, total=total, leave=False)
+
+    def observe(call: Call) -> None:
+        try:
+            leaves = flatten_like(call, captured)
+        except CaptureError as e:
+            raise CalibrationError(f"calibration batch {observer.batches}: {e}") from e
+        observer.batch(leaves)
+        bar.update()
+
+    with bar:
+        if isinstance(loader, Iterable):
+            for i, batch in enumerate(each_at_once(loader)):
+                observe(reader.call(batch, i))
+        else:
+            reader.run(loader, observe)
+    if not observer.batches:
+        raise CalibrationError(
+            "the calibration loader is empty: pass at least one batch of real input"
+            if isinstance(loader, Iterable)
+            else "the calibration callable made no call the second time: it is run twice, first to see what it passes"
+        )
+    return Calibration(observer.found(), observer.batches, observer.heads, observer.sample)
+
+
+def _key(l: Linear) -> tuple[str, str | None]:
+    """What statistics belong to: an input, and how its rows are dealt out to experts."""
+    return l.x, l.offsets
+
+
+class Observer(fx.Interpreter):
+    """Runs a traced graph and keeps statistics of its linears' inputs, and of its attentions'.
+
+    Threads may run it at the same time: each call is run by a copy, which has its values, and adds to the one set of
+    statistics.
+    """
+
+    def __init__(self, gm: fx.GraphModule, attentions: Sequence[Attention] = ()) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False  # errors name the operation and the user's line themselves
+        self.linears = find_linears(gm)
+        self.reads = {_key(l): l for l in reversed(self.linears)}  # the first reader names the tensor in messages
+        self.readers = {l.node: l for l in self.reads.values()}
+        self.routed = {l.x: l.offsets for l in self.linears if l.offsets}
+        self.stats: dict[tuple[str, str | None], InputStats] = {}
+        self.generator = torch.Generator().manual_seed(0)
+        self.attentions, nodes = attentions, nodes_by_name(gm)
+        self.operands: dict[str, dict[str, tuple[str, Attention]]] = {}  # operands by the node that is observed
+        for a in attentions:
+            if a.refused is None:
+                for what, name in a.operands.items():
+                    self.operands.setdefault(brought(nodes[name]).name, {})[name] = what, a
+        self.heads: dict[str, InputStats] = {}
+        self.head_generator = torch.Generator().manual_seed(0)  # its own: linears' samples stay what they are
+        self.sample, self.batches, self.random = Sample(), 0, is_random(gm)
+        self.outputs = pytree.tree_leaves(next(iter(gm.graph.find_nodes(op="output"))).args)
+        self.lock = threading.Lock()
+        self.over = threading.Event()  # statistics stay what they are from now on
+        self.routed_masks: dict[str | None, Tensor] = {}
+        self.padding = Padding(gm, self._asked(nodes))
+
+    def _asked(self, nodes: dict[str, fx.Node]) -> dict[str, int]:
+        """The nodes whose rows are tokens or padding, and the dim of their channels."""
+        asked = {l.x: -1 for l in self.linears if not l.offsets}
+        asked |= {str(nodes[x].args[0]): -1 for x in self.routed if nodes[x].args}  # what experts' rows are picked from
+        asked |= {n.name: -1 for n in self.outputs if isinstance(n, fx.Node)}
+        for name, found in self.operands.items():
+            for what, a in found.values():
+                asked[name] = -2 if what == "keys" and a.transposed else -1
+        return asked
+
+    def found(self) -> dict[str, InputStats]:
+        """Statistics by linear name."""
+        return {l.name: self.stats[_key(l)] for l in self.linears if _key(l) in self.stats}
+
+    def batch(self, leaves: Sequence[Any]) -> Any:
+        """Runs one batch.
+
+        Args:
+            leaves: an argument for each placeholder; attention masks among them say which tokens are real.
+
+        Returns:
+            What the graph returns.
+
+        Raises:
+            CalibrationError: if the model refuses the batch, or an activation is not finite.
+        """
+        call = copy.copy(self)
+        call.padding, call.routed_masks = copy.copy(self.padding), {}
+        try:
+            call.padding.start(leaves)
+        except CalibrationError as e:
+            raise CalibrationError(f"calibration batch {self.batches}: {e}") from e
+        try:
+            with torch.no_grad():
+                out = call.run(*leaves, enable_io_processing=False)
+        except CalibrationError:
+            raise
+        except Exception as e:
+            what = f"{type(e).__name__}: {first_line(e)}, in {operation(call.at)} at {source(call.at)}"
+            raise CalibrationError(f"the model refuses calibration batch {self.batches}: {what}") from e
+        with self.lock:
+            self.batches += 1
+            if not self.over.is_set() and not self.random:
+                self.sample.add(leaves, out, lambda i, y: call.padding.real(str(self.outputs[i]), y))
+        return out
+
+    def stop(self) -> None:
+        """Has calls that are still running, in other threads, add nothing more."""
+        with self.lock:
+            self.over.set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        checkpoint()
+        self.at = n
+        if n.name in self.routed:
+            self._follow_mask(n)
+        if n.name in self.readers:
+            self._read(n, self.readers[n.name])
+        out = super().run_node(n)
+        for name, (what, a) in self.operands.get(n.name, {}).items():
+            self._observe_heads(n.name, name, what, a, out)
+        return out
+
+    def _observe_heads(self, brought: str, name: str, what: str, a: Attention, x: Tensor) -> None:
+        x = x.transpose(-1, -2) if what == "keys" and a.transposed else x
+        keep = self.padding.real(brought, x)
+        by_head = keep.reshape(x.shape[:-1]) if keep is not None else None
+        if x.dim() == 3:
+            x = x.unflatten(0, (-1, a.groups))
+            by_head = by_head.unflatten(0, (-1, a.groups)) if by_head is not None else None
+        rows = x.transpose(1, 2).flatten(2)
+        rows = rows.flatten(0, 1) if by_head is None else rows[by_head.any(1)]
+        if len(rows):
+            experts = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+            with self.lock:
+                if not self.over.is_set():
+                    stats = self.heads.setdefault(name, InputStats.empty(rows, None))
+                    added = stats.update(rows, experts, self.head_generator)
+                    self._check_finite(added, f"one of the {what} of {a.name} (node {name})")
+
+    def _follow_mask(self, n: fx.Node) -> None:
+        """Experts read picked rows: padding is picked with them, and every input with the same offsets is in that order."""
+        if n.op != "call_function":
+            return
+        if n.target == aten.index.Tensor:
+            index = n.args[1][0]  # type: ignore[index]
+        else:
+            index = n.args[2] if n.target == aten.index_select.default and n.args[1] == 0 else None
+        source = n.args[0]
+        if not isinstance(index, fx.Node) or not isinstance(source, fx.Node) or value(source).dim() != 2:
+            return
+        keep = self.padding.real(source.name, self.env[source])
+        if keep is not None:
+            picked = self.env[index]
+            self.routed_masks[self.routed[n.name]] = keep.to(picked.device)[picked]
+
+    def _read(self, n: fx.Node, l: Linear) -> None:
+        x = self.env[n.args[0]]  # type: ignore[index]
+        if l.offsets:
+            rows = x
+            offsets = self.env[n.args[2]].long()  # type: ignore[index]
+            row = torch.arange(len(x), device=x.device)
+            experts = torch.searchsorted(offsets, row, right=True)
+            keep = experts < len(offsets)  # rows past the last offset are no expert's
+            if l.offsets in self.routed_masks:
+                keep &= self.routed_masks[l.offsets]
+            rows, experts = rows[keep], experts[keep]
+        else:
+            rows, real = x.reshape(-1, x.shape[-1]), self.padding.real(l.x, x)
+            rows = rows if real is None else rows[real]
+            experts = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        if len(rows):
+            self._update(l, rows, experts)
+
+    def _update(self, l: Linear, rows: Tensor, experts: Tensor) -> None:
+        with self.lock:
+            if not self.over.is_set():
+                stats = self.stats.setdefault(_key(l), InputStats.empty(rows, l.experts))
+                added = stats.update(rows, experts, self.generator)
+                self._check_finite(added, f"the input of {l.name} (node {l.x})")
+
+    def _check_finite(self, finite: bool, what: str) -> None:
+        if not finite:
+            raise CalibrationError(
+                f"{what} is not finite in calibration batch {self.batches}: "
+                "check the batch and the model's dtype (float16 overflows at 65504; try bfloat16)"
+            )
