@@ -18,7 +18,9 @@ from torch import Tensor
 
 from sqcompile.kernels.attention_parts import (
     BLOCKED,
+    MASK_BLOCK,
     P_BLOCK,
+    aligned,
     attend,
     attention_weights,
     int8_attend,
@@ -27,8 +29,6 @@ from sqcompile.kernels.attention_parts import (
 )
 from sqcompile.kernels.reference import finite_rows, quantize, token_scale
 
-MASK_BLOCK = (128, 128)  # queries and keys of a block in `mask_blocks`
-_ALIGNED = 16  # elements
 # Scores of one block of queries, about 4 MiB in float32: they stay in a CPU's cache, and memory does not grow with queries.
 BLOCK_SCORES = 2**20
 
@@ -160,14 +160,6 @@ def mask_blocks(mask: Tensor) -> Tensor:
     back = torch.where(mixed, number, 2**30).sort(-1).values.flip(-1)
     numbers = torch.where(front < 2**30, front, torch.where(back < 2**30, back, -1))
     return torch.cat([free.sum(-1, keepdim=True), mixed.sum(-1, keepdim=True), numbers], -1).to(torch.int32).flatten(2)
-
-
-def aligned(x: Tensor) -> Tensor:
-    """A copy of x [..., N] whose rows begin at multiples of 16 elements: of a mask, their addresses take fewer registers."""
-    if x.dim() == 0:
-        return x.clone()
-    width = x.shape[-1]
-    return x.new_empty((*x.shape[:-1], -(-width // _ALIGNED) * _ALIGNED))[..., :width].copy_(x)
 
 
 def _int8_attention_triton(q: Tensor, *args: Any) -> Tensor:

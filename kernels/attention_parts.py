@@ -25,6 +25,16 @@ from sqcompile.kernels.reference import QMAX, absmax_scale
 
 BLOCKED = -65504.0  # float16's lowest number
 P_BLOCK = 128  # keys whose weights are quantized relative to one maximum
+MASK_BLOCK = (128, 128)  # queries and keys of a block in `attention_int8.mask_blocks`
+_ALIGNED = 16  # elements
+
+
+def aligned(x: Tensor) -> Tensor:
+    """A copy of x [..., N] whose rows begin at multiples of 16 elements: of a mask, their addresses take fewer registers."""
+    if x.dim() == 0:
+        return x.clone()
+    width = x.shape[-1]
+    return x.new_empty((*x.shape[:-1], -(-width // _ALIGNED) * _ALIGNED))[..., :width].copy_(x)
 
 
 def scale_over(x: Tensor, dims: list[int]) -> Tensor:

@@ -14,32 +14,24 @@ from sqcompile.capture.batches import TARGETS
 from sqcompile.capture.call_spec import from_spec, to_spec
 from sqcompile.capture.captured import unread
 from sqcompile.capture.inputs import Call, Forward, Reader, length
-from sqcompile.capture.models import check_model
 from sqcompile.capture.trace import trace
 from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
 from sqcompile.compiled.stages import Stages
-from sqcompile.errors import CalibrationError, PlanError, RecipeError
-from sqcompile.passes.attention.chains import Attention, find_attentions
-from sqcompile.passes.ir.graph import Linear, find_linears, nodes_by_name, value
-from sqcompile.passes.ir.verify import verify
-from sqcompile.passes.labels.head_sites import match_heads
-from sqcompile.passes.labels.match import input_sites, match
-from sqcompile.passes.labels.split import split_attention, split_sites
-from sqcompile.passes.lowering.lower import lower
+from sqcompile.errors import CalibrationError, RecipeError
+from sqcompile.models import check_model
+from sqcompile.passes.attention.chains import find_attentions
+from sqcompile.passes.ir.graph import find_linears
+from sqcompile.passes.labels.match import match
 from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
-from sqcompile.passes.planning.finite import check_vectors, check_weights
+from sqcompile.passes.planning.finite import check_weights
 from sqcompile.passes.planning.stay_float import wanted
-from sqcompile.passes.planning.uses import as_used
-from sqcompile.passes.rewrite.fold import fold
-from sqcompile.passes.rewrite.insert_qdq import insert_qdq, quantize_weights
-from sqcompile.passes.rewrite.weight_store import Shared
+from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.plan.recipe import Recipe, resolve_recipe
 from sqcompile.process.interrupts import deferred
 from sqcompile.process.lock import analysing, compiling
-from sqcompile.process.progress import Enter, silent, stages
-from sqcompile.show import show_stage
+from sqcompile.process.progress import Enter, stages
 from sqcompile.statistics.observe import calibrate as observe
 
 _ANALYSES = ("trace", "calibrate", "match", "plan")
@@ -120,78 +112,6 @@ def calibrate(
     how = resolve_recipe(recipe)
     with deferred(), stages(_ANALYSES, progress) as enter:
         return _analyse(model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter)[1]
-
-
-def rewrite(
-    traced: fx.GraphModule,
-    plan: Plan,
-    until: str,
-    shared: Shared | None = None,
-    enter: Enter = silent,
-    shown: bool = True,
-) -> fx.GraphModule:
-    """The rewrites in their order, up to a stage: "traced", "folded", "quantized" or "lowered".
-
-    With ``shared``, the graph is one of several of a model: it may lack sites of the plan, and shares INT8 weights.
-    ``enter`` is told which rewrite begins. ``shown`` is whether SQCOMPILE_SHOW=1 prints the stages.
-    """
-    show = show_stage if shown else (lambda *_: None)
-    gm = verify(traced, "traced")
-    text = show(gm, "traced", None)
-    if until == "traced":
-        return gm
-    enter("fold")
-    linears = find_linears(gm)
-    every = find_attentions(gm) if any(a.quantized != "none" for a in plan.attention) else []
-    attentions = [a for a in every if not a.refused]
-    if shared is not None:
-        plan = split_attention([a.name for a in attentions], as_used(plan, linears, every))
-    _check_plan(gm, plan, linears, attentions)
-    sites, refusals = match(gm)
-    quantized = {l.name for l in plan.layers if l.quantized}
-    sites = sites + input_sites(refusals, quantized)
-    if shared is not None:
-        sites, plan = split_sites(linears, sites, plan)
-    check_vectors(gm, [l for l in linears if l.name in quantized])
-    folded = {a.name for a in plan.attention if a.quantized != "none" and a.smoothing == "folded"}
-    heads, _ = match_heads(gm, [a for a in attentions if a.name in folded])
-    gm = verify(fold(gm, sites, plan, heads), "folded")
-    text = show(gm, "folded", text)
-    if until == "folded":
-        return gm
-    enter("insert_qdq")
-    gm = verify(insert_qdq(gm, plan, shared), "quantized")
-    text = show(gm, "quantized", text)
-    if until == "quantized":
-        return quantize_weights(gm)
-    enter("lower")
-    gm.graph.owning_module = None  # a cycle, which would keep the plain weights until garbage is collected
-    handed_over = [gm]
-    del gm  # lower frees each plain int8 weight as it packs it, which no other reference may prevent
-    gm = verify(lower(handed_over.pop(), shared), "lowered")
-    show(gm, "lowered", text)
-    return gm
-
-
-def _check_plan(gm: fx.GraphModule, plan: Plan, linears: list[Linear], attentions: list[Attention]) -> None:
-    planned = {l.name: l.shape for l in plan.layers}
-    for l in linears:
-        if planned.get(l.name) != l.shape:
-            shape = " x ".join(map(str, l.shape))
-            raise PlanError(f"the plan has no linear {l.name!r} of shape {shape}: calibrate this model")
-    have = {a.name: a for a in attentions}
-    nodes = nodes_by_name(gm)
-    for p in plan.attention:
-        if p.quantized == "none":
-            continue
-        a = have.get(p.name)
-        if a is None or (a.heads, a.groups, a.width) != p.shape:
-            raise PlanError(
-                f"the plan quantizes the attention {p.name!r}, which this model lacks: calibrate this model"
-            )
-        step = plan.heads.get(f"{p.name}/value_scale")
-        if step is not None and step.shape[-1] != value(nodes[a.v]).shape[-1]:
-            raise PlanError(f"the plan's values of the attention {p.name!r} are of another width: calibrate this model")
 
 
 def _analyse(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.errors import StageError
@@ -27,6 +25,8 @@ def refresh(model: Any) -> None:
     """
     from torch._dynamo.eval_frame import OptimizedModule  # here, as Dynamo imports triton
 
+    from sqcompile.backend.weights import touch
+
     if isinstance(model, OptimizedModule):
         model = model._modules["_orig_mod"]
     if isinstance(model, CompiledModel):
@@ -37,18 +37,3 @@ def refresh(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise StageError(f"refresh({type(model).__name__}): pass the model, or what torch.compile made of it")
     touch([*model.parameters(), *model.buffers()])
-
-
-def touch(tensors: Iterable[Tensor]) -> None:
-    """Counts a write to each tensor that counts writes; those of inference mode, which do not, get other memory instead.
-
-    Not to those whose float values are freed, unless somebody has written values where there are none.
-    """
-    from sqcompile.backend.weights import is_freed
-
-    todo = [t for t in tensors if not (is_freed(t) and bool(t.isnan().all()))]
-    torch.autograd.graph.increment_version([t for t in todo if not t.is_inference()])
-    for t in todo:
-        if t.is_inference():
-            with torch.inference_mode():
-                t.data = t.data.clone()

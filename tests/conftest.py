@@ -16,8 +16,8 @@ from sqcompile import Recipe
 from sqcompile.capture.call_spec import to_spec
 from sqcompile.capture.inputs import Call, as_call
 from sqcompile.capture.trace import trace
+from sqcompile.passes.attention.head_sites import match_heads
 from sqcompile.passes.ir.graph import find_linears
-from sqcompile.passes.labels.head_sites import match_heads
 from sqcompile.passes.labels.match import input_sites, match
 from sqcompile.passes.rewrite.fold import fold
 from sqcompile.plan.plan import LayerPlan, Plan

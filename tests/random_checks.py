@@ -15,7 +15,6 @@ from random_blocks import RandomModel, outputs
 from torch import Tensor, fx, nn
 
 from sqcompile import Recipe, SQCompileError
-from sqcompile.api import rewrite
 from sqcompile.capture.call_spec import to_spec
 from sqcompile.capture.inputs import Call, Forward, as_call
 from sqcompile.capture.trace import trace
@@ -28,6 +27,7 @@ from sqcompile.passes.labels.match import match
 from sqcompile.passes.lowering.lower import lower
 from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
+from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import PRESETS
 from sqcompile.statistics.observe import calibrate

@@ -15,7 +15,7 @@ from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.attention.chains import find_attentions
-from sqcompile.passes.labels.head_sites import match_heads
+from sqcompile.passes.attention.head_sites import match_heads
 
 
 def found(model, call):

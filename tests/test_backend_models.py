@@ -248,7 +248,7 @@ def test_a_model_that_is_nowhere_to_be_found_is_refused_in_words():
     plan, _ = planned(models[0][0])
     run = torch.compile(lambda x: models[0][0](x), backend="smoothquant", options={"plan": plan, "compiler": "eager"})
     with (
-        mock.patch("sqcompile.backend.session._modules", lambda: iter(())),
+        mock.patch("sqcompile.backend.find_model._modules", lambda: iter(())),
         pytest.raises(sqcompile.PlanError, match=r"is not found.*pass the model itself to torch\.compile"),
     ):
         call(run, outliers()[0])

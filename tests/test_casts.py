@@ -9,7 +9,7 @@ from conftest import fold_everything, relative_error, sites_of, tiny_lm, token_b
 from torch import nn
 
 from sqcompile.passes.attention.chains import find_attentions
-from sqcompile.passes.labels.head_sites import match_heads
+from sqcompile.passes.attention.head_sites import match_heads
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import sqcompile
 from sqcompile import PRESETS, Recipe
 from sqcompile.passes.ir.graph import find_linears
-from sqcompile.show import show
+from sqcompile.passes.ir.text import show
 
 
 class MLP(nn.Module):

@@ -16,8 +16,9 @@ import sqcompile
 from sqcompile import Recipe
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
-from sqcompile.passes.planning.end_to_end import CALLS, LARGEST, ROWS, WHY, Sample, at_worst
+from sqcompile.passes.planning.end_to_end import WHY, at_worst
 from sqcompile.statistics.observe import Observer
+from sqcompile.statistics.sample import CALLS, LARGEST, ROWS, Sample
 
 FORMS = ("compile", "backend")
 

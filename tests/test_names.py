@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sqcompile.compiled.names import collapse, refusal_lines, site_labels
+from sqcompile.plan.names import collapse, refusal_lines, site_labels
 
 
 def test_site_labels_are_what_a_person_would_write() -> None:

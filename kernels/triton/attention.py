@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sqcompile.kernels.attention_int8 import MASK_BLOCK, aligned
+from sqcompile.kernels.attention_parts import MASK_BLOCK, aligned
 from sqcompile.kernels.triton import attention_kernels as kernels
 from sqcompile.kernels.triton import attention_split
 from sqcompile.kernels.triton.common import on

@@ -11,8 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sqcompile.kernels.attention_int8 import MASK_BLOCK
-from sqcompile.kernels.attention_parts import BLOCKED
+from sqcompile.kernels.attention_parts import BLOCKED, MASK_BLOCK
 from sqcompile.kernels.triton.attention_split import rows_of, scaled
 from sqcompile.kernels.triton.common import ROUND, absmax_bits, finite_of, reciprocal, scale_of, to_int8
 

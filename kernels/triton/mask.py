@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sqcompile.kernels.attention_int8 import MASK_BLOCK
-from sqcompile.kernels.attention_parts import BLOCKED
+from sqcompile.kernels.attention_parts import BLOCKED, MASK_BLOCK
 from sqcompile.kernels.triton.common import on
 
 _BLOCKED = tl.constexpr(BLOCKED)

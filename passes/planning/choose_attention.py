@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -23,18 +22,15 @@ from torch import Tensor, fx
 from sqcompile.kernels import fused, speedup
 from sqcompile.kernels.reference import absmax_scale, quantize, token_scale
 from sqcompile.passes.attention.chains import Attention
-from sqcompile.passes.labels.head_sites import HeadSite, match_heads
-from sqcompile.passes.labels.value_sites import value_labels
+from sqcompile.passes.attention.head_sites import HeadSite, match_heads
+from sqcompile.passes.attention.value_sites import value_labels
+from sqcompile.passes.planning.error import Chooser
 from sqcompile.passes.planning.smoothing import awake, smoothing_scale
 from sqcompile.passes.planning.sqnr import relative, sqnr_db
 from sqcompile.passes.planning.static_scales import margin, margin_of_channels
 from sqcompile.passes.planning.stay_float import names
 from sqcompile.plan.plan import AttentionPlan, Smoothing
 from sqcompile.statistics.input_stats import InputStats
-
-if TYPE_CHECKING:
-    from sqcompile.passes.planning.choose import Chooser
-
 
 # A scale that must be multiplied explicitly is taken where it makes the error of the scores this much smaller.
 PAYS = 0.9

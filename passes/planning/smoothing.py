@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sqcompile.plan.checks import LARGEST_SCALE
+
 # A channel below this fraction of the median absmax says nothing about how large it gets on other text.
 SILENT = 0.1
-
-# No scale is larger, nor smaller than 1 over it: any s is as exact, and two of them take no sane weight out of float32.
-LARGEST = 2.0**40
 
 
 def smoothing_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
@@ -21,7 +20,7 @@ def smoothing_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
         alpha: migration strength in [0, 1].
 
     Returns:
-        float32 [C], in [1 / LARGEST, LARGEST]. s is the formula's, except that a channel (nearly) silent in calibration
+        float32 [C], in [1 / LARGEST_SCALE, LARGEST_SCALE]. s is the formula's, except that a channel (nearly) silent in calibration
         counts as one of median absmax: the formula would divide it by almost nothing, and where it wakes up on other
         text it would drown the rest of its row. Where every channel is silent, s = 1.
     """
@@ -29,7 +28,7 @@ def smoothing_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
     if not bool((x > 0).any()) or not bool((w > 0).any()):
         return torch.ones_like(x)
     w = w.clamp_min(w.max() * 1e-5)  # a column of zeros: any s will do, but a finite one
-    return (awake(x).pow(alpha) / w.pow(1 - alpha)).clamp(1 / LARGEST, LARGEST)
+    return (awake(x).pow(alpha) / w.pow(1 - alpha)).clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
 
 
 def awake(absmax: Tensor) -> Tensor:

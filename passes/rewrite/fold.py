@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.errors import PlanError
+from sqcompile.passes.attention.head_sites import HeadSite
 from sqcompile.passes.ir.graph import (
     FOLD_CAST,
     Linear,
@@ -35,7 +36,6 @@ from sqcompile.passes.ir.graph import (
     nodes_by_name,
     value,
 )
-from sqcompile.passes.labels.head_sites import HeadSite
 from sqcompile.passes.labels.interpreter import vector_operand
 from sqcompile.passes.labels.match import Site
 from sqcompile.plan.plan import Plan

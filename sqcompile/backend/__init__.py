@@ -19,11 +19,12 @@ from torch import Tensor, fx, nn
 
 from sqcompile.backend.capture import capture
 from sqcompile.backend.dynamic import make_dynamic
+from sqcompile.backend.find_model import model_tensors
 from sqcompile.backend.limit import respect_limit
 from sqcompile.backend.methods import follow_methods
 from sqcompile.backend.options import Options, parse
 from sqcompile.backend.runner import GRAD, Runner, asks_for_gradients
-from sqcompile.backend.session import model_tensors, reset, session_of
+from sqcompile.backend.session import reset, session_of
 from sqcompile.errors import CaptureError, SQCompileError
 from sqcompile.process.lock import compiling
 
@@ -64,7 +65,7 @@ def _compiled(
     parameters: list[Tensor] = [x for x in example_inputs if isinstance(x, nn.Parameter)]
     parameters += list(gm.parameters())
     if not parameters:  # there may be buffers
-        parameters = model_tensors(x for x in example_inputs if isinstance(x, Tensor))
+        parameters = model_tensors((x for x in example_inputs if isinstance(x, Tensor)), found)
     session = session_of(parameters, found)
     make_dynamic(gm, example_inputs, lambda x: bool(session.names(x)), found.mode == "reduce-overhead")
     respect_limit()

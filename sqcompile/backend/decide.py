@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from sqcompile.api import rewrite
 from sqcompile.capture.call_spec import to_spec
 from sqcompile.capture.inputs import Call
 from sqcompile.errors import NothingToQuantizeError
@@ -26,6 +25,7 @@ from sqcompile.passes.planning.end_to_end import smoothed_or_not
 from sqcompile.passes.planning.stay_float import float_layer, names_linear, stay_float
 from sqcompile.passes.planning.uses import APART, as_used, balanced, first_use
 from sqcompile.passes.rewrite.weight_store import Shared
+from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import LayerPlan, Plan
 from sqcompile.plan.recipe import LM_HEAD, Recipe
 from sqcompile.statistics.input_stats import InputStats

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import reprlib
+import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
+
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from sqcompile.compiled.emit import BACKENDS
 from sqcompile.errors import RecipeError
@@ -31,6 +36,9 @@ class Options:
         stage: "lowered", or "quantized" to run INT8 values in plain float arithmetic: the reference of what is lowered,
             to tell what quantization costs from what a kernel does. Each graph has its own INT8 weights then.
         regional: whether repeated blocks are compiled once, see `sqcompile.compile`.
+        model: whose parameters these are: names in plans are its. Given as a module, or as a weak reference to one where
+            models come and go: PyTorch keeps options until ``torch._dynamo.reset()``. Without it the model is looked for
+            on the call stack.
     """
 
     plan: Plan | None = None
@@ -41,11 +49,12 @@ class Options:
     compiler: str = "inductor"
     stage: str = "lowered"
     regional: bool = False
+    model: weakref.ref[nn.Module] | None = None
 
     @property
     def key(self) -> Hashable:
         """Equal for options that give the same graphs."""
-        return id(self.plan), *(getattr(self, f.name) for f in fields(self) if f.name != "plan")
+        return id(self.plan), *(getattr(self, f.name) for f in fields(self) if f.name not in ("plan", "model"))
 
 
 _plans: dict[str, tuple[tuple[int, ...], Plan]] = {}
@@ -70,6 +79,8 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
         plan = _load(plan) if isinstance(plan, (str, os.PathLike)) else plan
         data = "calibration_steps" if "calibration_steps" in given else None
         given["plan"] = given_plan(plan, given.get("recipe"), data)
+    if given.get("model") is not None:
+        given["model"] = _weakly(given["model"])
     found = Options(**{**given, "recipe": resolve_recipe(given.get("recipe"))})
     if found.mode not in MODES:
         raise RecipeError(f"mode={found.mode!r} of backend 'smoothquant': choose one of {', '.join(MODES)}")
@@ -84,6 +95,16 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     if not isinstance(found.calibration_steps, int) or found.calibration_steps < 1:
         raise RecipeError(f"option calibration_steps={found.calibration_steps!r}: a number of calls, at least 1")
     return found
+
+
+def _weakly(model: Any) -> weakref.ref[nn.Module]:
+    """A weak reference to the module that a user gives, which sessions may hold without keeping it alive."""
+    module = model() if isinstance(model, weakref.ref) else model
+    if isinstance(module, OptimizedModule):
+        module = module._orig_mod
+    if not isinstance(module, nn.Module) and not isinstance(model, weakref.ref):
+        raise RecipeError(f"option model={reprlib.repr(model)}: pass the nn.Module that torch.compile is given")
+    return weakref.ref(module) if isinstance(module, nn.Module) else model
 
 
 def _load(path: str | os.PathLike[str]) -> Plan:

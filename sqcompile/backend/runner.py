@@ -1,4 +1,4 @@
-"""runner: a compiled graph that knows which weights it was compiled with, and looks at every call whether they are."""
+"""runner: a compiled graph, which checks at every call that the weights are still those it was compiled for."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sqcompile.api import rewrite
-from sqcompile.backend.bound import Bound, Floats, Observed
+from sqcompile.backend.bound import Bound, Observed
 from sqcompile.backend.capture import Template, attach, refuse_writes, write_back
 from sqcompile.backend.cuda_graphs import Recorder
+from sqcompile.backend.floats import Floats
 from sqcompile.backend.options import Options
-from sqcompile.backend.session import Session, quantized_only, session_of, sweep
+from sqcompile.backend.self_calibration import step
+from sqcompile.backend.session import Session, session_of, sweep
 from sqcompile.backend.weights import is_freed, source
 from sqcompile.compiled.inductor import compile_regions, compile_without_constants, flatten, inductor, with_layout
 from sqcompile.errors import CaptureError, StageError
 from sqcompile.passes.attention.chains import find_attentions
-from sqcompile.passes.ir.graph import above, find_linears, nodes_by_name
+from sqcompile.passes.ir.graph import above, find_linears, first_leaf, nodes_by_name
 from sqcompile.passes.planning.finite import check_weights
 from sqcompile.passes.planning.stay_float import wanted
 from sqcompile.passes.rewrite.weight_store import held
+from sqcompile.pipeline import rewrite
+from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import resolve_recipe
 from sqcompile.process.lock import compiling
 from sqcompile.statistics.observe import Observer
@@ -93,13 +96,20 @@ class Runner:
         if session.plan is None:
             if observed is None:
                 observed = self._observe(session, tensors)
-            session.step(observed)
+            step(session, observed, _observed_of(session))
             if session.plan is None:
                 observed.floats.check(observed.names)
                 return observed
         if self.bound and self._release(self.bound[0].changed(tensors), tensors, session):
             tensors = [args[i] for i in self.constants]
         return self._bind(session, tensors)
+
+    def forget(self, session: Session, compiled: bool) -> None:
+        """Drops what was observed for a session, and, if told so, what was compiled."""
+        self.observed = [o for o in self.observed if o.session is not session]
+        if compiled:
+            self.bound = [b for b in self.bound if b.session is not session]
+            self.retired = [b for b in self.retired if b.session is not session]
 
     def _release(self, changed: list[int], tensors: list[Tensor], session: Session) -> bool:
         """Makes inputs of buffers that are written to between calls, such as counters, unless weights are made of them."""
@@ -129,7 +139,7 @@ class Runner:
                     raise StageError(
                         f"a graph reads {name} in float, and free_float=True has freed it: compile without it"
                     )
-            freed = quantized_only(traced, lowered, plan) if self.options.free_float else set()
+            freed = _quantized_only(traced, lowered, plan) if self.options.free_float else set()
             del traced
             keep = held(lowered)
             run, used = self._emit(lowered, guarded, session, tensors)
@@ -205,6 +215,20 @@ class Runner:
         if self.binds > 1:  # a layer that is compiled alone, or changed weights: there will be more
             return compile_without_constants(flat, self.code, guarded)
         return with_layout(inductor(flat, guarded), flat)
+
+
+def _observed_of(session: Session) -> list[Observed]:
+    """The graphs that are observed for a session."""
+    runners = [r for r in session.runners if isinstance(r, Runner)]
+    return [o for r in runners for o in r.observed if o.session is session and o.alive()]
+
+
+def _quantized_only(traced: fx.GraphModule, lowered: fx.GraphModule, plan: Plan) -> set[str]:
+    """Names of the weights that a graph read for quantized linears, and reads no more."""
+    nodes, layers = nodes_by_name(traced), {l.name for l in plan.layers if l.quantized}
+    weights = {first_leaf(nodes[l.weight]) for l in find_linears(traced) if l.name in layers}
+    left = {str(n.target) for n in lowered.graph.find_nodes(op="get_attr")}
+    return {w for w in weights if w} - left
 
 
 def _parameters(gm: fx.GraphModule) -> set[str]:

@@ -97,6 +97,19 @@ def check_not_freed(key: Hashable) -> None:
         todo += part if isinstance(part, tuple) else ()
 
 
+def touch(tensors: Iterable[Tensor]) -> None:
+    """Counts a write to each tensor that counts writes; those of inference mode, which do not, get other memory instead.
+
+    Not to those whose float values are freed, unless somebody has written values where there are none.
+    """
+    todo = [t for t in tensors if not (is_freed(t) and bool(t.isnan().all()))]
+    torch.autograd.graph.increment_version([t for t in todo if not t.is_inference()])
+    for t in todo:
+        if t.is_inference():
+            with torch.inference_mode():
+                t.data = t.data.clone()
+
+
 class Blocks:
     """Blocks of NaN that freed parameters are views of, one of each dtype and device."""
 

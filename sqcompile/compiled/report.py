@@ -7,15 +7,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from sqcompile.compiled.names import SiteLabel, collapse, site_labels
 from sqcompile.kernels import fused
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.speedup import ROWS, expected, expected_attention
 from sqcompile.passes.ir.graph import value
+from sqcompile.plan.names import PRODUCTS, SiteLabel, collapse, site_labels
 from sqcompile.plan.plan import AttentionPlan, LayerPlan, Plan
-
-# which products of an attention run in INT8, in words
-PRODUCTS = {"none": "float", "qk": "int8 QKᵀ", "qk_pv": "int8 QKᵀ, PV"}
 
 
 @dataclass(frozen=True)

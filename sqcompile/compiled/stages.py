@@ -41,7 +41,7 @@ class Stages(Mapping[str, fx.GraphModule]):
         if name not in STAGES:
             raise KeyError(f"no stage {name!r}: the stages are {', '.join(STAGES)}")
         if name not in self._cache:
-            from sqcompile.api import rewrite
+            from sqcompile.pipeline import rewrite
 
             with compiling():
                 self._cache[name] = stage = rewrite(self._traced(), self._plan, until=name)

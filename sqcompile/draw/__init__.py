@@ -9,14 +9,13 @@ from typing import Any
 import networkx as nx
 from torch import fx
 
-from sqcompile.compiled.names import Names, collapse, refusal_lines
-from sqcompile.compiled.report import PRODUCTS
 from sqcompile.draw.condense import Roles, condense, parameters_of
 from sqcompile.draw.svg import page, render
 from sqcompile.errors import DrawError
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.graph import find_linears, nodes_by_name
 from sqcompile.passes.labels.match import match
+from sqcompile.plan.names import PRODUCTS, Names, collapse, refusal_lines
 from sqcompile.plan.plan import AttentionPlan, LayerPlan, Plan
 
 # Runs of equal blocks this long are drawn as one block and "... more like it".

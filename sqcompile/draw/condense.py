@@ -17,10 +17,10 @@ from typing import Any
 import networkx as nx
 from torch import Tensor, fx
 
-from sqcompile.compiled.names import Names
 from sqcompile.passes.ir.graph import LINEARS, Linear, aten, constants, first_leaf, value
+from sqcompile.passes.ir.text import show
 from sqcompile.passes.labels.interpreter import vector_operand
-from sqcompile.show import show
+from sqcompile.plan.names import Names
 
 _PRODUCTS = ("mm", "matmul", "linear", "einsum", "conv")
 _NORMS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"}

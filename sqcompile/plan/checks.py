@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sqcompile.capture.call_spec import check_spec
 from sqcompile.errors import PlanError
-from sqcompile.passes.planning.smoothing import LARGEST
 from sqcompile.plan.recipe import AttentionProducts
 
 if TYPE_CHECKING:
@@ -24,8 +23,11 @@ if TYPE_CHECKING:
 _LONGEST_NAME = 1000
 _LARGEST_SIZE = 2**31 - 1
 
+# No smoothing scale is larger, nor smaller than 1 over it: any s is as exact, and two of them take no sane weight out of float32.
+LARGEST_SCALE = 2.0**40
+
 # Scales of smoothing: what `fold` makes of a weight, w · s_in / s_out, is finite in float32 for every |w| < 2^47.
-_SMOOTHING = 1 / LARGEST, LARGEST
+_SMOOTHING = 1 / LARGEST_SCALE, LARGEST_SCALE
 # Δ of activations: 1/Δ and 127 Δ are finite in float32; the least one stands for zeros (`absmax_scale`).
 _STEP = 1e-33, 2.7e36
 _ANY = -torch.finfo(torch.float32).max, torch.finfo(torch.float32).max

@@ -14,17 +14,17 @@ import warnings
 from torch import fx, nn
 
 import sqcompile
-from sqcompile.api import rewrite
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
-from sqcompile.compiled.names import collapse, refusal_lines, site_labels
 from sqcompile.draw import draw
 from sqcompile.errors import SQCompileError
 from sqcompile.passes.ir.graph import find_linears
+from sqcompile.passes.ir.text import show
 from sqcompile.passes.ir.verify import STAGES
 from sqcompile.passes.labels.match import match
+from sqcompile.pipeline import rewrite
+from sqcompile.plan.names import collapse, refusal_lines, site_labels
 from sqcompile.plan.plan import Plan
-from sqcompile.show import show
 from sqcompile.show.load import load
 
 

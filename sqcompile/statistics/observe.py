@@ -2,7 +2,7 @@
 
 Raw means: nothing that depends on alpha or granularity, so that another recipe needs no second run. Memory is
 O(channels): absmax per channel and a bounded sample of rows, never the activations. Of the first calls, arguments and
-rows of the outputs are kept, 64 MB at most of a graph (`end_to_end`).
+rows of the outputs are kept, 64 MB at most of a graph (`sample`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.attention.heads import brought
 from sqcompile.passes.ir.explain import first_line, operation, source
 from sqcompile.passes.ir.graph import Linear, aten, find_linears, nodes_by_name, value
-from sqcompile.passes.planning.end_to_end import Sample, is_random
 from sqcompile.process.interrupts import checkpoint, each_at_once
 from sqcompile.statistics.input_stats import InputStats
 from sqcompile.statistics.padding import Padding
+from sqcompile.statistics.sample import Sample, is_random
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+# which products of an attention run in INT8, in words
+PRODUCTS = {"none": "float", "qk": "int8 QKᵀ", "qk_pv": "int8 QKᵀ, PV"}
+
 # A producer without a parameter of its own is named by its node, "rms_norm_3": the operation's name is what a person says.
 _OPERATION = re.compile(r"(layer_norm|rms_norm|mul|linear)(_(default|tensor))?(_\d+)?")
 _SPOKEN = {"layer_norm": "layernorm", "rms_norm": "rmsnorm", "mul": "scale"}

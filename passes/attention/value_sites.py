@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.passes.attention.chains import Attention
+from sqcompile.passes.attention.head_sites import by_head
 from sqcompile.passes.ir.graph import Linear, find_linears
 from sqcompile.passes.ir.sizes import at_two_sizes
-from sqcompile.passes.labels.head_sites import by_head
 from sqcompile.passes.labels.interpreter import _Labels, execute
 from sqcompile.passes.labels.rules import Refused
 

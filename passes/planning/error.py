@@ -1,0 +1,214 @@
+"""Chooser: the error that quantization makes of linears on the calibration sample, under the smoothing chosen so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from sqcompile.kernels.reference import QMAX, absmax_scale, dequantize, quantize, token_scale, weight_scale
+from sqcompile.passes.ir.graph import Linear, effective_weight, find_linears, nodes_by_name, row_parts
+from sqcompile.passes.labels.match import Site
+from sqcompile.passes.planning.smoothing import smoothing_scale
+from sqcompile.passes.planning.sqnr import relative, sqnr_db
+from sqcompile.passes.planning.static_scales import clipped, has_halves, margin
+from sqcompile.passes.planning.stay_float import float_layer
+from sqcompile.plan.plan import LayerPlan, Smoothing
+from sqcompile.plan.recipe import Recipe
+from sqcompile.process.interrupts import checkpoint
+from sqcompile.statistics.observe import Calibration
+
+Note = tuple[Smoothing, str, float | None]  # what was done with a linear's input, why, and the site's alpha
+
+# A site is left unsmoothed only where smoothing makes its error on the sample this much worse. Below that, smoothing is
+# kept even without a gain: the sample holds few tokens, and the absmax it is built from saw them all. Static scales are
+# tried on tokens that they have not seen (`static_scales`), and take what is best there.
+TOLERANCE = 1.1
+
+
+class Chooser:
+    """Quantization error of linears on the calibration sample, under the scales chosen so far."""
+
+    def __init__(
+        self, gm: fx.GraphModule, calibration: Calibration, recipe: Recipe, unsmoothed: str | None = None
+    ) -> None:
+        self.gm, self.calibration, self.recipe, self.unsmoothed = gm, calibration, recipe, unsmoothed
+        self.columns: dict[str, Tensor] = {}  # s of a linear's input channels, [K]
+        self.halves: dict[str, Tensor] = {}  # s as chosen from either half of the tokens, [2, K]; for static scales
+        self.margins: dict[str, float] = {}  # of a linear's static scale
+        self.rows: dict[str, Tensor] = {}  # s of its output channels, [N]
+        self.producers: dict[str, Tensor] = {}  # s that a producer's output is divided by, [C], by node
+        self.linears = {l.node: l for l in find_linears(gm)}
+        self.nodes = nodes_by_name(gm)
+        self.static = recipe.activation == "per_tensor_static"
+        self._energies: dict[str, Tensor] = {}
+
+    def weight(self, l: Linear) -> Tensor:
+        return effective_weight(self.gm, l, self.nodes)
+
+    def best(self, site: Site, floats: dict[str, str]) -> tuple[tuple[Tensor, Tensor] | None, float | None, str]:
+        """The scale [C] with the smallest error, and those of either half [2, C]; None where no smoothing is better."""
+        checkpoint()
+        balance = [(l, m) for l, m in site.balance if l.name not in floats]
+        device = self.weight(balance[0][0]).device
+        x_absmax = torch.zeros(3, site.channels, dtype=torch.float32, device=device)  # all tokens, either half
+        w_absmax = torch.zeros(site.channels, dtype=torch.float32, device=device)
+        for l, m in balance:
+            index, stats = m.to(device), self.calibration.inputs[l.name]
+            for largest, absmax in zip(x_absmax, (stats.absmax, *stats.halves), strict=True):
+                largest.scatter_reduce_(0, index, absmax, "amax")
+            w_absmax.scatter_reduce_(0, index, _column_absmax(self.weight(l)), "amax")
+        touched = [l for l, _ in balance]
+        producer = self.linears.get(site.producer)
+        if (
+            site.kind == "linear"
+            and producer is not None
+            and self.recipe.weight == "per_tensor"
+            and producer.name not in floats
+        ):
+            touched.append(producer)  # its rows are divided by s, which one scale for all rows feels
+        none = sum(self.error(l) for l in touched)
+        best, choice, best_alpha = none if self.static else none * TOLERANCE, None, None
+        for alpha in self.recipe.alphas:
+            every = torch.stack([smoothing_scale(x, w_absmax, alpha) for x in x_absmax])
+            every = torch.where(site.free.to(device), every, 1.0)
+            saved = [dict(d) for d in self._chosen()]
+            self.apply(site, every[0], every[1:])
+            error = sum(self.error(l) for l in touched)
+            self.columns, self.halves, self.margins, self.rows, self.producers = saved
+            if error < best:
+                best, choice, best_alpha = error, (every[0], every[1:]), alpha
+        return choice, best_alpha, f"smoothing would raise the quantization error here ({site.reason})"
+
+    def _chosen(self) -> tuple[dict[str, Any], ...]:
+        return self.columns, self.halves, self.margins, self.rows, self.producers
+
+    def apply(self, site: Site, s: Tensor, halves: Tensor) -> None:
+        """Smooths a site with s [C]; ``halves`` [2, C] are what either half of the tokens would have chosen."""
+        for l, m in site.balance:
+            self.columns[l.name] = s[m.to(s.device)]
+            self.halves[l.name] = halves[:, m.to(s.device)]
+        self.leave([l for l, _ in site.balance if l.name in self.calibration.inputs])
+        if site.kind != "input":
+            self.producers[site.producer] = s
+        if site.kind == "linear":
+            self.rows[self.linears[site.producer].name] = s
+
+    def leave(self, linears: Sequence[Linear]) -> None:
+        """Chooses the margins of linears with the columns that they have; those that read one tensor get one."""
+        if not self.static:
+            return
+        together: dict[int, list[Linear]] = {}
+        for l in linears:
+            together.setdefault(id(self.calibration.inputs[l.name]), []).append(l)
+        for group in together.values():
+            stats, name = self.calibration.inputs[group[0].name], group[0].name
+            columns = self.halves.get(name, torch.ones_like(stats.halves))
+            room = margin(stats, columns, torch.stack([self._energy(l) for l in group]).sum(0))
+            self.margins |= {l.name: room for l in group}
+
+    def _energy(self, l: Linear) -> Tensor:
+        """|W_:j|² of a linear's columns, float32 [K]; of experts, the mean one's."""
+        if l.name not in self._energies:
+            w = self.weight(l).flatten(0, -2)
+            energy = torch.stack([w[p].float().square().sum(0) for p in row_parts(w)]).sum(0) / (l.experts or 1)
+            self._energies[l.name] = energy
+        return self._energies[l.name]
+
+    def error(self, l: Linear) -> float:
+        """|Y_quantized - Y|² / |Y|² of one linear on the sample; zero where there is no signal.
+
+        Static scales, and s with them, are those that the half of the tokens would give in which a row is not.
+        """
+        stats, weight = self.calibration.inputs[l.name], self.weight(l)
+        if not self.static or not has_halves(stats):
+            return relative(*self._sums(l, weight, slice(None), self.columns.get(l.name), stats.absmax))
+        columns = self.halves.get(l.name, (None, None))
+        parts = [self._sums(l, weight, stats.half == 1 - h, columns[h], stats.halves[h]) for h in (0, 1)]
+        noise, signal = (sum(x) for x in zip(*parts, strict=True))
+        return relative(noise + sum(self._tail(l, h) for h in (0, 1)), signal)
+
+    def _tail(self, l: Linear, h: int) -> float:
+        """What clipping is expected to add to the noise of as many new rows as are sampled of the other half."""
+        stats = self.calibration.inputs[l.name]
+        columns = self.halves[l.name][h] if l.name in self.halves else torch.ones_like(stats.absmax)
+        limits = self._limit(l, columns, stats.halves[h]) * QMAX * columns
+        rows = int((stats.half == 1 - h).sum())
+        return rows * float(clipped(stats, stats.halves[h], limits, self._energy(l)))
+
+    def _sums(
+        self, l: Linear, weight: Tensor, which: Tensor | slice, columns: Tensor | None, absmax: Tensor
+    ) -> tuple[float, float]:
+        """|Y_quantized - Y|² and |Y|² of some rows of the sample, with columns [K], and static scales from absmax [K]."""
+        stats = self.calibration.inputs[l.name]
+        x, experts = stats.rows[which].float(), stats.experts[which]
+        smoothed = x if columns is None else x / columns
+        x_scale = token_scale(smoothed) if self.recipe.activation == "per_token" else self._limit(l, columns, absmax)
+        x_int = quantize(smoothed, x_scale).float()
+        every: list[tuple[Any, Tensor]] = [(slice(None), weight)]
+        if l.experts:
+            every = [(experts == e, weight[e]) for e in experts.unique().tolist()]
+        noise = signal = 0.0
+        for mine, matrix in every:
+            scale = x_scale[mine] if x_scale.dim() else x_scale
+            more = self._products(l, matrix, columns, x[mine], x_int[mine], scale)
+            noise, signal = noise + more[0], signal + more[1]
+        return noise, signal
+
+    def _products(
+        self, l: Linear, weight: Tensor, columns: Tensor | None, x: Tensor, x_int: Tensor, x_scale: Tensor
+    ) -> tuple[float, float]:
+        """|Y_quantized - Y|² and |Y|² for one weight [N, K] and rows x [R, K]."""
+        rows = self.rows.get(l.name)
+
+        def folded(part: slice) -> Tensor:
+            w = weight[part].float() if columns is None else weight[part].float() * columns
+            return w if rows is None else w / rows[part, None]
+
+        parts = row_parts(weight)
+        per_tensor = self.recipe.weight == "per_tensor"
+        common = torch.cat([weight_scale(folded(p), False) for p in parts]).amax() if per_tensor else None
+        noise = signal = 0.0
+        for part in parts:  # a few rows of the weight at a time: no float copy of it
+            w = folded(part)
+            w_scale = weight_scale(w, True) if common is None else common.view(1, 1)
+            y = x @ weight[part].float().t()
+            y_hat = dequantize(x_int @ quantize(w, w_scale).float().t(), x_scale, w_scale.flatten())
+            if rows is not None:
+                y_hat = y_hat * rows[part]
+            y = y.double()  # squares overflow float32 where the values do not
+            signal += float(y.square().sum())
+            noise += float((y_hat - y).square().sum())
+        return noise, signal
+
+    def _limit(self, l: Linear, columns: Tensor | None, absmax: Tensor) -> Tensor:
+        """Δx of the largest absmax_j / s_j, with the margin of a static scale. A dynamic one per tensor is close to it."""
+        largest = (absmax if columns is None else absmax / columns).max()
+        return absmax_scale(largest * (1 + self.margins.get(l.name, 0.0)))
+
+    def input_scale(self, l: Linear) -> Tensor:
+        """Static Δx, from all tokens."""
+        return self._limit(l, self.columns.get(l.name), self.calibration.inputs[l.name].absmax)
+
+    def layer(self, l: Linear, floats: dict[str, str], notes: dict[str, Note]) -> LayerPlan:
+        if l.name in floats:
+            return float_layer(l, floats[l.name])
+        kind: Literal["linear", "experts"] = "experts" if l.experts else "linear"
+        how, reason, alpha = notes[l.name]
+        idle = (self.calibration.inputs[l.name].tokens == 0).nonzero().flatten().tolist() if l.experts else []
+        if idle:
+            which = f"{', '.join(map(str, idle))} of {l.experts} experts"
+            reason += f"; no calibration token reached {which}, whose scales come from the other experts' tokens"
+        sqnr: float | None = sqnr_db(self.error(l), f"the outputs of {l.name}")
+        if not bool(self.calibration.inputs[l.name].absmax.any()):  # exact, which says nothing
+            reason, sqnr = f"{reason}; its input was {self.calibration.inputs[l.name].unvarying()}", None
+        static = float(self.input_scale(l)) if self.static else None
+        return LayerPlan(l.name, kind, True, how, reason, alpha, sqnr, static, l.shape)
+
+
+def _column_absmax(w: Tensor) -> Tensor:
+    """max|W_:j| of w [N, K] or [E, N, K]: float32 [K]; a few rows at a time, no copy of w."""
+    rows = w.flatten(0, -2)
+    return torch.stack([rows[p].abs().amax(0).float() for p in row_parts(rows)]).amax(0)

@@ -1,0 +1,97 @@
+"""The rewrites of a traced graph, top to bottom: fold -> insert_qdq -> lower. Each stage is verified, and printed if asked.
+
+What comes before, trace -> calibrate -> match -> plan, is in `api`; what comes after, emit, in `compiled`.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from sqcompile.errors import PlanError
+from sqcompile.passes.attention.chains import Attention, find_attentions
+from sqcompile.passes.attention.head_sites import match_heads
+from sqcompile.passes.ir.graph import Linear, find_linears, nodes_by_name, value
+from sqcompile.passes.ir.text import show_stage
+from sqcompile.passes.ir.verify import verify
+from sqcompile.passes.labels.match import input_sites, match
+from sqcompile.passes.lowering.lower import lower
+from sqcompile.passes.planning.finite import check_vectors
+from sqcompile.passes.planning.split import split_attention, split_sites
+from sqcompile.passes.planning.uses import as_used
+from sqcompile.passes.rewrite.fold import fold
+from sqcompile.passes.rewrite.insert_qdq import insert_qdq, quantize_weights
+from sqcompile.passes.rewrite.weight_store import Shared
+from sqcompile.plan.plan import Plan
+from sqcompile.process.progress import Enter, silent
+
+
+def rewrite(
+    traced: fx.GraphModule,
+    plan: Plan,
+    until: str,
+    shared: Shared | None = None,
+    enter: Enter = silent,
+    shown: bool = True,
+) -> fx.GraphModule:
+    """The rewrites in their order, up to a stage: "traced", "folded", "quantized" or "lowered".
+
+    With ``shared``, the graph is one of several of a model: it may lack sites of the plan, and shares INT8 weights.
+    ``enter`` is told which rewrite begins. ``shown`` is whether SQCOMPILE_SHOW=1 prints the stages.
+    """
+    show = show_stage if shown else (lambda *_: None)
+    gm = verify(traced, "traced")
+    text = show(gm, "traced", None)
+    if until == "traced":
+        return gm
+    enter("fold")
+    linears = find_linears(gm)
+    every = find_attentions(gm) if any(a.quantized != "none" for a in plan.attention) else []
+    attentions = [a for a in every if not a.refused]
+    if shared is not None:
+        plan = split_attention([a.name for a in attentions], as_used(plan, linears, every))
+    _check_plan(gm, plan, linears, attentions)
+    sites, refusals = match(gm)
+    quantized = {l.name for l in plan.layers if l.quantized}
+    sites = sites + input_sites(refusals, quantized)
+    if shared is not None:
+        sites, plan = split_sites(linears, sites, plan)
+    check_vectors(gm, [l for l in linears if l.name in quantized])
+    folded = {a.name for a in plan.attention if a.quantized != "none" and a.smoothing == "folded"}
+    heads, _ = match_heads(gm, [a for a in attentions if a.name in folded])
+    gm = verify(fold(gm, sites, plan, heads), "folded")
+    text = show(gm, "folded", text)
+    if until == "folded":
+        return gm
+    enter("insert_qdq")
+    gm = verify(insert_qdq(gm, plan, shared), "quantized")
+    text = show(gm, "quantized", text)
+    if until == "quantized":
+        return quantize_weights(gm)
+    enter("lower")
+    gm.graph.owning_module = None  # a cycle, which would keep the plain weights until garbage is collected
+    handed_over = [gm]
+    del gm  # lower frees each plain int8 weight as it packs it, which no other reference may prevent
+    gm = verify(lower(handed_over.pop(), shared), "lowered")
+    show(gm, "lowered", text)
+    return gm
+
+
+def _check_plan(gm: fx.GraphModule, plan: Plan, linears: list[Linear], attentions: list[Attention]) -> None:
+    planned = {l.name: l.shape for l in plan.layers}
+    for l in linears:
+        if planned.get(l.name) != l.shape:
+            shape = " x ".join(map(str, l.shape))
+            raise PlanError(f"the plan has no linear {l.name!r} of shape {shape}: calibrate this model")
+    have = {a.name: a for a in attentions}
+    nodes = nodes_by_name(gm)
+    for p in plan.attention:
+        if p.quantized == "none":
+            continue
+        a = have.get(p.name)
+        if a is None or (a.heads, a.groups, a.width) != p.shape:
+            raise PlanError(
+                f"the plan quantizes the attention {p.name!r}, which this model lacks: calibrate this model"
+            )
+        step = plan.heads.get(f"{p.name}/value_scale")
+        if step is not None and step.shape[-1] != value(nodes[a.v]).shape[-1]:
+            raise PlanError(f"the plan's values of the attention {p.name!r} are of another width: calibrate this model")

@@ -1,0 +1,120 @@
+"""Sample: the first calibration calls of a graph and some rows of what they gave, in bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from sqcompile.passes.ir.graph import arguments
+from sqcompile.process.interrupts import checkpoint
+
+CALLS, ROWS = 8, 1024  # no call is added to as many calls, or rows of an output
+LARGEST = 2**26  # bytes of all that is kept of a graph
+LEAST = 1e-3  # a row counts as at least so much of its output's mean energy: one of zeros has no relative error
+
+
+class _Run(fx.Interpreter):
+    """Runs a graph; Ctrl-C takes effect between two operations."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        checkpoint()
+        return super().run_node(n)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Arguments of a call, and rows [R, C] of its outputs: by the output's position, which rows, and the rows in float."""
+
+    arguments: tuple[Any, ...]
+    rows: dict[int, tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Sample:
+    """The first calls of a traced graph, with what they gave in float. On the device of the calls.
+
+    Attributes:
+        calls: those that are kept.
+        rows, bytes: how much that is.
+    """
+
+    calls: list[_Call] = field(default_factory=list)
+    rows: int = 0
+    bytes: int = 0
+
+    def add(self, arguments: Sequence[Any], outputs: Any, real: Callable[[int, Tensor], Tensor | None]) -> None:
+        """Keeps a call, unless there are enough.
+
+        Args:
+            arguments: one for each placeholder; they are copied.
+            outputs: what the graph returned.
+            real: which rows of an output at a position are real tokens, bool [R]; None for all.
+        """
+        size = sum(a.numel() * a.element_size() for a in arguments if isinstance(a, Tensor))
+        compared = _compared(outputs)
+        left = (LARGEST - self.bytes - size) // (4 * CALLS * max(1, len(compared)))  # numbers of one output
+        if len(self.calls) >= CALLS or self.rows >= ROWS or left <= 0:
+            return
+        kept = {}
+        for i, y in compared.items():
+            rows, keep = _rows(y), real(i, y) if y.dim() > 1 else None
+            which = torch.arange(len(rows), device=y.device)
+            if keep is not None and len(keep) == len(rows):
+                which = which[keep.to(y.device)]
+            most = min(ROWS, left // rows.shape[-1])
+            if most and len(which):
+                which = which[:: math.ceil(len(which) / most)]
+                kept[i] = which, rows[which].float()
+        if kept:
+            copies = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in arguments)
+            self.calls.append(_Call(copies, kept))
+            self.rows += max(len(which) for which, _ in kept.values())
+            self.bytes += size + sum(4 * rows.numel() for _, rows in kept.values())
+
+    def noise(self, quantized: fx.GraphModule) -> list[Tensor]:
+        """Energy of the error of each kept row of each call, relative to the row's: float64 [R], of all outputs."""
+        found = []
+        for call in self.calls:
+            with contextlib.ExitStack() as stack:
+                for kind in {which.device.type for which, _ in call.rows.values()}:
+                    stack.enter_context(torch.autocast(kind, enabled=False))  # a user's: INT8 values need float32
+                outputs = pytree.tree_leaves(_Run(quantized).run(*call.arguments, enable_io_processing=False))
+            parts = []
+            for i, (which, want) in call.rows.items():
+                signal = want.double().square().sum(-1)
+                error = (_rows(outputs[i])[which].double() - want.double()).square().sum(-1)
+                parts.append((error / signal.clamp_min(LEAST * signal.mean()).clamp_min(1e-300)).cpu())
+            found.append(torch.cat(parts))
+        return found
+
+
+def _compared(outputs: Any) -> dict[int, Tensor]:
+    """By position: the outputs in floating point; of four dims, as caches [B, H, S, D], only where there are no others."""
+    tensors = {
+        i: y
+        for i, y in enumerate(pytree.tree_leaves(outputs))
+        if isinstance(y, Tensor)
+        and y.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        and y.layout == torch.strided
+        and y.numel()
+        and bool(y.isfinite().all())
+    }
+    return {i: y for i, y in tensors.items() if y.dim() < 4} or tensors
+
+
+def _rows(y: Tensor) -> Tensor:
+    """An output as rows [R, C]: of tokens, if it has some."""
+    return y.reshape(-1, y.shape[-1]) if y.dim() > 1 else y.reshape(1, -1)
+
+
+def is_random(gm: fx.GraphModule) -> bool:
+    """Whether two runs of a graph may differ for the random numbers in them. Dropout is none: training mode is refused."""
+    seeded = [n for n in gm.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
+    return any("dropout" not in str(n.target) and arguments(n).get("dropout_p") != 0 for n in seeded)
