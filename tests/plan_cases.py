@@ -12,7 +12,7 @@ from torch import nn
 
 import sqcompile
 from sqcompile import Recipe
-from sqcompile.plan.plan import file as plan_file
+from sqcompile.plan import file as plan_file
 
 KEY = "sqcompile_plan"
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sqcompile.passes.ir.graph import find_linears
-from sqcompile.passes.labels.interpreter import rules as label_rules
+from sqcompile.passes.labels import rules as label_rules
 
 
 class Einsum(nn.Module):

@@ -265,7 +265,7 @@ def test_thirty_two_layers_match_in_seconds():
 
 
 def test_labels_live_no_longer_than_their_values():
-    from sqcompile.passes.labels.interpreter import interpreter as labels
+    from sqcompile.passes.labels import interpreter as labels
 
     peak = {}
     for layers in (2, 6):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import sqcompile
 from sqcompile import Recipe
 from sqcompile.passes.ir.graph import effective_weight, find_linears, nodes_by_name
-from sqcompile.passes.planning.choose import smoothing_scale
+from sqcompile.passes.planning.smoothing import smoothing_scale
 
 
 def kinds(sites):

@@ -165,7 +165,7 @@ def test_attention_calibrates_while_it_generates(llama, cache):
     net = torch.compile(model, backend=smoothquant, options={"compiler": "eager", "recipe": recipe})
     x = prompts(2, 9)
     seen = []
-    with mock.patch("sqcompile.backend.session.decide", lambda *args: seen.append(args) or decide(*args)):
+    with mock.patch("sqcompile.backend.self_calibration.decide", lambda *args: seen.append(args) or decide(*args)):
         net.generate(x, max_new_tokens=12, cache_implementation=cache, **PLAIN)
     [(observers, _, calls)] = seen
     tokens = [s.count for o in observers for s in o.heads.values()]

@@ -18,8 +18,8 @@ from plan_cases import KEY, dynamic_plan, parts, static_plan, write
 from safetensors.torch import save_file
 
 from sqcompile import Plan, PlanError, Recipe
+from sqcompile.plan import file as plan_file
 from sqcompile.plan.plan import LayerPlan
-from sqcompile.plan.plan import file as plan_file
 
 plan, static = pytest.fixture(dynamic_plan), pytest.fixture(static_plan)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from random_checks import capture, examine, fold_error, loss, wrong
 
-from sqcompile.passes.labels.interpreter import rules as label_rules
+from sqcompile.passes.labels import rules as label_rules
 
 aten = torch.ops.aten
 PART = 50

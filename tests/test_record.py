@@ -13,7 +13,7 @@ import sqcompile
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
 from sqcompile.passes.ir.graph import add_op, aten, value
-from sqcompile.passes.labels.interpreter import interpreter as labels
+from sqcompile.passes.labels import interpreter as labels
 from sqcompile.passes.labels.match import match
 
 

@@ -28,7 +28,7 @@ LAYERS = 6
 @pytest.fixture
 def compilations(monkeypatch, fresh_dynamo):
     """How often Inductor compiles."""
-    calls, real = [], sqcompile.inductor.inductor
+    calls, real = [], sqcompile.compiled.inductor.inductor
 
     def counted(*args, **kwargs):
         calls.append(args)
@@ -172,7 +172,7 @@ def test_layers_compiled_alone_are_compiled_twice(compilations, monkeypatch):
     """The first keeps its weights as constants; when a second comes, what is compiled serves all."""
     import sqcompile.backend.runner as runner
 
-    monkeypatch.setattr(runner, "inductor", sqcompile.inductor.inductor)
+    monkeypatch.setattr(runner, "inductor", sqcompile.compiled.inductor.inductor)
     # in float64: Inductor sums norms in another order, and in float32 a rounding to int8 may fall the other way for it
     model = in_float64(tiny_lm("llama", num_hidden_layers=LAYERS))
     plan = sqcompile.calibrate(model, token_batches(), progress=False)
