@@ -34,7 +34,7 @@ def compilations(monkeypatch, fresh_dynamo):
         calls.append(args)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(sqcompile.inductor, "inductor", counted)
+    monkeypatch.setattr(sqcompile.compiled.inductor, "inductor", counted)
     return calls
 
 

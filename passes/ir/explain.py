@@ -15,6 +15,9 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+import sqcompile
+import sqcompile.kernels
+import sqcompile.passes
 from sqcompile.errors import CaptureError
 
 _VALUES = (
@@ -125,7 +128,8 @@ def one_error() -> Iterator[None]:
 
 def is_users(filename: str) -> bool:
     """Whether a file is the model's own code, and neither PyTorch's nor ours."""
-    inside = (os.path.join(os.path.dirname(module), "") for module in (torch.__file__, __file__))
+    packages = (torch, sqcompile, sqcompile.passes, sqcompile.kernels)  # ours may lie in three places
+    inside = tuple(os.path.join(folder, "") for package in packages for folder in package.__path__)
     return not filename.startswith((*inside, "<frozen", "<string>", "<eval_with_key>"))
 
 
