@@ -18,7 +18,8 @@ from sqcompile.errors import (
     StageError,
     WeightError,
 )
-from sqcompile.plan.plan import LayerPlan, Plan
+from sqcompile.plan.entries import LayerPlan
+from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import PRESETS, Recipe
 from sqcompile.refresh import refresh
 

@@ -20,7 +20,8 @@ from sqcompile.passes.attention.head_sites import match_heads
 from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.labels.match import input_sites, match
 from sqcompile.passes.rewrite.fold import fold
-from sqcompile.plan.plan import LayerPlan, Plan
+from sqcompile.plan.entries import LayerPlan
+from sqcompile.plan.plan import Plan
 
 # as many threads as `make test` has cores, over its processes
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))

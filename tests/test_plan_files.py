@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from sqcompile import Plan, PlanError, Recipe
 from sqcompile.plan import file as plan_file
-from sqcompile.plan.plan import LayerPlan
+from sqcompile.plan.entries import LayerPlan
 
 plan, static = pytest.fixture(dynamic_plan), pytest.fixture(static_plan)
 

@@ -25,20 +25,13 @@ from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.attention.heads import head_count, same_batch, unmerged, unrepeated_pair
 from sqcompile.passes.attention.scores import SAME, Mask, Number, Scores, numbers, read_scores
 from sqcompile.passes.ir.graph import LINEARS, arguments, aten, constants, find_linears, nodes_by_name, value
+from sqcompile.passes.ir.operators import Fact, having
 from sqcompile.passes.labels.rules import OUTPUT, describe
 
-SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
-
+SOFTMAX = having(Fact.SOFTMAX)
 # What may stand between QKᵀ and softmax: a product of the two is still found behind it.
-POINTWISE = SAME | {
-    aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor, aten.add.Scalar,
-    aten.sub.Tensor, aten.tanh.default, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf,
-    aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.maximum.default, aten.clamp.default,
-    aten.clamp_min.default, sqcompile_ops.mask_scores.default,
-}  # fmt: skip
-
-# Products of tensors of data that `canonicalize` leaves.
-PRODUCTS = {aten.matmul.default, aten.mm.default, aten.einsum.default}
+POINTWISE = SAME | having(Fact.SCORES)
+PRODUCTS = having(Fact.PRODUCT) | {aten.einsum.default}
 
 NOT_ATTENDING = "its weights are not multiplied with values"
 

@@ -25,21 +25,11 @@ from torch import Tensor, fx
 
 from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.ir.graph import Linear, arguments, aten, constants, find_linears, nodes_by_name
+from sqcompile.passes.ir.operators import HOMOGENEOUS, LAYOUT
 from sqcompile.passes.ir.sizes import at_two_sizes
 from sqcompile.passes.labels.interpreter import _Labels, execute
 from sqcompile.passes.labels.match import Site, producer_name
-from sqcompile.passes.labels.rules import (
-    HOMOGENEOUS,
-    LAYOUT,
-    RESIDUAL,
-    RULES,
-    Flow,
-    Refused,
-    behind,
-    describe,
-    refuse_rounding,
-    uniform,
-)
+from sqcompile.passes.labels.rules import RESIDUAL, RULES, Flow, Refused, behind, describe, refuse_rounding, uniform
 
 _Label = tuple[str, str, int]  # "q" or "k", the producer's node, the label
 

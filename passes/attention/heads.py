@@ -15,11 +15,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.graph import aten, value
+from sqcompile.passes.ir.operators import named
 
 # What stands between a cache and its readers, and between the values written to one and their computation.
 _READS = {aten.slice.Tensor, sqcompile_ops.dequantize_tokens.default, sqcompile_ops.quantize.default}
 # What writes (dst, .., src) into a cache; the position of src among the arguments.
-_WRITES = {aten.index_copy.default: 3, aten.index_put.default: 2, aten.slice_scatter.default: 1}
+_WRITES = named("writes")
 
 
 def head_count(x: fx.Node) -> int | None:
@@ -97,7 +98,7 @@ def _written(x: fx.Node) -> fx.Node | None:
         new = [p for p in parts if not _is_old(p)]
         return new[0] if len(new) == 1 < len(parts) else None
     if x.target in _WRITES and _is_old(_source(x)):
-        return x.args[_WRITES[x.target]]  # type: ignore[return-value]
+        return x.args[_WRITES[x.target]]
     return None
 
 

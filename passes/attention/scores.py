@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from sqcompile.kernels.attention_parts import BLOCKED
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.graph import aten, evaluate, value
+from sqcompile.passes.ir.operators import Fact, having
 from sqcompile.passes.labels.rules import describe
 
 
@@ -54,11 +55,7 @@ class Scores:
 
 
 # Scores in another shape or dtype, entry by entry the same.
-SAME = {
-    aten.reshape.default, aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default,
-    aten.dropout.default, aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default,
-    aten.flatten.using_ints, aten.unflatten.int,
-}  # fmt: skip
+SAME = having(Fact.RESHAPE, Fact.COPY, Fact.CAST, Fact.DROPOUT)
 
 
 Number = Callable[[Any], float | None]

@@ -18,18 +18,10 @@ from typing import Any
 from torch import fx
 
 from sqcompile.passes.ir.graph import aten, value
+from sqcompile.passes.ir.operators import named
 
 # Under another name, with the same arguments.
-_SAME = {
-    aten.concat.default: aten.cat.default, aten.concatenate.default: aten.cat.default,
-    aten.swapdims.default: aten.transpose.int, aten.swapaxes.default: aten.transpose.int,
-    aten.moveaxis.int: aten.movedim.int, aten.moveaxis.intlist: aten.movedim.intlist,
-    aten.broadcast_to.default: aten.expand.default, aten.ravel.default: aten.flatten.using_ints,
-    aten.multiply.Tensor: aten.mul.Tensor, aten.multiply.Scalar: aten.mul.Scalar,
-    aten.subtract.Tensor: aten.sub.Tensor, aten.divide.Tensor: aten.div.Tensor,
-    aten.true_divide.Tensor: aten.div.Tensor, aten.negative.default: aten.neg.default,
-    aten.absolute.default: aten.abs.default, aten.clip.default: aten.clamp.default,
-}  # fmt: skip
+_SAME = named("alias_of")
 
 _TRANSPOSED = {aten.mT.default, aten.mH.default, aten.adjoint.default, aten.matrix_H.default, aten.numpy_T.default}
 

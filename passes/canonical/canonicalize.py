@@ -29,17 +29,11 @@ from torch import Tensor, fx
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.canonical.aliases import rename
 from sqcompile.passes.ir.graph import add_op, add_tensor, arguments, aten, constants, value
-
-DROPOUTS = (
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-    aten.feature_alpha_dropout.default,
-)
+from sqcompile.passes.ir.operators import DROPOUTS
 
 
 def drops(dropout: fx.Node) -> bool:
-    """Whether one of `DROPOUTS` changes what it is given."""
+    """Whether one of `operators.DROPOUTS` changes what it is given."""
     args = arguments(dropout)
     return bool(args["train"] and args["p"])
 

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from sqcompile.passes.canonical.canonicalize import DROPOUTS, drops
+from sqcompile.passes.canonical.canonicalize import drops
 from sqcompile.passes.ir.graph import add_op, aten, is_mutable, value
+from sqcompile.passes.ir.operators import DROPOUTS, named
 
 
 def _inverse(dims: Any) -> list[int]:
@@ -34,22 +35,18 @@ def _inverse(dims: Any) -> list[int]:
 
 
 # What a write to a view makes of its operand: (gm, the view's node, operand, new value of the view) -> new operand.
-_PUT: dict[Any, Callable[[fx.GraphModule, fx.Node, fx.Node, fx.Node], fx.Node]] = {
-    aten.select.int: lambda gm, n, x, y: add_op(gm, aten.select_scatter.default, x, y, *n.args[1:], **n.kwargs),
-    aten.slice.Tensor: lambda gm, n, x, y: add_op(gm, aten.slice_scatter.default, x, y, *n.args[1:], **n.kwargs),
-    aten.unsqueeze.default: lambda gm, n, x, y: add_op(gm, aten.squeeze.dim, y, n.args[1]),
-    aten.squeeze.dim: lambda gm, n, x, y: add_op(gm, aten.reshape_as.default, y, x),
-    aten.transpose.int: lambda gm, n, x, y: add_op(gm, aten.transpose.int, y, *n.args[1:]),
-    aten.t.default: lambda gm, n, x, y: add_op(gm, aten.t.default, y),
-    aten.permute.default: lambda gm, n, x, y: add_op(gm, aten.permute.default, y, _inverse(n.args[1])),
-    **dict.fromkeys(
-        (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int),
-        lambda gm, n, x, y: add_op(gm, aten.reshape_as.default, y, x),
-    ),
-    **dict.fromkeys(
-        (aten.alias.default, aten.detach.default, aten.detach_.default, aten.contiguous.default), lambda gm, n, x, y: y
-    ),
+_Put = Callable[[fx.GraphModule, fx.Node, fx.Node, fx.Node], fx.Node]
+_NAMED: dict[str, _Put] = {
+    "select": lambda gm, n, x, y: add_op(gm, aten.select_scatter.default, x, y, *n.args[1:], **n.kwargs),
+    "slice": lambda gm, n, x, y: add_op(gm, aten.slice_scatter.default, x, y, *n.args[1:], **n.kwargs),
+    "squeezed": lambda gm, n, x, y: add_op(gm, aten.squeeze.dim, y, n.args[1]),
+    "transposed": lambda gm, n, x, y: add_op(gm, aten.transpose.int, y, *n.args[1:]),
+    "turned": lambda gm, n, x, y: add_op(gm, aten.t.default, y),
+    "permuted": lambda gm, n, x, y: add_op(gm, aten.permute.default, y, _inverse(n.args[1])),
+    "shaped": lambda gm, n, x, y: add_op(gm, aten.reshape_as.default, y, x),
+    "itself": lambda gm, n, x, y: y,
 }
+_PUT: dict[Any, _Put] = {target: _NAMED[put] for target, put in named("put").items()}
 
 
 def functionalize(gm: fx.GraphModule) -> bool:

@@ -15,9 +15,6 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-import sqcompile
-import sqcompile.kernels
-import sqcompile.passes
 from sqcompile.errors import CaptureError
 
 _VALUES = (
@@ -128,7 +125,7 @@ def one_error() -> Iterator[None]:
 
 def is_users(filename: str) -> bool:
     """Whether a file is the model's own code, and neither PyTorch's nor ours."""
-    packages = (torch, sqcompile, sqcompile.passes, sqcompile.kernels)  # ours may lie in three places
+    packages = (sys.modules[name] for name in ("torch", "sqcompile", "sqcompile.passes", "sqcompile.kernels"))
     inside = tuple(os.path.join(folder, "") for package in packages for folder in package.__path__)
     return not filename.startswith((*inside, "<frozen", "<string>", "<eval_with_key>"))
 

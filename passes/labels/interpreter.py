@@ -25,20 +25,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sqcompile.passes.ir.graph import Linear, aten, constants, evaluate, get_tensor, is_channel_vector, leaves, value
-from sqcompile.passes.labels.rules import (
-    HOMOGENEOUS,
-    LAYOUT,
-    LIKE_SECOND,
-    OUTPUT,
-    RULES,
-    SHAPE_ONLY,
-    Flow,
-    Refused,
-    describe,
-    narrower,
-    refuse_rounding,
-    uniform,
-)
+from sqcompile.passes.ir.operators import HOMOGENEOUS, LAYOUT, LIKE_SECOND, SHAPE_ONLY
+from sqcompile.passes.labels.rules import OUTPUT, RULES, Flow, Refused, describe, narrower, refuse_rounding, uniform
 from sqcompile.process.interrupts import checkpoint
 
 _Interpreter = TypeVar("_Interpreter", bound="_Labels")

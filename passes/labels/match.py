@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.passes.ir.graph import Linear, constants, find_linears, first_leaf, nodes_by_name
+from sqcompile.passes.ir.operators import HOMOGENEOUS, LAYOUT
 from sqcompile.passes.ir.sizes import at_two_sizes
 from sqcompile.passes.labels.interpreter import run_labels, vector_operand
-from sqcompile.passes.labels.rules import HOMOGENEOUS, LAYOUT, Flow, behind, describe
+from sqcompile.passes.labels.rules import Flow, behind, describe
 
 
 @dataclass(frozen=True)

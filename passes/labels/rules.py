@@ -1,13 +1,12 @@
 """What each operation does to channel labels; the invariant that every rule keeps stands in `labels`.
 
 A rule sees one producer's labels at an operation's inputs, and gives the labels of its output, or raises `Refused`
-with the reason. An operation in none of the tables is refused.
+with the reason. Which operation has which rule stands in `operators`; one that is not there is refused.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.passes.ir.graph import arguments, aten, value
+from sqcompile.passes.ir.operators import named
 
 RESIDUAL = "joins a residual stream"
 OUTPUT = "is an output of the model"
@@ -58,34 +58,6 @@ class Flow:
                     self.refused.setdefault(int(label), reason)
 
 
-# Pure layout: executed on the label tensor itself.
-LAYOUT = {
-    aten.reshape.default, aten.transpose.int, aten.permute.default, aten.t.default,
-    aten.slice.Tensor, aten.select.int, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.squeeze.default, aten.squeeze.dims, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
-    aten.unbind.int, aten.flatten.using_ints, aten.unflatten.int, aten.repeat.default, aten.narrow.default,
-    aten.repeat_interleave.self_int, aten.index.Tensor, aten.index_select.default, aten.flip.default,
-    aten.movedim.int, aten.movedim.intlist, aten.tensor_split.sections, aten.tensor_split.indices,
-    aten.expand_as.default, aten.view_as.default, aten.reshape_as.default, aten.roll.default, operator.getitem,
-}  # fmt: skip
-
-# f(x / s) = f(x) / s for every s > 0, element by element, whatever the other arguments are.
-HOMOGENEOUS = {
-    aten.relu.default, aten.leaky_relu.default, aten.neg.default, aten.abs.default,
-    aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default, aten.mul.Scalar,
-    aten.div.Scalar, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default,
-}  # fmt: skip
-
-# The second operand gives a shape or a dtype, no values.
-LIKE_SECOND = {aten.expand_as.default, aten.view_as.default, aten.reshape_as.default, aten.type_as.default}
-
-# The result depends on the operand's shape alone.
-SHAPE_ONLY = {
-    aten.sym_size.int, aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default, aten.full_like.default,
-    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
-}  # fmt: skip
-
-
 def narrower(a: torch.dtype, b: torch.dtype) -> bool:
     """Whether a float dtype rounds values, or overflows, that another holds."""
     return torch.finfo(a).eps > torch.finfo(b).eps or torch.finfo(a).max < torch.finfo(b).max
@@ -102,7 +74,7 @@ def refuse_rounding(way: Iterable[torch.dtype], *ends: torch.dtype) -> None:
             raise Refused(f"is rounded to {str(dtype).removeprefix('torch.')} on its way, which a scale would change")
 
 
-def behind(node: fx.Node, targets: set[Any]) -> fx.Node:
+def behind(node: fx.Node, targets: Set[Any]) -> fx.Node:
     """What a node is made of by operations of one input, such as LAYOUT."""
     while node.op == "call_function" and node.target in targets and isinstance(node.args[0], fx.Node):
         node = node.args[0]
@@ -261,22 +233,8 @@ def _clamp(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node
     return _only(operands, n)[1]
 
 
-RULES: dict[Any, Callable[..., Any]] = {
-    aten.mul.Tensor: _mul,
-    aten.div.Tensor: _div,
-    aten.add.Tensor: _add,
-    aten.sub.Tensor: _add,
-    aten.cat.default: _concat,
-    aten.stack.default: _concat,
-    aten.matmul.default: _matmul,
-    aten.bmm.default: _matmul,
-    aten.mm.default: _matmul,
-    aten.scaled_dot_product_attention.default: _attention,
-    aten.mean.dim: _reduce,
-    aten.sum.dim_IntList: _reduce,
-    aten.masked_fill.Scalar: _masked_fill,
-    aten.pad.default: _pad,
-    aten.constant_pad_nd.default: _pad,
-    aten.clamp.default: _clamp,
-    aten.clamp_min.default: _clamp,
-}
+_NAMED: dict[str, Callable[..., Any]] = {
+    "mul": _mul, "div": _div, "add": _add, "join": _concat, "matmul": _matmul, "attention": _attention, "reduce": _reduce,
+    "masked_fill": _masked_fill, "pad": _pad, "clamp": _clamp,
+}  # fmt: skip
+RULES: dict[Any, Callable[..., Any]] = {target: _NAMED[rule] for target, rule in named("rule").items()}

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.passes.ir.graph import LINEARS, arguments, aten
+from sqcompile.passes.ir.operators import HOMOGENEOUS, LAYOUT, LIKE_SECOND, SHAPE_ONLY, Fact, having
 from sqcompile.passes.ir.sizes import at_two_sizes
 from sqcompile.passes.labels.interpreter import _Labels, execute
-from sqcompile.passes.labels.rules import HOMOGENEOUS, LAYOUT, LIKE_SECOND, SHAPE_ONLY, Refused, uniform
+from sqcompile.passes.labels.rules import Refused, uniform
 
 _NONE = -1  # of a row that is no token's
 _APART = 2**32  # between the labels of two masks
@@ -189,20 +190,9 @@ class _TokenLabels(_Labels):
 
 
 # y has the shape of its first operand, and each element stands where it stood.
-_IN_PLACE_OF = {
-    aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.cumsum.default, aten.cumprod.default,
-    aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default, aten.batch_norm.default,
-    aten.instance_norm.default, aten.dropout.default, aten.tril.default, aten.triu.default, aten.masked_fill.Scalar,
-    aten.masked_fill.Tensor, aten.masked_scatter.default, aten.index_put.default, aten.index_copy.default,
-    aten.index_add.default, aten.scatter.src, aten.scatter.value, aten.scatter_add.default,
-}  # fmt: skip
-
-_ROOM = {aten.zeros_like.default, aten.empty_like.default, aten.full_like.default}  # for what is added to each row
-_IN_PLACE_OF |= _ROOM
-_JOINS = {aten.cat.default, aten.stack.default}
-_PRODUCTS = {
-    aten.scaled_dot_product_attention.default, aten.matmul.default, aten.bmm.default, aten.mm.default,
-}  # fmt: skip
+_IN_PLACE_OF = having(Fact.IN_PLACE, Fact.ROOM)
+_ROOM, _JOINS = having(Fact.ROOM), having(Fact.JOIN)
+_PRODUCTS = having(Fact.PRODUCT) | {aten.scaled_dot_product_attention.default}
 _CONVOLUTIONS = {aten.conv1d.default, aten.conv1d.padding}
 
 

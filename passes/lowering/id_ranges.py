@@ -24,17 +24,10 @@ from torch import Tensor, fx
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.graph import add_op, aten, constants, first_leaf, value
-from sqcompile.passes.labels.rules import HOMOGENEOUS, LAYOUT
-
-_ARITHMETIC = {
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.cumsum.default, aten.masked_fill.Scalar, aten.where.self,
-    aten.where.ScalarOther, aten.where.ScalarSelf, aten.cat.default, aten.stack.default, aten.clamp.default,
-    aten.clamp_min.default, aten.ne.Scalar, aten.eq.Scalar, aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar,
-}  # fmt: skip
+from sqcompile.passes.ir.operators import HOMOGENEOUS, LAYOUT, Fact, having
 
 _DYNAMOS = re.compile(r"^[Ll]_(kwargs_)?|_$")  # L_input_ids_
-_POSITIONS = {aten.arange.default, aten.arange.start, aten.arange.start_step}
-_EMBEDDINGS = {aten.embedding.default, aten.embedding_bag.default, aten.embedding_bag.padding_idx}
+_ARITHMETIC, _POSITIONS, _EMBEDDINGS = having(Fact.IDS) | HOMOGENEOUS, having(Fact.POSITIONS), having(Fact.EMBEDDING)
 
 
 def check_ids(gm: fx.GraphModule) -> None:
@@ -94,7 +87,7 @@ def _origins(gm: fx.GraphModule, index: fx.Node) -> set[str]:
             found.add("positions")
         elif n.target in LAYOUT:
             todo += n.all_input_nodes[:1]
-        elif n.target in _ARITHMETIC or n.target in HOMOGENEOUS:
+        elif n.target in _ARITHMETIC:
             todo += n.all_input_nodes
     return found
 

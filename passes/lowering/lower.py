@@ -36,8 +36,8 @@ from sqcompile.passes.ir.graph import (
     release_freed_memory,
     value,
 )
+from sqcompile.passes.ir.operators import LAYOUT
 from sqcompile.passes.ir.record import record_readers
-from sqcompile.passes.labels.rules import LAYOUT
 from sqcompile.passes.lowering.float_attention import lower_attention
 from sqcompile.passes.lowering.fuse import fuse
 from sqcompile.passes.lowering.id_ranges import check_ids

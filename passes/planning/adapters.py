@@ -11,23 +11,13 @@ from __future__ import annotations
 
 from torch import fx
 
-from sqcompile.passes.canonical.canonicalize import DROPOUTS
-from sqcompile.passes.ir.graph import Linear, aten, nodes_by_name
-from sqcompile.passes.labels.rules import LAYOUT
+from sqcompile.passes.ir.graph import Linear, nodes_by_name
+from sqcompile.passes.ir.operators import Fact, having
 from sqcompile.passes.planning.uses import first_use
 
 _RANK = 4  # times smaller than the linear's sizes, at least
-_SAME = {
-    *LAYOUT,
-    *DROPOUTS,
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten.type_as.default,
-    aten.clone.default,
-}
-_SCALES = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default}
-_SUMS = {aten.add.Tensor, aten.sub.Tensor}
+_SAME = having(Fact.LAYOUT, Fact.COPY, Fact.CAST, Fact.MOVE, Fact.DROPOUT)
+_SCALES, _SUMS = having(Fact.MULTIPLE), having(Fact.SUM)
 
 
 def find_adapters(gm: fx.GraphModule, linears: list[Linear]) -> dict[str, str]:

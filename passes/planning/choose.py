@@ -21,7 +21,8 @@ from sqcompile.passes.planning.choose_attention import choose_attention
 from sqcompile.passes.planning.error import Chooser, Note
 from sqcompile.passes.planning.static_scales import warn_of_few
 from sqcompile.passes.planning.stay_float import check_any, stay_float
-from sqcompile.plan.plan import Plan, Smoothing
+from sqcompile.plan.entries import Smoothing
+from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Recipe
 from sqcompile.statistics.observe import Calibration
 

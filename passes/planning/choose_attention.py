@@ -29,7 +29,7 @@ from sqcompile.passes.planning.smoothing import awake, smoothing_scale
 from sqcompile.passes.planning.sqnr import relative, sqnr_db
 from sqcompile.passes.planning.static_scales import margin, margin_of_channels
 from sqcompile.passes.planning.stay_float import names
-from sqcompile.plan.plan import AttentionPlan, Smoothing
+from sqcompile.plan.entries import AttentionPlan, Smoothing
 from sqcompile.statistics.input_stats import InputStats
 
 # A scale that must be multiplied explicitly is taken where it makes the error of the scores this much smaller.

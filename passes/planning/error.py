@@ -15,7 +15,7 @@ from sqcompile.passes.planning.smoothing import smoothing_scale
 from sqcompile.passes.planning.sqnr import relative, sqnr_db
 from sqcompile.passes.planning.static_scales import clipped, has_halves, margin
 from sqcompile.passes.planning.stay_float import float_layer
-from sqcompile.plan.plan import LayerPlan, Smoothing
+from sqcompile.plan.entries import LayerPlan, Smoothing
 from sqcompile.plan.recipe import Recipe
 from sqcompile.process.interrupts import checkpoint
 from sqcompile.statistics.observe import Calibration

@@ -21,37 +21,15 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.graph import Linear, above, aten, constants, nodes_by_name, value
-from sqcompile.passes.labels.rules import LAYOUT, SHAPE_ONLY, behind
+from sqcompile.passes.ir.operators import LAYOUT, SHAPE_ONLY, WHOLE, Fact, having, named
+from sqcompile.passes.labels.rules import behind
 
 # Choices by position: which element, or how many. The second result where there are two.
-_PICKS: dict[Any, int | None] = {
-    aten.topk.default: 1, aten.sort.default: 1, aten.sort.stable: 1, aten.max.dim: 1, aten.min.dim: 1,
-    aten.kthvalue.default: 1, aten.median.dim: 1, aten.mode.default: 1, aten.argmax.default: None,
-    aten.argmin.default: None, aten.argsort.default: None, aten.argsort.stable: None, aten.multinomial.default: None,
-    aten.bucketize.Tensor: None, aten.searchsorted.Tensor: None, aten.nonzero.default: None,
-}  # fmt: skip
-# Choices by comparison, element by element.
-_COMPARES = {
-    getattr(getattr(aten, name), kind)
-    for name in ("gt", "ge", "lt", "le", "eq", "ne") for kind in ("Tensor", "Scalar")
-} | {aten.sign.default}  # fmt: skip
-# What picks rows of its first argument by others.
-_INDEXED = {
-    aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.take_along_dim.default,
-    aten.embedding.default, aten.take.default,
-}  # fmt: skip
-# Where a choice meets data, it selects: as indices, as a factor, as a mask or as offsets.
-_SELECTS = _INDEXED | {
-    aten.mul.Tensor, aten.div.Tensor, aten.matmul.default, aten.bmm.default, aten.mm.default, aten.einsum.default,
-    aten.baddbmm.default, aten.addmm.default, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf,
-    aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.masked_select.default, aten.masked_scatter.default,
-    aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.scatter_reduce.two, aten.index_add.default,
-    aten.index_copy.default, aten.index_put.default, aten.index_fill.int_Scalar, aten.repeat_interleave.Tensor,
-    aten.repeat_interleave.self_Tensor, aten.slice_scatter.default, aten.select_scatter.default,
-    aten.scaled_dot_product_attention.default, aten.softmax.int, sqcompile_ops.grouped_linear.default,
-}  # fmt: skip
+_PICKS = named("picks")
+_COMPARES = having(Fact.COMPARES)  # choices by comparison, element by element
+_INDEXED = having(Fact.INDEXED)  # what picks rows of its first argument by others
+_SELECTS = having(Fact.SELECTS)  # where a choice meets data: as indices, as a factor, as a mask or as offsets
 
 
 def find_routers(gm: fx.GraphModule, linears: list[Linear]) -> set[str]:
@@ -108,7 +86,7 @@ class _Search:
             source = n.args[0]
             return isinstance(source, fx.Node) and bool(n.args[1]) and _PICKS.get(source.target) == n.args[1]
         if n.target in _PICKS:
-            return _PICKS[n.target] is None
+            return bool(_PICKS[n.target] == WHOLE)
         if n.target in _COMPARES:
             return any(_is_float(a) and a not in self.const for a in n.all_input_nodes)
         casts = n.target in (aten.to.dtype, aten._to_copy.default)

@@ -11,20 +11,15 @@ from torch import fx
 from sqcompile.errors import NothingToQuantizeError, RecipeError
 from sqcompile.kernels import speedup
 from sqcompile.passes.ir.graph import Linear, aten, find_linears, first_leaf, nodes_by_name, value
-from sqcompile.passes.labels.rules import LAYOUT
+from sqcompile.passes.ir.operators import LAYOUT, Fact, having
 from sqcompile.passes.planning.adapters import find_adapters
 from sqcompile.passes.planning.routers import find_routers
-from sqcompile.plan.plan import LayerPlan
+from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.recipe import LM_HEAD, Recipe
 from sqcompile.statistics.observe import Calibration
 
 # Ids are still ids afterwards, in another dtype or some of them replaced.
-_EDITS = {
-    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default, aten.clone.default,
-    aten.contiguous.default, aten.alias.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default,
-    aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf,
-    aten.index_put.default, aten.slice_scatter.default, aten.select_scatter.default, aten.cat.default,
-}  # fmt: skip
+_EDITS = having(Fact.COPY, Fact.CAST, Fact.MOVE, Fact.PATCH)
 
 
 def stay_float(gm: fx.GraphModule, linears: list[Linear], calibration: Calibration, recipe: Recipe) -> dict[str, str]:

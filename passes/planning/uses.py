@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.ir.graph import Linear
-from sqcompile.plan.plan import AttentionPlan, LayerPlan, Plan
+from sqcompile.plan.entries import AttentionPlan, LayerPlan
+from sqcompile.plan.plan import Plan
 
 _Use = TypeVar("_Use", LayerPlan, AttentionPlan)
 

@@ -44,7 +44,8 @@ from sqcompile.passes.ir.graph import (
 from sqcompile.passes.planning.finite import check_tensor
 from sqcompile.passes.rewrite.insert_qdq_attention import quantize_attention
 from sqcompile.passes.rewrite.weight_store import Lazy, Shared
-from sqcompile.plan.plan import LayerPlan, Plan
+from sqcompile.plan.entries import LayerPlan
+from sqcompile.plan.plan import Plan
 
 
 def insert_qdq(gm: fx.GraphModule, plan: Plan, shared: Shared | None = None) -> fx.GraphModule:

@@ -28,7 +28,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.attention.chains import Attention, find_attentions
 from sqcompile.passes.ir.graph import add_op, add_tensor, arguments, aten, nodes_by_name, value
-from sqcompile.plan.plan import AttentionPlan, Plan
+from sqcompile.plan.entries import AttentionPlan
+from sqcompile.plan.plan import Plan
 
 
 def quantize_attention(gm: fx.GraphModule, plan: Plan) -> None:

@@ -26,9 +26,10 @@ from sqcompile.errors import CaptureError
 from sqcompile.passes.canonical.canonicalize import canonicalize
 from sqcompile.passes.ir.explain import first_line, source
 from sqcompile.passes.ir.graph import aten, clone, finish, get_tensor, set_tensor, value
+from sqcompile.passes.ir.operators import LAYOUT
 from sqcompile.passes.ir.sizes import conditions, vary
 from sqcompile.passes.ir.verify import verify
-from sqcompile.passes.labels.rules import LAYOUT, behind
+from sqcompile.passes.labels.rules import behind
 
 
 @dataclass(frozen=True)

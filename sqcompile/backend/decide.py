@@ -26,7 +26,8 @@ from sqcompile.passes.planning.stay_float import float_layer, names_linear, stay
 from sqcompile.passes.planning.uses import APART, as_used, balanced, first_use
 from sqcompile.passes.rewrite.weight_store import Shared
 from sqcompile.pipeline import rewrite
-from sqcompile.plan.plan import LayerPlan, Plan
+from sqcompile.plan.entries import LayerPlan
+from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import LM_HEAD, Recipe
 from sqcompile.statistics.input_stats import InputStats
 from sqcompile.statistics.observe import Calibration, Observer

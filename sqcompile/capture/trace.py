@@ -24,10 +24,11 @@ from sqcompile.capture.dynamic_axes import dims_of, find_lengths, grown, pinned
 from sqcompile.capture.inputs import Call
 from sqcompile.capture.untouched import keeps_parameters, left_alone, refuse_writes, written_to
 from sqcompile.errors import CaptureError
-from sqcompile.passes.canonical.canonicalize import DROPOUTS, canonicalize, drops
+from sqcompile.passes.canonical.canonicalize import canonicalize, drops
 from sqcompile.passes.canonical.functionalize import functionalize
 from sqcompile.passes.ir.explain import check_shapes, export_error, nested_hint, one_error, source
 from sqcompile.passes.ir.graph import aten, clone, finish, is_mutable, set_tensor, value
+from sqcompile.passes.ir.operators import DROPOUTS
 from sqcompile.passes.ir.verify import verify
 
 # What export leaves to check at run time; none of it computes anything.

@@ -22,9 +22,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sqcompile.errors import CaptureError
-from sqcompile.passes.canonical.canonicalize import DROPOUTS
 from sqcompile.passes.ir.explain import source, users_frame
 from sqcompile.passes.ir.graph import is_mutable, value
+from sqcompile.passes.ir.operators import DROPOUTS
 from sqcompile.process.interrupts import checkpoint
 
 _FIXED = (

@@ -11,8 +11,9 @@ from sqcompile.kernels import fused
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.speedup import ROWS, expected, expected_attention
 from sqcompile.passes.ir.graph import value
+from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.names import PRODUCTS, SiteLabel, collapse, site_labels
-from sqcompile.plan.plan import AttentionPlan, LayerPlan, Plan
+from sqcompile.plan.plan import Plan
 
 
 @dataclass(frozen=True)

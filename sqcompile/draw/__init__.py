@@ -15,8 +15,9 @@ from sqcompile.errors import DrawError
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.graph import find_linears, nodes_by_name
 from sqcompile.passes.labels.match import match
+from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.names import PRODUCTS, Names, collapse, refusal_lines
-from sqcompile.plan.plan import AttentionPlan, LayerPlan, Plan
+from sqcompile.plan.plan import Plan
 
 # Runs of equal blocks this long are drawn as one block and "... more like it".
 _LONG_RUN = 4

@@ -8,17 +8,15 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from sqcompile.capture.call_spec import check_spec
 from sqcompile.errors import PlanError
-from sqcompile.plan.recipe import AttentionProducts
-
-if TYPE_CHECKING:
-    from sqcompile.plan.plan import AttentionPlan, LayerPlan, Plan
+from sqcompile.plan.entries import AttentionPlan, LayerPlan
+from sqcompile.plan.recipe import AttentionProducts, Recipe
 
 _LONGEST_NAME = 1000
 _LARGEST_SIZE = 2**31 - 1
@@ -42,7 +40,26 @@ _HEADS: dict[str, tuple[Callable[[int, int, int], tuple[int | None, ...]], tuple
 }
 
 
-def check_values(plan: Plan) -> None:
+class Contents(Protocol):
+    """What a `Plan` holds."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def call(self) -> Any: ...
+    @property
+    def scales(self) -> dict[str, Tensor]: ...
+    @property
+    def layers(self) -> tuple[LayerPlan, ...]: ...
+    @property
+    def attention(self) -> tuple[AttentionPlan, ...]: ...
+    @property
+    def heads(self) -> dict[str, Tensor]: ...
+    @property
+    def columns(self) -> dict[str, Tensor]: ...
+
+
+def check_values(plan: Contents) -> None:
     """Checks every field of a plan whose parts have the right classes, and that they agree with each other.
 
     Raises:
@@ -84,7 +101,7 @@ def _check_layer(l: LayerPlan, what: str, static: bool) -> None:
         _need((l.input_scale is not None) == static, f"{what} needs {how}")
 
 
-def _check_attention(a: AttentionPlan, what: str, plan: Plan) -> None:
+def _check_attention(a: AttentionPlan, what: str, plan: Contents) -> None:
     _choice(a.quantized, get_args(AttentionProducts), f"{what}: quantized")
     _sizes(a.shape, what, 3)
     _need(a.shape[0] % a.shape[1] == 0, f"{what}: its {a.shape[1]} key heads do not share {a.shape[0]} heads evenly")
@@ -116,7 +133,7 @@ def _check_decision(x: LayerPlan | AttentionPlan, what: str) -> None:
         _number(x.sqnr_db, f"{what}: sqnr_db", *_ANY[:1], math.inf)
 
 
-def _check_sites(plan: Plan, layers: dict[str, LayerPlan]) -> None:
+def _check_sites(plan: Contents, layers: dict[str, LayerPlan]) -> None:
     """Every smoothed linear has its scale in one site, or at least in ``columns``."""
     commas = max((name.count(", ") for name in layers), default=0) + 1
     balanced: set[str] = set()

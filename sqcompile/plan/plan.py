@@ -10,77 +10,22 @@ import os
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sqcompile.errors import PlanError, RecipeError
 from sqcompile.plan.checks import check_values
+from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.file import checksum, read_plan_file, write_plan_file
-from sqcompile.plan.recipe import LM_HEAD, AttentionProducts, Recipe, resolve_recipe
+from sqcompile.plan.recipe import LM_HEAD, Recipe, resolve_recipe
 
 FORMAT = 3  # 2 had no checksum, and "lm_head" among what its recipe skips where 3 has ``Recipe.lm_head``
 
 _T = TypeVar("_T")
 _HEADS = "attention: "  # before the names of ``Plan.heads`` in a file
 _COLUMNS = "columns: "  # and of ``Plan.columns``
-
-Smoothing = Literal["folded", "multiplied", "none"]
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What is done with one linear, and why.
-
-    Attributes:
-        name: the weight's qualified name.
-        kind: "linear", or "experts": routed experts, whose weights are one tensor.
-        quantized: whether it runs in INT8.
-        smoothing: "folded" (1/s absorbed by a parameter), "multiplied" (x·(1/s) before quantization) or "none".
-        reason: in words.
-        alpha: migration strength of its site, None without smoothing.
-        sqnr_db: signal to quantization noise ratio of its output on the calibration sample, in dB; None in float.
-        input_scale: Δx where activations are static, else None.
-        shape: of the weight, (N, K) or (E, N, K).
-    """
-
-    name: str
-    kind: Literal["linear", "experts"]
-    quantized: bool
-    smoothing: Smoothing
-    reason: str
-    alpha: float | None = None
-    sqnr_db: float | None = None
-    input_scale: float | None = None
-    shape: tuple[int, ...] = (0, 0)
-
-
-@dataclass(frozen=True)
-class AttentionPlan:
-    """What is done with one attention, and why.
-
-    Attributes:
-        name: of the module that holds its projections.
-        quantized: which of its products run in INT8.
-        smoothing: "folded" (Q·diag(s) and K·diag(1/s) absorbed by parameters), "multiplied" (right before quantization:
-            what a graph with a KV cache makes of "folded") or "none".
-        reason: in words.
-        alpha: migration strength, None without smoothing.
-        sqnr_db: signal to quantization noise ratio of its scores on the calibration sample, in dB; None in float.
-        q_scale, k_scale: Δ of Q and K where they are static, else None.
-        shape: (H, G, D): heads, key heads, channels of a head.
-    """
-
-    name: str
-    quantized: AttentionProducts
-    smoothing: Smoothing
-    reason: str
-    alpha: float | None = None
-    sqnr_db: float | None = None
-    q_scale: float | None = None
-    k_scale: float | None = None
-    shape: tuple[int, ...] = (0, 0, 0)
 
 
 @dataclass(frozen=True, eq=False)

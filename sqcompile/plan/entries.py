@@ -1,0 +1,64 @@
+"""entries: what a plan says of one linear, and of one attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sqcompile.plan.recipe import AttentionProducts
+
+Smoothing = Literal["folded", "multiplied", "none"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is done with one linear, and why.
+
+    Attributes:
+        name: the weight's qualified name.
+        kind: "linear", or "experts": routed experts, whose weights are one tensor.
+        quantized: whether it runs in INT8.
+        smoothing: "folded" (1/s absorbed by a parameter), "multiplied" (x·(1/s) before quantization) or "none".
+        reason: in words.
+        alpha: migration strength of its site, None without smoothing.
+        sqnr_db: signal to quantization noise ratio of its output on the calibration sample, in dB; None in float.
+        input_scale: Δx where activations are static, else None.
+        shape: of the weight, (N, K) or (E, N, K).
+    """
+
+    name: str
+    kind: Literal["linear", "experts"]
+    quantized: bool
+    smoothing: Smoothing
+    reason: str
+    alpha: float | None = None
+    sqnr_db: float | None = None
+    input_scale: float | None = None
+    shape: tuple[int, ...] = (0, 0)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What is done with one attention, and why.
+
+    Attributes:
+        name: of the module that holds its projections.
+        quantized: which of its products run in INT8.
+        smoothing: "folded" (Q·diag(s) and K·diag(1/s) absorbed by parameters), "multiplied" (right before quantization:
+            what a graph with a KV cache makes of "folded") or "none".
+        reason: in words.
+        alpha: migration strength, None without smoothing.
+        sqnr_db: signal to quantization noise ratio of its scores on the calibration sample, in dB; None in float.
+        q_scale, k_scale: Δ of Q and K where they are static, else None.
+        shape: (H, G, D): heads, key heads, channels of a head.
+    """
+
+    name: str
+    quantized: AttentionProducts
+    smoothing: Smoothing
+    reason: str
+    alpha: float | None = None
+    sqnr_db: float | None = None
+    q_scale: float | None = None
+    k_scale: float | None = None
+    shape: tuple[int, ...] = (0, 0, 0)
