@@ -1,1 +1,1 @@
-"""INT8 operators: schemas in `ops`, a plain-PyTorch integer reference in `reference`, oneDNN on CPUs in `onednn`."""
+"""Operators and kernels: schemas in `ops`, the plain-PyTorch integer reference in `reference`, CPUs' in `cpu`, GPUs' in `triton`."""

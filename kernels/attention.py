@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sqcompile.kernels import x86
+from sqcompile.kernels.cpu import x86
 
 GENERAL, CAUSAL, FULL = 0, 1, 2
 # From here our AMX kernel is faster than PyTorch's.
@@ -79,8 +79,8 @@ def _attention_triton(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, about: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor:
     """PyTorch would repeat shared key heads in memory where there is a mask, and not skip what the mask blocks."""
-    from sqcompile.kernels.triton.attention import FEW_ROWS, float_attention
-    from sqcompile.kernels.triton.tiles import gpu_of
+    from sqcompile.kernels.triton.attention.int8_attention import FEW_ROWS, float_attention
+    from sqcompile.kernels.triton.gemm.tiles import gpu_of
 
     group = q.shape[1] // k.shape[1]
     # Where many queries were seen to be faster: on Hopper, but for small heads of their own keys, which are mostly those of

@@ -3,7 +3,7 @@
     S = softcap(Δq Δk (Q̂ K̂ᵀ) · scale)      the inner product in int32, the rest in float32
     O = softmax(S + mask) V                V in float, or V̂ Δv with P quantized, too
 
-The Triton kernel (triton/attention.py) serves CUDA; this file is what runs elsewhere and what tests compare with. It
+The Triton kernel (triton/attention/) serves CUDA; this file is what runs elsewhere and what tests compare with. It
 goes through the queries block by block: rows of a softmax do not know of each other, and a block skips the keys behind
 the last one that any of its queries sees.
 """
@@ -163,13 +163,13 @@ def mask_blocks(mask: Tensor) -> Tensor:
 
 
 def _int8_attention_triton(q: Tensor, *args: Any) -> Tensor:
-    from sqcompile.kernels.triton.attention import int8_attention as kernel
+    from sqcompile.kernels.triton.attention.int8_attention import int8_attention as kernel
 
     return kernel(q, *args)
 
 
 def _mask_blocks_triton(mask: Tensor) -> Tensor:
-    from sqcompile.kernels.triton.mask import mask_blocks as kernel
+    from sqcompile.kernels.triton.attention.mask import mask_blocks as kernel
 
     return kernel(mask)
 

@@ -121,7 +121,7 @@ def _quantized(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_rows_triton(x: Tensor, granularity: str, multiplier: Tensor | None) -> tuple[Tensor, Tensor]:
-    from sqcompile.kernels.triton.quantize import quantize_rows as kernel
+    from sqcompile.kernels.triton.rows.quantize import quantize_rows as kernel
 
     return kernel(x, granularity, None, multiplier)
 
@@ -129,7 +129,7 @@ def _quantize_rows_triton(x: Tensor, granularity: str, multiplier: Tensor | None
 def _norm_quantize_triton(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from sqcompile.kernels.triton.norm import norm_quantize as kernel
+    from sqcompile.kernels.triton.rows.norm import norm_quantize as kernel
 
     round_first, scale, multiplier, keep = rest
     kind = "rms" if rms else "layer"
@@ -142,13 +142,13 @@ def _norm_quantize_triton(
 def _act_quantize_triton(
     gate: Tensor, up: Tensor | None, activation: str, scale: Tensor | None, multiplier: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    from sqcompile.kernels.triton.act import act_quantize as kernel
+    from sqcompile.kernels.triton.rows.act import act_quantize as kernel
 
     return kernel(gate, up, activation, scale=scale, multiplier=multiplier)
 
 
 def _int8_gemm_triton(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
-    from sqcompile.kernels.triton.gemm import int8_gemm as kernel
+    from sqcompile.kernels.triton.gemm.int8_gemm import int8_gemm as kernel
 
     bias, dtype, activation, residual, out_scale = epilogue
     return kernel(q, w, scale, w_scale, bias, dtype, activation=activation, residual=residual, out_scale=out_scale)
@@ -157,7 +157,7 @@ def _int8_gemm_triton(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, *epi
 def _int8_grouped_linear_triton(
     q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    from sqcompile.kernels.triton.grouped import grouped_int8_gemm as kernel
+    from sqcompile.kernels.triton.gemm.grouped import grouped_int8_gemm as kernel
 
     return kernel(q, w, scale, w_scale, offsets, None, dtype)
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sqcompile.errors import IndexRangeError
-from sqcompile.kernels import attention, attention_int8, attention_parts, fused, reference, x86
+from sqcompile.kernels import attention, attention_int8, attention_parts, fused, reference
+from sqcompile.kernels.cpu import x86
 
 
 def matmul_u8s8(q: Tensor, w: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype) -> Tensor:

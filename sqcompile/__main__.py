@@ -9,7 +9,7 @@ COMMANDS = {
     "demo": "sqcompile.demo",
     "show": "sqcompile.show.__main__",
     "bench": "sqcompile.bench.__main__",
-    "tune": "sqcompile.kernels.triton.tune",
+    "tune": "sqcompile.kernels.triton.gemm.tune",
 }
 
 

@@ -68,7 +68,7 @@ def exact(arguments: tuple[Any, ...]) -> Tensor:
 
 def check(arguments: tuple[Any, ...], tile: Any = None, bound: float | None = None) -> Tensor:
     """The kernel is as close to the exact result as the operands' types allow: relative error over the whole result."""
-    from sqcompile.kernels.triton.attention import int8_attention
+    from sqcompile.kernels.triton.attention.int8_attention import int8_attention
 
     expected = exact(arguments)
     y = int8_attention(*arguments, tile=tile)
@@ -82,7 +82,7 @@ def check(arguments: tuple[Any, ...], tile: Any = None, bound: float | None = No
 
 
 def tiles() -> dict[str, Any]:
-    from sqcompile.kernels.triton.attention import Tile
+    from sqcompile.kernels.triton.attention.int8_attention import Tile
 
     found = {"shipped": None, "small": Tile(32, 32), "split": Tile(32, 32, splits=3)}
     if INTERPRETED or torch.cuda.get_device_capability() >= (9, 0):

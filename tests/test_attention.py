@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sqcompile
-from sqcompile.kernels import fused, x86
+from sqcompile.kernels import fused
 from sqcompile.kernels.attention import CAUSAL, FULL, GENERAL, _attention_triton, attention, mask_kind
+from sqcompile.kernels.cpu import x86
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.canonical.canonicalize import canonicalize
 from sqcompile.passes.lowering.float_attention import lower_attention
@@ -121,7 +122,7 @@ def test_the_operator_is_scaled_dot_product_attention(dtype, queries, groups, ki
 def test_what_our_gpu_kernel_is_not_faster_at_goes_to_pytorch(monkeypatch):
     """Many queries: small heads of their own keys, or a GPU it was not measured on, whose shared heads are repeated."""
     pytest.importorskip("triton")
-    from sqcompile.kernels.triton import tiles
+    from sqcompile.kernels.triton.gemm import tiles
 
     for groups, capability in ((6, 90), (2, 80)):
         monkeypatch.setattr(tiles, "CPU_STANDS_FOR", tiles.Gpu("", capability, 100))

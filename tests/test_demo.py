@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sqcompile import PRESETS, demo
 from sqcompile.bench import timing
-from sqcompile.kernels import x86
+from sqcompile.kernels.cpu import x86
 from sqcompile.lm import perplexity, window_losses
 
 

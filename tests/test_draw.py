@@ -25,7 +25,8 @@ from sqcompile.draw import draw, fold_repeats, roles_of
 from sqcompile.draw.condense import condense
 from sqcompile.draw.layout import layout
 from sqcompile.draw.svg import render
-from sqcompile.kernels import fused, x86
+from sqcompile.kernels import fused
+from sqcompile.kernels.cpu import x86
 from sqcompile.passes.ir.graph import find_linears
 from sqcompile.show.__main__ import main
 from sqcompile.show.load import load, parse_input

@@ -218,7 +218,7 @@ def test_a_call_unlike_the_captured_one():
 
 
 def test_a_device_without_kernels_falls_to_the_reference_with_one_warning(monkeypatch):
-    from sqcompile.kernels import x86
+    from sqcompile.kernels.cpu import x86
     from sqcompile.passes.lowering import lower
 
     monkeypatch.setattr(x86, "available", lambda: False)

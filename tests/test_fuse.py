@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 import sqcompile
 from sqcompile.compiled import report
 from sqcompile.compiled.inductor import inductor
-from sqcompile.kernels import fused, speedup, x86
+from sqcompile.kernels import fused, speedup
+from sqcompile.kernels.cpu import x86
 from sqcompile.kernels.ops import sqcompile_ops
 
 

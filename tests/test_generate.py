@@ -18,7 +18,7 @@ import sqcompile
 from sqcompile.backend import smoothquant
 from sqcompile.backend.decide import decide
 from sqcompile.backend.session import _sessions
-from sqcompile.kernels import x86
+from sqcompile.kernels.cpu import x86
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

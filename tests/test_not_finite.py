@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import sqcompile
 from sqcompile import Recipe
-from sqcompile.kernels import fused, x86
+from sqcompile.kernels import fused
+from sqcompile.kernels.cpu import x86
 from sqcompile.kernels.ops import sqcompile_ops
 
 STATIC = Recipe(activation="per_tensor_static")

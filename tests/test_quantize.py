@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sqcompile.kernels import reference, x86
+from sqcompile.kernels import reference
+from sqcompile.kernels.cpu import x86
 from sqcompile.kernels.ops import sqcompile_ops
 
 W = torch.tensor([[1.0, -2, 3, -4], [5, -6, 7, -8]])

@@ -18,7 +18,8 @@ import sqcompile
 import sqcompile.compiled.inductor
 from sqcompile.backend import smoothquant
 from sqcompile.compiled.inductor import flatten
-from sqcompile.kernels import fused, x86
+from sqcompile.kernels import fused
+from sqcompile.kernels.cpu import x86
 from sqcompile.passes.ir.graph import value
 from sqcompile.passes.lowering.regions import cut, find_repeats
 

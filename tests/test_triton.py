@@ -37,7 +37,7 @@ def test_these_kernels_in_the_interpreter(part):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 64), (2, 3, 129), (17, 1031), (2, 16384), (2, 16411), (0, 8)])
 @pytest.mark.parametrize("mode", ["token", "tensor", "static"])
 def test_quantize_equals_the_reference(shape, mode, dtype):
-    from sqcompile.kernels.triton.quantize import quantize_rows
+    from sqcompile.kernels.triton.rows.quantize import quantize_rows
 
     x = tensor(*shape, dtype=dtype)
     static = torch.tensor(0.03, device=DEVICE) if mode == "static" else None
@@ -54,7 +54,7 @@ def test_quantize_equals_the_reference(shape, mode, dtype):
 @kernels
 @pytest.mark.parametrize("mode", ["token", "tensor"])
 def test_a_multiplier_is_applied_in_float32(mode):
-    from sqcompile.kernels.triton.quantize import quantize_rows
+    from sqcompile.kernels.triton.rows.quantize import quantize_rows
 
     x, m = tensor(9, 257, dtype=torch.bfloat16), tensor(257, seed=1).abs()
     y = x.float() * m
@@ -67,7 +67,7 @@ def test_a_multiplier_is_applied_in_float32(mode):
 @kernels
 @pytest.mark.parametrize("view", ["rows", "columns", "batch", "expanded"])
 def test_quantize_takes_any_strides(view):
-    from sqcompile.kernels.triton.quantize import quantize_rows
+    from sqcompile.kernels.triton.rows.quantize import quantize_rows
 
     x = tensor(6, 10, 64)
     x = {
@@ -83,7 +83,7 @@ def test_quantize_takes_any_strides(view):
 
 @kernels
 def test_rounding_is_half_to_even_and_saturates_at_127():
-    from sqcompile.kernels.triton.quantize import quantize_rows
+    from sqcompile.kernels.triton.rows.quantize import quantize_rows
 
     values = torch.cat([torch.arange(-130, 131) + 0.5, torch.tensor([-1e30, -127.4, 126.5, 127.5, 127.6, 1e30, -0.0])])
     x = values[None].to(DEVICE)
@@ -94,7 +94,7 @@ def test_rounding_is_half_to_even_and_saturates_at_127():
 
 @kernels
 def test_zero_rows_quantize_to_zero():
-    from sqcompile.kernels.triton.quantize import quantize_rows
+    from sqcompile.kernels.triton.rows.quantize import quantize_rows
 
     x = tensor(3, 40)
     x[1] = 0
@@ -108,10 +108,10 @@ def test_zero_rows_quantize_to_zero():
 @pytest.mark.parametrize("bad", [float("nan"), long(float("inf")), float("-inf")])
 @pytest.mark.parametrize("k", [40, long(16400)])
 def test_rows_that_are_not_finite_come_out_as_nan(bad, k):
-    from sqcompile.kernels.triton.act import act_quantize
-    from sqcompile.kernels.triton.gemm import int8_gemm
-    from sqcompile.kernels.triton.norm import norm_quantize
-    from sqcompile.kernels.triton.quantize import quantize_rows
+    from sqcompile.kernels.triton.gemm.int8_gemm import int8_gemm
+    from sqcompile.kernels.triton.rows.act import act_quantize
+    from sqcompile.kernels.triton.rows.norm import norm_quantize
+    from sqcompile.kernels.triton.rows.quantize import quantize_rows
 
     x, w = tensor(3, k), int8(5, k)
     x[1, k // 2] = bad
@@ -154,7 +154,7 @@ def nearly(q: Tensor, s: Tensor, y: Tensor, scale: Tensor) -> None:
 @pytest.mark.parametrize("k", [64, 1003, 16500])
 @pytest.mark.parametrize("kind", ["rms", "rms rounded once", "rms float32 weight", "layer", "layer without bias"])
 def test_norm(kind, k, dtype):
-    from sqcompile.kernels.triton.norm import norm_quantize
+    from sqcompile.kernels.triton.rows.norm import norm_quantize
 
     if k > 16384 and dtype == torch.float16:
         pytest.skip("one wide case is enough")
@@ -174,7 +174,7 @@ def test_norm(kind, k, dtype):
 @kernels
 @pytest.mark.parametrize("k", [96, 16390])
 def test_norm_returns_the_residual_stream_and_its_output(k):
-    from sqcompile.kernels.triton.norm import norm_quantize
+    from sqcompile.kernels.triton.rows.norm import norm_quantize
 
     x, r, m = tensor(4, k, dtype=torch.bfloat16), tensor(4, k, dtype=torch.bfloat16, seed=1), tensor(k, seed=2).abs()
     w, static = tensor(k, dtype=torch.bfloat16, seed=3), torch.tensor(0.5, device=DEVICE)
@@ -193,7 +193,7 @@ def test_norm_returns_the_residual_stream_and_its_output(k):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("k", [77, 16400])
 def test_activation_of_the_halves_of_a_merged_gemm(activation, k, dtype):
-    from sqcompile.kernels.triton.act import act_quantize
+    from sqcompile.kernels.triton.rows.act import act_quantize
 
     both = tensor(2, 3, 2 * k, dtype=dtype, spread=0.3)
     gate, up = both.chunk(2, -1)

@@ -56,7 +56,7 @@ def test_head_sizes(d, values):
 @pytest.mark.parametrize("dtype", [long(FLOAT), HALF])
 def test_queries_quantized_by_the_kernel(dtype, granularity):
     """As quantized before, to the bit."""
-    from sqcompile.kernels.triton.attention import int8_attention
+    from sqcompile.kernels.triton.attention.int8_attention import int8_attention
 
     for shape in ((2, 4, 2, 70, 75, 64), (1, 8, 2, 1, 90, 40), (1, 2, 2, 65, 70, 160)):
         own = granularity == "its own"
@@ -77,8 +77,8 @@ def test_queries_quantized_by_the_kernel(dtype, granularity):
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, HALF])
 @pytest.mark.parametrize("name", ["shipped", long("small"), long("split"), "tma"])
 def test_queries_and_keys_in_half_precision(name, dtype):
-    from sqcompile.kernels.triton.attention import float_attention
-    from sqcompile.kernels.triton.mask import mask_blocks
+    from sqcompile.kernels.triton.attention.int8_attention import float_attention
+    from sqcompile.kernels.triton.attention.mask import mask_blocks
 
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 8, 2, 1, 140, 64), (1, 2, 2, 70, 75, 40), (2, 4, 1, 20, 260, 32))
@@ -119,8 +119,8 @@ def test_granularities_and_softcap(granularity, softcap, values):
 
 @kernels
 def test_empty():
-    from sqcompile.kernels.triton.attention import int8_attention
-    from sqcompile.kernels.triton.mask import mask_blocks
+    from sqcompile.kernels.triton.attention.int8_attention import int8_attention
+    from sqcompile.kernels.triton.attention.mask import mask_blocks
 
     for shape in ((0, 2, 1, 3, 4, 32), (1, 2, 1, 0, 4, 32), (1, 2, 1, 3, 0, 32)):
         for values in (FLOAT, torch.int8):
@@ -150,7 +150,7 @@ def test_long_rows_keep_their_weight_when_p_is_quantized(sq):
 
 @kernels
 def test_non_finite_scales_do_not_pass_as_numbers():
-    from sqcompile.kernels.triton.attention import int8_attention
+    from sqcompile.kernels.triton.attention.int8_attention import int8_attention
 
     arguments = list(case((1, 2, 2, 20, 20, 32), granularity="token"))
     arguments[1][0, 1, 3] = math.nan
@@ -178,7 +178,7 @@ def test_strides_of_heads_and_of_a_cache():
 
 @kernels
 def test_a_mismatch_is_an_error():
-    from sqcompile.kernels.triton.attention import float_attention, int8_attention
+    from sqcompile.kernels.triton.attention.int8_attention import float_attention, int8_attention
 
     with pytest.raises(ValueError, match="do not belong together"):
         int8_attention(*case((1, 3, 2, 4, 4, 32)))

@@ -28,8 +28,8 @@ def attention(
     queries: torch.dtype = INT8,
     tile: Any = None,
 ) -> None:
-    from sqcompile.kernels.triton.attention import int8_attention
-    from sqcompile.kernels.triton.mask import mask_blocks
+    from sqcompile.kernels.triton.attention.int8_attention import int8_attention
+    from sqcompile.kernels.triton.attention.mask import mask_blocks
 
     q, k = empty(1, heads, sq, d, dtype=queries), empty(1, groups, sk, d, dtype=INT8)
     v, v_scale = empty(1, groups, sk, d, dtype=values), None
@@ -73,8 +73,8 @@ FLOAT_INSTRUCTION = {80: r"mma\.sync\S*bf16", 90: r"wgmma\S*bf16|mma\.sync\S*bf1
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("sq", [1, 1000])
 def test_attention_in_half_precision(sq, capability, tmp_path):
-    from sqcompile.kernels.triton.attention import float_attention
-    from sqcompile.kernels.triton.mask import mask_blocks
+    from sqcompile.kernels.triton.attention.int8_attention import float_attention
+    from sqcompile.kernels.triton.attention.mask import mask_blocks
 
     keys, mask = 1000, empty(1, 1, sq, 1008, dtype=torch.bool)[..., :1000]
 

@@ -23,7 +23,7 @@ def test_these_kernels_in_the_interpreter(part):
     "kind", [kind if kind in ("window", "padding", "bias, lowest") else long(kind) for kind in masks(4, 4)]
 )
 def test_masks_and_their_blocks(kind):
-    from sqcompile.kernels.triton.mask import mask_blocks
+    from sqcompile.kernels.triton.attention.mask import mask_blocks
 
     lengths = [(70, 260, "tma" if kind in ("window", "bias, lowest") else "shipped"), (2, 260, "shipped")]
     for sq, sk, name in [*lengths, (1, 140, "split"), (150, 150, "tma")] if kind == "window" else lengths:
@@ -41,7 +41,7 @@ def test_masks_and_their_blocks(kind):
 @kernels
 def test_a_mask_of_one_key_has_a_list_of_its_own_length():
     """Two bands of one block of a mask [130, 1] are as long a list as four blocks of 390 keys."""
-    from sqcompile.kernels.triton.mask import mask_blocks
+    from sqcompile.kernels.triton.attention.mask import mask_blocks
 
     mask = torch.randn(1, 1, 130, 1, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     arguments = case((1, 1, 1, 130, 390, 32), mask=mask)
@@ -128,7 +128,7 @@ def test_more_than_2_to_the_31_elements():
     v = torch.zeros_like(q)
     v[-1, -1] = int8(s, d, seed=0).cuda()
     one = torch.ones((), device="cuda") * 0.01
-    from sqcompile.kernels.triton.attention import int8_attention
+    from sqcompile.kernels.triton.attention.int8_attention import int8_attention
 
     y = int8_attention(q[..., -1:, :], one, q, one, v, one, None, None, None, 1.0, 0.0, HALF)
     torch.testing.assert_close(y[-1, -1, 0].float(), v[-1, -1].float().mean(0) * 0.01, rtol=2e-2, atol=1e-3)

@@ -26,7 +26,7 @@ def binary(name: str) -> Path:
 
 
 def compile_for(capability: int, call: Callable[[], Any]) -> list[Any]:
-    from sqcompile.kernels.triton.dry import dry
+    from sqcompile.kernels.triton.gemm.dry import dry
 
     with dry(capability) as compiled:
         call()
@@ -56,16 +56,16 @@ def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 
 
 def gemm(m: int, n: int, k: int, **more: Any) -> None:
-    from sqcompile.kernels.triton.gemm import int8_gemm
+    from sqcompile.kernels.triton.gemm.int8_gemm import int8_gemm
 
     q, w = empty(m, k, dtype=torch.int8), empty(n, k, dtype=torch.int8)
     int8_gemm(q, w, empty(m, 1, dtype=torch.float32), empty(n, dtype=torch.float32), **more)
 
 
 def rowwise() -> dict[str, Callable[[], Any]]:
-    from sqcompile.kernels.triton.act import act_quantize
-    from sqcompile.kernels.triton.norm import norm_quantize
-    from sqcompile.kernels.triton.quantize import quantize_rows
+    from sqcompile.kernels.triton.rows.act import act_quantize
+    from sqcompile.kernels.triton.rows.norm import norm_quantize
+    from sqcompile.kernels.triton.rows.quantize import quantize_rows
 
     x, w, wide = empty(64, 4096), empty(4096), empty(8, 28672)
     static, multiplier = torch.empty(()), empty(16384, dtype=torch.float32)
@@ -119,7 +119,7 @@ def test_the_decode_kernels(capability, tmp_path):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_grouped_gemm(capability, tmp_path):
-    from sqcompile.kernels.triton.grouped import grouped_int8_gemm
+    from sqcompile.kernels.triton.gemm.grouped import grouped_int8_gemm
 
     w, scales = empty(8, 2048, 1024, dtype=torch.int8), empty(8, 2048, dtype=torch.float32)
     for t in (64, 4096):
@@ -132,7 +132,7 @@ def test_the_grouped_gemm(capability, tmp_path):
 
 
 def test_the_shipped_configurations_of_the_h100(tmp_path):
-    from sqcompile.kernels.triton.tiles import Gpu, table
+    from sqcompile.kernels.triton.gemm.tiles import Gpu, table
 
     h100 = Gpu("NVIDIA H100 80GB HBM3", 90, 132)
     shipped = {c: (m, n, k) for m, rows in table(h100).items() for (n, k), c in rows.items()}
@@ -145,7 +145,7 @@ def test_the_shipped_configurations_of_the_h100(tmp_path):
 
 
 def test_float32_results_fit_too(tmp_path):
-    from sqcompile.kernels.triton.tiles import Config
+    from sqcompile.kernels.triton.gemm.tiles import Config
 
     for c in (
         None,
@@ -157,7 +157,7 @@ def test_float32_results_fit_too(tmp_path):
 
 
 def test_warp_specialization_compiles(tmp_path):
-    from sqcompile.kernels.triton.tune import SPECIALIZED
+    from sqcompile.kernels.triton.gemm.tune import SPECIALIZED
 
     kernels = compile_for(90, lambda: gemm(4096, 4096, 4096, config=SPECIALIZED[0]))
     check_resources(kernels, 90, tmp_path)

@@ -32,7 +32,7 @@ def test_these_kernels_in_the_interpreter(part):
 
 
 def configs() -> dict[str, Any]:
-    from sqcompile.kernels.triton.tiles import Config, gpu_of, specializes
+    from sqcompile.kernels.triton.gemm.tiles import Config, gpu_of, specializes
 
     found = {
         "shipped": None,
@@ -82,7 +82,7 @@ def sizes(name: str) -> list[tuple[int, int, int]]:
 @kernels
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gemm_is_exact(name):
-    from sqcompile.kernels.triton.gemm import int8_gemm
+    from sqcompile.kernels.triton.gemm.int8_gemm import int8_gemm
 
     one = torch.ones((), device=DEVICE)
     for m, n, k in sizes(name):
@@ -95,7 +95,7 @@ def test_gemm_is_exact(name):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [long(torch.float16), torch.bfloat16, long(torch.float32)])
 def test_the_epilogue_equals_the_reference(name, dtype):
-    from sqcompile.kernels.triton.gemm import int8_gemm
+    from sqcompile.kernels.triton.gemm.int8_gemm import int8_gemm
 
     if dtype == torch.float16 and INTERPRETED and name != "shipped":
         pytest.skip("the interpreter is slow")
@@ -121,7 +121,7 @@ def test_the_epilogue_equals_the_reference(name, dtype):
 
 @kernels
 def test_gemm_of_nothing_and_of_views():
-    from sqcompile.kernels.triton.gemm import int8_gemm
+    from sqcompile.kernels.triton.gemm.int8_gemm import int8_gemm
 
     one = torch.ones((), device=DEVICE)
     w = int8(24, 32, seed=1)
@@ -147,8 +147,8 @@ def test_gemm_of_nothing_and_of_views():
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("n, k", [(48, 64), (33, 37)])
 def test_grouped_gemm(tma, n, k):
-    from sqcompile.kernels.triton.grouped import grouped_int8_gemm
-    from sqcompile.kernels.triton.tiles import Config
+    from sqcompile.kernels.triton.gemm.grouped import grouped_int8_gemm
+    from sqcompile.kernels.triton.gemm.tiles import Config
 
     if tma and (k % 16 or not (INTERPRETED or torch.cuda.get_device_capability() >= (9, 0))):
         pytest.skip("TMA needs sm_90 and rows of multiples of 16 bytes")
@@ -172,7 +172,7 @@ def test_grouped_gemm(tma, n, k):
 def test_tables_and_rules_give_a_configuration_for_every_shape():
     if not INTERPRETED and not torch.cuda.is_available():
         pytest.importorskip("triton")
-    from sqcompile.kernels.triton.tiles import Gpu, bucket, tiles
+    from sqcompile.kernels.triton.gemm.tiles import Gpu, bucket, tiles
 
     assert [bucket(m) for m in (1, 2, 3, 16, 17, 5000, 8192, 10**6)] == [1, 2, 4, 16, 32, 8192, 8192, 8192]
     for gpu in (Gpu("NVIDIA H100 80GB HBM3", 90, 132), Gpu("NVIDIA A100-SXM4-80GB", 80, 108), Gpu("?", 86, 84)):
@@ -192,10 +192,10 @@ def test_tables_and_rules_give_a_configuration_for_every_shape():
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", ["shipped", "tile"])
 def test_more_than_2_to_the_31_elements(name):
-    from sqcompile.kernels.triton.act import act_quantize
-    from sqcompile.kernels.triton.gemm import int8_gemm
-    from sqcompile.kernels.triton.quantize import quantize_rows
-    from sqcompile.kernels.triton.tiles import Config
+    from sqcompile.kernels.triton.gemm.int8_gemm import int8_gemm
+    from sqcompile.kernels.triton.gemm.tiles import Config
+    from sqcompile.kernels.triton.rows.act import act_quantize
+    from sqcompile.kernels.triton.rows.quantize import quantize_rows
 
     m, n, k = 140_000, 16_384, 128  # y: 2.29e9 elements, 4.6 GB
     q, w, one = int8(m, k), int8(n, k, seed=1), torch.ones((), device=DEVICE)
@@ -214,7 +214,7 @@ def test_more_than_2_to_the_31_elements(name):
 @pytest.mark.parametrize("m", [1, 4, 16, 64, 200, 2048])
 @pytest.mark.parametrize("n, k", [(6144, 4096), (4096, 14336), (4099, 4097)])
 def test_shipped_choices_on_large_shapes_and_in_a_cuda_graph(m, n, k):
-    from sqcompile.kernels.triton.gemm import int8_gemm
+    from sqcompile.kernels.triton.gemm.int8_gemm import int8_gemm
 
     q, w, x_scale, w_scale = int8(m, k), int8(n, k, seed=1), tensor(m, 1).abs(), tensor(n).abs()
     y = int8_gemm(q, w, x_scale, w_scale)

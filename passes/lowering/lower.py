@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from sqcompile.kernels import fused, x86
+from sqcompile.kernels import fused
+from sqcompile.kernels.cpu import x86
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import UINT8_ZERO_POINT
 from sqcompile.passes.ir.graph import (

@@ -65,8 +65,8 @@ class Operands:
         ``kind``: "qk" or "qk_pv", " per token" or " static" (one scale, as calibration gives it). V of "qk_pv" is given in
         INT8, as a projection with a static scale per channel leaves it.
         """
-        from sqcompile.kernels.triton.attention import int8_attention
-        from sqcompile.kernels.triton.quantize import quantize_rows
+        from sqcompile.kernels.triton.attention.int8_attention import int8_attention
+        from sqcompile.kernels.triton.rows.quantize import quantize_rows
 
         values, static = kind.startswith("qk_pv"), kind.endswith("static")
         q_scale, k_scale = (reference.tensor_scale(x) if static else None for x in (self.q, self.k))
@@ -128,7 +128,7 @@ def table(
 
     Rows of a table in kernels/speedups are appended to ``measured``.
     """
-    from sqcompile.kernels.triton import timing
+    from sqcompile.kernels.triton.gemm import timing
 
     rows: list[str] = []
     names: list[str] = []
@@ -173,8 +173,8 @@ def with_a_mask(rep_ms: float) -> Iterator[str]:
     PyTorch repeats the shared key heads before. INT8 keys have scales per token, and are given, as is the mask's list.
     """
     from sqcompile.kernels.ops import sqcompile_ops
-    from sqcompile.kernels.triton import timing
-    from sqcompile.kernels.triton.quantize import quantize_rows
+    from sqcompile.kernels.triton.gemm import timing
+    from sqcompile.kernels.triton.rows.quantize import quantize_rows
 
     yield "| B H G Sq Sk D | SDPA bf16, repeated heads, us | ours in bf16, us | INT8 QKᵀ, us | SDPA / ours | SDPA / INT8 |"
     yield "|---" * 6 + "|"
@@ -237,7 +237,7 @@ def in_a_model(layers: int = 2, seconds: float = 0.5) -> Iterator[str]:
 
 def candidates(prefill: bool) -> Iterator[Any]:
     """Tiles worth timing on an H100."""
-    from sqcompile.kernels.triton.attention import Tile
+    from sqcompile.kernels.triton.attention.int8_attention import Tile
 
     if not prefill:
         for bn, stages, warps, splits in itertools.product((64, 128), (2, 3, 4), (2, 4), (0, 1, 2, 4, 8, 16, 32)):
@@ -253,7 +253,7 @@ def candidates(prefill: bool) -> Iterator[Any]:
 
 def tune(shapes: tuple[tuple[int, ...], ...], causal: bool, rep_ms: float) -> list[str]:
     """The five fastest tiles of each shape, per kind of values and scales, after a check of each one's result."""
-    from sqcompile.kernels.triton import timing
+    from sqcompile.kernels.triton.gemm import timing
 
     lines = []
     for shape, kind in itertools.product(shapes, KINDS):

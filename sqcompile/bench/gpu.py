@@ -41,9 +41,9 @@ def _require(name: str, error: float, bound: float) -> float:
 
 def gemm_table(rows: tuple[int, ...], rep_ms: float) -> list[str]:
     """A row per (M, layer): microseconds, and TOPS beside the best of the run."""
-    from sqcompile.kernels.triton import timing
-    from sqcompile.kernels.triton.gemm import int8_gemm
-    from sqcompile.kernels.triton.quantize import quantize_rows
+    from sqcompile.kernels.triton.gemm import timing
+    from sqcompile.kernels.triton.gemm.int8_gemm import int8_gemm
+    from sqcompile.kernels.triton.rows.quantize import quantize_rows
 
     measured = []
     for name, k, n in SHAPES:
@@ -98,10 +98,10 @@ def _rms_norm(h: Tensor, w: Tensor) -> Tensor:
 
 def fused_table(m: int, rep_ms: float) -> list[str]:
     """A row per fused kernel: GB/s over the bytes it must move, beside a device copy of one GiB."""
-    from sqcompile.kernels.triton import timing
-    from sqcompile.kernels.triton.act import act_quantize
-    from sqcompile.kernels.triton.norm import norm_quantize
-    from sqcompile.kernels.triton.quantize import quantize_rows
+    from sqcompile.kernels.triton.gemm import timing
+    from sqcompile.kernels.triton.rows.act import act_quantize
+    from sqcompile.kernels.triton.rows.norm import norm_quantize
+    from sqcompile.kernels.triton.rows.quantize import quantize_rows
 
     d, f = 4096, 14336
     x, r = (torch.randn(m, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))

@@ -32,8 +32,8 @@ def write_table(path: Path, table: Mapping[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     import triton
 
-    from sqcompile.kernels.triton import timing
-    from sqcompile.kernels.triton.gemm import int8_gemm
+    from sqcompile.kernels.triton.gemm import timing
+    from sqcompile.kernels.triton.gemm.int8_gemm import int8_gemm
 
     parser = argparse.ArgumentParser(prog="python -m sqcompile.bench speedup", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="a file for kernels/speedups/")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqcompile.kernels import x86
+from sqcompile.kernels.cpu import x86
 
 
 def interleaved(contenders: Mapping[str, Callable[[], Any]], seconds: float = 6.0, least: int = 7) -> dict[str, float]:

@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sqcompile.kernels.triton import gemm_kernels as kernels
 from sqcompile.kernels.triton.common import INTERPRETED, as_rows, on
-from sqcompile.kernels.triton.tiles import GEMV_ROWS, Config, bucket, for_epilogue, gpu_of, tiles
+from sqcompile.kernels.triton.gemm import kernels
+from sqcompile.kernels.triton.gemm.tiles import GEMV_ROWS, Config, bucket, for_epilogue, gpu_of, tiles
 
 TL_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 

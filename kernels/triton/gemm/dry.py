@@ -15,8 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from sqcompile.kernels.triton import tiles
-from sqcompile.kernels.triton.tiles import Gpu
+from sqcompile.kernels.triton.gemm import tiles
+from sqcompile.kernels.triton.gemm.tiles import Gpu
 
 
 class _Driver:

@@ -14,8 +14,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sqcompile.kernels.triton.common import as_rows, on
-from sqcompile.kernels.triton.gemm import TL_DTYPE, aligned
-from sqcompile.kernels.triton.tiles import Config, Gpu, gpu_of
+from sqcompile.kernels.triton.gemm.int8_gemm import TL_DTYPE, aligned
+from sqcompile.kernels.triton.gemm.tiles import Config, Gpu, gpu_of
 
 
 @triton.jit(do_not_specialize=["T"])

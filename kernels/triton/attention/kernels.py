@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from sqcompile.kernels.attention_parts import BLOCKED, MASK_BLOCK
-from sqcompile.kernels.triton.attention_split import rows_of, scaled
+from sqcompile.kernels.triton.attention.split import rows_of, scaled
 from sqcompile.kernels.triton.common import ROUND, absmax_bits, finite_of, reciprocal, scale_of, to_int8
 
 MAGIC = tl.constexpr(0x4B400000)  # the bits of 1.5 · 2²³, `ROUND`

@@ -14,10 +14,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sqcompile.kernels.attention_parts import MASK_BLOCK, aligned
-from sqcompile.kernels.triton import attention_kernels as kernels
-from sqcompile.kernels.triton import attention_split
+from sqcompile.kernels.triton.attention import kernels
+from sqcompile.kernels.triton.attention import split as attention_split
 from sqcompile.kernels.triton.common import on
-from sqcompile.kernels.triton.tiles import Gpu, gpu_of
+from sqcompile.kernels.triton.gemm.tiles import Gpu, gpu_of
 
 FEW_ROWS = 64  # up to as many rows of queries a key head, all of its query heads share a tile
 _MOST_SPLITS = 64

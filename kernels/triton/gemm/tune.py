@@ -1,4 +1,4 @@
-"""Makes a table of tile sizes for the GPU at hand: ``python -m sqcompile.kernels.triton.tune --out FILE``.
+"""Makes a table of tile sizes for the GPU at hand: ``python -m sqcompile.kernels.triton.gemm.tune --out FILE``.
 
 Candidates are compiled first, in parallel and without the GPU (dry.py fills Triton's cache on disk); each one's result is
 compared with the reference before it is timed; the file is written after every shape. Put it into tuning/ to ship it.
@@ -26,9 +26,9 @@ import torch
 import triton
 
 from sqcompile.kernels import reference
-from sqcompile.kernels.triton import timing
-from sqcompile.kernels.triton.gemm import int8_gemm
-from sqcompile.kernels.triton.tiles import GEMV_ROWS, Config, Gpu, bucket, default_config, gpu_of
+from sqcompile.kernels.triton.gemm import timing
+from sqcompile.kernels.triton.gemm.int8_gemm import int8_gemm
+from sqcompile.kernels.triton.gemm.tiles import GEMV_ROWS, Config, Gpu, bucket, default_config, gpu_of
 
 LLAMA_3_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # (N, K): qkv, o, gate and up, down
 BUCKETS = tuple(2**i for i in range(14))
@@ -139,7 +139,7 @@ def _shared_bytes(c: Config) -> int:
 
 def _compile(job: tuple[Gpu, list[tuple[int, int, int, Config]]]) -> int:
     """Fills Triton's cache, in a process without a GPU; a configuration that does not compile is left for the timing."""
-    from sqcompile.kernels.triton.dry import dry
+    from sqcompile.kernels.triton.gemm.dry import dry
 
     gpu, jobs = job
     devnull = os.open(os.devnull, os.O_WRONLY)
@@ -206,7 +206,7 @@ def time_one(gpu: Gpu, m: int, n: int, k: int, found: list[Config], rep_ms: floa
 
 def _specialized_runs() -> bool:
     """Whether the warp-specialized kernels finish, asked in a process of its own: a deadlock would hang this one."""
-    code = "from sqcompile.kernels.triton import tune; tune.check_specialized()"
+    code = "from sqcompile.kernels.triton.gemm import tune; tune.check_specialized()"
     try:
         return subprocess.run([sys.executable, "-c", code], timeout=90).returncode == 0
     except subprocess.TimeoutExpired:
@@ -223,7 +223,7 @@ def check_specialized() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m sqcompile.kernels.triton.tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m sqcompile.kernels.triton.gemm.tune", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", help="what to look for in the device's name; by default all of it")
     parser.add_argument("--quick", action="store_true", help="fewer candidates")

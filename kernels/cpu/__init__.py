@@ -1,0 +1,1 @@
+"""INT8 kernels of CPUs: oneDNN's, and our own in C++."""
