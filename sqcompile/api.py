@@ -18,6 +18,7 @@ from sqcompile.capture.trace import trace
 from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
 from sqcompile.compiled.stages import Stages
 from sqcompile.errors import CalibrationError, RecipeError
+from sqcompile.kernels.targets import Target
 from sqcompile.models import check_model
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.graph import find_linears
@@ -49,6 +50,7 @@ def compile(
     backend: str = "inductor",
     regional: bool = False,
     progress: bool = True,
+    target: str | Target | None = None,
 ) -> CompiledModel:
     """Compiles a float model to W8A8 INT8 with SmoothQuant. The model itself is never changed.
 
@@ -66,6 +68,8 @@ def compile(
         regional: whether Inductor compiles one of the repeated blocks for all of them, so that its part does not grow
             with the number of layers. Nothing is fused across blocks, and each is a call of its own.
         progress: whether to show progress bars: the stage that runs, and the calibration batches.
+        target: another machine to lower for, such as "cuda-sm90" or "arm64" (see `Target.named`), to look at what would run
+            there; the compiled model runs it here by plain PyTorch, slowly. None for the devices of the model.
 
     Returns:
         A CompiledModel: call it as the model.
@@ -77,6 +81,7 @@ def compile(
     """
     if backend not in BACKENDS:
         raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+    target = Target.named(target) if isinstance(target, str) else target
     check_model(model)
     with deferred(), stages((*_ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES), progress) as enter:
         if plan is None:
@@ -89,8 +94,8 @@ def compile(
             with analysing(model), compiling():
                 traced = trace(model, call, dynamic_shapes)
         with compiling():
-            history = Stages(model, traced, plan)
-            lowered = rewrite(traced, plan, until="lowered", enter=enter)
+            history = Stages(model, traced, plan, target)
+            lowered = rewrite(traced, plan, until="lowered", enter=enter, target=target)
             enter("emit")
             return emit(lowered, Forward.of(model), plan, history, backend, regional)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import fx
 
 from sqcompile.errors import PlanError
+from sqcompile.kernels.targets import Target
 from sqcompile.passes.attention.chains import Attention, find_attentions
 from sqcompile.passes.attention.head_sites import match_heads
 from sqcompile.passes.ir.graph import Linear, find_linears, nodes_by_name, value
@@ -32,11 +33,12 @@ def rewrite(
     shared: Shared | None = None,
     enter: Enter = silent,
     shown: bool = True,
+    target: Target | None = None,
 ) -> fx.GraphModule:
     """The rewrites in their order, up to a stage: "traced", "folded", "quantized" or "lowered".
 
     With ``shared``, the graph is one of several of a model: it may lack sites of the plan, and shares INT8 weights.
-    ``enter`` is told which rewrite begins. ``shown`` is whether SQCOMPILE_SHOW=1 prints the stages.
+    ``target`` is what is lowered for, None for the devices of the graph. ``enter`` is told which rewrite begins. ``shown`` is whether SQCOMPILE_SHOW=1 prints the stages.
     """
     show = show_stage if shown else (lambda *_: None)
     gm = verify(traced, "traced")
@@ -71,7 +73,7 @@ def rewrite(
     gm.graph.owning_module = None  # a cycle, which would keep the plain weights until garbage is collected
     handed_over = [gm]
     del gm  # lower frees each plain int8 weight as it packs it, which no other reference may prevent
-    gm = verify(lower(handed_over.pop(), shared), "lowered")
+    gm = verify(lower(handed_over.pop(), shared, target), "lowered")
     show(gm, "lowered", text)
     return gm
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sqcompile
-from sqcompile.kernels import fused
 from sqcompile.kernels.attention import CAUSAL, FULL, GENERAL, _attention_triton, attention, mask_kind
 from sqcompile.kernels.cpu import x86
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.kernels.targets import Target
 from sqcompile.passes.canonical.canonicalize import canonicalize
 from sqcompile.passes.lowering.float_attention import lower_attention
 
@@ -134,9 +134,8 @@ def test_what_our_gpu_kernel_is_not_faster_at_goes_to_pytorch(monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["mask", "heads", "causal", "past", "columns", "queries"])
-def test_what_is_rewritten_for_gpus(case, monkeypatch):
+def test_what_is_rewritten_for_gpus(case):
     """Tensors without data stand for a GPU's. A size that varies from call to call stays what it is."""
-    monkeypatch.setattr(fused, "available", lambda device: True)
 
     class Model(nn.Module):
         def forward(self, q, k, mask):
@@ -152,7 +151,7 @@ def test_what_is_rewritten_for_gpus(case, monkeypatch):
     gm = torch.export.export(Model(), (q, k, mask), dynamic_shapes=sizes).module()
     gm.meta["fake_mode"] = next(n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder").fake_mode
     canonicalize(gm)
-    lower_attention(gm)
+    lower_attention(gm, lambda device: Target.named("cuda-sm90"))
     ours = gm.graph.find_nodes(op="call_function", target=sqcompile_ops.attention.default)
     theirs = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
     heads = [n.args[1].meta["val"].shape[1] for n in (*ours, *theirs)]

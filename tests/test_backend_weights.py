@@ -52,7 +52,7 @@ def test_memory_with_free_float():
     assert torch.equal(call(net, x[:1]), want[:1])  # a batch of 1 is another graph, of the same INT8 weights
     left = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()}
     kept = {id(m): m for r in session(model).runners for m in r.bound[0].keep}
-    sums = sum(m.row_sum.numel() * 4 for m in kept.values() if m.row_sum is not None)  # of the kernels for x86
+    sums = sum(m.beside.numel() * 4 for m in kept.values() if m.beside is not None)  # of the kernels for x86
     int8 = sum(m.w.numel() + m.scale.numel() * 4 for m in kept.values()) + sums
     assert sum(left.values()) + int8 <= 0.55 * before
     assert bool(model[0].up.weight.isnan().all())

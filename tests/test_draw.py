@@ -25,8 +25,6 @@ from sqcompile.draw import draw, fold_repeats, roles_of
 from sqcompile.draw.condense import condense
 from sqcompile.draw.layout import layout
 from sqcompile.draw.svg import render
-from sqcompile.kernels import fused
-from sqcompile.kernels.cpu import x86
 from sqcompile.passes.ir.graph import find_linears
 from sqcompile.show.__main__ import main
 from sqcompile.show.load import load, parse_input
@@ -211,12 +209,8 @@ def test_int8_attention_and_a_tied_embedding_are_drawn_in_every_stage(
         assert any("o_proj" in label[d] for d in nx.descendants(g, n))
 
 
-def test_operators_fused_for_a_gpu_are_drawn(
-    tied: tuple[nn.Module, sqcompile.CompiledModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(x86, "available", lambda: False)
-    monkeypatch.setattr(fused, "available", lambda device: True)
-    compiled = sqcompile.compile(tied[0], plan=tied[1].plan, backend="eager")
+def test_operators_fused_for_a_gpu_are_drawn(tied: tuple[nn.Module, sqcompile.CompiledModel]) -> None:
+    compiled = sqcompile.compile(tied[0], plan=tied[1].plan, backend="eager", target="cuda-sm90")
     g = condense(compiled.lowered, roles_of(compiled.stages["traced"], compiled.plan))
     drawn_ = Counter(label for _, label in g.nodes(data="label"))
     assert drawn_["attention"] == 2 and drawn_["norm, quantize"] == 4 and drawn_["activation, quantize"] == 2

@@ -16,20 +16,17 @@ from torch.utils import _pytree as pytree
 import sqcompile
 from sqcompile.compiled import report
 from sqcompile.compiled.inductor import inductor
-from sqcompile.kernels import fused, speedup
-from sqcompile.kernels.cpu import x86
+from sqcompile.kernels import speedup
 from sqcompile.kernels.ops import sqcompile_ops
 
 
 @pytest.fixture
-def lowered_for_gpu(monkeypatch):
+def lowered_for_gpu():
     """Compiles a model as for a GPU, and without fusing, from one plan."""
 
     def both(model, batches, recipe="default", **kwargs):
-        monkeypatch.setattr(x86, "available", lambda: False)
-        plain = sqcompile.compile(model, batches, recipe=recipe, backend="eager", progress=False)
-        monkeypatch.setattr(fused, "available", lambda device: True)
-        return sqcompile.compile(model, plan=plain.plan, backend="eager", **kwargs), plain
+        plain = sqcompile.compile(model, batches, recipe=recipe, backend="eager", progress=False, target="reference")
+        return sqcompile.compile(model, plan=plain.plan, backend="eager", target="cuda-sm90", **kwargs), plain
 
     return both
 

@@ -18,8 +18,6 @@ import sqcompile
 import sqcompile.compiled.inductor
 from sqcompile.backend import smoothquant
 from sqcompile.compiled.inductor import flatten
-from sqcompile.kernels import fused
-from sqcompile.kernels.cpu import x86
 from sqcompile.passes.ir.graph import value
 from sqcompile.passes.lowering.regions import cut, find_repeats
 
@@ -228,14 +226,12 @@ class Copied(Attend):
 
 
 @pytest.mark.parametrize(("name", "gpu"), [("llama", False), ("llama", True), ("opt", True), ("copied", True)])
-def test_a_cut_may_fall_anywhere(name, gpu, monkeypatch):
+def test_a_cut_may_fall_anywhere(name, gpu):
     """What passes from one part to the next has the strides that the next one is compiled for."""
-    if gpu:
-        monkeypatch.setattr(fused, "available", lambda device: True)
-        monkeypatch.setattr(x86, "available", lambda: False)
     model, batches = (
         (Copied().eval(), [torch.randn(2, 9, 32)]) if name == "copied" else (tiny_lm(name), token_batches())
     )
-    gm = sqcompile.compile(model, batches, recipe="O3", backend="eager", progress=False).lowered
+    target = "cuda-sm90" if gpu else None
+    gm = sqcompile.compile(model, batches, recipe="O3", backend="eager", progress=False, target=target).lowered
     with gm.meta["fake_mode"]:
         Recorded(gm).run(*[value(n) for n in gm.graph.find_nodes(op="placeholder")])

@@ -49,6 +49,12 @@ def row_sum(w: Tensor, packed: Tensor) -> Tensor:
     return w.sum(dim=1, dtype=torch.int32) if _readable(packed, w) else torch.empty(0, dtype=torch.int32)
 
 
+def pack_with_sums(w: Tensor) -> tuple[Tensor, Tensor]:
+    """`pack` and `row_sum` of int8 [N, K]."""
+    packed = pack(w)
+    return packed, row_sum(w, packed)
+
+
 def matmul(q: Tensor, packed: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype) -> Tensor:
     """(q - 128) wᵀ · w_scale by the fastest kernel for this CPU and number of rows.
 

@@ -17,14 +17,15 @@ computation into each of those readers and repeat it. They are stored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from sqcompile.kernels import fused
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.kernels.targets import Target
 from sqcompile.passes.attention.heads import head_count, same_batch, unrepeated_pair
 from sqcompile.passes.ir.graph import add_op, additive, arguments, aten, value
 from sqcompile.passes.ir.record import record_readers
@@ -32,27 +33,30 @@ from sqcompile.passes.ir.record import record_readers
 WIDEST = 256  # head size of the kernel for GPUs
 
 
-def lower_attention(gm: fx.GraphModule) -> None:
-    """Rewrites attentions, and on CPUs rotary angles, in place."""
+def lower_attention(gm: fx.GraphModule, target_of: Callable[[torch.device], Target]) -> None:
+    """Rewrites attentions, and for CPUs rotary angles, in place."""
     masks: dict[tuple[fx.Node, torch.dtype], tuple[fx.Node, fx.Node]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
         if value(node).dim() == 4:
-            _lower_one(gm, node, masks)
+            _lower_one(gm, node, masks, target_of(value(node).device))
     for target in (aten.cos.default, aten.sin.default):
         for node in gm.graph.find_nodes(op="call_function", target=target):
-            if value(node).device.type == "cpu":
+            if target_of(value(node).device).device == "cpu":
                 with gm.graph.inserting_after(node):
                     stored = add_op(gm, sqcompile_ops.stored.default, node)
                 node.replace_all_uses_with(stored, delete_user_cb=lambda user, stored=stored: user is not stored)
 
 
 def _lower_one(
-    gm: fx.GraphModule, node: fx.Node, masks: dict[tuple[fx.Node, torch.dtype], tuple[fx.Node, fx.Node]]
+    gm: fx.GraphModule,
+    node: fx.Node,
+    masks: dict[tuple[fx.Node, torch.dtype], tuple[fx.Node, fx.Node]],
+    target: Target,
 ) -> None:
     args = arguments(node)
     q, k, v, mask = args["query"], args["key"], args["value"], args["attn_mask"]
-    gpu = value(node).device.type != "cpu"
-    if args["dropout_p"] or (gpu and not _fits_gpu(args)):
+    gpu = target.attention == "triton"
+    if args["dropout_p"] or target.attention is None or (gpu and not _fits_gpu(args)):
         return
     if head_count(k) != head_count(q) and not args["enable_gqa"]:
         return  # heads broadcast: left to torch
@@ -82,11 +86,11 @@ def _lower_one(
 
 
 def _fits_gpu(args: dict[str, Any]) -> bool:
-    """Whether the kernel of our own takes an attention: CUDA, operands of one half precision, heads of up to 256."""
+    """Whether our kernel takes an attention: operands of one half precision, heads of up to 256."""
     q, k, v = (value(args[name]) for name in ("query", "key", "value"))
     half = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
     small = all(isinstance(x.shape[3], int) and x.shape[3] <= WIDEST for x in (q, v))
-    return fused.available(q.device) and half and small and (args["scale"] is None or args["scale"] >= 0)
+    return half and small and (args["scale"] is None or args["scale"] >= 0)
 
 
 def _flash_fits(args: dict[str, Any]) -> bool:

@@ -13,13 +13,14 @@ those that hold nothing. Scores that anything else happens to stay as they are: 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from sqcompile.kernels import fused
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.kernels.targets import Target
 from sqcompile.passes.attention.scores import SAME, Mask, Scores, numbers, read_scores
 from sqcompile.passes.ir.graph import add_op, additive, aten, constants, value
 from sqcompile.passes.ir.record import record_readers
@@ -28,7 +29,7 @@ from sqcompile.passes.lowering.float_attention import listed_mask
 _ENDS = {sqcompile_ops.attention_weights.default, sqcompile_ops.int8_attend.default}
 
 
-def lower_int8_attention(gm: fx.GraphModule) -> None:
+def lower_int8_attention(gm: fx.GraphModule, target_of: Callable[[torch.device], Target]) -> None:
     """Rewrites the attentions that `int8_attention` can do."""
     found: list[tuple[fx.Node, fx.Node, Scores]] = []
     masks: dict[Any, fx.Node] = {}
@@ -55,7 +56,7 @@ def lower_int8_attention(gm: fx.GraphModule) -> None:
         with gm.graph.inserting_before(end):
             mask = _one_mask(gm, scores.masks, value(q).shape[1], masks)
             blocks = None
-            if mask is not None and fused.available(value(q).device):
+            if mask is not None and target_of(value(q).device).attention == "triton":
                 listed[mask] = listed.get(mask) or listed_mask(gm, mask)
                 mask, blocks = listed[mask]
             new = add_op(

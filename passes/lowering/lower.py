@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from sqcompile.kernels import fused
-from sqcompile.kernels.cpu import x86
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.kernels.reference import UINT8_ZERO_POINT
+from sqcompile.kernels.targets import Operands, Target
 from sqcompile.passes.ir.graph import (
     add_op,
     add_tensor,
@@ -46,6 +45,8 @@ from sqcompile.passes.lowering.int8_attention import lower_int8_attention
 from sqcompile.passes.rewrite.weight_store import Lazy, Merged, Shared
 
 _warned: set[str] = set()
+
+TargetOf = Callable[[torch.device], Target]
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,16 @@ class _Quantized:
         return self.q, self.scale, self.static, self.dtype, self.bias is None, alone
 
 
-def lower(gm: fx.GraphModule, shared: Shared | None = None) -> fx.GraphModule:
+def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | None = None) -> fx.GraphModule:
     """Lowers every quantized linear, and computes what depends on parameters alone.
 
-    With ``shared`` (the same as of `insert_qdq`), a weight that another graph has made is taken from it.
+    With ``shared`` (the same as of `insert_qdq`), a weight that another graph has made is taken from it. ``target`` is
+    what is lowered for; None for the devices of the graph's tensors.
 
-    On a device without INT8 kernels of its own, the integer reference runs, with a warning once per device type.
-    Weights are packed one group at a time and the plain int8 copy is dropped, so no two copies of the model exist.
+    For a target without INT8 kernels, the integer reference runs, with a warning once per device type. Weights are packed one group at a time and the plain int8 copy is dropped, so no two copies of the model exist.
     """
     gm = clone(gm)
+    target_of: TargetOf = Target.of if target is None else lambda device: target
     groups: dict[tuple[object, ...], list[_Quantized]] = {}
     for node in gm.graph.nodes:
         grouped = node.target == sqcompile_ops.grouped_dequantize.default
@@ -89,47 +91,52 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None) -> fx.GraphModule:
             found = _Quantized(node, q, weight, scale, weight_scale, bias, dtype, offsets, static)
             groups.setdefault(found.key, []).append(found)
     for group in groups.values():
+        on = target_of(value(group[0].weight).device)
+        if not on.has_kernels:
+            _warn_reference(on.device)
         if group[0].offsets:
-            _lower_experts(gm, group[0], shared)
+            _lower_experts(gm, group[0], shared, on)
         else:
-            _lower_group(gm, group, shared)
+            _lower_group(gm, group, shared, on)
         release_freed_memory()
     gm.meta.pop("lazy", None)  # it holds the float weights
     _materialize(gm)
-    lower_int8_attention(gm)
-    lower_attention(gm)
-    kernels = (sqcompile_ops.int8_gemm.default, sqcompile_ops.int8_grouped_linear.default)
-    if any(gm.graph.find_nodes(op="call_function", target=target) for target in kernels):
+    lower_int8_attention(gm, target_of)
+    lower_attention(gm, target_of)
+    if any(target_of(value(group[0].weight).device).fuses for group in groups.values()):
         fuse(gm)
     check_ids(gm)
+    gm.meta["target"] = target
     return finish(gm)
 
 
-def _weights(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | None) -> Merged:
-    """The weights of a group as one: packed for the CPU where it has kernels; shared between graphs if asked for."""
+def _weights(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | None, target: Target) -> Merged:
+    """The weights of a group as one: packed where the target's kernels want it; shared between graphs if asked for."""
+    merge = _merge_experts if group[0].offsets else _merge
     if shared is None:
         parts = [(get_tensor(gm, str(g.weight.target)), get_tensor(gm, str(g.weight_scale.target))) for g in group]
-        return _merge(parts, bool(group[0].offsets))
+        return merge(parts, target)
     lazy: list[Lazy] = [gm.meta["lazy"][str(g.weight.target)] for g in group]
-    key = tuple(l.key for l in lazy)
-    return shared.get(gm, key, lambda: _merge([l.make() for l in lazy], bool(group[0].offsets)))
+    key = target.name, *(l.key for l in lazy)
+    return shared.get(gm, key, lambda: merge([l.make() for l in lazy], target))
 
 
-def _merge(parts: list[tuple[torch.Tensor, torch.Tensor]], experts: bool) -> Merged:
-    packs = parts[0][0].device.type == "cpu" and x86.available()
-    if experts:
-        [(w_int8, scale)] = parts
-        scale = scale.expand(w_int8.shape[:2]).contiguous()
-        if not packs:
-            return Merged(w_int8, scale)
-        packed = [x86.pack(matrix) for matrix in w_int8]
-        return Merged(packed, scale, torch.stack([x86.row_sum(m, p) for m, p in zip(w_int8, packed, strict=True)]))
+def _merge(parts: list[tuple[torch.Tensor, torch.Tensor]], target: Target) -> Merged:
     w_int8 = torch.cat([w for w, _ in parts])
     scale = torch.cat([scale.expand(len(w)) for w, scale in parts])
-    if not packs:
+    if target.pack is None:
         return Merged(w_int8, scale)
-    w = x86.pack(w_int8)
-    return Merged(w, scale, x86.row_sum(w_int8, w))
+    w, beside = target.pack(w_int8)
+    return Merged(w, scale, beside)
+
+
+def _merge_experts(parts: list[tuple[torch.Tensor, torch.Tensor]], target: Target) -> Merged:
+    [(w_int8, scale)] = parts
+    scale = scale.expand(w_int8.shape[:2]).contiguous()
+    if target.pack is None or not target.packs_experts:
+        return Merged(w_int8, scale)
+    packed, beside = zip(*(target.pack(matrix) for matrix in w_int8), strict=True)
+    return Merged([*packed], scale, torch.stack(beside))
 
 
 def _columns(gm: fx.GraphModule, g: _Quantized, merged: Merged) -> torch.Tensor:
@@ -137,31 +144,20 @@ def _columns(gm: fx.GraphModule, g: _Quantized, merged: Merged) -> torch.Tensor:
     return merged.scale if g.static is None else merged.scale * get_tensor(gm, str(g.static.target))
 
 
-def _lower_group(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | None) -> None:
+def _lower_group(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | None, target: Target) -> None:
     first = group[0]
     sizes = [value(g.weight).shape[0] for g in group]
-    merged = _weights(gm, group, shared)
+    merged = _weights(gm, group, shared, target)
     assert isinstance(merged.w, torch.Tensor)
     bias = None if first.bias is None else torch.cat([evaluate(gm, g.bias) for g in group if g.bias is not None])
     name = str(first.weight.target).removesuffix("_int8")
-    device = merged.scale.device
     with gm.graph.inserting_before(first.out):
         w_scale = add_tensor(gm, f"{name}_columns", _columns(gm, first, merged))
         b = None if bias is None else add_tensor(gm, f"{name}_bias", bias)
-        if merged.row_sum is not None:
-            w, w_sum = add_tensor(gm, f"{name}_packed", merged.w), add_tensor(gm, f"{name}_sum", merged.row_sum)
-            new = gm.graph.call_function(
-                sqcompile_ops.int8_linear_packed.default,
-                (_as_uint8(gm, first.q), first.scale, w, w_scale, w_sum, b, first.dtype),
-            )
-        else:
-            w = add_tensor(gm, f"{name}_merged", merged.w)
-            arguments: tuple[Any, ...] = (first.q, first.scale, w, w_scale, b, first.dtype)
-            if fused.available(device):
-                new = gm.graph.call_function(sqcompile_ops.int8_gemm.default, (*arguments, "none", None, None))
-            else:
-                _warn_reference(device)
-                new = gm.graph.call_function(sqcompile_ops.int8_linear.default, arguments)
+        w = add_tensor(gm, f"{name}_packed" if target.pack else f"{name}_merged", merged.w)
+        beside = None if merged.beside is None else add_tensor(gm, f"{name}_sum", merged.beside)
+        q = _shifted(gm, first.q, target.zero_point)
+        new = gm.graph.call_function(*target.linear(Operands(q, first.scale, w, w_scale, beside, b, first.dtype)))
         like = value(first.out)
         new.meta["val"] = like.new_empty((*like.shape[:-1], sum(sizes)))
         parts = [new]
@@ -177,30 +173,18 @@ def _lower_group(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | N
         record_readers(gm, part)
 
 
-def _lower_experts(gm: fx.GraphModule, g: _Quantized, shared: Shared | None) -> None:
-    merged = _weights(gm, [g], shared)
+def _lower_experts(gm: fx.GraphModule, g: _Quantized, shared: Shared | None, target: Target) -> None:
+    merged = _weights(gm, [g], shared, target)
     name = str(g.weight.target).removesuffix("_int8")
     with gm.graph.inserting_before(g.out):
         w_scale = add_tensor(gm, f"{name}_columns", _columns(gm, g, merged))
-        if merged.row_sum is not None:
-            w = [add_tensor(gm, f"{name}_packed_{e}", p) for e, p in enumerate(merged.w)]
-            arguments: tuple[Any, ...] = (
-                _as_uint8(gm, g.q),
-                g.scale,
-                w,
-                w_scale,
-                add_tensor(gm, f"{name}_sum", merged.row_sum),
-                g.offsets,
-                g.dtype,
-            )
-            target = sqcompile_ops.int8_grouped_linear_packed.default
+        if isinstance(merged.w, torch.Tensor):
+            w: Any = add_tensor(gm, f"{name}_all", merged.w)
         else:
-            assert isinstance(merged.w, torch.Tensor)
-            if not fused.available(merged.w.device):
-                _warn_reference(merged.w.device)
-            arguments = (g.q, g.scale, add_tensor(gm, f"{name}_all", merged.w), w_scale, g.offsets, g.dtype)
-            target = sqcompile_ops.int8_grouped_linear.default
-        new = gm.graph.call_function(target, arguments)
+            w = [add_tensor(gm, f"{name}_packed_{e}", p) for e, p in enumerate(merged.w)]
+        beside = None if merged.beside is None else add_tensor(gm, f"{name}_sum", merged.beside)
+        q = _shifted(gm, g.q, target.zero_point if target.packs_experts else 0)
+        new = gm.graph.call_function(*target.experts(Operands(q, g.scale, w, w_scale, beside, g.offsets, g.dtype)))
         new.meta["val"] = value(g.out)
     _replace(gm, g, new)
 
@@ -229,22 +213,24 @@ def _replace(gm: fx.GraphModule, old: _Quantized, new: fx.Node) -> None:
         delattr(gm.get_submodule(path), leaf)
 
 
-def _as_uint8(gm: fx.GraphModule, q: fx.Node) -> fx.Node:
-    """The uint8 twin of a quantize node, made once."""
+def _shifted(gm: fx.GraphModule, q: fx.Node, zero_point: int) -> fx.Node:
+    """The twin of a quantize node with a zero point, made once."""
     x, scale = q.args
+    if not zero_point:
+        return q
     for user in x.users:  # type: ignore[union-attr]
-        if user.target == sqcompile_ops.quantize.default and user.args == (x, scale, UINT8_ZERO_POINT):
+        if user.target == sqcompile_ops.quantize.default and user.args == (x, scale, zero_point):
             return user
     with gm.graph.inserting_before(q):
-        return add_op(gm, sqcompile_ops.quantize.default, x, scale, UINT8_ZERO_POINT)
+        return add_op(gm, sqcompile_ops.quantize.default, x, scale, zero_point)
 
 
-def _warn_reference(device: torch.device) -> None:
-    if device.type not in _warned:
-        _warned.add(device.type)
+def _warn_reference(device: str) -> None:
+    if device not in _warned:
+        _warned.add(device)
         warnings.warn(
-            f"sqcompile has no INT8 kernels for {device.type}"
-            + (" without AVX512-VNNI" if device.type == "cpu" else "")
+            f"sqcompile has no INT8 kernels for {device}"
+            + (" without AVX512-VNNI" if device == "cpu" else "")
             + ": the compiled model runs the plain-PyTorch integer reference, correct but slow",
             stacklevel=2,
         )

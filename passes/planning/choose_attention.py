@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from sqcompile.kernels import fused, speedup
+from sqcompile.kernels import speedup
 from sqcompile.kernels.reference import absmax_scale, quantize, token_scale
+from sqcompile.kernels.targets import Target
 from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.attention.head_sites import HeadSite, match_heads
 from sqcompile.passes.attention.value_sites import value_labels
@@ -164,7 +165,7 @@ def _slow(chooser: Chooser, a: Attention) -> str | None:
     gains = speedup.expected_attention(device, recipe.attention, a.width)
     if isinstance(a.scores, str):
         return f"INT8 is slower than float for what is not one operator ({a.scores})"
-    if not gains and not fused.available(device):
+    if not gains and Target.of(device).attention != "triton":
         return f"INT8 is slower than float on {device.type}, which has no kernel for it"
     for (batch, queries, keys), gain in gains.items():
         if gain < recipe.min_speedup:

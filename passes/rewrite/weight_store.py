@@ -23,15 +23,15 @@ class Merged:
     """The INT8 weight of linears that share an input.
 
     Attributes:
-        w: int8 [N, K], the rows of all linears; packed for the CPU's kernels where it has some. For experts int8
+        w: int8 [N, K], the rows of all linears; packed where the target's kernels want it. For experts int8
             [E, N, K], or one packed [N, K] each.
         scale: float32 [N], or [E, N].
-        row_sum: int32 [N] or [E, N] beside a packed weight, else None.
+        beside: what a target's kernels read beside a packed weight, such as sums of its rows int32 [N] or [E, N]; else None.
     """
 
     w: Tensor | list[Tensor]
     scale: Tensor
-    row_sum: Tensor | None = None
+    beside: Tensor | None = None
 
 
 @dataclass(frozen=True)

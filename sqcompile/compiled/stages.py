@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, fx, nn
 
 from sqcompile.errors import StageError
+from sqcompile.kernels.targets import Target
 from sqcompile.passes.ir.graph import clone, get_tensor, set_tensor
 from sqcompile.passes.ir.verify import STAGES
+from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan
 from sqcompile.process.lock import compiling
 
@@ -25,7 +27,7 @@ class Stages(Mapping[str, fx.GraphModule]):
         StageError: if the float model is gone, or its parameters changed since it was compiled.
     """
 
-    def __init__(self, model: nn.Module, traced: fx.GraphModule, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, traced: fx.GraphModule, plan: Plan, target: Target | None = None) -> None:
         self._model = weakref.ref(model)
         own = _tensors(model)
         names = {str(n.target) for n in traced.graph.find_nodes(op="get_attr")}
@@ -34,17 +36,15 @@ class Stages(Mapping[str, fx.GraphModule]):
         self._constants = {n: get_tensor(traced, n) for n in names - self.shared}
         self._graph, self._meta = _ownerless(clone(traced)), dict(traced.meta)
         self._states = {n: state(own[n]) for n in self.shared}
-        self._plan = plan
+        self._plan, self._target = plan, target
         self._cache: weakref.WeakValueDictionary[str, fx.GraphModule] = weakref.WeakValueDictionary()
 
     def __getitem__(self, name: str) -> fx.GraphModule:
         if name not in STAGES:
             raise KeyError(f"no stage {name!r}: the stages are {', '.join(STAGES)}")
         if name not in self._cache:
-            from sqcompile.pipeline import rewrite
-
             with compiling():
-                self._cache[name] = stage = rewrite(self._traced(), self._plan, until=name)
+                self._cache[name] = stage = rewrite(self._traced(), self._plan, until=name, target=self._target)
             return stage
         return self._cache[name]
 

@@ -1,0 +1,147 @@
+"""Target: what a graph is lowered for. Which kernels there are, how weights are packed, which fusions exist.
+
+`Target.of` finds the target of a device of this machine; `Target.named` gives any, so that a graph can be lowered for
+another machine than this one. Whatever a graph was lowered for, its operators run where they have plain versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sqcompile.errors import RecipeError
+from sqcompile.kernels import fused
+from sqcompile.kernels.cpu import arm, x86
+from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.kernels.reference import UINT8_ZERO_POINT
+
+Pack = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a quantized linear reads; nodes of a graph, or tensors.
+
+    Attributes:
+        q, scale: integers of the activations [..., K], and their factors.
+        w, w_scale: the weight as `Target.pack` gives it, and float32 [N]; of experts a list of packed ones, or [E, N, K].
+        beside: what `Target.pack` gives beside a packed weight.
+        more: bias [N] or None; of experts their offsets.
+        dtype: of the result.
+    """
+
+    q: Any
+    scale: Any
+    w: Any
+    w_scale: Any
+    beside: Any
+    more: Any
+    dtype: torch.dtype
+
+
+Emit = Callable[[Operands], tuple[Any, tuple[Any, ...]]]  # the operator, and its arguments
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of machine.
+
+    Attributes:
+        name: such as "x86-vnni", "cuda-sm90" or "reference".
+        device: the type of its devices, as in ``torch.device(type)``.
+        linear, experts: the operator of a quantized linear, and of routed experts.
+        pack: int8 [N, K] -> the weight as the operator reads it, and what it reads beside it; None to leave it as it is.
+            Packed weights are opaque: they cannot be saved.
+        zero_point: of the activations' integers: 0 for int8, 128 for uint8.
+        packs_experts: whether each expert's weight is packed, too.
+        fuses: whether norms, activations and residuals become part of the kernels beside them.
+        attention: whose float attention takes part: "cpu", "triton", or None for PyTorch's as it is.
+        has_kernels: whether it has INT8 kernels of its own; without, the plain integer reference runs, with a warning.
+    """
+
+    name: str
+    device: str
+    linear: Emit
+    experts: Emit
+    pack: Pack | None = None
+    zero_point: int = 0
+    packs_experts: bool = False
+    fuses: bool = False
+    attention: Literal["cpu", "triton"] | None = None
+    has_kernels: bool = True
+
+    @staticmethod
+    def of(device: torch.device) -> Target:
+        """The target that a device of this machine is."""
+        if device.type == "cuda" and fused.available(device):
+            major, minor = torch.cuda.get_device_capability(device)
+            return _cuda(10 * major + minor)
+        here = [target for target, available in _CPUS if device.type == "cpu" and available()]
+        return here[0] if here else _reference(device.type)
+
+    @staticmethod
+    def named(name: str) -> Target:
+        """A target by its name: "x86-amx", "x86-vnni", "arm64", "cuda-sm80" ... "cuda-sm120" or "reference".
+
+        Raises:
+            RecipeError: for a name that none has; it says which there are.
+        """
+        known = {target.name: target for target in _known()}
+        if name not in known:
+            raise RecipeError(f"target={name!r}: choose one of {', '.join(known)}")
+        return known[name]
+
+
+def _plain(o: Operands) -> tuple[Any, tuple[Any, ...]]:
+    return sqcompile_ops.int8_linear.default, (o.q, o.scale, o.w, o.w_scale, o.more, o.dtype)
+
+
+def _plain_experts(o: Operands) -> tuple[Any, tuple[Any, ...]]:
+    return sqcompile_ops.int8_grouped_linear.default, (o.q, o.scale, o.w, o.w_scale, o.more, o.dtype)
+
+
+def _fused(o: Operands) -> tuple[Any, tuple[Any, ...]]:
+    return sqcompile_ops.int8_gemm.default, (o.q, o.scale, o.w, o.w_scale, o.more, o.dtype, "none", None, None)
+
+
+def _u8s8(o: Operands) -> tuple[Any, tuple[Any, ...]]:
+    return sqcompile_ops.int8_linear_packed.default, (o.q, o.scale, o.w, o.w_scale, o.beside, o.more, o.dtype)
+
+
+def _u8s8_experts(o: Operands) -> tuple[Any, tuple[Any, ...]]:
+    return sqcompile_ops.int8_grouped_linear_packed.default, (o.q, o.scale, o.w, o.w_scale, o.beside, o.more, o.dtype)
+
+
+def _s8s8(o: Operands) -> tuple[Any, tuple[Any, ...]]:
+    return sqcompile_ops.int8_linear_s8.default, (o.q, o.scale, o.w, o.w_scale, o.more, o.dtype)
+
+
+def _x86(name: str) -> Target:
+    return Target(name, "cpu", _u8s8, _u8s8_experts, x86.pack_with_sums, UINT8_ZERO_POINT, True, attention="cpu")
+
+
+def _cuda(capability: int) -> Target:
+    return Target(f"cuda-sm{capability}", "cuda", _fused, _plain_experts, fuses=True, attention="triton")
+
+
+def _reference(device: str) -> Target:
+    attention: Literal["cpu"] | None = "cpu" if device == "cpu" else None
+    return Target("reference", device, _plain, _plain_experts, attention=attention, has_kernels=False)
+
+
+# CPUs, the first that this one is; what is lowered for x86-amx and x86-vnni differs in nothing but the name: kernels choose
+# when they run.
+_CPUS: tuple[tuple[Target, Callable[[], bool]], ...] = (
+    (_x86("x86-amx"), lambda: x86.available() and x86.amx()),
+    (_x86("x86-vnni"), lambda: x86.available()),
+    (Target("arm64", "cpu", _s8s8, _plain_experts, arm.pack, attention="cpu"), lambda: arm.available()),
+)
+
+
+def _known() -> list[Target]:
+    cuda = [_cuda(capability) for capability in (80, 86, 89, 90, 100, 103, 120)]
+    return [*(target for target, _ in _CPUS), *cuda, _reference("cpu")]
