@@ -18,15 +18,17 @@ from sqcompile.errors import (
     StageError,
     WeightError,
 )
-from sqcompile.plan.entries import LayerPlan
+from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import PRESETS, Recipe
 from sqcompile.refresh import refresh
+from sqcompile.results import plan_of, report_of
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "AttentionPlan",
     "CalibrationError",
     "CaptureError",
     "CompiledModel",
@@ -44,5 +46,7 @@ __all__ = [
     "WeightError",
     "calibrate",
     "compile",
+    "plan_of",
     "refresh",
+    "report_of",
 ]

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import sqcompile
 from sqcompile.backend import smoothquant
-from sqcompile.backend.session import _sessions
+from sqcompile.backend.session import sessions_of
 
 
 class MLP(nn.Module):
@@ -40,7 +40,7 @@ def mlp(broken=False):
     return model
 
 
-def compiled(model, **options):
+def compiled(model, /, **options):
     return torch.compile(model, backend=smoothquant, options={"compiler": "eager", **options})
 
 
@@ -50,7 +50,7 @@ def planned(model, batches=None, **kwargs):
 
 
 def sessions(model):
-    return list(_sessions.get(model, {}).values())
+    return sessions_of(model)
 
 
 def session(model):

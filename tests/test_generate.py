@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 import sqcompile
 from sqcompile.backend import smoothquant
 from sqcompile.backend.decide import decide
-from sqcompile.backend.session import _sessions
+from sqcompile.backend.session import sessions_of
 from sqcompile.kernels.cpu import x86
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -152,7 +152,7 @@ def test_the_first_calls_calibrate_while_it_generates(llama):
     floats = model.generate(x, max_new_tokens=8, **PLAIN)
     assert torch.equal(net.generate(x, max_new_tokens=8, **PLAIN), floats)  # a prefill and seven decoded tokens
     net.generate(x, max_new_tokens=12, **PLAIN)
-    session = next(s for s in _sessions[model].values() if s.options.calibration_steps == 8 and s.options.plan is None)
+    session = next(s for s in sessions_of(model) if s.options.calibration_steps == 8 and s.options.plan is None)
     assert session.plan is not None and sum(l.quantized for l in session.plan.layers) == 14
     assert graphs() == 2
 
@@ -170,7 +170,7 @@ def test_attention_calibrates_while_it_generates(llama, cache):
     [(observers, _, calls)] = seen
     tokens = [s.count for o in observers for s in o.heads.values()]
     assert calls == 8 and sorted(tokens) == [16] * 6 + [18] * 6, "two prompts of nine, then eight tokens each"
-    plan = next(s.plan for s in _sessions[model].values() if s.options.recipe == recipe)
+    plan = next(s.plan for s in sessions_of(model) if s.options.recipe == recipe)
     assert [a.quantized for a in plan.attention] == ["qk"] * 2 and graphs() == 2
 
 

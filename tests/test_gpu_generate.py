@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 import sqcompile
 from sqcompile.backend import smoothquant
 from sqcompile.backend.cuda_graphs import NotRecorded, Pool, Recorder
-from sqcompile.backend.session import _sessions
+from sqcompile.backend.session import sessions_of
 from sqcompile.bench.generate import static_cache
 
 pytestmark = [
@@ -35,7 +35,7 @@ def compiled(model, plan, **options):
 
 def recordings(model):
     """How many CUDA graphs each compiled graph of the model has."""
-    runs = [b.run for s in _sessions[model].values() for r in s.runners for b in r.bound]
+    runs = [b.run for s in sessions_of(model) for r in s.runners for b in r.bound]
     return sorted(len(run.recordings) for run in runs if isinstance(run, Recorder))
 
 

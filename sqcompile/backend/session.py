@@ -170,6 +170,13 @@ def reset() -> None:
     _sessions.clear()
 
 
+def sessions_of(model: nn.Module) -> list[Session]:
+    """The sessions of a model, or of those that it is a part of; the newest last."""
+    found = _sessions.get(model)
+    whole = [found] if found else [s for m, s in _sessions.items() if any(part is model for part in m.modules())]
+    return [session for sessions in whole for session in sessions.values()]
+
+
 def session_of(tensors: Sequence[Tensor], options: Options) -> Session:
     """The session of the model that is being called.
 

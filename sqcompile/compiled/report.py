@@ -115,8 +115,11 @@ class Report:
     int8_attention: tuple[Int8Attention, ...] = ()
 
     @staticmethod
-    def of(plan: Plan, lowered: fx.GraphModule) -> Report:
+    def of(plan: Plan, lowered: fx.GraphModule | None = None) -> Report:
+        """The report on a plan, and on the kernels of a lowered graph."""
         sites = site_labels(plan.scales, [l.name for l in plan.layers])
+        if lowered is None:
+            return Report(plan.layers, sites, attention=plan.attention)
         return Report(plan.layers, sites, _gemms(lowered), plan.attention, _attentions(lowered))
 
     def __str__(self) -> str:

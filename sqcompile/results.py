@@ -1,0 +1,59 @@
+"""plan_of, report_of: what was decided for a model, whichever way it was compiled."""
+
+from __future__ import annotations
+
+import reprlib
+import sys
+from typing import Any
+
+from torch import nn
+
+from sqcompile.compiled.emit import CompiledModel
+from sqcompile.compiled.report import Report
+from sqcompile.errors import StageError
+from sqcompile.plan.plan import Plan
+
+
+def plan_of(net: Any) -> Plan:
+    """The plan that a compiled model runs by. It can be saved, and passed to `compile` or to the backend.
+
+    Args:
+        net: what `sqcompile.compile` gave; or what ``torch.compile(model, backend="smoothquant")`` gave, the model itself,
+            or one of its layers that was compiled alone.
+
+    Returns:
+        The plan; of a model that was compiled under several options, the plan that was made last.
+
+    Raises:
+        StageError: if there is none: the model was not compiled or not called yet, or still calibrates itself.
+    """
+    if isinstance(net, CompiledModel):
+        return net.plan
+    sessions = _sessions(net)
+    plans = [s.plan for s in sessions if s.plan is not None]
+    if not plans and sessions:
+        steps = sessions[-1].options.calibration_steps
+        raise StageError(f"the model still calibrates itself: call it until {steps} calls have been observed")
+    if not plans:
+        raise StageError(
+            "there is no plan yet: pass what torch.compile(model, backend='smoothquant') gave, once it has been called, or "
+            "what sqcompile.compile gave"
+        )
+    return plans[-1]
+
+
+def report_of(net: Any) -> Report:
+    """One line per linear, with what was done and why, and the sites.
+
+    Args, Raises: as `plan_of`. What single kernels are expected to gain is told of what `sqcompile.compile` gave alone.
+    """
+    return net.report if isinstance(net, CompiledModel) else Report.of(plan_of(net))
+
+
+def _sessions(net: Any) -> list[Any]:
+    """The backend's sessions of a model, or of the model that it is a layer of."""
+    dynamo, backend = sys.modules.get("torch._dynamo.eval_frame"), sys.modules.get("sqcompile.backend.session")
+    model = net._orig_mod if dynamo is not None and isinstance(net, dynamo.OptimizedModule) else net
+    if not isinstance(model, nn.Module):
+        raise StageError(f"{reprlib.repr(net)} is no module: pass the model, or what it was compiled to")
+    return backend.sessions_of(model) if backend is not None else []
