@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow gpu lint bench clean
+.PHONY: demo test slow gpu lint bench docs clean
 
 # torch first: the rest of the requirements must not choose another build of it. setuptools tells of every editable
 # installation that folders of the working directory may be imported in its place, which is meant here.
@@ -35,5 +35,13 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python -m sqcompile.bench cpu
 
+$(VENV)/docs: $(VENV)/ready
+	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
+# docstrings are read from the sources, and nothing is fetched; the variable silences a notice of the theme about itself
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

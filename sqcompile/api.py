@@ -111,7 +111,20 @@ def calibrate(
 ) -> Plan:
     """Makes the Plan that `compile` would make; ``compile(model, plan=plan)`` then needs no data.
 
-    Args and errors: as `compile`.
+    Args:
+        model: as for `compile`.
+        calib_loader: as for `compile`.
+        recipe: "default", "O1", "O2", "O3" or a Recipe.
+        example_inputs: as for `compile`.
+        dynamic_shapes: as for `compile`.
+        progress: as for `compile`.
+
+    Returns:
+        A Plan, which `Plan.save` writes to a file.
+
+    Raises:
+        SQCompileError: as `compile`.
+        KeyboardInterrupt: as `compile`.
     """
     check_model(model)
     how = resolve_recipe(recipe)

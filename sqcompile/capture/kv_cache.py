@@ -79,10 +79,10 @@ class Int8StaticLayer(StaticLayer):
 
 
 class Int8StaticCache(StaticCache):
-    """See the module.
+    """A static KV cache of transformers that holds K and V in INT8, with a float32 scale per head and token.
 
     Args:
-        config: the model's.
+        config: the model's configuration.
         max_cache_len: tokens it can hold.
 
     Raises:

@@ -22,7 +22,8 @@ class Gemm:
 
     Attributes:
         count: how many.
-        in_features, out_features: K and N, merged linears counted together.
+        in_features: K.
+        out_features: N, of merged linears together.
         gains: expected speed against bfloat16 by number of rows; empty for a shape no table knows.
     """
 

@@ -49,7 +49,8 @@ class AttentionPlan:
         reason: in words.
         alpha: migration strength, None without smoothing.
         sqnr_db: signal to quantization noise ratio of its scores on the calibration sample, in dB; None in float.
-        q_scale, k_scale: Δ of Q and K where they are static, else None.
+        q_scale: Δ of Q where it is static, else None.
+        k_scale: Δ of K where it is static, else None.
         shape: (H, G, D): heads, key heads, channels of a head.
     """
 

@@ -38,9 +38,10 @@ class Plan:
         scales: smoothing scale by site name, float32 [C].
         layers: every linear, in graph order.
         attention: every attention, in graph order; empty where the recipe leaves attention alone.
-        heads: tensors of attentions, by attention name and what they are, float32: "<name>/scale" [classes] (smoothing),
-            "<name>/query_by" [H, D] and "<name>/key_by" [G, D] (what the scale comes to, for graphs that cannot fold it),
-            "<name>/key_mean" [G, D] (subtracted from the smoothed K), "<name>/value_scale" [G, Dv] (static Δ of V in the folded graph).
+        heads: tensors of attentions, by attention name and what they are, float32: ``"<name>/scale"`` [classes]
+            (smoothing), ``"<name>/query_by"`` [H, D] and ``"<name>/key_by"`` [G, D] (what the scale comes to, for graphs
+            that cannot fold it), ``"<name>/key_mean"`` [G, D] (subtracted from the smoothed K), ``"<name>/value_scale"``
+            [G, Dv] (static Δ of V in the folded graph).
         columns: s of each smoothed linear's input channels, float32 [K], by linear name: for graphs that hold a linear
             and not all of its site, where it is multiplied explicitly.
     """
