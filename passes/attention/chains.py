@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.attention.heads import head_count, same_batch, unmerged, unrepeated_pair
 from sqcompile.passes.attention.scores import SAME, Mask, Number, Scores, numbers, read_scores
 from sqcompile.passes.ir.graph import LINEARS, arguments, aten, constants, find_linears, nodes_by_name, value
 from sqcompile.passes.ir.operators import Fact, having
+from sqcompile.passes.ir.symbols import statically_known_true
 from sqcompile.passes.labels.rules import OUTPUT, describe
 
 SOFTMAX = having(Fact.SOFTMAX)

@@ -17,10 +17,9 @@ and each is a query's or a key's, not both.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from networkx.utils import UnionFind
 from torch import Tensor, fx
 
 from sqcompile.passes.attention.chains import Attention
@@ -30,6 +29,9 @@ from sqcompile.passes.ir.sizes import at_two_sizes
 from sqcompile.passes.labels.interpreter import _Labels, execute
 from sqcompile.passes.labels.match import Site, producer_name
 from sqcompile.passes.labels.rules import RESIDUAL, RULES, Flow, Refused, behind, describe, refuse_rounding, uniform
+
+if TYPE_CHECKING:
+    from networkx.utils import UnionFind
 
 _Label = tuple[str, str, int]  # "q" or "k", the producer's node, the label
 
@@ -195,6 +197,8 @@ def _unite_classes(
     first: _Reached, second: _Reached, attentions: list[Attention], ends: dict[str, tuple[_End, _End]]
 ) -> tuple[UnionFind, dict[_Label, str]]:
     """Which labels share a scale; and, by the root of each class that must keep s = 1, the reason."""
+    from networkx.utils import UnionFind  # here, as networkx takes its time
+
     union: UnionFind = UnionFind()
     fixed: dict[_Label, str] = {}
     chosen = {side: {e[i][0] for e in ends.values()} for i, side in enumerate("qk")}
@@ -231,6 +235,8 @@ def _sites(
     dead: dict[_Label, str],
 ) -> list[HeadSite]:
     """One site per set of attentions that share a class; nearly always one attention."""
+    from networkx.utils import UnionFind
+
     together: UnionFind = UnionFind()
     for name, roots in maps.items():
         together.union(name, *{r for head in roots for r in head if r not in dead})

@@ -11,11 +11,11 @@ import sys
 from typing import Any
 
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.graph import aten, value
 from sqcompile.passes.ir.operators import named
+from sqcompile.passes.ir.symbols import statically_known_true
 
 # What stands between a cache and its readers, and between the values written to one and their computation.
 _READS = {aten.slice.Tensor, sqcompile_ops.dequantize_tokens.default, sqcompile_ops.quantize.default}

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels.attention_parts import BLOCKED
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.graph import aten, evaluate, value
 from sqcompile.passes.ir.operators import Fact, having
+from sqcompile.passes.ir.symbols import statically_known_true
 from sqcompile.passes.labels.rules import describe
 
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.passes.canonical.canonicalize import drops
 from sqcompile.passes.ir.graph import add_op, aten, is_mutable, value
 from sqcompile.passes.ir.operators import DROPOUTS, named
+from sqcompile.passes.ir.symbols import statically_known_true
 
 
 def _inverse(dims: Any) -> list[int]:

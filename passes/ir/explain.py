@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from sqcompile.errors import CaptureError
+from sqcompile.passes.ir.symbols import unbacked
 
 _VALUES = (
     "keep it a tensor (torch.where, a mask), pass it to forward as an argument, or compile a submodule without it: "
@@ -62,7 +62,7 @@ def check_shapes(gm: fx.GraphModule) -> None:
     for n in gm.graph.nodes:
         v: Any = n.meta.get("val")
         tensors = [t for t in (v if isinstance(v, (tuple, list)) else [v]) if isinstance(t, torch.Tensor)]
-        if n.op == "call_function" and any(free_unbacked_symbols(t) for t in tensors):
+        if n.op == "call_function" and any(unbacked(t) for t in tensors):
             raise CaptureError(
                 f"the size of what {operation(n)} gives depends on tensor values, at {source(n)}. What to try: {_VALUES}"
             )

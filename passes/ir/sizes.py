@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-import networkx as nx
-import sympy
 import torch
 from torch import Tensor, fx
 
@@ -120,6 +118,8 @@ def _tied(hints: Sizes, allowed: list[Any]) -> Iterator[list[Any]]:
     A size that Dynamo knows twice is equal: of a tensor, and as a number from before a graph break. A mask is as long as a
     cache and the new tokens: a condition.
     """
+    import networkx as nx  # here, as it takes its time
+
     graph = nx.Graph()
     graph.add_nodes_from(hints)
     by_size: dict[int, Any] = {}
@@ -133,12 +133,16 @@ def _tied(hints: Sizes, allowed: list[Any]) -> Iterator[list[Any]]:
 
 
 def _of(shape_env: Any) -> list[Any]:
+    import sympy
+
     found = dict.fromkeys(shape_env.replace(g.expr) for g in shape_env.guards) if shape_env else {}
     return [c for c in found if c not in (sympy.true, True)]
 
 
 def _holds(allowed: list[Any], sizes: Sizes) -> bool:
     """Whether no condition is known to be broken; one with other symbols may be."""
+    import sympy
+
     try:
         return all(c.xreplace(sizes) not in (sympy.false, False) for c in allowed)
     except ZeroDivisionError:  # a remainder

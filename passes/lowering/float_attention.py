@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.targets import Target
 from sqcompile.passes.attention.heads import head_count, same_batch, unrepeated_pair
 from sqcompile.passes.ir.graph import add_op, additive, arguments, aten, value
 from sqcompile.passes.ir.record import record_readers
+from sqcompile.passes.ir.symbols import statically_known_true
 
 WIDEST = 256  # head size of the kernel for GPUs
 

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.attention.chains import Attention, find_attentions
 from sqcompile.passes.ir.graph import add_op, add_tensor, arguments, aten, nodes_by_name, value
+from sqcompile.passes.ir.symbols import statically_known_true
 from sqcompile.plan.entries import AttentionPlan
 from sqcompile.plan.plan import Plan
 

@@ -7,23 +7,18 @@ sizes (``if x.shape[1] <= 8``, ``table[:, : x.shape[1]]``, ``x[:, -8:]``) are co
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import re
 import types
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.printers import PythonPrinter
 
 from sqcompile.capture.inputs import Call, Forward
 from sqcompile.errors import CaptureError
-from sqcompile.passes.ir.explain import is_users
 from sqcompile.passes.ir.graph import value
 
 _NAMESPACE = {"math": math, "torch": torch}  # of conditions as PythonPrinter writes them
@@ -98,6 +93,10 @@ def captured(spec: pytree.TreeSpec, given: list[Any], fakes: list[Any], env: Any
         env: the capture's ShapeEnv, or None where all sizes are numbers.
         dims: ``dynamic_shapes`` as the user gave it.
     """
+    import sympy  # here, as it takes its time
+
+    from sqcompile.capture.conditions import bounds, decides, printed
+
     leaves, conditions = [], []
     for have, fake in zip(given, fakes, strict=True):
         if not isinstance(have, Tensor):
@@ -113,48 +112,10 @@ def captured(spec: pytree.TreeSpec, given: list[Any], fakes: list[Any], env: Any
         leaves.append(Input(fake.dtype, fake.device, tuple(shape)))
     symbols = {s for x in leaves if isinstance(x, Input) for s in x.shape if isinstance(s, str)}
     if env is not None:
-        conditions += [env.replace(g.expr) for g in env.guards if _decides(g)]
-        conditions += _ranges(env, dims)
+        conditions += [env.replace(g.expr) for g in env.guards if decides(g)]
+        conditions += bounds(env, dims)
     known = [c for c in conditions if {str(s) for s in c.free_symbols} <= symbols and c != sympy.true]
-    return Captured(spec, tuple(leaves), tuple(dict.fromkeys(PythonPrinter().doprint(c) for c in known)))
-
-
-def _decides(guard: Any) -> bool:
-    """Whether the graph may be another one where the guard does not hold.
-
-    PyTorch itself asks whether sizes differ and whether there is more than one of something, for strides and broadcasting,
-    which the graph's operators do right for either answer: refusing calls for that would refuse a single token.
-    """
-    loc, e = guard.sloc.framework_loc, guard.expr
-    if is_users(getattr(loc, "filename", "")) or not isinstance(e, sympy.core.relational.Relational):
-        return True
-    if isinstance(e, sympy.Ne):
-        return False
-    small, large = (e.lhs, e.rhs) if isinstance(e, (sympy.Lt, sympy.Le)) else (e.rhs, e.lhs)
-    unit = large.as_content_primitive()[0]
-    at_least = {sympy.StrictLessThan: (0, 1), sympy.StrictGreaterThan: (0, 1), sympy.Le: (1, 2), sympy.Ge: (1, 2)}
-    return not (small.is_number and small / unit in at_least.get(type(e), ())) and not _holds_for_many(e)
-
-
-def _holds_for_many(condition: sympy.Basic) -> bool:
-    """Whether a comparison of sizes, of strides say, holds wherever there is more than one of everything."""
-    symbols = sorted(condition.free_symbols, key=str)
-    if len(symbols) > 4:
-        return False
-    holds = sympy.lambdify(symbols, condition, modules=[{"Min": min, "Max": max}, "math"])
-    try:
-        return all(holds(*sizes) for sizes in itertools.product((2, 3, 7, 64, 2**20), repeat=len(symbols)))
-    except Exception:  # of functions of sizes that Python has not
-        return False
-
-
-def _ranges(env: Any, dims: Any) -> Iterator[sympy.Basic]:
-    """Bounds that the user gave a Dim; all others follow from guards, or are export's own: it begins at 2."""
-    given = [getattr(dim, side, None) for dim in pytree.tree_leaves(dims) for side in ("min", "max")]
-    bounds = {bound for bound in given if isinstance(bound, int) and bound > 2}
-    for symbol, found in env.var_to_range.items():
-        yield from [sympy.Ge(symbol, found.lower)] if found.lower in bounds else []
-        yield from [sympy.Le(symbol, found.upper)] if found.upper in bounds else []
+    return Captured(spec, tuple(leaves), tuple(dict.fromkeys(map(printed, known))))
 
 
 def unread(gm: fx.GraphModule, forward: Forward) -> set[str]:

@@ -9,9 +9,6 @@ from collections.abc import Iterator
 
 from torch import nn
 from torch._guards import TracingContext
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental import proxy_tensor
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
 @contextlib.contextmanager
@@ -32,6 +29,10 @@ def compiling() -> Iterator[None]:
 
 def _forget() -> None:
     """Frees what PyTorch would keep of a capture for ever: its sizes, and the fake tensors that have them."""
+    from torch._subclasses import FakeTensorMode  # here, as they import sympy
+    from torch.fx.experimental import proxy_tensor
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
     if TracingContext.try_get() is not None:  # Dynamo goes on with its own
         return

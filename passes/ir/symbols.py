@@ -1,0 +1,19 @@
+"""Questions about symbolic sizes, of PyTorch's symbolic_shapes: which imports sympy, and so is imported when asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def statically_known_true(condition: Any) -> bool:
+    """Whether a condition of sizes holds for all that are possible; no guard is made."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true as known
+
+    return bool(known(condition))
+
+
+def unbacked(value: Any) -> bool:
+    """Whether a tensor has sizes that depend on values."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return bool(free_unbacked_symbols(value))
