@@ -39,3 +39,7 @@ class StageError(SQCompileError):
 
 class DrawError(SQCompileError, ValueError):
     """A drawing in a format there is none for, or at a path that cannot be written."""
+
+
+class InternalError(SQCompileError):
+    """A fault of sqcompile itself, such as a rule that fails on a layout. Nothing was changed; please report the message."""

@@ -9,12 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import fold_everything, relative_error
+from families import build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import sqcompile
+from sqcompile.capture.inputs import as_call
+from sqcompile.capture.trace import trace
 from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.labels import rules as label_rules
+from sqcompile.passes.labels.match import match
 
 
 class Einsum(nn.Module):
@@ -288,3 +293,17 @@ def test_an_unsound_rule_is_caught(monkeypatch, target):
     """The random modules are worth something: with one wrong rule they find a wrong fold."""
     monkeypatch.setitem(label_rules.RULES, target, _passes)
     assert any((wrong_fold(seed) or 0.0) > 1e-5 for seed in range(300))
+
+
+def test_a_fault_of_a_rule_is_no_refusal(monkeypatch):
+    """An operation that labels cannot pass is refused with a reason; a rule that fails is a fault of ours, and raises."""
+
+    def fails(*args):
+        raise TypeError("no such thing")
+
+    model, call = build("llama")
+    monkeypatch.setitem(label_rules.RULES, torch.ops.aten.mul.Tensor, fails)
+    with pytest.raises(
+        sqcompile.InternalError, match=r"the rule of aten\.mul\.Tensor failed at mul.*no such thing.*report it"
+    ):
+        match(trace(model, as_call(model, call)))

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
-from sqcompile.errors import CaptureError
+from sqcompile.errors import CaptureError, InternalError
 from sqcompile.passes.ir.explain import first_line, fixed_sizes
 from sqcompile.passes.ir.graph import value
 
@@ -51,6 +51,8 @@ def at_two_sizes(gm: fx.GraphModule, run: Callable[[Sizes], _Result]) -> tuple[_
     for first, second in ordered:
         try:
             return run(first), run(second)
+        except InternalError:
+            raise
         except Exception as e:
             error = e
     assert error is not None

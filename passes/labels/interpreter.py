@@ -12,7 +12,7 @@ A linear whose input columns carry one label each absorbs them: a balance layer.
 *that label*, with a reason, and a refused label keeps s = 1, for which the invariant holds trivially.
 
 The invariant is one of real numbers; float32 keeps it to a few roundings. A cast to half precision on the way of a label
-between two ends in float32 would not, and refuses it (`label_rules.refuse_rounding`).
+between two ends in float32 would not, and refuses it (`rules.refuse_rounding`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,21 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sqcompile.errors import InternalError, SQCompileError
+from sqcompile.passes.ir.explain import first_line
 from sqcompile.passes.ir.graph import Linear, aten, constants, evaluate, get_tensor, is_channel_vector, leaves, value
 from sqcompile.passes.ir.operators import HOMOGENEOUS, LAYOUT, LIKE_SECOND, SHAPE_ONLY
-from sqcompile.passes.labels.rules import OUTPUT, RULES, Flow, Refused, describe, narrower, refuse_rounding, uniform
+from sqcompile.passes.labels.rules import (
+    OUTPUT,
+    RULES,
+    Flow,
+    Refused,
+    describe,
+    executed,
+    narrower,
+    refuse_rounding,
+    uniform,
+)
 from sqcompile.process.interrupts import checkpoint
 
 _Interpreter = TypeVar("_Interpreter", bound="_Labels")
@@ -179,11 +191,12 @@ class _Labels(fx.Interpreter):
                 labels = self._rule(n, out, flow, operands)
                 if labels is not None:
                     result[producer] = labels
-            except (Refused, RuntimeError, IndexError, TypeError) as e:
-                # an error is a layout the rule did not foresee, on labels alone: the values were computed before
-                flow.stops[n.name] = reason = str(e) if isinstance(e, Refused) else describe(n)
+            except Refused as e:
+                flow.stops[n.name] = reason = str(e)
                 for _, labels in operands:
                     flow.refuse(labels, reason)
+            except Exception as e:  # of a rule: the values were computed before
+                raise rule_failed(n, e) from e
         return result
 
     def _rule(self, n: fx.Node, out: Any, flow: Flow, operands: list[tuple[fx.Node, Any]]) -> Any:
@@ -218,7 +231,7 @@ class _Labels(fx.Interpreter):
         args, kwargs = fx.node.map_arg((n.args[1:], n.kwargs), lambda a: self._argument(n, a, labels))
         if n.target is operator.getitem:
             return labels[args[0]]
-        return n.target(labels, *args, **kwargs)  # type: ignore[operator]
+        return executed(n, labels, *args, **kwargs)
 
     def _argument(self, n: fx.Node, a: fx.Node, labels: Any) -> Any:
         """An argument of a layout op as data: a size, or an index tensor."""
@@ -238,6 +251,17 @@ class _Labels(fx.Interpreter):
         if dims and not v.dtype.is_floating_point and v.dtype != torch.bool and all(uniform(labels, d) for d in dims):
             return torch.zeros(v.shape, dtype=torch.int64)
         raise Refused("is selected by an index that depends on the input")
+
+
+def rule_failed(n: fx.Node, error: Exception) -> Exception:
+    """What to raise for an error in a rule: never a refusal, which would hide it."""
+    if isinstance(error, SQCompileError):
+        return error
+    what = f"{type(error).__name__}: {first_line(error)}"
+    return InternalError(
+        f"the rule of {n.target} failed at {n.name}: {what}. This is a fault of sqcompile: please report it, with the shapes "
+        "and arguments of that operation"
+    )
 
 
 def _dtypes(out: Any) -> set[torch.dtype]:

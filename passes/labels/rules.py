@@ -143,7 +143,15 @@ def _add(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, 
 def _concat(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:
     inputs: Any = n.args[0]
     parts = [operands[a] if a in operands else torch.full(ctx.env[a].shape, -1) for a in inputs]
-    return n.target(parts, *n.args[1:], **n.kwargs)  # type: ignore[operator]
+    return executed(n, parts, *n.args[1:], **n.kwargs)
+
+
+def executed(n: fx.Node, *args: Any, **kwargs: Any) -> Any:
+    """A node's operator on labels; refused where it cannot take them, such as a view of memory that labels have not."""
+    try:
+        return n.target(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, IndexError, TypeError, ValueError) as e:
+        raise Refused(describe(n)) from e
 
 
 def uniform(labels: Tensor, dim: int) -> bool:

@@ -23,8 +23,8 @@ from torch import Tensor, fx
 from sqcompile.passes.ir.graph import LINEARS, arguments, aten
 from sqcompile.passes.ir.operators import HOMOGENEOUS, LAYOUT, LIKE_SECOND, SHAPE_ONLY, Fact, having
 from sqcompile.passes.ir.sizes import at_two_sizes
-from sqcompile.passes.labels.interpreter import _Labels, execute
-from sqcompile.passes.labels.rules import Refused, uniform
+from sqcompile.passes.labels.interpreter import _Labels, execute, rule_failed
+from sqcompile.passes.labels.rules import Refused, executed, uniform
 
 _NONE = -1  # of a row that is no token's
 _APART = 2**32  # between the labels of two masks
@@ -115,8 +115,10 @@ class _TokenLabels(_Labels):
             return {}
         try:
             labels: Any = self._row_rule(n, out, operands)
-        except (Refused, RuntimeError, LookupError, TypeError, ValueError):  # a layout no rule foresees: no one's rows
+        except Refused:  # a layout no rule foresees: no one's rows
             labels = None
+        except Exception as e:
+            raise rule_failed(n, e) from e
         return {} if labels is None else {"tokens": labels}
 
     def _start(self, n: fx.Node, out: Any, mine: dict[str, Any]) -> None:
@@ -158,7 +160,7 @@ class _TokenLabels(_Labels):
             return self._layout(n, first, operands[first], 1)
         if t in _JOINS:
             parts: Any = [operands.get(a, torch.full(self.env[a].shape, _NONE)) for a in first]
-            return t(parts, *n.args[1:], **n.kwargs)
+            return executed(n, parts, *n.args[1:], **n.kwargs)
         if t == aten.embedding.default:
             ids: Any = n.args[1]
             labels = operands.get(ids)
