@@ -13,6 +13,7 @@ are of one language, and node names do not depend on the version of torch.export
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,9 @@ _WORDS = {str(d).removeprefix("torch."): d for d in _DTYPES} | {"inf": float("in
 _PYTHON = {"getitem": operator.getitem, "neg": operator.neg}
 
 
-def graph(text: str, tensors: Mapping[str, Tensor | Sequence[int]] | None = None, device: str = "cpu") -> fx.GraphModule:
+def graph(
+    text: str, tensors: Mapping[str, Tensor | Sequence[int]] | None = None, device: str = "cpu"
+) -> fx.GraphModule:
     """The graph that a text describes.
 
     Args:
@@ -116,28 +119,45 @@ def difference(a: fx.GraphModule, b: fx.GraphModule, inputs: Sequence[Tensor] | 
 
 def expression(gm: fx.GraphModule) -> str:
     """What a small graph returns as one nested expression, without namespaces."""
-    [output] = gm.graph.find_nodes(op="output")
     lines = dict(re.findall(r"%(\w+): .+? = (.+)", show(gm)))
 
     def spell(text: str) -> str:
-        return re.sub(
-            r"%([\w.]+)", lambda m: m[0] if lines.get(m[1], "input") == "input" else spell(lines[m[1]]), text
-        )
+        return re.sub(r"%([\w.]+)", lambda m: m[0] if lines.get(m[1], "input") == "input" else spell(lines[m[1]]), text)
 
     return spell(show(gm).splitlines()[-1].removeprefix("return ")).replace("aten.", "")
+
+
+def said(x: Any) -> str:
+    """Data as text: of a dataclass what is not as by default, nodes with a %, tensors as lists."""
+    if dataclasses.is_dataclass(x):
+        changed = [f for f in dataclasses.fields(x) if not _is_default(f, getattr(x, f.name))]
+        return f"{type(x).__name__}({', '.join(f'{f.name}={said(getattr(x, f.name))}' for f in changed)})"
+    if isinstance(x, Tensor):
+        return said(x.tolist())
+    if isinstance(x, (list, tuple)):
+        return "[" + ", ".join(map(said, x)) + "]"
+    if isinstance(x, dict):
+        return "{" + ", ".join(f"{k}: {said(v)}" for k, v in x.items()) + "}"
+    return f"%{x.name}" if isinstance(x, fx.Node) else f"{x:.6g}" if isinstance(x, float) else str(x)
+
+
+def _is_default(f: dataclasses.Field[Any], x: Any) -> bool:
+    default = f.default_factory() if callable(f.default_factory) else f.default
+    return type(x) is type(default) and bool(x == default)
 
 
 def untrue(module: ModuleType, text: str) -> list[str]:
     """The lines of the example in a module's docstring that a golden text does not have; comments are not compared."""
     have = {_brief(line) for line in text.splitlines()}
     example = [line for line in str(module.__doc__).splitlines() if line.startswith("    ")]
-    told = [_brief(line) for line in example if re.search(r"[%[]", line)]  # the others are mathematics
+    told = [_brief(line) for line in example if re.search(r"%|\[[:c]|\w\(", line) and "diag(" not in line]
     assert told, f"{module.__name__} has no example"
     return [line for line in told if line not in have]
 
 
 def _brief(line: str) -> str:
-    """A line without types and namespaces, and without a comment."""
+    """A line without types, namespaces and comment; of the names that fx makes, such as %mul_tensor_1, without overload."""
+    line = re.sub(r"(%\w+?)_(default|tensor|dtype|int|dim)(?=_\d+\b|\b)", r"\1", line)
     line = re.sub(r"\s+# .*", "", line.strip()).replace("aten.", "")
     return " ".join(re.sub(r"^(%[\w.]+): .+? = ", r"\1 = ", line).split())
 

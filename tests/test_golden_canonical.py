@@ -78,48 +78,63 @@ def views() -> str:
 
 
 def test_every_spelling_of_a_linear_is_linear():
-    assert_expected_inline(linears(), """\
+    assert_expected_inline(
+        linears(),
+        """\
 addmm(%b, %x, %w)                    -> linear(%x, t(%w), %b)
 mm(%x, %w)                           -> linear(%x, t(%w))
 matmul(%x, %w)                       -> linear(%x, t(%w))
 linear(input=%x, weight=%w, bias=%b) -> linear(%x, %w, %b)
 einsum(bsd,dhe->bshe, [%x, %w])      -> unflatten(linear(%x, reshape(permute(%w, [1, 2, 0]), [16, 4])), -1, [2, 8])
-""")
+""",
+    )
 
 
 def test_experts_with_as_many_rows_each_are_grouped():
-    assert_expected_inline(experts(), """\
+    assert_expected_inline(
+        experts(),
+        """\
 bmm(%x, %w)                    -> reshape(sqcompile.grouped_linear(reshape(%x, [-1, 4]), transpose(%w, -2, -1), mul(%experts, 3)), [2, 3, 6])
 einsum(etd,edf->etf, [%x, %w]) -> reshape(reshape(sqcompile.grouped_linear(reshape(reshape(%x, [2, -1, 4]), [-1, 4]), reshape(permute(%w, [0, 2, 1]), [2, 6, 4]), mul(%experts, 3)), [2, 3, 6]), [2, 3, 6])
-""")
+""",
+    )
 
 
 def test_routed_experts_have_their_weights_transposed():
     text, gm, after = routed()
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 _grouped_mm(%x, %w, %offsets) -> sqcompile.grouped_linear(%x, transpose(%w, -2, -1), %offsets)
-""")
+""",
+    )
     x = torch.randn(16, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
     assert difference(gm, after, [x, torch.tensor([5, 16], dtype=torch.int32)]) <= 1e-2
 
 
 def test_products_of_data_are_matmul():
-    assert_expected_inline(products(), """\
+    assert_expected_inline(
+        products(),
+        """\
 bmm(%x, %y)                       -> matmul(%x, %y)
 einsum(bqhd,bkhd->bhqk, [%x, %y]) -> matmul(permute(%x, [0, 2, 1, 3]), transpose(permute(%y, [0, 2, 1, 3]), -1, -2))
 baddbmm(%z, %x, %y, beta=2)       -> add(matmul(%x, %y), mul(%z, 2))
-""")
+""",
+    )
 
 
 def test_views_and_what_computes_nothing():
-    assert_expected_inline(views(), """\
+    assert_expected_inline(
+        views(),
+        """\
 view(%x, [6, 4])                -> reshape(%x, [6, 4])
 _unsafe_view(%x, [6, 4])        -> reshape(%x, [6, 4])
 _unsafe_view(clone(%x), [6, 4]) -> reshape(%x, [6, 4])
 neg(dropout(%x, 0.5, False))    -> neg(%x)
 neg(detach(%x))                 -> neg(%x)
 _to_copy(%x, dtype=float64)     -> to(%x, float64)
-""")
+""",
+    )
 
 
 def test_what_only_looks_like_a_linear_is_left_as_it_is():
@@ -128,11 +143,14 @@ def test_what_only_looks_like_a_linear_is_left_as_it_is():
         call("aten.einsum('bsd,bsd->bs', [%x, %y])", "%x: f32[2, 3, 4]", "%y: f32[2, 3, 4]"),
         call("aten.matmul(%x, %w)", "%x: f32[1, 3, 4]", w=[2, 4, 6]),
     )
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 addmm(%b, %x, %w, beta=2)     -> addmm(%b, %x, %w, beta=2)
 einsum(bsd,bsd->bs, [%x, %y]) -> einsum(bsd,bsd->bs, [%x, %y])
 matmul(%x, %w)                -> matmul(%x, %w)
-""")
+""",
+    )
 
 
 def test_the_table_in_the_docstring_of_canonicalize():
@@ -158,7 +176,9 @@ def names() -> str:
 
 
 def test_operations_of_several_names_have_one():
-    assert_expected_inline(names(), """\
+    assert_expected_inline(
+        names(),
+        """\
 concat([%x, %x], 1)            -> cat([%x, %x], 1)
 hstack([%x, %x])               -> cat([%x, %x], 1)
 mT(%x)                         -> transpose(%x, -2, -1)
@@ -171,7 +191,8 @@ ravel(%x)                      -> flatten(%x)
 multiply(%x, %y)               -> mul(%x, %y)
 true_divide(%x, %y)            -> div(%x, %y)
 clip(%x, 0)                    -> clamp(%x, 0)
-""")
+""",
+    )
     assert untrue(aliases, names()) == []
 
 
@@ -190,7 +211,9 @@ WRITES = """
 def test_a_write_to_a_view_is_a_new_value_of_what_it_is_a_view_of():
     gm = graph(WRITES)
     text, after = before_after(functionalize.functionalize, gm)
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 before:
 %x: f32[2, 4, 8] = input
 %y: f32[2, 3] = input
@@ -209,7 +232,8 @@ after:
 %select_scatter_default: f32[2, 4, 8] = aten.select_scatter(%t, %slice_scatter_default, 1, 3)
 %z: f32[] = aten.sum(%select_scatter_default)
 return %z
-""")
+""",
+    )
     assert untrue(functionalize, text) == []
     assert difference(gm, after) == 0
 
@@ -224,7 +248,9 @@ def test_an_operation_in_place_becomes_one_that_is_not_and_old_views_are_made_an
         return %z
     """)
     text, after = before_after(functionalize.functionalize, gm)
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 before:
 %x: f32[2, 4, 8] = input
 %t: f32[2, 4, 8] = aten.mul(%x, 2)
@@ -239,7 +265,8 @@ after:
 %select_int: f32[2, 8] = aten.select(%add_tensor, 1, 3)
 %z: f32[2, 8] = aten.neg(%select_int)
 return %z
-""")
+""",
+    )
     assert difference(gm, after) == 0
 
 

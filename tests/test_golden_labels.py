@@ -49,7 +49,9 @@ def test_linears_that_read_a_norm_are_its_balance_layers():
     gm = graph(NORM, {"g": [4], "b": [4], "wq": [6, 4], "wk": [2, 4]})
     text = f"{show(gm)}\n->\n{sites(gm)}"
     assert untrue(match, text) == []
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 %x: f32[s0, s1, 4] = input
 %n: f32[s0, s1, 4] = aten.layer_norm(%x, [4], %g, %b)
 %q: f32[s0, s1, 6] = aten.linear(%n, %wq)
@@ -59,15 +61,19 @@ return [%q, %k]
 g -> wq, wk: %n / s, folded into norm, 4 of 4 channels
     wq[:, j] * s[0 1 2 3]
     wk[:, j] * s[0 1 2 3]
-""")
+""",
+    )
 
 
 def test_a_norm_whose_output_is_read_by_something_else_is_refused():
     gm = graph(NORM.replace("[%q, %k]", "[%q, %n]"), {"g": [4], "b": [4], "wq": [6, 4], "wk": [2, 4]})
-    assert_expected_inline(sites(gm), """\
+    assert_expected_inline(
+        sites(gm),
+        """\
 wq refused: g is an output of the model
 wk refused: g is an output of the model
-""")
+""",
+    )
 
 
 def test_up_and_down_around_a_relu_and_a_gate():
@@ -85,14 +91,17 @@ def test_up_and_down_around_a_relu_and_a_gate():
         """,
         {"wu": [6, 4], "wg": [6, 4], "wd": [4, 6], "wo": [4, 4]},
     )
-    assert_expected_inline(sites(gm), """\
+    assert_expected_inline(
+        sites(gm),
+        """\
 wu -> wd: %up / s, folded into linear, 6 of 6 channels
     wd[:, j] * s[0 1 2 3 4 5]
 wd -> wo: %y / s, folded into linear, 4 of 4 channels
     wo[:, j] * s[0 1 2 3]
 wu refused: reads an input of the model
 wg refused: reads an input of the model
-""")
+""",
+    )
 
 
 def test_a_constant_added_on_the_way_is_divided_too():
@@ -106,11 +115,14 @@ def test_a_constant_added_on_the_way_is_divided_too():
         """,
         {"g": [4], "shift": [4], "w": [6, 4]},
     )
-    assert_expected_inline(sites(gm), """\
+    assert_expected_inline(
+        sites(gm),
+        """\
 g -> w: %n / s, folded into scale, 4 of 4 channels
     w[:, j] * s[0 1 2 3]
     %m argument 1 / s[0 1 2 3]
-""")
+""",
+    )
 
 
 def test_a_value_head_that_serves_two_query_heads_scales_two_columns():
@@ -133,12 +145,15 @@ def test_a_value_head_that_serves_two_query_heads_scales_two_columns():
         """,
         {"wq": [8, 4], "wkv": [8, 4], "wo": [4, 8]},
     )
-    assert_expected_inline(sites(gm), """\
+    assert_expected_inline(
+        sites(gm),
+        """\
 wkv -> wo: %kv / s, folded into linear, 4 of 8 channels
     wo[:, j] * s[4 5 4 5 6 7 6 7]
 wq refused: reads an input of the model
 wkv refused: reads an input of the model
-""")
+""",
+    )
 
 
 def test_labels_of_one_producer_at_one_choice_of_sizes():
@@ -166,11 +181,23 @@ def test_labels_of_one_producer_at_one_choice_of_sizes():
         ]
     )
     assert untrue(interpreter, text) == []
-    assert_expected_inline(text + "\n", """\
+    assert_expected_inline(
+        text + "\n",
+        """\
+%x: f32[s0, s1, 4] = input
+%y: f32[s0, s1, 4] = aten.linear(%x, %wy)
+%t: f32[s0, s1, 4] = aten.flip(%y, [-1])
+%r: f32[s0, s1, 4] = aten.relu(%t)
+%z: f32[s0, s1, 2] = aten.linear(%r, %wz)
+%c: f32[s0, s1, 1] = aten.slice(%r, -1, 0, 1)
+%g: f32[s0, s1, 1] = aten.gelu(%c)
+return [%z, %g]
+->
 label of each column of %z: [3 2 1 0]
 label 3 refused: passes gelu, which does not commute with a scale
 stopped at %g: passes gelu, which does not commute with a scale
-""")
+""",
+    )
 
 
 ROWS = """
@@ -194,7 +221,9 @@ def test_rows_over_the_tokens_of_a_mask():
     rows = "".join(f"rows of %{name}: {order(found.get(name))}\n" for name in asked)
     text = f"{show(gm)}\n->\n{rows}"
     assert untrue(token_rows, text) == []
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 %ids: i64[s0, s1] = input
 %b: size = aten.sym_size(%ids, 0)
 %t: size = aten.sym_size(%ids, 1)
@@ -211,7 +240,8 @@ rows of %x: (t, b) of mask
 rows of %q: (b, 2, t) of mask
 rows of %last: of no single token each
 rows of %pooled: of no single token each
-""")
+""",
+    )
 
 
 def test_rows_of_a_prompt_before_the_tokens_are_no_tokens():
@@ -227,6 +257,9 @@ def test_rows_of_a_prompt_before_the_tokens_are_no_tokens():
         {"w": [10, 8], "prompt": [1, 3, 8]},
     )
     found = token_rows.token_rows(gm, {"ids": ("mask", 0, 1)}, {"y": -1})
-    assert_expected_inline(f"rows of %y: {order(found['y'])}\n", """\
+    assert_expected_inline(
+        f"rows of %y: {order(found['y'])}\n",
+        """\
 rows of %y: (b, t) of mask, 3 before and 0 after each sequence
-""")
+""",
+    )

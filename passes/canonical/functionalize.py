@@ -1,16 +1,16 @@
 """functionalize: in-place operations on tensors of a graph's own become operations that write to nothing. Part of `trace`.
 
     %t = mul(%x, 2)
-    %row = select(%t, 1, 3)                                                         # views of %t
+    %row = select(%t, 1, 3)                                             # views of %t
     %part = slice(%row, 1, 0, 3)
     %w = copy_(%part, %y)
     %z = sum(%t)
 ->
     %t = mul(%x, 2)
     %row = select(%t, 1, 3)
-    %slice_scatter_default = slice_scatter(%row, %y, 1, 0, 3)                       # the new %row
-    %select_scatter_default = select_scatter(%t, %slice_scatter_default, 1, 3)      # the new %t
-    %z = sum(%select_scatter_default)
+    %slice_scatter = slice_scatter(%row, %y, 1, 0, 3)                   # the new %row
+    %select_scatter = select_scatter(%t, %slice_scatter, 1, 3)          # the new %t
+    %z = sum(%select_scatter)
 
 A write to a view is a new value of what it is a view of, and every later reader of the two, or of another view, reads the
 new value. Which tensors lie in the same memory is what export recorded: views have their operand's storage.
