@@ -20,18 +20,22 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
+from sqcompile.kernels import fused, x86
 from sqcompile.passes.ir.graph import clone, set_tensor, value
 from sqcompile.passes.ir.record import record
 from sqcompile.passes.ir.text import _DTYPES, show
+from sqcompile.passes.lowering import lower
 
 # What a symbolic size is in the capture, and in a run: sizes that no constant has.
 SYMBOLS = {"s0": 5, "s1": 7, "s2": 11}
+HAS_VNNI = x86.available()
 _DTYPE_OF = {short: dtype for dtype, short in _DTYPES.items()}
 _WORDS = {str(d).removeprefix("torch."): d for d in _DTYPES} | {"inf": float("inf")}
 _PYTHON = {"getitem": operator.getitem, "neg": operator.neg}
@@ -148,7 +152,8 @@ def _is_default(f: dataclasses.Field[Any], x: Any) -> bool:
 
 def untrue(module: ModuleType, text: str) -> list[str]:
     """The lines of the example in a module's docstring that a golden text does not have; comments are not compared."""
-    have = {_brief(line) for line in text.splitlines()}
+    short = re.sub(r"(%\w+?)_(default|tensor|dtype|int|dim|self)(?=_\d+\b|\b)", r"\1", text)  # %mul_tensor_1: %mul_1
+    have = {_brief(line) for line in short.splitlines()}
     example = [line for line in str(module.__doc__).splitlines() if line.startswith("    ")]
     told = [_brief(line) for line in example if re.search(r"%|\[[:c]|\w\(", line) and "diag(" not in line]
     assert told, f"{module.__name__} has no example"
@@ -156,8 +161,7 @@ def untrue(module: ModuleType, text: str) -> list[str]:
 
 
 def _brief(line: str) -> str:
-    """A line without types, namespaces and comment; of the names that fx makes, such as %mul_tensor_1, without overload."""
-    line = re.sub(r"(%\w+?)_(default|tensor|dtype|int|dim)(?=_\d+\b|\b)", r"\1", line)
+    """A line without types, namespaces and comment."""
     line = re.sub(r"\s+# .*", "", line.strip()).replace("aten.", "")
     return " ".join(re.sub(r"^(%[\w.]+): .+? = ", r"\1 = ", line).split())
 
@@ -195,3 +199,13 @@ def _fake(mode: FakeTensorMode, kind: str, device: str) -> Any:
     return mode.from_tensor(
         torch.empty(real.shape, dtype=real.dtype), symbolic_context=StatelessSymbolicContext(dynamic_sizes=dims)
     )
+
+
+def lowering_for(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine stands for another one: "reference" without INT8 kernels, "x86" with VNNI, or "gpu"."""
+    monkeypatch.setattr(x86, "available", lambda: machine == "x86")
+    monkeypatch.setattr(fused, "available", lambda device: machine == "gpu")
+    monkeypatch.setattr(lower, "_warned", {"cpu"})
+    if not HAS_VNNI:  # the text needs no packed weight
+        monkeypatch.setattr(x86, "pack", lambda w: w)
+        monkeypatch.setattr(x86, "row_sum", lambda w, packed: w.sum(dim=1, dtype=torch.int32))
