@@ -27,15 +27,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
+from sqcompile import Recipe
 from sqcompile.kernels import fused, x86
-from sqcompile.passes.ir.graph import clone, set_tensor, value
+from sqcompile.passes.ir.graph import clone, find_linears, set_tensor, value
 from sqcompile.passes.ir.record import record
 from sqcompile.passes.ir.text import _DTYPES, show
+from sqcompile.passes.ir.verify import verify
 from sqcompile.passes.lowering import lower
+from sqcompile.passes.rewrite.insert_qdq import insert_qdq
+from sqcompile.plan.plan import LayerPlan, Plan
 
 # What a symbolic size is in the capture, and in a run: sizes that no constant has.
 SYMBOLS = {"s0": 5, "s1": 7, "s2": 11}
 HAS_VNNI = x86.available()
+ONE_STEP = 1 / 127  # of INT8, relative to the largest value
 _DTYPE_OF = {short: dtype for dtype, short in _DTYPES.items()}
 _WORDS = {str(d).removeprefix("torch."): d for d in _DTYPES} | {"inf": float("inf")}
 _PYTHON = {"getitem": operator.getitem, "neg": operator.neg}
@@ -87,13 +92,18 @@ def graph(
 def before_after(rewrite: Callable[[fx.GraphModule], Any], gm: fx.GraphModule) -> tuple[str, fx.GraphModule]:
     """A rewrite as text, and the graph it made: in a copy, where the rewrite works in place."""
     before, given = show(gm), clone(gm)
-    after = rewrite(given)
-    if not isinstance(after, fx.GraphModule):
-        after = given
-        after.graph.eliminate_dead_code()
-        after.recompile()
-    after.graph.lint()
-    return f"before:\n{before}\nafter:\n{show(after)}\n", after
+    made = rewrite(given)
+    if not isinstance(made, fx.GraphModule):
+        made = given
+        made.graph.eliminate_dead_code()
+        made.recompile()
+    made.graph.lint()
+    return f"before:\n{before}\nafter:\n{show(made)}\n", made
+
+
+def only_after(text: str) -> str:
+    """The second half of what `before_after` gives."""
+    return text.partition("after:\n")[2]
 
 
 def inputs_of(gm: fx.GraphModule, seed: int = 0) -> list[Tensor]:
@@ -119,6 +129,19 @@ def difference(a: fx.GraphModule, b: fx.GraphModule, inputs: Sequence[Tensor] | 
         assert y.shape == z.shape and y.dtype == z.dtype
         worst = max(worst, float((y.double() - z.double()).abs().max() / y.double().abs().max()))
     return worst
+
+
+def planned(gm: fx.GraphModule, scales: dict[str, Tensor] | None = None, **changes: Any) -> Plan:
+    """A plan that quantizes every linear, and smooths nothing but what it has scales for."""
+    layers = tuple(LayerPlan(l.name, "linear", True, "none", "", shape=l.shape) for l in find_linears(gm))
+    return Plan(**{"recipe": Recipe(), "call": None, "scales": scales or {}, "layers": layers, **changes})
+
+
+def quantized(gm: fx.GraphModule, plan: Plan) -> str:
+    """`insert_qdq` as text; the result is near that in float: four steps of INT8, of sums of a few products."""
+    text, made = before_after(lambda g: verify(insert_qdq(g, plan), "quantized"), gm)
+    assert 0 < difference(gm, made) <= 4 * ONE_STEP
+    return text
 
 
 def expression(gm: fx.GraphModule) -> str:
@@ -166,6 +189,25 @@ def _brief(line: str) -> str:
     return " ".join(re.sub(r"^(%[\w.]+): .+? = ", r"\1 = ", line).split())
 
 
+def lowering_for(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine stands for another one: "reference" without INT8 kernels, "x86" with VNNI, or "gpu"."""
+    monkeypatch.setattr(x86, "available", lambda: machine == "x86")
+    monkeypatch.setattr(fused, "available", lambda device: machine == "gpu")
+    monkeypatch.setattr(lower, "_warned", {"cpu"})
+    if not HAS_VNNI:  # the text needs no packed weight
+        monkeypatch.setattr(x86, "pack", lambda w: w)
+        monkeypatch.setattr(x86, "row_sum", lambda w, packed: w.sum(dim=1, dtype=torch.int32))
+
+
+def int8(*shape: int) -> Tensor:
+    return torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(2), dtype=torch.int8)
+
+
+def scales(*shape: int) -> Tensor:
+    """float32, 0.1 to 1.1."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(3)) + 0.1
+
+
 def _random(shape: Sequence[int], seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(100 + seed))
 
@@ -199,13 +241,3 @@ def _fake(mode: FakeTensorMode, kind: str, device: str) -> Any:
     return mode.from_tensor(
         torch.empty(real.shape, dtype=real.dtype), symbolic_context=StatelessSymbolicContext(dynamic_sizes=dims)
     )
-
-
-def lowering_for(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This machine stands for another one: "reference" without INT8 kernels, "x86" with VNNI, or "gpu"."""
-    monkeypatch.setattr(x86, "available", lambda: machine == "x86")
-    monkeypatch.setattr(fused, "available", lambda device: machine == "gpu")
-    monkeypatch.setattr(lower, "_warned", {"cpu"})
-    if not HAS_VNNI:  # the text needs no packed weight
-        monkeypatch.setattr(x86, "pack", lambda w: w)
-        monkeypatch.setattr(x86, "row_sum", lambda w, packed: w.sum(dim=1, dtype=torch.int32))

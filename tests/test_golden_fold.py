@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from golden_cases import before_after, difference, graph, untrue
+from golden_cases import before_after, difference, graph, only_after, planned, untrue
 from torch import Tensor, fx
 
-from sqcompile import PlanError, Recipe
+from sqcompile import PlanError
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.attention.head_sites import match_heads
 from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.ir.verify import verify
 from sqcompile.passes.labels.match import input_sites, match
 from sqcompile.passes.rewrite import fold
-from sqcompile.plan.plan import LayerPlan, Plan
 
 FAR = torch.tensor([0.25, 3.0, 0.5, 7.0])  # scales, far from 1
-
-
-def planned(gm: fx.GraphModule, scales: dict[str, Tensor] | None = None, **changes: Any) -> Plan:
-    layers = tuple(LayerPlan(l.name, "linear", True, "none", "", shape=l.shape) for l in find_linears(gm))
-    return Plan(**{"recipe": Recipe(), "call": None, "scales": scales or {}, "layers": layers, **changes})
 
 
 def folded(gm: fx.GraphModule, scale: Tensor = FAR) -> tuple[str, fx.GraphModule]:
@@ -89,7 +81,7 @@ def test_the_rows_of_a_linear_and_its_bias_are_divided():
     plan = planned(gm, {s.name: FAR for s in sites})
     text, after = before_after(lambda g: fold.fold(g, sites, plan), gm)
     assert_expected_inline(
-        text.partition("after:\n")[2],
+        only_after(text),
         """\
 %x: f32[2, 3, 8] = input
 %div_tensor: f32[4, 8] = aten.div(%wu, %smooth_0_rows)
@@ -144,7 +136,7 @@ def test_a_norm_without_a_weight_gets_one_and_a_constant_on_the_way_is_divided()
         )
     )
     assert_expected_inline(
-        text.partition("after:\n")[2],
+        only_after(text),
         """\
 %x: f32[2, 3, 4] = input
 %div_tensor: f32[4] = aten.div(%smooth_0_weight, %smooth_0)
@@ -167,7 +159,7 @@ def test_a_folded_parameter_keeps_the_models_dtype():
     plan = planned(gm, {s.name: FAR for s in sites})
     text, after = before_after(lambda g: verify(fold.fold(g, sites, plan), "folded"), gm)
     assert_expected_inline(
-        text.partition("after:\n")[2],
+        only_after(text),
         """\
 %x: bf16[2, 3, 4] = input
 %div_tensor: f32[4] = aten.div(%g, %smooth_0)
@@ -210,7 +202,7 @@ def test_head_channels_are_scaled_against_each_other():
     plan = planned(gm, heads=scale, layers=())
     text, after = before_after(lambda g: verify(fold.fold(g, [], plan, sites), "folded"), gm)
     assert_expected_inline(
-        text.partition("after:\n")[2],
+        only_after(text),
         """\
 %x: f32[2, 3, 4] = input
 %v: f32[2, 2, 3, 4] = input

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from expecttest import assert_expected_inline
-from golden_cases import before_after, difference, expression, graph, inputs_of, untrue
+from golden_cases import before_after, difference, expression, graph, inputs_of, only_after, untrue
 from torch import Tensor
 
 from sqcompile.passes.lowering import fuse
@@ -132,7 +132,7 @@ return [%getitem, %getitem_1]
 def test_a_norm_that_is_read_by_something_later_too_keeps_its_output():
     text = fused(RMS_NORM.replace("    return [%q, %s]", "    %z = aten.neg(%y)\n    return [%q, %s, %z]"))
     assert_expected_inline(
-        text.partition("after:\n")[2],
+        only_after(text),
         """\
 %x: bf16[2, 3, 4] = input
 %norm_quantize_default: (i8[2, 3, 4], f32[2, 3, 1], bf16[2, 3, 4]) = sqcompile.norm_quantize(%x, %g, None, 1e-06, True, True, None, None, True)
@@ -173,7 +173,7 @@ add(%x, sqcompile.int8_gemm(%q, %r, %w, %ws, None, float32, none, None, None))
 
 def test_static_scales_go_from_gemm_to_gemm_in_int8():
     assert_expected_inline(
-        fused(CHAIN).partition("after:\n")[2],
+        only_after(fused(CHAIN)),
         """\
 %x: f32[2, 3, 4] = input
 %q: i8[2, 3, 4] = sqcompile.quantize(%x, %s)

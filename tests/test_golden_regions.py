@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from golden_cases import before_after, difference, graph, untrue
+from golden_cases import before_after, difference, graph, only_after, untrue
 from torch import fx
 
 from sqcompile import IndexRangeError
@@ -129,7 +129,7 @@ def test_positions_counted_from_a_mask_are_checked_where_they_are_read():
     )
     text, after = before_after(id_ranges.check_ids, gm)
     assert_expected_inline(
-        text.partition("after:\n")[2],
+        only_after(text),
         """\
 %mask: i64[s0, s1] = input
 %count: i64[s0, s1] = aten.cumsum(%mask, 1)

@@ -1,6 +1,9 @@
 """A stage as stable text, one line per operation.
 
-%linear: f32[s0, s1, 96] = aten.linear(%mul_1, %layers.0.up_proj.weight)
+    %x: f32[s0, s1, 4] = input
+    %n: f32[s0, s1, 4] = aten.layer_norm(%x, [4], %norm.weight)
+    %size: size = aten.sym_size(%x, 0)
+    return [%n, %size]
 """
 
 from __future__ import annotations
