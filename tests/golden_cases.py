@@ -174,10 +174,14 @@ def _is_default(f: dataclasses.Field[Any], x: Any) -> bool:
 
 
 def untrue(module: ModuleType, text: str) -> list[str]:
-    """The lines of the example in a module's docstring that a golden text does not have; comments are not compared."""
+    """The lines of the example in a module's docstring that a golden text does not have.
+
+    A line that is indented further continues the one before; comments are not compared.
+    """
     short = re.sub(r"(%\w+?)_(default|tensor|dtype|int|dim|self)(?=_\d+\b|\b)", r"\1", text)  # %mul_tensor_1: %mul_1
     have = {_brief(line) for line in short.splitlines()}
-    example = [line for line in str(module.__doc__).splitlines() if line.startswith("    ")]
+    whole = re.sub(r"\n {8,}", " ", str(module.__doc__))
+    example = [line for line in whole.splitlines() if line.startswith("    ")]
     told = [_brief(line) for line in example if re.search(r"%|\[[:c]|\w\(", line) and "diag(" not in line]
     assert told, f"{module.__name__} has no example"
     return [line for line in told if line not in have]

@@ -72,6 +72,7 @@ def test_repeated_heads_are_found_behind_their_repetition():
         %x: f32[2, 2, 3, 8] = input
         %k = aten.neg(%x)
         %ks = aten.cat([%past, %k], -2)
+        %seen = aten.slice(%ks, 2, 1, 8)
         %k5 = aten.unsqueeze(%ks, 2)
         %kw = aten.expand(%k5, [2, 2, 2, 8, 8])
         %k4 = aten.reshape(%kw, [2, 4, 8, 8])
@@ -84,6 +85,7 @@ def test_repeated_heads_are_found_behind_their_repetition():
         "%k4 repeats": heads.unrepeated(nodes["k4"]),
         "%k3 merges batch and heads of": heads.unmerged(nodes["k3"]),
         "%ks has from this call": heads.brought(nodes["ks"]),
+        "%seen has from this call": heads.brought(nodes["seen"]),
     }
     text = "".join(f"{what} {said(node)}\n" for what, node in found.items())
     assert_expected_inline(
@@ -92,6 +94,7 @@ def test_repeated_heads_are_found_behind_their_repetition():
 %k4 repeats %ks
 %k3 merges batch and heads of %k4
 %ks has from this call %k
+%seen has from this call %k
 Attention(name=y, product=y, softmax=y, output=y, q=q, k=ks, v=ks, heads=4, groups=2, width=8, scores=Scores(scale=0.353553))
 """,
     )

@@ -4,9 +4,11 @@
     mm(%x, %w)                           -> linear(%x, t(%w))              # w is a parameter; so of matmul and linear
     einsum(bsd,dhe->bshe, [%x, %w])      -> unflatten(linear(%x, reshape(permute(%w, [1, 2, 0]), [16, 4])), -1, [2, 8])
     _grouped_mm(%x, %w, %offsets)        -> sqcompile.grouped_linear(%x, transpose(%w, -2, -1), %offsets)
-    bmm(%x, %w)                          -> reshape(sqcompile.grouped_linear(reshape(%x, [-1, 4]), transpose(%w, -2, -1), mul(%experts, 3)), [2, 3, 6])
+    bmm(%x, %w)                          ->
+        reshape(sqcompile.grouped_linear(reshape(%x, [-1, 4]), transpose(%w, -2, -1), mul(%experts, 3)), [2, 3, 6])
     bmm(%x, %y)                          -> matmul(%x, %y)                 # both are data
-    einsum(bqhd,bkhd->bhqk, [%x, %y])    -> matmul(permute(%x, [0, 2, 1, 3]), transpose(permute(%y, [0, 2, 1, 3]), -1, -2))
+    einsum(bqhd,bkhd->bhqk, [%x, %y])    ->
+        matmul(permute(%x, [0, 2, 1, 3]), transpose(permute(%y, [0, 2, 1, 3]), -1, -2))
     baddbmm(%z, %x, %y, beta=2)          -> add(matmul(%x, %y), mul(%z, 2))
     view(%x, [6, 4])                     -> reshape(%x, [6, 4])
     _unsafe_view(clone(%x), [6, 4])      -> reshape(%x, [6, 4])

@@ -4,6 +4,8 @@
     %n: f32[s0, s1, 4] = aten.layer_norm(%x, [4], %norm.weight)
     %size: size = aten.sym_size(%x, 0)
     return [%n, %size]
+
+A constant stands where it is used, by its qualified name. Symbolic sizes are numbered in order of appearance.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _DTYPES = {
 
 
 def show(gm: fx.GraphModule) -> str:
-    """The graph as text. A constant stands where it is used, by its qualified name."""
+    """The graph as text."""
     symbols: dict[str, str] = {}
     lines = []
     for n in gm.graph.nodes:

@@ -38,7 +38,8 @@ or an activation and a quantization with a static Δ, so that it takes and gives
 
 And an attention quantizes its queries:
 
-    sqcompile.int8_attention(sqcompile.quantize(%x, sqcompile.token_scale(%x)), sqcompile.token_scale(%x), %k, %ks, %v, None, None, None, None, 0.25, 0, float32)
+    sqcompile.int8_attention(sqcompile.quantize(%x, sqcompile.token_scale(%x)), sqcompile.token_scale(%x), %k, %ks,
+        %v, None, None, None, None, 0.25, 0, float32)
     -> sqcompile.int8_attention(%x, None, %k, %ks, %v, None, None, None, None, 0.25, 0, float32)
 
 Values between are rounded as before, but for the GEMM's own result, which is rounded once, after residual or activation.

@@ -15,7 +15,8 @@
     %int8_gemm = sqcompile.int8_gemm(%getitem, %getitem_1, %w1_merged, %w1_columns, %w1_bias, float32, none, None, None)
 ->                                                                          # x86 with VNNI
     %quantize = sqcompile.quantize(%x, %s, 128)                             # uint8
-    %int8_linear_packed = sqcompile.int8_linear_packed(%quantize, %s, %w1_packed, %w1_columns, %w1_sum, %w1_bias, float32)
+    %int8_linear_packed = sqcompile.int8_linear_packed(%quantize, %s, %w1_packed, %w1_columns, %w1_sum, %w1_bias,
+        float32)
 
 Each output channel has a scale of its own, so merging q, k, v or gate, up changes no value.
 """

@@ -1,6 +1,6 @@
 """split: sites of a plan whose producer and linears are in different graphs. Analysis only.
 
-    %q = linear(%n, %wq)                            # %n = layer_norm(...) is in another graph: nothing is folded into it
+    %q = linear(%n, %wq)                            # %n = layer_norm(%x, [64], %g) is in another graph
 ->
     input n -> wq: %n * 1/s, its producer is in another graph
 

@@ -2,7 +2,8 @@
 
     %a = linear(%x, %w)                             # the plan has "w" for this use, and "w#2" for one in another graph
 ->
-    layers: LayerPlan(name=w, kind=linear, quantized=True, smoothing=multiplied, reason=this graph does not tell it from its other uses, input_scale=0.3125, shape=[4, 4])
+    layers: LayerPlan(name=w, kind=linear, quantized=True, smoothing=multiplied,
+        reason=this graph does not tell it from its other uses, input_scale=0.3125, shape=[4, 4])
     columns: {w: [4, 3, 3, 4]}                      # of [1, 2, 3, 4] and [4, 3, 2, 1]
 
 Uses are numbered in the order of a graph. One that holds all of them has the plan's numbers. One that holds fewer, or more,
