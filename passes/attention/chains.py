@@ -1,11 +1,19 @@
 """find_attentions: every attention of a graph, in both spellings, by dataflow. Analysis only.
 
     %y = scaled_dot_product_attention(%q, %k, %v, %mask)
+->
+    Attention(name=y, product=y, softmax=y, output=y, q=q, k=k, v=v, heads=4, groups=4, width=8,
+        scores=Scores(scale=0.353553, masks=[Mask(node=%mask)]))
 
-    %s = matmul(%q, transpose(%k, -2, -1))          # bmm, baddbmm and einsum were turned into matmul
-    ...  scale, soft-cap, masks, biases of positions, in any order
-    %p = softmax(%s, -1)                            # and casts
+    %kt = transpose(%k, -2, -1)
+    %s = matmul(%q, %kt)                            # bmm, baddbmm and einsum were turned into matmul
+    %a = mul(%s, 0.125)                             # scale, soft-cap, masks, biases of positions, casts, in any order
+    %e = add(%d, %mask)
+    %p = softmax(%e, -1)
     %y = matmul(%p, %v)
+->
+    Attention(name=p, product=s, softmax=p, output=y, q=q, k=k, v=v, heads=4, groups=4, width=8,
+        scores=Scores(scale=0.125, softcap=50, masks=[Mask(node=%mask)]))
 
 An attention is what reaches a softmax from a product of two tensors of data: a router or a classifier has none. One
 that cannot be quantized is listed all the same, with the reason. What lies between product and softmax is left to the

@@ -2,10 +2,18 @@
 
     (Q diag(s)) (K diag(1/s))ᵀ = Q Kᵀ           for each head, one s per channel
 
-    %q = linear(%x, %wq)                %wq * s[:, None]
-    %k = linear(%x, %wk)          ->    %wk / s[:, None]
-    ... layout, rotary embedding, norms, repeated heads ...
-    %y = scaled_dot_product_attention(%q, %k, %v)
+    %lq = linear(%x, %wq)                                       # 2 heads of 4 channels
+    %uq = unflatten(%lq, -1, [2, 4])
+    %q = transpose(%uq, 1, 2)
+    %half = cat([%q3, %q1], -1)                                 # a rotary embedding: channels c and c + 2 are added
+    %qc = mul(%q, %cos)
+    %qs = mul(%half, %sin)
+    %qr = add(%qc, %qs)
+    %lk = linear(%x, %wk)                                       # one key head, which both query heads read
+    %y = scaled_dot_product_attention(%qr, %k, %v, enable_gqa=True)
+->
+    wq[c] * s[class of c]: [0, 1, 0, 1, 0, 1, 0, 1]
+    wk[c] / s[class of c]: [0, 1, 0, 1]
 
 The labels of `labels` run from every producer to the product, with two more rules. Where an operation adds channels of
 one producer, as a rotary embedding adds x · cos and rotate_half(x) · sin, their labels are united: they share one scale.

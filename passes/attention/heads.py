@@ -1,8 +1,14 @@
 """heads: the queries, keys and values behind merged batches and repeated heads. Analysis only.
 
-%k4 = reshape(expand(unsqueeze(%k, 2), [B, G, R, S, D]), [B, G R, S, D])    -> %k: each head repeated R times
-%k3 = reshape(%k, [B H, S, D])                                              -> %k: batch and heads merged
-%ks = cat([%past, %k], -2)                                                  -> %k: what a call adds to a KV cache
+    %ks = cat([%past, %k], -2)
+    %k5 = unsqueeze(%ks, 2)
+    %kw = expand(%k5, [2, 2, 2, 8, 8])
+    %k4 = reshape(%kw, [2, 4, 8, 8])
+    %k3 = reshape(%k4, [8, 8, 8])
+->
+    %k4 repeats %ks                         # [B, G R, S, D]: each head of [B, G, S, D] R times
+    %k3 merges batch and heads of %k4       # [B H, S, D]
+    %ks has from this call %k               # behind a KV cache
 """
 
 from __future__ import annotations

@@ -1,8 +1,12 @@
 """read_scores: what a graph does between QKᵀ and softmax, as a scale, a soft-cap and masks. Analysis only.
 
-    %a = mul(%s, 0.125)  %b = div(%a, 50.0)  %c = tanh(%b)  %d = mul(%c, 50.0)  %e = add(%d, %mask)
+    %a = mul(%s, 0.125)
+    %b = div(%a, 50)
+    %c = tanh(%b)
+    %d = mul(%c, 50)
+    %e = add(%d, %mask)
 ->
-    Scores(scale=0.125, softcap=50.0, masks=(Mask(%mask),))         softcap(S · scale) + masks
+    Scores(scale=0.125, softcap=50, masks=[Mask(node=%mask)])           # softcap(QKᵀ · scale) + masks
 """
 
 from __future__ import annotations

@@ -1,5 +1,12 @@
 """value_labels: which channels of which producers an attention's values are. Analysis only.
 
+    %lv = linear(%x, %wv)
+    %uv = unflatten(%lv, -1, [1, 4])
+    %v = transpose(%uv, 1, 2)
+    %y = scaled_dot_product_attention(%qr, %k, %v, enable_gqa=True)
+->
+    {y: {lv: [[0, 1, 2, 3]]}}                       # by attention and producer, [G, Dv]
+
 v_proj -> o_proj divides v_proj's rows by s, so that the values which are quantized in the folded graph are V / s.
 """
 

@@ -1,12 +1,17 @@
 """aliases: operations that PyTorch knows under several names, under one. Part of `canonicalize`.
 
-    concat(%xs, d), concatenate(%xs, d), hstack(%xs)        -> cat(%xs, d)
-    mT(%x), adjoint(%x), swapdims(%x, a, b), numpy_T(%x)    -> transpose(%x, a, b)
-    moveaxis(%x, a, b)                                      -> movedim(%x, a, b)
-    tile(%x, dims)                                          -> repeat(%x, dims)
-    broadcast_to(%x, size)                                  -> expand(%x, size)
-    ravel(%x)                                               -> flatten(%x)
-    multiply(%x, %y), true_divide(%x, %y), clip(%x, 0)      -> mul(%x, %y), div(%x, %y), clamp(%x, 0)
+    concat([%x, %x], 1)            -> cat([%x, %x], 1)             # concatenate
+    hstack([%x, %x])               -> cat([%x, %x], 1)
+    mT(%x)                         -> transpose(%x, -2, -1)        # adjoint, mH and matrix_H of what is not complex
+    swapdims(%x, 0, 2)             -> transpose(%x, 0, 2)          # swapaxes
+    numpy_T(%x)                    -> transpose(%x, -2, -1)
+    moveaxis(%x, 0, 2)             -> movedim(%x, 0, 2)
+    tile(%x, [2])                  -> repeat(%x, [1, 1, 2])
+    broadcast_to(%x, [5, 2, 3, 4]) -> expand(%x, [5, 2, 3, 4])
+    ravel(%x)                      -> flatten(%x)
+    multiply(%x, %y)               -> mul(%x, %y)                  # subtract, divide, negative, absolute
+    true_divide(%x, %y)            -> div(%x, %y)
+    clip(%x, 0)                    -> clamp(%x, 0)
 
 torch.export keeps each of them as an operator of its own.
 """

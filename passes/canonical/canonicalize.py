@@ -1,20 +1,24 @@
 """canonicalize: every linear and every view in one spelling. The later passes know that one alone.
 
-    addmm(%b, %x, %w)                       -> linear(%x, t(%w), %b)
-    mm(%x, %w), matmul(%x, %w)              -> linear(%x, t(%w))
-    einsum("bsd,dhe->bshe", %x, %w)         -> unflatten(linear(%x, t(reshape(%w, [D, H E]))), -1, [H, E])
-    _grouped_mm(%x, %w, %offsets)           -> sqcompile.grouped_linear(%x, transpose(%w), %offsets)
-    bmm(%x, %w), einsum("etd,edf->etf")     -> the same for experts with as many rows each
-    bmm(%x, %y), einsum("bqhd,bkhd->bhqk")  -> matmul, of permuted operands, where both are data
-    baddbmm(%b, %x, %y)                     -> add(matmul(%x, %y), %b), with its factors
-    view(%x, size), _unsafe_view(%x, size)  -> reshape(%x, size)
-    dropout(%x, p, False), detach(%x)       -> %x
-    _to_copy(%x, dtype=d)                   -> to(%x, d)
-    _unsafe_view(clone(%x), size)           -> reshape(%x, size)
-    mT(%x), concat(%xs), tile(%x, dims) ... -> transpose, cat, repeat ...       (`aliases`)
+    addmm(%b, %x, %w)                    -> linear(%x, t(%w), %b)
+    mm(%x, %w)                           -> linear(%x, t(%w))              # w is a parameter; so of matmul and linear
+    einsum(bsd,dhe->bshe, [%x, %w])      -> unflatten(linear(%x, reshape(permute(%w, [1, 2, 0]), [16, 4])), -1, [2, 8])
+    _grouped_mm(%x, %w, %offsets)        -> sqcompile.grouped_linear(%x, transpose(%w, -2, -1), %offsets)
+    bmm(%x, %w)                          ->
+        reshape(sqcompile.grouped_linear(reshape(%x, [-1, 4]), transpose(%w, -2, -1), mul(%experts, 3)), [2, 3, 6])
+    bmm(%x, %y)                          -> matmul(%x, %y)                 # both are data
+    einsum(bqhd,bkhd->bhqk, [%x, %y])    ->
+        matmul(permute(%x, [0, 2, 1, 3]), transpose(permute(%y, [0, 2, 1, 3]), -1, -2))
+    baddbmm(%z, %x, %y, beta=2)          -> add(matmul(%x, %y), mul(%z, 2))
+    view(%x, [6, 4])                     -> reshape(%x, [6, 4])
+    _unsafe_view(clone(%x), [6, 4])      -> reshape(%x, [6, 4])
+    neg(dropout(%x, 0.5, False))         -> neg(%x)                        # so of detach
+    _to_copy(%x, dtype=float64)          -> to(%x, float64)
+    concat([%x, %x], 1)                  -> cat([%x, %x], 1)               # other names of one operation: `aliases`
 
-A linear is ``linear(x, w, b)`` with w [N, K], or [E, N, K] for experts over rows sorted by expert. A weight is a constant expression, so that transposing or reshaping it costs
-nothing and writes to no parameter. A view looks at memory, whose layout a rewrite may change; a reshape does not.
+x Wᵀ + b is ``linear(x, w, b)`` with w [N, K], or ``grouped_linear(x, w, offsets)`` with w [E, N, K] for experts over rows
+sorted by expert: the function stays the same. A weight is a constant expression, so that transposing or reshaping it
+costs nothing and writes to no parameter. A view looks at memory, whose layout a rewrite may change; a reshape does not.
 """
 
 from __future__ import annotations

@@ -1,11 +1,16 @@
 """functionalize: in-place operations on tensors of a graph's own become operations that write to nothing. Part of `trace`.
 
-    %row = select(%t, 1, 3);  %part = slice(%row, 0, 0, 8)              # views of %t
-    copy_(%part, %y)
+    %t = mul(%x, 2)
+    %row = select(%t, 1, 3)                                             # views of %t
+    %part = slice(%row, 1, 0, 3)
+    %w = copy_(%part, %y)
     %z = sum(%t)
 ->
-    %row2 = slice_scatter(%row, %y, 0, 0, 8);  %t2 = select_scatter(%t, %row2, 1, 3)
-    %z = sum(%t2)
+    %t = mul(%x, 2)
+    %row = select(%t, 1, 3)
+    %slice_scatter = slice_scatter(%row, %y, 1, 0, 3)                   # the new %row
+    %select_scatter = select_scatter(%t, %slice_scatter, 1, 3)          # the new %t
+    %z = sum(%select_scatter)
 
 A write to a view is a new value of what it is a view of, and every later reader of the two, or of another view, reads the
 new value. Which tensors lie in the same memory is what export recorded: views have their operand's storage.

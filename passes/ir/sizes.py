@@ -1,4 +1,10 @@
-"""sizes: two choices of a graph's symbolic sizes. What holds at both depends on channel sizes only."""
+"""sizes: two choices of a graph's symbolic sizes. What holds at both depends on channel sizes only.
+
+    %x: f32[s0, s1, 4] = input
+->
+    %x: [2, 3, 4], then [3, 5, 4]
+    %x: [2, 3, 4], then [16, 24, 4], then [24, 40, 4]       # where a size must be a multiple of 8: one run failed
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,11 @@
 """A stage as stable text, one line per operation.
 
-%linear: f32[s0, s1, 96] = aten.linear(%mul_1, %layers.0.up_proj.weight)
+    %x: f32[s0, s1, 4] = input
+    %n: f32[s0, s1, 4] = aten.layer_norm(%x, [4], %norm.weight)
+    %size: size = aten.sym_size(%x, 0)
+    return [%n, %size]
+
+A constant stands where it is used, by its qualified name. Symbolic sizes are numbered in order of appearance.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ _DTYPES = {
 
 
 def show(gm: fx.GraphModule) -> str:
-    """The graph as text. A constant stands where it is used, by its qualified name."""
+    """The graph as text."""
     symbols: dict[str, str] = {}
     lines = []
     for n in gm.graph.nodes:

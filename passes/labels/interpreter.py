@@ -11,6 +11,17 @@ Layout operations are executed on the labels as they are. Operations that commut
 A linear whose input columns carry one label each absorbs them: a balance layer. Whatever else a label reaches refuses
 *that label*, with a reason, and a refused label keeps s = 1, for which the invariant holds trivially.
 
+    %y = linear(%x, %wy)
+    %t = flip(%y, [-1])
+    %r = relu(%t)
+    %z = linear(%r, %wz)
+    %c = slice(%r, -1, 0, 1)
+    %g = gelu(%c)
+->                                                                              # of the producer %y
+    label of each column of %z: [3 2 1 0]
+    label 3 refused: passes gelu, which does not commute with a scale
+    stopped at %g: passes gelu, which does not commute with a scale
+
 The invariant is one of real numbers; float32 keeps it to a few roundings. A cast to half precision on the way of a label
 between two ends in float32 would not, and refuses it (`rules.refuse_rounding`).
 """

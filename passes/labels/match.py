@@ -2,9 +2,13 @@
 
 A site is one producer that can absorb 1/s and every linear (balance layer) that must then absorb s:
 
-    %n = layer_norm(%x, [64], %w, %b)            %w / s, %b / s
-    %q = linear(%n, %wq)                   ->    %wq * s[None, :]
-    %k = linear(%n, %wk)                         %wk * s[None, :]
+    %n = layer_norm(%x, [4], %g, %b)
+    %q = linear(%n, %wq)
+    %k = linear(%n, %wk)
+->
+    g -> wq, wk: %n / s, folded into norm, 4 of 4 channels
+    wq[:, j] * s[0 1 2 3]                                   # the label of each column
+    wk[:, j] * s[0 1 2 3]
 
 Which linears those are comes from channel labels (`labels`), so a consumer cannot be missed: a label that reaches
 anything but a balance layer is refused, in words.

@@ -1,7 +1,15 @@
 """token_rows: which token of the attention mask each row of a tensor comes from. Analysis only.
 
-    ids [B, T] -> %h = embedding(ids) [B, T, K] -> %x = transpose(%h, 0, 1) [T, B, K]      rows of %x: (t, b)
-    %q = transpose(reshape(%h, [B, T, H, D]), 1, 2)                              [B, H, T, D] rows of %q: (b, H, t)
+    %h = embedding(%w, %ids)                                # ids [B, T]
+    %x = transpose(%h, 0, 1)
+    %heads = reshape(%h, [%b, %t, 2, 4])
+    %q = transpose(%heads, 1, 2)
+    %pooled = mean(%h, [1])
+->
+    rows of %h: (b, t) of mask
+    rows of %x: (t, b) of mask
+    rows of %q: (b, 2, t) of mask                           # each token's row once for each of two heads
+    rows of %pooled: of no single token each
 
 The tokens that a mask [B, T] is for start with the labels b T + t, and the graph's layout is executed on them. What mixes
 tokens position by position (attention, a convolution that keeps the length) gives rows of the position they stand at;

@@ -1,15 +1,18 @@
 """lower_attention: attention that reads its mask and its shared heads once. Reads only the graph.
 
-    %k4 = reshape(expand(unsqueeze(%k, 2), [B, G, R, S, D]), [B, G R, S, D])      # each key head repeated R times
+    %k5 = unsqueeze(%k, 2)                                      # each key head repeated twice
+    %kw = expand(%k5, [2, 2, 2, 5, 16])
+    %k4 = reshape(%kw, [2, 4, 5, 16])
     %y = scaled_dot_product_attention(%q, %k4, %v4, %mask)
-->                                                                                # on a CPU
-    %bias = sqcompile.stored(where(%mask, 0.0, -inf))                             # once for all layers
-    %kind = sqcompile.mask_kind(%bias)
-    %y = sqcompile.attention(%q, %k, %v, %bias, %kind, False, scale)
-->                                                                                # on a GPU, in half precision
-    %m = sqcompile.aligned_mask(%mask)                                            # once for all layers
-    %blocks = sqcompile.mask_blocks(%m)
-    %y = sqcompile.attention(%q, %k, %v, %m, %blocks, False, scale)
+->                                                              # on a CPU
+    %where = where(%mask, %scalar_tensor, %scalar_tensor_1)     # 0 or -inf
+    %stored = sqcompile.stored(%where)                          # once for all layers
+    %mask_kind = sqcompile.mask_kind(%stored)
+    %attention = sqcompile.attention(%q, %k, %v, %stored, %mask_kind, False, None)
+->                                                              # on a GPU, in half precision
+    %aligned_mask = sqcompile.aligned_mask(%mask)               # once for all layers
+    %mask_blocks = sqcompile.mask_blocks(%aligned_mask)
+    %attention = sqcompile.attention(%q, %k, %v, %aligned_mask, %mask_blocks, False, None)
 
 On a CPU, the angles of a rotary embedding and the mask are read by every head of every layer; Inductor would fuse their
 computation into each of those readers and repeat it. They are stored.

@@ -1,16 +1,46 @@
 """fuse: a quantize meets what computes its input, a GEMM what is done with its result. For GPUs, where each is a kernel.
 
-    %y = mul(%g, to(mul(%x, rsqrt(add(mean(pow(%x, 2), [-1], True), eps))), bf16))   # or rms_norm, layer_norm
-    %s = sqcompile.token_scale(%y);  %q = sqcompile.quantize(%y, %s)
+    %h = to(%x, float32)                                            # or rms_norm, or layer_norm
+    %square = pow(%h, 2)
+    %mean = mean(%square, [-1], True)
+    %eps = add(%mean, 1e-06)
+    %root = rsqrt(%eps)
+    %n = mul(%h, %root)
+    %m = to(%n, bfloat16)
+    %y = mul(%g, %m)
+    %s = sqcompile.token_scale(%y)
+    %q = sqcompile.quantize(%y, %s)
 ->
-    %q, %s, _ = sqcompile.norm_quantize(%x, %g, None, eps, True, True, None, None, False)
+    %norm_quantize = sqcompile.norm_quantize(%x, %g, None, 1e-06, True, True, None, None, False)
+    %getitem_1 = getitem(%norm_quantize, 1)                         # s
+    %getitem = getitem(%norm_quantize, 0)                           # q
 
-    quantize(mul(silu(%gate), %up))         -> sqcompile.act_quantize(%gate, %up, "silu", ...)
-    quantize(mul(%x, %inv_s))               -> one of these with the multiplier %inv_s, or sqcompile.quantize_rows
-    add(%r, sqcompile.int8_gemm(%q, ...))   -> sqcompile.int8_gemm(%q, ..., residual=%r)
-    quantize(relu(int8_gemm(%q, %r, ...)), %s)  -> sqcompile.int8_gemm(%q, %r, ..., "relu", out_scale=%s)  (static %s)
-    finite_rows(relu(int8_gemm(%q, %r, ...)))   -> %r
-    int8_attention(quantize(%x, token_scale(%x)), ...)  -> sqcompile.int8_attention(%x, None, ...)
+Likewise an activation, an explicit multiplier 1/s, and whatever else is quantized:
+
+    sqcompile.quantize(mul(silu(%gate), %up), sqcompile.token_scale(mul(silu(%gate), %up)))
+    -> getitem(sqcompile.act_quantize(%gate, %up, silu, None, None), 0)
+    sqcompile.quantize(mul(%gate, %inv_s), sqcompile.token_scale(mul(%gate, %inv_s)))
+    -> getitem(sqcompile.quantize_rows(%gate, token, %inv_s), 0)
+
+A GEMM takes a residual:
+
+    add(%x, sqcompile.int8_gemm(%q, %r, %w, %ws, None, float32, none, None, None))
+    -> sqcompile.int8_gemm(%q, %r, %w, %ws, None, float32, none, %x, None)
+
+or an activation and a quantization with a static Δ, so that it takes and gives int8:
+
+    %g = sqcompile.int8_gemm(%q, %r, %w, %ws, None, float32, none, None, None)
+    %a = relu(%g)
+    %d = sqcompile.finite_rows(%a)                                  # %r: the rows that are finite stay the same
+    %y = sqcompile.quantize(%a, %s)
+->
+    %int8_gemm = sqcompile.int8_gemm(%q, %r, %w, %ws, None, float32, relu, None, %s)
+
+And an attention quantizes its queries:
+
+    sqcompile.int8_attention(sqcompile.quantize(%x, sqcompile.token_scale(%x)), sqcompile.token_scale(%x), %k, %ks,
+        %v, None, None, None, None, 0.25, 0, float32)
+    -> sqcompile.int8_attention(%x, None, %k, %ks, %v, None, None, None, None, 0.25, 0, float32)
 
 Values between are rounded as before, but for the GEMM's own result, which is rounded once, after residual or activation.
 """

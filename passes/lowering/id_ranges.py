@@ -1,9 +1,9 @@
 """id_ranges: a check of the indices that an input gives, in front of what reads a table with them.
 
-    %y = embedding(%weight, %ids)                                    # weight [V, K]
+    %y = embedding(%embed.weight, %ids)                             # weight [8, 4]
 ->
-    %checked = sqcompile.checked_ids(%ids, 0, V, "input_ids indexes embed.weight")
-    %y = embedding(%weight, %checked)
+    %checked_ids = sqcompile.checked_ids(%ids, 0, 8, ids indexes embed.weight)
+    %y = embedding(%embed.weight, %checked_ids)
 
 PyTorch's own operators raise an IndexError for an index out of range. Compiled code for the CPU ends the process instead,
 and a one-hot comes out as zeros. On a GPU both stop at an assertion of the device, so nothing is added there.

@@ -1,10 +1,12 @@
 """lower_int8_attention: an attention of quantized operands becomes one operator. Reads only the graph; in place.
 
-    %s = sqcompile.int8_scores(%q, %qs, %k, %ks, dtype)
-    ... scale, soft-cap, masks ...
-    %y = sqcompile.attend(sqcompile.attention_weights(%t, dtype), %v)         # or int8_attend(%t, %v, %vs, dtype)
-->
-    %y = sqcompile.int8_attention(%q, %qs, %k, %ks, %v, %vs, %mask, %blocks, diagonal, scale, softcap, dtype)
+    %s = sqcompile.int8_scores(%qi, %qs, %ki, %ks, float32)
+    %t = mul(%s, 0.25)                                          # scale, soft-cap, masks
+    %u = add(%t, %mask)
+    %p = sqcompile.attention_weights(%u, float32)               # or int8_attend(%u, %vi, %vs, float32) for these two
+    %y = sqcompile.attend(%p, %v)
+->                                                              # mask, its blocks, diagonal, scale, soft-cap
+    %int8_attention = sqcompile.int8_attention(%qi, %qs, %ki, %ks, %v, None, %mask, None, None, 0.25, 0, float32)
 
 The quantize nodes stay, for the compiler to fuse with what makes q and k (on GPUs `fuse` gives those of q to the
 kernel). Masks are made into one, once for all layers that share them; on GPUs a list of their blocks saves reading

@@ -1,12 +1,22 @@
 """lower: linears that share a quantized input become one INT8 linear. Reads only the graph.
 
-    %y1 = sqcompile.dequantize(linear(to(%q, float32), to(%w1, float32)), %s, %w1_scale, %b1, dtype)
-    %y2 = sqcompile.dequantize(linear(to(%q, float32), to(%w2, float32)), %s, %w2_scale, %b2, dtype)
-->
-    %y = sqcompile.int8_linear(%q, %s, %w12, %w12_scale, %b12, dtype)                         # any device
-    %y = sqcompile.int8_gemm(%q, %s, %w12, %w12_scale, %b12, dtype, "none", None, None)       # CUDA (see `fuse`)
-    %y = sqcompile.int8_linear_packed(%q_u8, %s, %w12_packed, %w12_scale, %w12_sum, %b12, dtype)    # x86 with VNNI
-    %y1, %y2 = %y[..., :n1], %y[..., n1:]
+    %qf = to(%q, float32)
+    %w1f = to(%w1_int8, float32)
+    %acc1 = linear(%qf, %w1f)
+    %y1 = sqcompile.dequantize(%acc1, %s, %w1_scale, %b1, float32)
+    %w2f = to(%w2_int8, float32)
+    %acc2 = linear(%qf, %w2f)
+    %y2 = sqcompile.dequantize(%acc2, %s, %w2_scale, %b2, float32)
+->                                                                          # any device
+    %int8_linear = sqcompile.int8_linear(%q, %s, %w1_merged, %w1_columns, %w1_bias, float32)
+    %slice = slice(%int8_linear, -1, 0, 6)                                  # y1
+    %slice_1 = slice(%int8_linear, -1, 6, 8)                                # y2
+->                                                                          # CUDA; `fuse` makes %getitem, too
+    %int8_gemm = sqcompile.int8_gemm(%getitem, %getitem_1, %w1_merged, %w1_columns, %w1_bias, float32, none, None, None)
+->                                                                          # x86 with VNNI
+    %quantize = sqcompile.quantize(%x, %s, 128)                             # uint8
+    %int8_linear_packed = sqcompile.int8_linear_packed(%quantize, %s, %w1_packed, %w1_columns, %w1_sum, %w1_bias,
+        float32)
 
 Each output channel has a scale of its own, so merging q, k, v or gate, up changes no value.
 """

@@ -1,8 +1,20 @@
 """regions: a lowered graph as calls of its repeated blocks, so that one block is compiled for all of its kind.
 
-    %a = norm(%x, %g0);  %h = %x + gemm(%a, %w0);  %b = norm(%h, %g1);  %y = %h + gemm(%b, %w1);  return %y
+    %n0 = rms_norm(%x, [4], %g0)
+    %y0 = linear(%n0, %w0)
+    %h0 = add(%x, %y0)
+    %n1 = rms_norm(%h0, [4], %g1)
+    %y1 = linear(%n1, %w1)
+    %h1 = add(%h0, %y1)
 ->
-    %h = region_0(%x);  %y = region_1(%h);  return %y          # one code, called with (%g0, %w0) and with (%g1, %w1)
+    %region_0 = region_0(%x)                                # with g0 and w0
+    %getitem = getitem(%region_0, 0)
+    %region_1 = region_1(%getitem)                          # the same code, with g1 and w1
+    %getitem_1 = getitem(%region_1, 0)
+->                                                          # that code
+    %n0 = rms_norm(%input_0, [4], %constant_0)
+    %y0 = linear(%n0, %constant_1)
+    %h0 = add(%input_0, %y0)
 
 Blocks are found by what the nodes do, not by the modules they came from: the longest stretch of the graph that goes on
 as it did p nodes before. It is cut where the fewest tensors pass. What is before and after stays as it is.

@@ -1,8 +1,13 @@
 """adapters: low-rank adapters (LoRA and its kind) beside linears, found by what they compute.
 
-    %y = aten.linear(%x, %w)                                # [N, K]
-    %a = aten.linear(%x, %A);  %b = aten.linear(%a, %B)     # [r, K] and [N, r], r much smaller than both
-    %z = aten.add(%y, %b * scaling)
+    %y = linear(%x, %w)                             # [12, 16]
+    %down = linear(%x, %lora.A)                     # [2, 16]: a rank much smaller than both
+    %up = linear(%down, %lora.B)                    # [12, 2]
+    %scaled = mul(%up, 2)
+    %z = add(%y, %scaled)
+->
+    %lora.A: low-rank adapter of w (rank 2): small, and swapped at run time
+    %lora.B: low-rank adapter of w (rank 2): small, and swapped at run time
 
 They are small, and swapped while the model runs: in float they cost little, and are never out of date.
 """

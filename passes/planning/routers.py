@@ -1,9 +1,15 @@
 """routers: the linears whose output decides, by a discrete choice, which data is used. They stay in float. Analysis only.
 
-    %l = linear(%x, %w)                              the router
-    %i = getitem(topk(softmax(%l, -1), 2), 1)        a choice: integers or a mask, made of numbers by comparing them
-    %m = sum(one_hot(%i, 8), -2)
-    %y = mul(unsqueeze(%m, -1), %experts)            data that the router does not make, selected by the choice
+    %l = linear(%x, %router)
+    %p = softmax(%l, -1)
+    %top = topk(%p, 2)
+    %i = getitem(%top, 1)                           # a choice: integers or a mask, made of numbers by comparing them
+    %one = one_hot(%i, 8)
+    %m = sum(%one, [-2])
+    %e = linear(%x, %experts)
+    %y = mul(%m, %e)                                # data that the router does not make, selected by the choice
+->
+    router: %l
 
 A rounding in a router changes the choice, and with it everything for that token; anywhere else it is a rounding. So a
 linear is a router if it is the nearest above a choice, and the choice reaches data of another origin: as a factor or a

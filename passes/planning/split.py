@@ -1,7 +1,8 @@
 """split: sites of a plan whose producer and linears are in different graphs. Analysis only.
 
-    %n = layer_norm(%x, [64], %g, %b); return %n         # one graph: nothing is folded into %g
-    %q = linear(%n, %wq)                                 # another: x·(1/s) is multiplied explicitly, then
+    %q = linear(%n, %wq)                            # %n = layer_norm(%x, [64], %g) is in another graph
+->
+    input n -> wq: %n * 1/s, its producer is in another graph
 
 A KV cache cuts v_proj -> o_proj the same way: o_proj reads what earlier calls have stored.
 """

@@ -1,4 +1,19 @@
-"""floats: which linears stay in float, and why. Everything else is quantized."""
+"""stay_float: which linears stay in float, and why. Everything else is quantized. Analysis only.
+
+    %h = embedding(%embed.weight, %ids)
+    %a = linear(%h, %mlp.up.weight)
+    %b = relu(%a)
+    %c = linear(%b, %mlp.down.weight)
+    %d = linear(%c, %rare.weight)
+    %e = linear(%d, %still.weight)
+    %logits = linear(%e, %head.weight)
+->                                                  # by Recipe(skip=("mlp.up",), activation="per_tensor_static")
+    %mlp.up.weight: skipped by the recipe ('mlp.up')
+    %mlp.down.weight: quantized
+    %rare.weight: no calibration token reached it
+    %still.weight: its input was zero: no static scale can be chosen
+    %head.weight: the projection back to the vocabulary, which Recipe(lm_head=True) quantizes
+"""
 
 from __future__ import annotations
 

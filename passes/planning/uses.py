@@ -1,6 +1,10 @@
 """uses: a weight or an attention that a model uses several times, in a graph that has only some of these uses.
 
-    %a = linear(%x, %w);  graph break;  %b = linear(%y, %w)      # the plan: "w" for the first, "w#2" for the second
+    %a = linear(%x, %w)                             # the plan has "w" for this use, and "w#2" for one in another graph
+->
+    layers: LayerPlan(name=w, kind=linear, quantized=True, smoothing=multiplied,
+        reason=this graph does not tell it from its other uses, input_scale=0.3125, shape=[4, 4])
+    columns: {w: [4, 3, 3, 4]}                      # of [1, 2, 3, 4] and [4, 3, 2, 1]
 
 Uses are numbered in the order of a graph. One that holds all of them has the plan's numbers. One that holds fewer, or more,
 could take one use for another, whose scales clip its input: there, all uses are treated alike, in a way that is right for

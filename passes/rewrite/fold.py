@@ -2,12 +2,28 @@
 
     (X·diag(1/s)) (diag(s)·Wᵀ) = X·Wᵀ
 
-    %n = layer_norm(%x, [64], %g, %b)          %n = layer_norm(%x, [64], %g / %s, %b / %s)
-    %q = linear(%n, %wq)                  ->   %q = linear(%n, %wq * %s)
+    %n = layer_norm(%x, [4], %g, %b)
+    %q = linear(%n, %wq)
+    %k = linear(%n, %wk)
+->
+    %div = div(%g, %smooth_0)                               # s
+    %div_1 = div(%b, %smooth_0_bias)
+    %n = layer_norm(%x, [4], %div, %div_1)
+    %mul = mul(%wq, %smooth_0_columns)
+    %q = linear(%n, %mul)
+    %mul_1 = mul(%wk, %smooth_0_columns_2)
+    %k = linear(%n, %mul_1)
 
 Parameters are not written to: a folded parameter is an expression over the old one, so one that is shared or tied is
-changed for the site alone. Where nothing absorbs 1/s, ``%x * %inv_s`` stands explicitly before the balance layers.
-Scales of attentions' head channels multiply what makes the queries and divide what makes the keys (`head_labels`).
+changed for the site alone. Where nothing absorbs 1/s, it stands explicitly before the balance layers:
+
+    %y = linear(%x, %w)
+->
+    %mul = mul(%x, %smooth_0)                               # 1/s
+    %mul_1 = mul(%w, %smooth_0_columns)
+    %y = linear(%mul, %mul_1)
+
+Scales of attentions' head channels multiply what makes the queries and divide what makes the keys (`head_sites`).
 """
 
 from __future__ import annotations

@@ -1,19 +1,26 @@
 """insert_qdq: INT8 values, float arithmetic. The reference for everything below it, on any device.
 
-    %y = linear(%x, %w, %b)
+    %q = linear(%x, %wq, %b)
+    %k = linear(%x, %wk)
 ->
-    %s = sqcompile.token_scale(%x)                    # or tensor_scale(%x), or a calibrated constant
-    %q = sqcompile.quantize(%x, %s)                   # int8, shared by every linear that reads %x
-    %acc = linear(to(%q, float32), to(%w_int8, float32))
-    %y = sqcompile.dequantize(%acc, %s, %w_scale, %b, dtype)
+    %token_scale = sqcompile.token_scale(%x)                # or tensor_scale(%x)
+    %quantize = sqcompile.quantize(%x, %token_scale)        # int8, shared by every linear that reads %x
+    %to = to(%quantize, float32)
+    %to_1 = to(%wq_int8, float32)
+    %linear = linear(%to, %to_1)
+    %dequantize = sqcompile.dequantize(%linear, %token_scale, %wq_scale, %b, float32)
+    %to_2 = to(%wk_int8, float32)
+    %linear_1 = linear(%to, %to_2)
+    %dequantize_1 = sqcompile.dequantize(%linear_1, %token_scale, %wk_scale, None, float32)
 
 With a static scale, which rows that are not finite do not change, they come out as NaN by a factor of their own:
 
-    %q = sqcompile.quantize(%x, %s)                   # %s calibrated
-    %r = sqcompile.finite_rows(%x)                    # 1, or NaN where the row of %x is not finite
-    %y = sqcompile.dequantize(%acc, %r, mul(%w_scale, %s), %b, dtype)
+    %finite_rows = sqcompile.finite_rows(%x)                # 1, or NaN where the row of %x is not finite
+    %quantize = sqcompile.quantize(%x, %wq_input_scale)     # calibrated
+    %mul = mul(%wq_scale, %wq_input_scale)
+    %dequantize = sqcompile.dequantize(%linear, %finite_rows, %mul, %b, float32)
 
-The scales come out of the product, Y = Δx Δw (X̂ Ŵᵀ), so that %acc is a sum of integers: exact in float32 up to 2^24,
+The scales come out of the product, Y = Δx Δw (X̂ Ŵᵀ), so that %linear is a sum of integers: exact in float32 up to 2^24,
 and a kernel that sums in int32 gives the same result to the bit, not one that rounds the next quantization elsewhere.
 """
 

@@ -1,16 +1,27 @@
 """quantize_attention: QKᵀ and PV of INT8 values, float arithmetic; the part of insert_qdq for attentions. In place.
 
-    %s = matmul(%q, transpose(%k, -2, -1))
-    ...                                                # scale, masks: the graph's own nodes
-    %y = matmul(softmax(%t, -1), %v)
-->
-    %qs = sqcompile.token_scale(%q)                    # or per head, per tensor, or a calibrated constant, as mul(
-                                                       # finite_rows(%q), %s) and, of k and v, mul(finite_heads(%k), %s)
-    %qi = sqcompile.quantize(%q, %qs)                  # int8 [B, H, Sq, D]; so is k, less its mean where that helps
-    %s = sqcompile.int8_scores(%qi, %qs, %ki, %ks, dtype)
-    ...
-    %y = sqcompile.attend(sqcompile.attention_weights(%t, dtype), %v)         # "qk": PV as it was
-    %y = sqcompile.int8_attend(%t, %vi, %vs, dtype)                           # "qk_pv"
+    %kt = transpose(%k, -2, -1)
+    %s = matmul(%q, %kt)
+    %t = mul(%s, 0.25)                                      # scale, masks: the graph's own nodes
+    %p = softmax(%t, -1)
+    %y = matmul(%p, %v)
+->                                                          # "qk_pv"
+    %token_scale = sqcompile.token_scale(%q)                # or per head, or per tensor
+    %quantize = sqcompile.quantize(%q, %token_scale)
+    %token_scale_1 = sqcompile.token_scale(%k)              # of k less its mean, where that helps
+    %quantize_1 = sqcompile.quantize(%k, %token_scale_1)
+    %int8_scores = sqcompile.int8_scores(%quantize, %token_scale, %quantize_1, %token_scale_1, float32)
+    %t = mul(%int8_scores, 0.25)
+    %scale_over = sqcompile.scale_over(%v, [-2])
+    %quantize_2 = sqcompile.quantize(%v, %scale_over)
+    %int8_attend = sqcompile.int8_attend(%t, %quantize_2, %scale_over, float32)
+->                                                          # "qk": PV as it was
+    %attention_weights = sqcompile.attention_weights(%t, float32)
+    %attend = sqcompile.attend(%attention_weights, %v)
+->                                                          # with calibrated scales
+    %quantize = sqcompile.quantize(%q, %p.query_scale)
+    %finite_rows = sqcompile.finite_rows(%q)                # finite_heads of k and v
+    %mul = mul(%finite_rows, %p.query_scale)
 
 Where the plan multiplies s explicitly, %q and %k are multiplied first; the product is not rounded to their dtype.
 scaled_dot_product_attention is spelled out first, in float32. Key heads are not repeated, and a row that sees no key
