@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,12 +27,12 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils import _pytree as pytree
 
 from sqcompile import Recipe
-from sqcompile.kernels import fused, x86
+from sqcompile.kernels.cpu import x86
+from sqcompile.kernels.targets import Target
 from sqcompile.passes.ir.graph import clone, find_linears, set_tensor, value
 from sqcompile.passes.ir.record import record
 from sqcompile.passes.ir.text import _DTYPES, show
 from sqcompile.passes.ir.verify import verify
-from sqcompile.passes.lowering import lower
 from sqcompile.passes.rewrite.insert_qdq import insert_qdq
 from sqcompile.plan.plan import LayerPlan, Plan
 
@@ -193,14 +192,12 @@ def _brief(line: str) -> str:
     return " ".join(re.sub(r"^(%[\w.]+): .+? = ", r"\1 = ", line).split())
 
 
-def lowering_for(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This machine stands for another one: "reference" without INT8 kernels, "x86" with VNNI, or "gpu"."""
-    monkeypatch.setattr(x86, "available", lambda: machine == "x86")
-    monkeypatch.setattr(fused, "available", lambda device: machine == "gpu")
-    monkeypatch.setattr(lower, "_warned", {"cpu"})
-    if not HAS_VNNI:  # the text needs no packed weight
-        monkeypatch.setattr(x86, "pack", lambda w: w)
-        monkeypatch.setattr(x86, "row_sum", lambda w, packed: w.sum(dim=1, dtype=torch.int32))
+def target_for(machine: str) -> Target:
+    """A target of each kind: "reference" without INT8 kernels, "x86" with VNNI, or "gpu"."""
+    target = Target.named({"reference": "reference", "x86": "x86-vnni", "gpu": "cuda-sm90"}[machine])
+    if machine == "x86" and not HAS_VNNI:  # the text needs no packed weight
+        return dataclasses.replace(target, pack=lambda w: (w, w.sum(dim=1, dtype=torch.int32)))
+    return target
 
 
 def int8(*shape: int) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from expecttest import assert_expected_inline
-from golden_cases import HAS_VNNI, before_after, difference, graph, int8, lowering_for, only_after, scales, untrue
+from golden_cases import HAS_VNNI, before_after, difference, graph, int8, only_after, scales, target_for, untrue
 
 from sqcompile.passes.lowering import lower
 
@@ -29,18 +31,21 @@ LINEAR_TENSORS = {
 }  # fmt: skip
 
 
-def linears(machine: str, monkeypatch) -> str:
-    lowering_for(machine, monkeypatch)
+def lowered_for(machine: str = "reference"):
+    return functools.partial(lower.lower, target=target_for(machine))
+
+
+def linears(machine: str) -> str:
     gm = graph(LINEARS, LINEAR_TENSORS)
-    text, after = before_after(lower.lower, gm)
+    text, after = before_after(lowered_for(machine), gm)
     if machine != "x86" or HAS_VNNI:
         assert difference(gm, after) <= 1e-6
     return text
 
 
-def test_linears_of_one_input_become_one_linear(monkeypatch):
+def test_linears_of_one_input_become_one_linear():
     assert_expected_inline(
-        linears("reference", monkeypatch),
+        linears("reference"),
         """\
 before:
 %x: f32[2, 3, 32] = input
@@ -68,9 +73,9 @@ return [%contiguous_default, %contiguous_default_1]
     )
 
 
-def test_linears_on_a_gpu_are_gemms_that_take_what_comes_after(monkeypatch):
+def test_linears_on_a_gpu_are_gemms_that_take_what_comes_after():
     assert_expected_inline(
-        only_after(linears("gpu", monkeypatch)),
+        only_after(linears("gpu")),
         """\
 %x: f32[2, 3, 32] = input
 %quantize_rows_default: (i8[2, 3, 32], f32[2, 3, 1]) = sqcompile.quantize_rows(%x, token, None)
@@ -86,9 +91,9 @@ return [%contiguous_default, %contiguous_default_1]
     )
 
 
-def test_linears_on_x86_are_of_uint8_and_packed(monkeypatch):
+def test_linears_on_x86_are_of_uint8_and_packed():
     assert_expected_inline(
-        only_after(linears("x86", monkeypatch)),
+        only_after(linears("x86")),
         """\
 %x: f32[2, 3, 32] = input
 %s: f32[2, 3, 1] = sqcompile.token_scale(%x)
@@ -103,12 +108,11 @@ return [%contiguous_default, %contiguous_default_1]
     )
 
 
-def test_the_example_in_the_docstring_of_lower(monkeypatch):
-    assert untrue(lower, "".join(linears(m, monkeypatch) for m in ("reference", "gpu", "x86"))) == []
+def test_the_example_in_the_docstring_of_lower():
+    assert untrue(lower, "".join(linears(m) for m in ("reference", "gpu", "x86"))) == []
 
 
-def test_a_norms_folded_weight_becomes_a_tensor(monkeypatch):
-    lowering_for("reference", monkeypatch)
+def test_a_norms_folded_weight_becomes_a_tensor():
     gm = graph(
         """
         %x: f32[2, 3, 4] = input
@@ -118,7 +122,7 @@ def test_a_norms_folded_weight_becomes_a_tensor(monkeypatch):
         """,
         {"g": [4], "s": scales(4)},
     )
-    text, after = before_after(lower.lower, gm)
+    text, after = before_after(lowered_for(), gm)
     assert_expected_inline(
         only_after(text),
         """\
@@ -130,8 +134,7 @@ return %n
     assert difference(gm, after) == 0
 
 
-def test_a_static_scale_goes_into_the_columns(monkeypatch):
-    lowering_for("reference", monkeypatch)
+def test_a_static_scale_goes_into_the_columns():
     gm = graph(
         """
         %x: f32[2, 3, 32] = input
@@ -146,7 +149,7 @@ def test_a_static_scale_goes_into_the_columns(monkeypatch):
         """,
         {**LINEAR_TENSORS, "delta": torch.tensor(0.03)},
     )
-    text, after = before_after(lower.lower, gm)
+    text, after = before_after(lowered_for(), gm)
     assert_expected_inline(
         only_after(text),
         """\
@@ -160,8 +163,7 @@ return %int8_linear_default
     assert difference(gm, after) <= 1e-6
 
 
-def test_experts_are_lowered_together(monkeypatch):
-    lowering_for("reference", monkeypatch)
+def test_experts_are_lowered_together():
     gm = graph(
         """
         %x: f32[8, 32] = input
@@ -175,15 +177,14 @@ def test_experts_are_lowered_together(monkeypatch):
         """,
         {"w_int8": int8(2, 6, 32), "w_scale": scales(2, 6), "offsets": torch.tensor([3, 8], dtype=torch.int32)},
     )
-    text, after = before_after(lower.lower, gm)
+    text, after = before_after(lowered_for(), gm)
     assert_expected_inline(
         only_after(text),
         """\
 %x: f32[8, 32] = input
-%quantize_rows_default: (i8[8, 32], f32[8, 1]) = sqcompile.quantize_rows(%x, token, None)
-%getitem_1: f32[8, 1] = getitem(%quantize_rows_default, 1)
-%getitem: i8[8, 32] = getitem(%quantize_rows_default, 0)
-%int8_grouped_linear_default: f32[8, 6] = sqcompile.int8_grouped_linear(%getitem, %getitem_1, %w_all, %w_columns, %offsets, float32)
+%s: f32[8, 1] = sqcompile.token_scale(%x)
+%q: i8[8, 32] = sqcompile.quantize(%x, %s)
+%int8_grouped_linear_default: f32[8, 6] = sqcompile.int8_grouped_linear(%q, %s, %w_all, %w_columns, %offsets, float32)
 return %int8_grouped_linear_default
 """,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from expecttest import assert_expected_inline
-from golden_cases import before_after, difference, graph, int8, lowering_for, only_after, scales, untrue
+from golden_cases import before_after, difference, graph, int8, only_after, scales, target_for, untrue
 
 from sqcompile.passes.lowering import float_attention, int8_attention
 
@@ -24,22 +24,25 @@ SHARED = """
 """
 
 
-def shared(machine: str, monkeypatch, text: str = SHARED) -> str:
+def shared(machine: str, text: str = SHARED) -> str:
     """On a GPU, for which meta stands, in half precision; its numbers are those of the tests that run there."""
-    lowering_for(machine, monkeypatch)
+    target = target_for(machine)
     if machine == "gpu":
-        return before_after(float_attention.lower_attention, graph(text.replace("TYPE", "bf16"), device="meta"))[0]
+        return before_after(
+            lambda gm: float_attention.lower_attention(gm, lambda device: target),
+            graph(text.replace("TYPE", "bf16"), device="meta"),
+        )[0]
     gm = graph(text.replace("TYPE", "f32"))
-    text, after = before_after(float_attention.lower_attention, gm)
+    text, after = before_after(lambda gm: float_attention.lower_attention(gm, lambda device: target), gm)
     inputs = [torch.randn(2, heads, 5, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2)]
     inputs.append(torch.ones(2, 1, 5, 5, dtype=torch.bool).tril())
     assert difference(gm, after, inputs[: len(gm.graph.find_nodes(op="placeholder"))]) <= 1e-5
     return text
 
 
-def test_attention_on_a_cpu_reads_shared_heads_once_and_stores_its_mask(monkeypatch):
+def test_attention_on_a_cpu_reads_shared_heads_once_and_stores_its_mask():
     assert_expected_inline(
-        shared("reference", monkeypatch),
+        shared("reference"),
         """\
 before:
 %q: f32[2, 4, 5, 16] = input
@@ -68,13 +71,13 @@ after:
 return %attention_default
 """,
     )
-    both = shared("reference", monkeypatch) + shared("gpu", monkeypatch)
+    both = shared("reference") + shared("gpu")
     assert untrue(float_attention, both) == []
 
 
-def test_attention_on_a_gpu_has_a_list_of_its_masks_blocks(monkeypatch):
+def test_attention_on_a_gpu_has_a_list_of_its_masks_blocks():
     assert_expected_inline(
-        only_after(shared("gpu", monkeypatch)),
+        only_after(shared("gpu")),
         """\
 %q: bf16[2, 4, 5, 16] = input
 %k: bf16[2, 2, 5, 16] = input
@@ -88,10 +91,10 @@ return %attention_default
     )
 
 
-def test_attention_on_a_gpu_without_a_mask_is_pytorchs_own_with_heads_unrepeated(monkeypatch):
+def test_attention_on_a_gpu_without_a_mask_is_pytorchs_own_with_heads_unrepeated():
     text = SHARED.replace("    %mask: b1[2, 1, 5, 5] = input\n", "").replace("%v4, %mask", "%v4")
     assert_expected_inline(
-        only_after(shared("gpu", monkeypatch, text)),
+        only_after(shared("gpu", text)),
         """\
 %q: bf16[2, 4, 5, 16] = input
 %k: bf16[2, 2, 5, 16] = input
@@ -118,19 +121,19 @@ INT8 = """
 """
 
 
-def lowered_int8(machine: str, monkeypatch, text: str = INT8) -> str:
-    lowering_for(machine, monkeypatch)
+def lowered_int8(machine: str, text: str = INT8) -> str:
+    target = target_for(machine)
     gm = graph(text)
-    text, after = before_after(int8_attention.lower_int8_attention, gm)
+    text, after = before_after(lambda gm: int8_attention.lower_int8_attention(gm, lambda device: target), gm)
     inputs = [int8(2, 2, 5, 16), scales(2, 2, 5, 1) / 127, int8(2, 2, 5, 16), scales(2, 2, 5, 1) / 127]
     inputs += [torch.linspace(-1, 1, 320).reshape(2, 2, 5, 16), scales(2, 1, 5, 5)]
     assert difference(gm, after, inputs) <= 1e-5
     return text
 
 
-def test_scores_scale_mask_softmax_and_values_become_one_operator(monkeypatch):
+def test_scores_scale_mask_softmax_and_values_become_one_operator():
     assert_expected_inline(
-        lowered_int8("reference", monkeypatch),
+        lowered_int8("reference"),
         """\
 before:
 %qi: i8[2, 2, 5, 16] = input
@@ -156,12 +159,12 @@ after:
 return %int8_attention_default
 """,
     )
-    assert untrue(int8_attention, lowered_int8("reference", monkeypatch)) == []
+    assert untrue(int8_attention, lowered_int8("reference")) == []
 
 
-def test_on_a_gpu_the_mask_has_a_list_of_its_blocks(monkeypatch):
+def test_on_a_gpu_the_mask_has_a_list_of_its_blocks():
     assert_expected_inline(
-        only_after(lowered_int8("gpu", monkeypatch)),
+        only_after(lowered_int8("gpu")),
         """\
 %qi: i8[2, 2, 5, 16] = input
 %qs: f32[2, 2, 5, 1] = input
@@ -177,7 +180,7 @@ return %int8_attention_default
     )
 
 
-def test_scores_that_anything_else_happens_to_stay(monkeypatch):
-    text = lowered_int8("reference", monkeypatch, INT8.replace("aten.mul(%s, 0.25)", "aten.sigmoid(%s)"))
+def test_scores_that_anything_else_happens_to_stay():
+    text = lowered_int8("reference", INT8.replace("aten.mul(%s, 0.25)", "aten.sigmoid(%s)"))
     before, after = text.removeprefix("before:\n").split("after:\n")
     assert before == after
