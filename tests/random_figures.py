@@ -9,7 +9,7 @@ from collections import Counter
 
 import torch
 from random_checks import Found, examine, loss, wrong
-from test_dataflow import wrong_fold
+from random_programs import wrong_fold
 
 
 def print_figures(found: dict[int, Found], folds: dict[int, float | None]) -> None:
