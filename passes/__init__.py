@@ -1,5 +1,8 @@
-"""Analyses and rewrites of captured graphs.
+"""Analyses and rewrites of captured graphs, in rooms that follow the pipeline (`sqcompile/pipeline.py`).
 
-Analyses (`labels`, `match`) return data and never touch the graph. Rewrites (`fold`, `insert_qdq`, `lower`) take a
-GraphModule, leave it as it was, and return a new one. Their order is the source order of `sqcompile/pipeline.py`.
+    ir -> canonical -> labels -> attention -> planning -> rewrite -> lowering
+
+Analyses (`match`, `find_attentions`, `choose`) return data and never touch the graph. `fold`, `insert_qdq` and `lower` take
+a GraphModule, leave it as it was, and return a new one; the steps that they are made of (`quantize_attention`, `fuse`,
+`lower_attention`, `lower_int8_attention`, `check_ids`) and `canonicalize` work in place, on a graph that is theirs.
 """

@@ -1,4 +1,4 @@
-"""shared: INT8 weights that several graphs of one model hold once. A graph knows a weight by what it is made of.
+"""weight_store: INT8 weights shared by a model's graphs, keyed by the expression that each was computed from.
 
 Two graphs of a model (prefill and decode, or the parts between graph breaks) have the same linears. The first makes
 their INT8 weights, the second finds them, and needs no float weight for it: so the float model may be freed between.

@@ -45,10 +45,7 @@ CALLS = {
     aten.index_put.default: ([None, I], LIKE[:, :2]), aten.slice_scatter.default: (LIKE[:, :2], 1, 0, 2),
 }  # fmt: skip
 WITHOUT_VALUES = {aten.empty_like.default, aten.new_empty.default}  # whatever was in memory
-SHAPES = {
-    aten.instance_norm.default: (1, 4, 6),
-    aten.channel_shuffle.default: (2, 4, 3),
-}  # of x, where it is not [4, 6]
+SHAPES = {aten.instance_norm.default: (1, 4, 6)}  # of x, where it is not [4, 6]
 KINDS = {
     "layout": having(Fact.LAYOUT),
     "copy": having(Fact.COPY, Fact.CAST, Fact.MOVE, Fact.DROPOUT),
