@@ -1,4 +1,4 @@
-"""value_labels: which channels of which producers an attention's values are. Analysis only.
+"""value_labels: for each channel of an attention's values, the producer channel that it comes from. Analysis only.
 
     %lv = linear(%x, %wv)
     %uv = unflatten(%lv, -1, [1, 4])

@@ -56,7 +56,7 @@ def _call(target: Any, args: Any, kwargs: Any) -> Any:
 
 
 def record_readers(gm: fx.GraphModule, node: fx.Node) -> None:
-    """Records anew what reads a node that lies differently in memory than what it replaced, as far as that matters.
+    """Recomputes ``meta["val"]`` downstream of a node whose strides differ from those of the node it replaced.
 
     What a graph is cut at, and what is returned, is compiled for the strides that are recorded.
     """

@@ -42,7 +42,7 @@ class Region:
     Attributes:
         gm: takes ``inputs``, then ``constants``; gives a list of ``outputs``.
         inputs, outputs: nodes of the whole graph.
-        constants: what another part of the same key has others of; empty for a part that holds its own.
+        constants: tensors lifted to inputs, because parts of the same key differ only in them; empty for a part that holds its own.
         key: equal for parts that differ in the values of their constants alone; None for a part that holds its own.
     """
 

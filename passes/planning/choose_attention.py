@@ -33,7 +33,7 @@ from sqcompile.passes.planning.stay_float import names
 from sqcompile.plan.entries import AttentionPlan, Smoothing
 from sqcompile.statistics.input_stats import InputStats
 
-# A scale that must be multiplied explicitly is taken where it makes the error of the scores this much smaller.
+# Scales that no parameter absorbs are multiplied explicitly only if they cut the error of the scores to this part.
 PAYS = 0.9
 
 

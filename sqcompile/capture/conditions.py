@@ -19,7 +19,7 @@ def printed(condition: sympy.Basic) -> str:
 
 
 def decides(guard: Any) -> bool:
-    """Whether the graph may be another one where the guard does not hold.
+    """Whether violating this guard could have produced a different graph.
 
     PyTorch itself asks whether sizes differ and whether there is more than one of something, for strides and broadcasting,
     which the graph's operators do right for either answer: refusing calls for that would refuse a single token.
