@@ -58,12 +58,23 @@ def bisect(
     Lowering must keep the quantized stage's values. Each INT8 linear and attention is computed from that stage's own
     inputs, so an error is the operator's own. Fused into one operator, it is compared where the operator ends.
 
-        >>> print(sqcompile.debug.bisect(model, ids, recipe="O1"))
+    With a rule that lets scales pass gelu, of two layers with relu and gelu:
+
+        >>> sqcompile.debug.bisect(model, x)
         folds: relative error of the outputs with one site folded, in float64
-          layers.0: norm1 -> q, k, v              2.1e-16
-          layers.0.attn: q × s, k × 1/s           1.8e-16
-          layers.0: fc1 -> fc2                    2.3e-01  <- wrong, worst
-        ...
+          layers.0: norm -> a  1.1e-16  drawn scales
+          layers.0: a -> b     1.3e-16  drawn scales
+          layers.1: norm -> a  5.6e-17  drawn scales
+          layers.1: a -> b     4.2e-02  drawn scales  <- wrong, worst
+          all 4 sites          4.2e-02  <- wrong
+        first wrong fold: layers.1: a -> b (rounding may cost 1.0e-09)
+
+        lowering: relative error of each INT8 result, computed from the quantized stage's values
+          layers.0: a  0.0e+00  int8_linear_packed
+          layers.0: b  0.0e+00  int8_linear_packed
+          layers.1: a  0.0e+00  int8_linear_packed
+          layers.1: b  0.0e+00  int8_linear_packed
+        every lowered node is right, to 1.0e-05
 
     Args:
         model: as for `sqcompile.compile`; it is never changed.
