@@ -3,6 +3,10 @@
 compiled = sqcompile.compile(model, calib_loader)
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from sqcompile.api import calibrate, compile
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.compiled.report import Report
@@ -24,6 +28,9 @@ from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import PRESETS, Recipe
 from sqcompile.refresh import refresh
 from sqcompile.results import plan_of, report_of
+
+if TYPE_CHECKING:
+    from sqcompile import debug
 
 __version__ = "0.1.0"
 
@@ -48,7 +55,17 @@ __all__ = [
     "WeightError",
     "calibrate",
     "compile",
+    "debug",
     "plan_of",
     "refresh",
     "report_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`debug`, which few programs need, is imported when it is first asked for."""
+    if name == "debug":
+        import importlib
+
+        return importlib.import_module("sqcompile.debug")
+    raise AttributeError(f"module 'sqcompile' has no attribute {name!r}")

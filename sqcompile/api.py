@@ -86,7 +86,7 @@ def compile(
     with deferred(), stages((*_ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES), progress) as enter:
         if plan is None:
             how = resolve_recipe(recipe)
-            traced, plan = _analyse(model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter)
+            traced, plan = analyse(model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter)
         else:
             plan = given_plan(plan, recipe, None if calib_loader is None else "calib_loader")
             call = _example(model, example_inputs) or from_spec(plan.call, _device(model))
@@ -129,10 +129,10 @@ def calibrate(
     check_model(model)
     how = resolve_recipe(recipe)
     with deferred(), stages(_ANALYSES, progress) as enter:
-        return _analyse(model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter)[1]
+        return analyse(model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter)[1]
 
 
-def _analyse(
+def analyse(
     model: nn.Module, loader: Any, recipe: Recipe, example: Any, dynamic_shapes: Any, progress: bool, enter: Enter
 ) -> tuple[fx.GraphModule, Plan]:
     """The traced graph, and the plan made from the data."""

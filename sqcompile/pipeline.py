@@ -51,7 +51,7 @@ def rewrite(
     attentions = [a for a in every if not a.refused]
     if shared is not None:
         plan = split_attention([a.name for a in attentions], as_used(plan, linears, every))
-    _check_plan(gm, plan, linears, attentions)
+    check_plan(gm, plan, linears, attentions)
     sites, refusals = match(gm)
     quantized = {l.name for l in plan.layers if l.quantized}
     sites = sites + input_sites(refusals, quantized)
@@ -78,7 +78,8 @@ def rewrite(
     return gm
 
 
-def _check_plan(gm: fx.GraphModule, plan: Plan, linears: list[Linear], attentions: list[Attention]) -> None:
+def check_plan(gm: fx.GraphModule, plan: Plan, linears: list[Linear], attentions: list[Attention]) -> None:
+    """Raises PlanError where a plan has not the linears of a traced graph, or not the attentions it quantizes."""
     planned = {l.name: l.shape for l in plan.layers}
     for l in linears:
         if planned.get(l.name) != l.shape:

@@ -64,6 +64,7 @@ from sqcompile.passes.ir.graph import (
     is_channel_vector,
     value,
 )
+from sqcompile.passes.ir.origin import replace
 
 _ACTIVATIONS: dict[Any, str] = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
 
@@ -109,8 +110,8 @@ def _before_views(gm: fx.GraphModule, q: fx.Node) -> fx.Node:
         with gm.graph.inserting_before(min(q, rows)):
             inner = add_op(gm, rows.target, x.args[0])  # type: ignore[arg-type]
             new = add_op(gm, sqcompile_ops.quantize.default, x.args[0], inner if rows is scale else scale)
-            q.replace_all_uses_with(add_op(gm, aten.reshape.default, new, sizes))
-            rows.replace_all_uses_with(add_op(gm, aten.reshape.default, inner, [*sizes[:-1], 1]))
+            replace(q, add_op(gm, aten.reshape.default, new, sizes))
+            replace(rows, add_op(gm, aten.reshape.default, inner, [*sizes[:-1], 1]))
         gm.graph.erase_node(q)
         gm.graph.erase_node(rows)
         if not x.users:
@@ -139,7 +140,7 @@ def _residual(gm: fx.GraphModule, add: fx.Node) -> None:
         args = list(y.args)
         fits = value(r).shape == value(y).shape and value(r).dtype == value(y).dtype == value(add).dtype
         if fits and args[6:] == ["none", None, None]:
-            _replace(gm, add, sqcompile_ops.int8_gemm.default, *args[:7], r, None)
+            _redo(gm, y, add, *args[:7], r, None)
             return
 
 
@@ -162,7 +163,7 @@ def _into_gemm(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> bool:
         return False
     rows.replace_all_uses_with(factors)
     gm.graph.erase_node(rows)
-    _replace(gm, q, sqcompile_ops.int8_gemm.default, *args[:6], activation or "none", None, scale)
+    _redo(gm, gemm, q, *args[:6], activation or "none", None, scale)
     return True
 
 
@@ -239,17 +240,17 @@ def _plane(gm: fx.GraphModule, scale: fx.Node, reader: fx.Node) -> fx.Node:
 
 def _point(gm: fx.GraphModule, old: fx.Node, new: fx.Node, i: int, keep: set[fx.Node] | None = None) -> None:
     """Readers of old (or those in keep) read item i of new."""
-    readers = set(old.users) if keep is None else keep
     with gm.graph.inserting_after(new):
         item = gm.graph.call_function(operator.getitem, (new, i))
     item.meta["val"] = value(new)[i]
-    old.replace_all_uses_with(item, delete_user_cb=lambda u: u in readers)
+    replace(old, item, keep)
 
 
-def _replace(gm: fx.GraphModule, old: fx.Node, target: Any, *args: Any) -> None:
+def _redo(gm: fx.GraphModule, gemm: fx.Node, old: fx.Node, *args: Any) -> None:
+    """Puts the GEMM with other arguments, by which it does old's work too, in old's place."""
     with gm.graph.inserting_before(old):
-        new = add_op(gm, target, *args)
-    old.replace_all_uses_with(new)
+        new = add_op(gm, sqcompile_ops.int8_gemm.default, *args)
+    replace(old, new, result_of=gemm)
     gm.graph.erase_node(old)
     gm.graph.eliminate_dead_code()
 

@@ -25,6 +25,7 @@ from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.targets import Target
 from sqcompile.passes.attention.scores import SAME, Mask, Scores, numbers, read_scores
 from sqcompile.passes.ir.graph import add_op, additive, aten, constants, value
+from sqcompile.passes.ir.origin import replace
 from sqcompile.passes.ir.record import record_readers
 from sqcompile.passes.lowering.float_attention import listed_mask
 
@@ -65,7 +66,7 @@ def lower_int8_attention(gm: fx.GraphModule, target_of: Callable[[torch.device],
                 gm, sqcompile_ops.int8_attention.default,
                 q, q_scale, k, k_scale, v, v_scale, mask, blocks, diagonal, scores.scale, scores.softcap, value(end).dtype,
             )  # fmt: skip
-        end.replace_all_uses_with(new)
+        replace(end, new)
         record_readers(gm, new)
         gm.graph.erase_node(end)
     gm.graph.eliminate_dead_code()

@@ -47,6 +47,7 @@ from sqcompile.passes.ir.graph import (
     value,
 )
 from sqcompile.passes.ir.operators import LAYOUT
+from sqcompile.passes.ir.origin import replace
 from sqcompile.passes.ir.record import record_readers
 from sqcompile.passes.lowering.float_attention import lower_attention
 from sqcompile.passes.lowering.fuse import fuse
@@ -211,7 +212,7 @@ def _shows_strides(node: fx.Node) -> bool:
 
 def _replace(gm: fx.GraphModule, old: _Quantized, new: fx.Node) -> None:
     """Puts the new node in place of a linear, and drops the linear and its plain int8 weight at once."""
-    old.out.replace_all_uses_with(new)
+    replace(old.out, new)
     acc = old.out.args[0]
     assert isinstance(acc, fx.Node)
     weight_cast = acc.args[1]

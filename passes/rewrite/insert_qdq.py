@@ -48,6 +48,7 @@ from sqcompile.passes.ir.graph import (
     set_tensor,
     value,
 )
+from sqcompile.passes.ir.origin import PLANNED
 from sqcompile.passes.planning.finite import check_tensor
 from sqcompile.passes.rewrite.insert_qdq_attention import quantize_attention
 from sqcompile.passes.rewrite.weight_store import Lazy, Shared
@@ -109,6 +110,7 @@ class _Inserter:
             else:
                 acc = add_op(self.gm, aten.linear.default, x_float, w_float)
                 y = add_op(self.gm, sqcompile_ops.dequantize.default, acc, x_scale, w_scale, bias, value(node).dtype)
+        y.meta[PLANNED] = linear.name
         node.replace_all_uses_with(y)
         self.gm.graph.erase_node(node)
 

@@ -38,6 +38,7 @@ from torch import fx
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.attention.chains import Attention, find_attentions
 from sqcompile.passes.ir.graph import add_op, add_tensor, arguments, aten, nodes_by_name, value
+from sqcompile.passes.ir.origin import PLANNED
 from sqcompile.passes.ir.symbols import statically_known_true
 from sqcompile.plan.entries import AttentionPlan
 from sqcompile.plan.plan import Plan
@@ -174,6 +175,7 @@ class _Inserter:
                 scale = add_tensor(self.gm, f"{self.a.name}.value_scale", static[:, None].to(value(v).device))
                 quantized, scale = self._static(v, scale, sqcompile_ops.finite_heads.default)
             y = add_op(self.gm, sqcompile_ops.int8_attend.default, self._apart(masked), quantized, scale, dtype)
+        y.meta[PLANNED] = self.a.name
         return add_op(self.gm, aten.flatten.using_ints, y, 0, 1) if value(output).dim() == 3 else y
 
     def _apart(self, x: fx.Node) -> fx.Node:

@@ -107,6 +107,14 @@ def site_labels(keys: Iterable[str], linears: Iterable[str]) -> tuple[SiteLabel,
     return tuple(names.site(key) for key in keys)
 
 
+def linear_labels(linears: Iterable[str]) -> dict[str, str]:
+    """A label for each of a model's linears: "model.layers.0: q_proj"."""
+    linears = list(linears)
+    names = Names(linears)
+    blocks = {n: names.block([n]) for n in linears}
+    return {n: f"{b}: {names.short(n, b)}" if b else names.short(n) for n, b in blocks.items()}
+
+
 def refusal_lines(refusals: Iterable[tuple[str, str]], linears: Iterable[str]) -> list[str]:
     """One line per reason and block: "encoder.layer.{0..11}: output.dense: its input passes gelu, ...".
 
