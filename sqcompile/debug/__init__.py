@@ -33,7 +33,7 @@ from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.plan.recipe import Recipe, resolve_recipe
 from sqcompile.process.interrupts import deferred
 from sqcompile.process.lock import analysing, compiling
-from sqcompile.process.progress import stages
+from sqcompile.process.progress import Enter, stages
 
 __all__ = ["Bisection", "NodeError", "SiteError", "bisect"]
 
@@ -110,9 +110,10 @@ def bisect(
     return found
 
 
-def _compare(traced: fx.GraphModule, plan: Plan, arguments: list[Any], progress: bool, enter: Any) -> Bisection:
+def _compare(traced: fx.GraphModule, plan: Plan, arguments: list[Any], progress: bool, enter: Enter) -> Bisection:
     linears = find_linears(traced)
-    check_plan(traced, plan, linears, [a for a in find_attentions(traced) if not a.refused])
+    attentions = find_attentions(traced) if any(a.quantized != "none" for a in plan.attention) else []
+    check_plan(traced, plan, linears, [a for a in attentions if not a.refused])
     enter("fold")
 
     def each(parts: list[Part]) -> Iterable[Part]:

@@ -1,4 +1,4 @@
-"""bisect names the wrong fold and the wrong lowered operator, and nothing else."""
+"""bisect names the wrong fold, and nothing else; what it takes, and what it says."""
 
 from __future__ import annotations
 
@@ -10,83 +10,20 @@ import warnings
 import pytest
 import torch
 from conftest import tiny_lm, token_batches
+from debug_cases import TOKENS, Attending, Net, X, bisect, passes, wrong
 from hand_written import Pairs, Spelled
 from hypothesis import given
 from hypothesis import strategies as st
-from random_checks import check_untouched, state
 from torch import nn
 from torch.nn import functional as F
 
 import sqcompile
 from sqcompile import CalibrationError, CaptureError, PlanError, Recipe, RecipeError
 from sqcompile.debug import Bisection, NodeError, SiteError, folds
-from sqcompile.kernels import fused, x86
 from sqcompile.passes.attention.head_sites import _HeadLabels
 from sqcompile.passes.ir.graph import aten
 from sqcompile.passes.labels import rules
-from sqcompile.passes.lowering import fuse, int8_attention, lower
 from sqcompile.passes.rewrite.fold import _Folder
-
-
-class Layer(nn.Module):
-    def __init__(self, act):
-        super().__init__()
-        self.norm, self.a, self.b = nn.LayerNorm(16), nn.Linear(16, 24), nn.Linear(24, 16)
-        self.act = act
-
-    def forward(self, x):
-        return x + self.b(self.act(self.a(self.norm(x))))
-
-
-class Net(nn.Module):
-    """Layers with a site "norm -> a" each, and "a -> b" where the activation lets scales pass."""
-
-    def __init__(self, *acts):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(Layer(act) for act in acts)
-        self.eval()
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
-
-
-class Attending(nn.Module):
-    def __init__(self, *attentions):
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.layers = nn.LayerNorm(32), nn.ModuleList(attentions)
-        self.eval()
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + layer(self.norm(x))
-        return x
-
-
-TOKENS = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
-
-
-def bisect(model, inputs=X, **kwargs):
-    """A quiet bisection, in which the model stays as it was."""
-    before = state(model)
-    found = sqcompile.debug.bisect(model, inputs, progress=False, **kwargs)
-    check_untouched(model, before)
-    return found
-
-
-def wrong(found):
-    return [e.label for e in (*found.folds, *found.lowering) if e.wrong]
-
-
-def passes(ctx, n, out, flow, operands):
-    """A rule that lets scales pass whatever the operation is."""
-    return next(iter(operands.values()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -228,77 +165,6 @@ def test_a_fold_that_fails_is_a_wrong_one(monkeypatch):
     found = bisect(Net(F.relu, F.relu), plan=plan)
     assert wrong(found) == ["layers.1: norm -> a"] and found.first_wrong_fold.failure == "IndexError: no such channel"
     assert found.lowering == () and "not compared" in str(found) and "no such channel" in str(found)
-
-
-def off_by(factor, part, columns=lower._columns):
-    """Scales of output channels that are wrong for one layer."""
-    return lambda gm, g, merged: columns(gm, g, merged) * (factor if part in str(g.weight.target) else 1.0)
-
-
-def test_a_wrong_lowered_linear_is_named(monkeypatch):
-    monkeypatch.setattr(lower, "_columns", off_by(1.0001, "layers.1.b"))
-    found = bisect(Net(F.relu, F.gelu, F.relu))
-    assert wrong(found) == ["layers.1: b"] and found.first_wrong_fold is None and not found.right
-    node = found.first_wrong_node
-    assert node.name == "layers.1.b.weight" and node.operator.startswith("int8_linear")
-    assert 5e-5 < node.error < 1e-4  # the bias, which is right, has a part in the result
-    assert f"first wrong node: {node.label}" in str(found)
-
-
-def test_a_wrong_part_of_a_merged_linear_is_named_alone(monkeypatch):
-    made = lower._columns
-
-    def columns(gm, g, merged):
-        scale = made(gm, g, merged).clone()
-        if "layers.1.q" in str(g.weight.target):
-            scale[32:36] *= 1.5  # queries have 32, keys come next
-        return scale
-
-    monkeypatch.setattr(lower, "_columns", columns)
-    found = bisect(Attending(Spelled("whole"), Spelled("whole")), TOKENS)
-    assert wrong(found) == ["layers.1: k"]
-
-
-def test_a_wrong_lowered_attention_is_named(monkeypatch):
-    read = int8_attention.read_scores
-
-    def misread(*args):
-        scores = read(*args)
-        return dataclasses.replace(scores, scale=scores.scale * 1.1)
-
-    monkeypatch.setattr(int8_attention, "read_scores", misread)
-    found = bisect(Attending(Spelled("whole"), Spelled("whole")), TOKENS, recipe=Recipe(attention="qk"))
-    assert wrong(found) == ["layers.0", "layers.1"]
-    assert found.first_wrong_node.operator == "int8_attention"
-
-
-@pytest.mark.parametrize(
-    ("family", "recipe"),
-    [("opt", "O3"), ("llama", "default"), pytest.param("mixtral", "default", marks=pytest.mark.slow)],
-)
-def test_operators_fused_for_gpus_are_compared_where_they_end(monkeypatch, family, recipe):
-    monkeypatch.setattr(x86, "available", lambda: False)
-    monkeypatch.setattr(fused, "available", lambda device: True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "static scales from")
-        found = bisect(tiny_lm(family), token_batches(1)[0], recipe=recipe)
-        assert found.right and {"int8_gemm"} <= {n.operator for n in found.lowering}
-        assert len(found.lowering) == {"opt": 2 * 7, "llama": 2 * 7, "mixtral": 2 * 6}[family]
-        monkeypatch.setattr(lower, "_columns", off_by(1.01, "layers.1.fc1" if family == "opt" else "layers.1."))
-        found = bisect(tiny_lm(family), token_batches(1)[0], recipe=recipe)
-    assert found.first_wrong_fold is None and all("layers.1" in label for label in wrong(found))
-    # fc1 ends in the int8 input of fc2
-    assert found.first_wrong_node.label.endswith("layers.1: fc1" if family == "opt" else "layers.1: q_proj")
-
-
-def test_a_wrong_node_that_is_no_linear_is_named_by_the_node(monkeypatch):
-    monkeypatch.setattr(x86, "available", lambda: False)
-    monkeypatch.setattr(fused, "available", lambda device: True)
-    act = fuse._act
-    monkeypatch.setattr(fuse, "_act", lambda x, const: (f := act(x, const)) and (*f[:2], "relu"))
-    found = bisect(tiny_lm("llama"), token_batches(1)[0])
-    assert found.first_wrong_node.operator == "act_quantize"
-    assert {n.operator for n in found.lowering if n.wrong} == {"act_quantize"}  # whose readers get the right values
 
 
 @torch.library.custom_op("sqcompile_test_debug::at_most", mutates_args=())
