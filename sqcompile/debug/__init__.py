@@ -22,6 +22,7 @@ from sqcompile.debug.folds import Part, compare_folds
 from sqcompile.debug.lowering import compare_lowering
 from sqcompile.debug.result import Bisection, NodeError, SiteError
 from sqcompile.errors import CalibrationError
+from sqcompile.kernels.targets import Target
 from sqcompile.models import check_model
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.graph import find_linears
@@ -46,6 +47,7 @@ def bisect(
     plan: Plan | str | os.PathLike[str] | None = None,
     dynamic_shapes: Any = "auto",
     progress: bool = True,
+    target: str | Target | None = None,
 ) -> Bisection:
     """Finds the smoothing site whose fold changes the model, and the lowered operator that computes something else.
 
@@ -84,6 +86,7 @@ def bisect(
         plan: the plan to examine, or the path of a saved one, instead of a recipe.
         dynamic_shapes: as for `sqcompile.compile`.
         progress: whether to show progress bars, and to print the result.
+        target: as for `sqcompile.compile`.
 
     Returns:
         A Bisection. Its text has an error for each site and each INT8 operator, and names the first wrong ones, which are
@@ -92,6 +95,7 @@ def bisect(
     Raises:
         SQCompileError: as `sqcompile.compile`; CalibrationError for inputs that are no single call.
     """
+    target = Target.named(target) if isinstance(target, str) else target
     check_model(model)
     _check_inputs(inputs)
     with deferred(), stages(("trace", "calibrate", "match", "plan", "fold", "lower"), progress) as enter:
@@ -104,13 +108,15 @@ def bisect(
             with analysing(model), compiling():
                 traced = trace(model, call, dynamic_shapes)
         with compiling(), torch.no_grad(), _no_autocast(model):
-            found = _compare(traced, plan, _arguments(call, traced), progress, enter)
+            found = _compare(traced, plan, _arguments(call, traced), progress, enter, target)
     if progress:
         print(found)
     return found
 
 
-def _compare(traced: fx.GraphModule, plan: Plan, arguments: list[Any], progress: bool, enter: Enter) -> Bisection:
+def _compare(
+    traced: fx.GraphModule, plan: Plan, arguments: list[Any], progress: bool, enter: Enter, target: Target | None
+) -> Bisection:
     linears = find_linears(traced)
     attentions = find_attentions(traced) if any(a.quantized != "none" for a in plan.attention) else []
     check_plan(traced, plan, linears, [a for a in attentions if not a.refused])
@@ -124,7 +130,7 @@ def _compare(traced: fx.GraphModule, plan: Plan, arguments: list[Any], progress:
     if not together.failure:
         enter("lower")
         quantized = rewrite(traced, plan, until="quantized", shown=False)
-        lowered = verify(lower(quantized), "lowered")
+        lowered = verify(lower(quantized, target=target), "lowered")
         nodes = compare_lowering(quantized, lowered, arguments, linear_labels(l.name for l in linears))
     return Bisection(folds, together, wrong_together, nodes, dtype)
 

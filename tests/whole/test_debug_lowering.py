@@ -12,7 +12,6 @@ from hand_written import Spelled
 from torch.nn import functional as F
 
 from sqcompile import Recipe
-from sqcompile.kernels import fused, x86
 from sqcompile.passes.lowering import fuse, int8_attention, lower
 
 
@@ -63,25 +62,21 @@ def test_a_wrong_lowered_attention_is_named(monkeypatch):
     [("opt", "O3"), ("llama", "default"), pytest.param("mixtral", "default", marks=pytest.mark.slow)],
 )
 def test_operators_fused_for_gpus_are_compared_where_they_end(monkeypatch, family, recipe):
-    monkeypatch.setattr(x86, "available", lambda: False)
-    monkeypatch.setattr(fused, "available", lambda device: True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "static scales from")
-        found = bisect(tiny_lm(family), token_batches(1)[0], recipe=recipe)
+        found = bisect(tiny_lm(family), token_batches(1)[0], recipe=recipe, target="cuda-sm90")
         assert found.right and {"int8_gemm"} <= {n.operator for n in found.lowering}
         assert len(found.lowering) == {"opt": 2 * 7, "llama": 2 * 7, "mixtral": 2 * 6}[family]
         monkeypatch.setattr(lower, "_columns", off_by(1.01, "layers.1.fc1" if family == "opt" else "layers.1."))
-        found = bisect(tiny_lm(family), token_batches(1)[0], recipe=recipe)
+        found = bisect(tiny_lm(family), token_batches(1)[0], recipe=recipe, target="cuda-sm90")
     assert found.first_wrong_fold is None and all("layers.1" in label for label in wrong(found))
     # fc1 ends in the int8 input of fc2
     assert found.first_wrong_node.label.endswith("layers.1: fc1" if family == "opt" else "layers.1: q_proj")
 
 
 def test_a_wrong_node_that_is_no_linear_is_named_by_the_node(monkeypatch):
-    monkeypatch.setattr(x86, "available", lambda: False)
-    monkeypatch.setattr(fused, "available", lambda device: True)
     act = fuse._act
     monkeypatch.setattr(fuse, "_act", lambda x, const: (f := act(x, const)) and (*f[:2], "relu"))
-    found = bisect(tiny_lm("llama"), token_batches(1)[0])
+    found = bisect(tiny_lm("llama"), token_batches(1)[0], target="cuda-sm90")
     assert found.first_wrong_node.operator == "act_quantize"
     assert {n.operator for n in found.lowering if n.wrong} == {"act_quantize"}  # whose readers get the right values
