@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sqcompile.errors import IndexRangeError
-from sqcompile.kernels import attention, attention_int8, attention_parts, fused, reference
+from sqcompile.kernels import attention, attention_int8, attention_parts, fp8, fused, reference
 from sqcompile.kernels.cpu import x86
 
 
@@ -68,11 +68,11 @@ def int8_grouped_linear_packed(
 
 
 _COMPOSITE = {
-    "token_scale(Tensor x) -> Tensor": reference.token_scale,
-    "tensor_scale(Tensor x) -> Tensor": reference.tensor_scale,
+    "token_scale(Tensor x, float q_max=127.0) -> Tensor": reference.token_scale,
+    "tensor_scale(Tensor x, float q_max=127.0) -> Tensor": reference.tensor_scale,
     "finite_rows(Tensor x) -> Tensor": reference.finite_rows,
     "finite_heads(Tensor x) -> Tensor": reference.finite_heads,
-    "quantize(Tensor x, Tensor scale, int zero_point=0) -> Tensor": reference.quantize,
+    "quantize(Tensor x, Tensor scale, int zero_point=0, ScalarType dtype=int8) -> Tensor": reference.quantize,
     "dequantize(Tensor acc, Tensor scale, Tensor w_scale, Tensor? bias, ScalarType dtype) -> Tensor": reference.dequantize,
     "dequantize_tokens(Tensor q, Tensor scale, ScalarType dtype) -> Tensor": reference.dequantize_tokens,
     "grouped_dequantize(Tensor acc, Tensor scale, Tensor w_scale, Tensor offsets, ScalarType dtype) -> Tensor": (
@@ -81,6 +81,7 @@ _COMPOSITE = {
     "int8_linear(Tensor q, Tensor scale, Tensor w, Tensor w_scale, Tensor? bias, ScalarType dtype) -> Tensor": (
         reference.int8_linear
     ),
+    "fp8_linear(Tensor q, Tensor scale, Tensor w, Tensor w_scale, Tensor? bias, ScalarType dtype) -> Tensor": fp8.fp8_linear,
     "int8_linear_packed(Tensor q, Tensor scale, Tensor w, Tensor w_scale, Tensor w_sum, Tensor? bias, ScalarType dtype)"
     " -> Tensor": int8_linear_packed,
     "int8_grouped_linear_packed(Tensor q, Tensor scale, Tensor[] w, Tensor w_scale, Tensor w_sum, Tensor offsets,"

@@ -18,6 +18,8 @@ import math
 import torch
 from torch import Tensor
 
+from sqcompile.kernels.qtypes import BY_DTYPE
+
 QMAX = 127  # 2^(8-1) - 1: -128 is never used, so that negation cannot overflow
 ABSMAX_FLOOR = 1e-30  # below it a tensor counts as zero; 127 / floor is still finite in float32
 UINT8_ZERO_POINT = 128
@@ -26,9 +28,12 @@ UINT8_ZERO_POINT = 128
 _EXACT_TERMS = 2**24 // (127 * 128)
 
 
-def absmax_scale(absmax: Tensor) -> Tensor:
-    """The scale Δ of values up to ``absmax``: float32, same shape; NaN for what is not finite."""
-    scale = absmax.to(torch.float32).clamp_min(ABSMAX_FLOOR) * (1.0 / QMAX)
+def absmax_scale(absmax: Tensor, q_max: float = QMAX) -> Tensor:
+    """The scale Δ of values up to ``absmax``: float32, same shape; NaN for what is not finite.
+
+    Here and below, ``q_max`` is that of the number format (`qtypes`), int8's by default.
+    """
+    scale = absmax.to(torch.float32).clamp_min(ABSMAX_FLOOR) * (1.0 / q_max)
     return torch.where(scale < math.inf, scale, math.nan)
 
 
@@ -49,30 +54,35 @@ def _one_or_nan(finite: Tensor) -> Tensor:
     return finite.to(torch.float32).masked_fill(~finite, math.nan)
 
 
-def token_scale(x: Tensor) -> Tensor:
+def token_scale(x: Tensor, q_max: float = QMAX) -> Tensor:
     """Per-token scale of x [..., K]: float32 [..., 1]; every dim but the last is a token dim."""
-    return absmax_scale(x.abs().amax(dim=-1, keepdim=True))
+    return absmax_scale(x.abs().amax(dim=-1, keepdim=True), q_max)
 
 
-def tensor_scale(x: Tensor) -> Tensor:
+def tensor_scale(x: Tensor, q_max: float = QMAX) -> Tensor:
     """Per-tensor scale of x, any shape: float32 []."""
-    return absmax_scale(x.abs().amax() if x.numel() else x.new_zeros(()))
+    return absmax_scale(x.abs().amax() if x.numel() else x.new_zeros(()), q_max)
 
 
-def weight_scale(w: Tensor, per_channel: bool) -> Tensor:
+def weight_scale(w: Tensor, per_channel: bool, q_max: float = QMAX) -> Tensor:
     """Scale of w [N, K]: float32 [N, 1], one per output channel (a max over dim -1), or one for all as [1, 1]."""
     per_row = w.abs().amax(dim=-1, keepdim=True)
-    return absmax_scale(per_row if per_channel else per_row.amax(dim=0, keepdim=True))
+    return absmax_scale(per_row if per_channel else per_row.amax(dim=0, keepdim=True), q_max)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: int = 0) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, zero_point: int = 0, dtype: torch.dtype = torch.int8) -> Tensor:
     """q = clamp(round_half_even(x · 1/scale), -127, 127) as int8, or as uint8 shifted by a zero point of 128; 0 for NaN.
+
+    In another format, the nearest value that it has of x · 1/scale.
 
     Args:
         x: any float dtype, any shape.
         scale: float32, broadcasts against x.
         zero_point: 0, or 128 for the uint8 activations of oneDNN; the shift is exact.
+        dtype: of the number format (`qtypes`).
     """
+    if dtype != torch.int8:
+        return BY_DTYPE[dtype].of(x.to(torch.float32) * scale.reciprocal())
     q = torch.round(x.to(torch.float32) * scale.reciprocal())
     q = q.masked_fill(q.isnan(), 0)  # which no processor's conversion agrees on
     low, high = zero_point - QMAX, zero_point + QMAX
@@ -128,6 +138,11 @@ def int8_linear(
     if q.dtype == torch.uint8:
         q = (q.to(torch.int16) - UINT8_ZERO_POINT).to(torch.int8)
     return dequantize(int8_matmul(q, w), scale, w_scale, bias, dtype)
+
+
+def fp8_linear(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`int8_linear` for float8_e4m3fn q [..., K] and w [N, K], with sums in float32."""
+    return dequantize(q.to(torch.float32) @ w.to(torch.float32).t(), scale, w_scale, bias, dtype)
 
 
 def expert_rows(offsets: Tensor) -> list[slice]:

@@ -7,7 +7,7 @@ another machine than this one. Whatever a graph was lowered for, its operators r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -46,6 +46,10 @@ class Operands:
 Emit = Callable[[Operands], tuple[Any, tuple[Any, ...]]]  # the operator, and its arguments
 
 
+def _fp8(o: Operands) -> tuple[Any, tuple[Any, ...]]:
+    return sqcompile_ops.fp8_linear.default, (o.q, o.scale, o.w, o.w_scale, o.more, o.dtype)
+
+
 @dataclass(frozen=True)
 class Target:
     """A kind of machine.
@@ -53,7 +57,9 @@ class Target:
     Attributes:
         name: such as "x86-vnni", "cuda-sm90" or "reference".
         device: the type of its devices, as in ``torch.device(type)``.
-        linear, experts: the operator of a quantized linear, and of routed experts.
+        linear, experts: the operator of a linear in INT8, and of routed experts.
+        fp8: the operator of a linear in FP8.
+        has_fp8: whether it has FP8 kernels; without, plain PyTorch computes the product, with a warning.
         pack: int8 [N, K] -> the weight as the operator reads it, and what it reads beside it; None to leave it as it is.
             Packed weights are opaque: they cannot be saved.
         zero_point: of the activations' integers: 0 for int8, 128 for uint8.
@@ -73,6 +79,12 @@ class Target:
     fuses: bool = False
     attention: Literal["cpu", "triton"] | None = None
     has_kernels: bool = True
+    fp8: Emit = _fp8
+    has_fp8: bool = False
+
+    def for_fp8(self) -> Target:
+        """What FP8 linears are lowered for: operators of their own, and weights as they are."""
+        return replace(self, linear=self.fp8, pack=None, zero_point=0, fuses=False, has_kernels=self.has_fp8)
 
     @staticmethod
     def of(device: torch.device) -> Target:
@@ -125,7 +137,9 @@ def _x86(name: str) -> Target:
 
 
 def _cuda(capability: int) -> Target:
-    return Target(f"cuda-sm{capability}", "cuda", _fused, _plain_experts, fuses=True, attention="triton")
+    return Target(
+        f"cuda-sm{capability}", "cuda", _fused, _plain_experts, fuses=True, attention="triton", has_fp8=capability >= 89
+    )
 
 
 def _reference(device: str) -> Target:

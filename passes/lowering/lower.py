@@ -33,6 +33,7 @@ import torch
 from torch import fx
 
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.kernels.qtypes import BY_DTYPE, FP8, INT8, QType
 from sqcompile.kernels.targets import Operands, Target
 from sqcompile.passes.ir.graph import (
     add_op,
@@ -87,7 +88,8 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | Non
     With ``shared`` (the same as of `insert_qdq`), a weight that another graph has made is taken from it. ``target`` is
     what is lowered for; None for the devices of the graph's tensors.
 
-    For a target without INT8 kernels, the integer reference runs, with a warning once per device type. Weights are packed one group at a time and the plain int8 copy is dropped, so no two copies of the model exist.
+    For a target without kernels, the plain reference runs, with a warning once per device type. Weights are packed one
+    group at a time and the plain int8 copy is dropped, so no two copies of the model exist.
     """
     gm = clone(gm)
     target_of: TargetOf = Target.of if target is None else lambda device: target
@@ -101,10 +103,15 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | Non
             bias, offsets = (None, more) if grouped else (more, None)
             found = _Quantized(node, q, weight, scale, weight_scale, bias, dtype, offsets, static)
             groups.setdefault(found.key, []).append(found)
+    fuses = False
     for group in groups.values():
         on = target_of(value(group[0].weight).device)
+        qtype = BY_DTYPE[value(group[0].weight).dtype]
+        if qtype is FP8:
+            on = on.for_fp8()
         if not on.has_kernels:
-            _warn_reference(on.device)
+            _warn_reference(on.device, qtype)
+        fuses |= on.fuses
         if group[0].offsets:
             _lower_experts(gm, group[0], shared, on)
         else:
@@ -114,7 +121,7 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | Non
     _materialize(gm)
     lower_int8_attention(gm, target_of)
     lower_attention(gm, target_of)
-    if any(target_of(value(group[0].weight).device).fuses for group in groups.values()):
+    if fuses:
         fuse(gm)
     check_ids(gm)
     gm.meta["target"] = target
@@ -150,6 +157,11 @@ def _merge_experts(parts: list[tuple[torch.Tensor, torch.Tensor]], target: Targe
     return Merged([*packed], scale, torch.stack(beside))
 
 
+def _name(g: _Quantized) -> str:
+    """Of a linear's weight, before it was quantized."""
+    return str(g.weight.target).removesuffix(f"_{BY_DTYPE[value(g.weight).dtype].name}")
+
+
 def _columns(gm: fx.GraphModule, g: _Quantized, merged: Merged) -> torch.Tensor:
     """The factors of output channels, float32 [N] or [E, N]: Δw, times Δx where it is static."""
     return merged.scale if g.static is None else merged.scale * get_tensor(gm, str(g.static.target))
@@ -161,7 +173,7 @@ def _lower_group(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | N
     merged = _weights(gm, group, shared, target)
     assert isinstance(merged.w, torch.Tensor)
     bias = None if first.bias is None else torch.cat([evaluate(gm, g.bias) for g in group if g.bias is not None])
-    name = str(first.weight.target).removesuffix("_int8")
+    name = _name(first)
     with gm.graph.inserting_before(first.out):
         w_scale = add_tensor(gm, f"{name}_columns", _columns(gm, first, merged))
         b = None if bias is None else add_tensor(gm, f"{name}_bias", bias)
@@ -186,7 +198,7 @@ def _lower_group(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | N
 
 def _lower_experts(gm: fx.GraphModule, g: _Quantized, shared: Shared | None, target: Target) -> None:
     merged = _weights(gm, [g], shared, target)
-    name = str(g.weight.target).removesuffix("_int8")
+    name = _name(g)
     with gm.graph.inserting_before(g.out):
         w_scale = add_tensor(gm, f"{name}_columns", _columns(gm, g, merged))
         if isinstance(merged.w, torch.Tensor):
@@ -226,9 +238,9 @@ def _replace(gm: fx.GraphModule, old: _Quantized, new: fx.Node) -> None:
 
 def _shifted(gm: fx.GraphModule, q: fx.Node, zero_point: int) -> fx.Node:
     """The twin of a quantize node with a zero point, made once."""
-    x, scale = q.args
     if not zero_point:
         return q
+    x, scale = q.args
     for user in x.users:  # type: ignore[union-attr]
         if user.target == sqcompile_ops.quantize.default and user.args == (x, scale, zero_point):
             return user
@@ -236,13 +248,14 @@ def _shifted(gm: fx.GraphModule, q: fx.Node, zero_point: int) -> fx.Node:
         return add_op(gm, sqcompile_ops.quantize.default, x, scale, zero_point)
 
 
-def _warn_reference(device: str) -> None:
-    if device not in _warned:
-        _warned.add(device)
+def _warn_reference(device: str, qtype: QType) -> None:
+    kind = device if qtype is INT8 else f"{device}, {qtype.name}"
+    if kind not in _warned:
+        _warned.add(kind)
+        without = " without AVX512-VNNI" if device == "cpu" and qtype is INT8 else ""
         warnings.warn(
-            f"sqcompile has no INT8 kernels for {device}"
-            + (" without AVX512-VNNI" if device == "cpu" else "")
-            + ": the compiled model runs the plain-PyTorch integer reference, correct but slow",
+            f"sqcompile has no {qtype.name.upper()} kernels for {device}{without}: the compiled model runs the plain-PyTorch "
+            f"{'integer ' if qtype is INT8 else ''}reference, correct but slow",
             stacklevel=2,
         )
 

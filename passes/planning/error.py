@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from sqcompile.kernels.reference import QMAX, absmax_scale, dequantize, quantize, token_scale, weight_scale
+from sqcompile.kernels.reference import absmax_scale, dequantize, quantize, token_scale, weight_scale
 from sqcompile.passes.ir.graph import Linear, effective_weight, find_linears, nodes_by_name, row_parts
 from sqcompile.passes.labels.match import Site
 from sqcompile.passes.planning.smoothing import smoothing_scale
@@ -42,6 +42,7 @@ class Chooser:
         self.producers: dict[str, Tensor] = {}  # s that a producer's output is divided by, [C], by node
         self.linears = {l.node: l for l in find_linears(gm)}
         self.nodes = nodes_by_name(gm)
+        self.qtype = recipe.qtype
         self.static = recipe.activation == "per_tensor_static"
         self._energies: dict[str, Tensor] = {}
 
@@ -106,7 +107,7 @@ class Chooser:
         for group in together.values():
             stats, name = self.calibration.inputs[group[0].name], group[0].name
             columns = self.halves.get(name, torch.ones_like(stats.halves))
-            room = margin(stats, columns, torch.stack([self._energy(l) for l in group]).sum(0))
+            room = margin(stats, columns, torch.stack([self._energy(l) for l in group]).sum(0), self.qtype)
             self.margins |= {l.name: room for l in group}
 
     def _energy(self, l: Linear) -> Tensor:
@@ -134,7 +135,7 @@ class Chooser:
         """What clipping is expected to add to the noise of as many new rows as are sampled of the other half."""
         stats = self.calibration.inputs[l.name]
         columns = self.halves[l.name][h] if l.name in self.halves else torch.ones_like(stats.absmax)
-        limits = self._limit(l, columns, stats.halves[h]) * QMAX * columns
+        limits = self._limit(l, columns, stats.halves[h]) * self.qtype.q_max * columns
         rows = int((stats.half == 1 - h).sum())
         return rows * float(clipped(stats, stats.halves[h], limits, self._energy(l)))
 
@@ -145,8 +146,9 @@ class Chooser:
         stats = self.calibration.inputs[l.name]
         x, experts = stats.rows[which].float(), stats.experts[which]
         smoothed = x if columns is None else x / columns
-        x_scale = token_scale(smoothed) if self.recipe.activation == "per_token" else self._limit(l, columns, absmax)
-        x_int = quantize(smoothed, x_scale).float()
+        per_token = self.recipe.activation == "per_token"
+        x_scale = token_scale(smoothed, self.qtype.q_max) if per_token else self._limit(l, columns, absmax)
+        x_int = quantize(smoothed, x_scale, dtype=self.qtype.dtype).float()
         every: list[tuple[Any, Tensor]] = [(slice(None), weight)]
         if l.experts:
             every = [(experts == e, weight[e]) for e in experts.unique().tolist()]
@@ -168,14 +170,16 @@ class Chooser:
             return w if rows is None else w / rows[part, None]
 
         parts = row_parts(weight)
-        per_tensor = self.recipe.weight == "per_tensor"
-        common = torch.cat([weight_scale(folded(p), False) for p in parts]).amax() if per_tensor else None
+        per_tensor, q_max = self.recipe.weight == "per_tensor", self.qtype.q_max
+        common = torch.cat([weight_scale(folded(p), False, q_max) for p in parts]).amax() if per_tensor else None
         noise = signal = 0.0
         for part in parts:  # a few rows of the weight at a time: no float copy of it
             w = folded(part)
-            w_scale = weight_scale(w, True) if common is None else common.view(1, 1)
+            w_scale = weight_scale(w, True, q_max) if common is None else common.view(1, 1)
             y = x @ weight[part].float().t()
-            y_hat = dequantize(x_int @ quantize(w, w_scale).float().t(), x_scale, w_scale.flatten())
+            y_hat = dequantize(
+                x_int @ quantize(w, w_scale, dtype=self.qtype.dtype).float().t(), x_scale, w_scale.flatten()
+            )
             if rows is not None:
                 y_hat = y_hat * rows[part]
             y = y.double()  # squares overflow float32 where the values do not
@@ -186,7 +190,7 @@ class Chooser:
     def _limit(self, l: Linear, columns: Tensor | None, absmax: Tensor) -> Tensor:
         """Δx of the largest absmax_j / s_j, with the margin of a static scale. A dynamic one per tensor is close to it."""
         largest = (absmax if columns is None else absmax / columns).max()
-        return absmax_scale(largest * (1 + self.margins.get(l.name, 0.0)))
+        return absmax_scale(largest * (1 + self.margins.get(l.name, 0.0)), self.qtype.q_max)
 
     def input_scale(self, l: Linear) -> Tensor:
         """Static Δx, from all tokens."""

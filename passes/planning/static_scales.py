@@ -24,7 +24,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from sqcompile.kernels.reference import ABSMAX_FLOOR, QMAX, absmax_scale
+from sqcompile.kernels.qtypes import INT8, QType
+from sqcompile.kernels.reference import ABSMAX_FLOOR, absmax_scale
 from sqcompile.statistics.input_stats import InputStats
 
 MARGINS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)
@@ -39,13 +40,14 @@ def has_halves(stats: InputStats) -> bool:
     return stats.count > 1 and bool((stats.halves.amax(1) > 0).all())
 
 
-def margin(stats: InputStats, columns: Tensor, weight: Tensor) -> float:
+def margin(stats: InputStats, columns: Tensor, weight: Tensor, qtype: QType = INT8) -> float:
     """The margin of an input.
 
     Args:
         stats: of the input, K channels.
         columns: float32 [2, K], what its channels are divided by, chosen from either half.
         weight: float32 [K], what an error of each channel costs, squared.
+        qtype: the number format.
     """
     if not has_halves(stats):
         return ONE_TOKEN
@@ -56,8 +58,8 @@ def margin(stats: InputStats, columns: Tensor, weight: Tensor) -> float:
         x, cost = rows / columns[other], weight * columns[other].square()
         limits = (stats.halves[other] / columns[other]).max() * room
         for i, limit in enumerate(limits):
-            scale = absmax_scale(limit)
-            rounded = (x / scale).round().clamp(-QMAX, QMAX) * scale
+            scale = absmax_scale(limit, qtype.q_max)
+            rounded = qtype.round((x / scale).clamp(-qtype.q_max, qtype.q_max)) * scale
             tail = clipped(stats, stats.halves[other], limit * columns[other], weight)
             error = ((rounded - x).square() @ cost).sum() + len(rows) * tail
             errors[i] += error.clamp_min(ABSMAX_FLOOR).log()  # a token like no other decides for its half alone

@@ -66,6 +66,8 @@ def _reason(gm: fx.GraphModule, l: Linear, routers: set[str], calibration: Calib
     """Why a linear stays in float, or None."""
     if reason := _unasked(gm, l, routers, recipe):
         return reason
+    if l.experts and recipe.dtype != "int8":
+        return f"routed experts have no kernel in {recipe.dtype.upper()}"
     if l.name not in calibration.inputs:
         return "no calibration token reached it"
     unvarying = calibration.inputs[l.name].unvarying() if recipe.activation == "per_tensor_static" else None

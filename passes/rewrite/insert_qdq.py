@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.kernels.qtypes import INT8, QType
 from sqcompile.kernels.reference import quantize, weight_scale
 from sqcompile.passes.ir.graph import (
     FOLD_CAST,
@@ -91,6 +92,7 @@ class _Inserter:
     def __init__(self, gm: fx.GraphModule, plan: Plan, folded: fx.GraphModule, shared: Shared | None) -> None:
         self.gm, self.plan, self.folded, self.shared = gm, plan, folded, shared
         self.nodes, self.folded_nodes = nodes_by_name(gm), nodes_by_name(folded)
+        self.qtype = plan.recipe.qtype
         self.inputs: dict[tuple[str, float | None], tuple[fx.Node, fx.Node, fx.Node | None]] = {}
 
     def linear(self, linear: Linear, layer: LayerPlan) -> None:
@@ -117,13 +119,13 @@ class _Inserter:
     def _operands(self, linear: Linear, name: str) -> tuple[fx.Node, fx.Node]:
         if self.shared is None:
             q, scale = self._weight(linear)
-            return add_tensor(self.gm, f"{name}_int8", q), add_tensor(self.gm, f"{name}_scale", scale)
+            return add_tensor(self.gm, f"{name}_{self.qtype.name}", q), add_tensor(self.gm, f"{name}_scale", scale)
         weight = self.nodes[linear.weight]
         per_channel = self.plan.recipe.weight == "per_channel"
         rows = (*linear.shape[:-2], linear.out_features if per_channel else 1)
-        w_int8 = _stand_in(self.gm, f"{name}_int8", linear.shape, torch.int8, value(weight).device)
+        w_int8 = _stand_in(self.gm, f"{name}_{self.qtype.name}", linear.shape, self.qtype.dtype, value(weight).device)
         w_scale = _stand_in(self.gm, f"{name}_scale", rows, torch.float32, value(weight).device)
-        key = per_channel, self.shared.key(self.gm, weight)
+        key = self.qtype.name, per_channel, self.shared.key(self.gm, weight)
         lazy = self.gm.meta.setdefault("lazy", {})
         lazy[str(w_int8.target)] = Lazy(key, lambda: self._weight(linear), str(w_scale.target))
         return w_int8, w_scale
@@ -133,11 +135,11 @@ class _Inserter:
         w = effective_weight(self.folded, linear, self.folded_nodes)
         per_channel = self.plan.recipe.weight == "per_channel"
         if not linear.experts:
-            q, scale = _quantize_weight(w, per_channel)
+            q, scale = _quantize_weight(w, per_channel, self.qtype)
         else:
-            q, scales = torch.empty(w.shape, dtype=torch.int8, device=w.device), []
+            q, scales = torch.empty(w.shape, dtype=self.qtype.dtype, device=w.device), []
             for out, matrix in zip(q, w, strict=True):
-                values, scale = _quantize_weight(matrix, per_channel)
+                values, scale = _quantize_weight(matrix, per_channel, self.qtype)
                 out.copy_(values)
                 scales.append(scale)
             scale = torch.stack(scales)
@@ -156,16 +158,18 @@ class _Inserter:
             while after.op == "placeholder":
                 after = after.next
             with self.gm.graph.inserting_before(after):
+                # what the operators take for granted is not said
+                q_max, dtype = ((), ()) if self.qtype is INT8 else ((self.qtype.q_max,), (0, self.qtype.dtype))
                 static = None
                 if layer.input_scale is not None:
                     constant = torch.tensor(layer.input_scale, dtype=torch.float32, device=value(x).device)
                     static = add_tensor(self.gm, f"{layer.name}_input_scale", constant)
                     scale = add_op(self.gm, sqcompile_ops.finite_rows.default, x)
                 elif self.plan.recipe.activation == "per_token":
-                    scale = add_op(self.gm, sqcompile_ops.token_scale.default, x)
+                    scale = add_op(self.gm, sqcompile_ops.token_scale.default, x, *q_max)
                 else:
-                    scale = add_op(self.gm, sqcompile_ops.tensor_scale.default, x)
-                q = add_op(self.gm, sqcompile_ops.quantize.default, x, scale if static is None else static)
+                    scale = add_op(self.gm, sqcompile_ops.tensor_scale.default, x, *q_max)
+                q = add_op(self.gm, sqcompile_ops.quantize.default, x, scale if static is None else static, *dtype)
                 self.inputs[key] = add_op(self.gm, aten.to.dtype, q, torch.float32), scale, static
         return self.inputs[key]
 
@@ -180,9 +184,10 @@ def _stand_in(
     return node
 
 
-def _quantize_weight(w: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
+def _quantize_weight(w: Tensor, per_channel: bool, qtype: QType) -> tuple[Tensor, Tensor]:
     parts = row_parts(w)  # no float copy of the weight
-    scale = torch.cat([weight_scale(w[p].float(), True) for p in parts])
+    scale = torch.cat([weight_scale(w[p].float(), True, qtype.q_max) for p in parts])
     if not per_channel:
         scale = scale.amax(dim=0, keepdim=True)
-    return torch.cat([quantize(w[p], scale[p] if per_channel else scale) for p in parts]), scale.flatten()
+    quantized = [quantize(w[p], scale[p] if per_channel else scale, dtype=qtype.dtype) for p in parts]
+    return torch.cat(quantized), scale.flatten()

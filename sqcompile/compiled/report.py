@@ -107,6 +107,7 @@ class Report:
         gemms: on GPUs, the INT8 GEMMs by shape.
         attention: one entry per attention, where the recipe quantizes them (see AttentionPlan).
         int8_attention: the INT8 attentions by kind.
+        dtype: the number format of quantized linears.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -114,18 +115,19 @@ class Report:
     gemms: tuple[Gemm, ...] = ()
     attention: tuple[AttentionPlan, ...] = ()
     int8_attention: tuple[Int8Attention, ...] = ()
+    dtype: str = "int8"
 
     @staticmethod
     def of(plan: Plan, lowered: fx.GraphModule | None = None) -> Report:
         """The report on a plan, and on the kernels of a lowered graph."""
         sites = site_labels(plan.scales, [l.name for l in plan.layers])
         if lowered is None:
-            return Report(plan.layers, sites, attention=plan.attention)
-        return Report(plan.layers, sites, _gemms(lowered), plan.attention, _attentions(lowered))
+            return Report(plan.layers, sites, attention=plan.attention, dtype=plan.recipe.dtype)
+        return Report(plan.layers, sites, _gemms(lowered), plan.attention, _attentions(lowered), plan.recipe.dtype)
 
     def __str__(self) -> str:
         width = max((len(l.name) for l in self.layers), default=0)
-        lines = [_line(l, width, "int8" if l.quantized else "float") for l in self.layers]
+        lines = [_line(l, width, self.dtype if l.quantized else "float") for l in self.layers]
         if self.attention:
             width = max(len(a.name) for a in self.attention)
             lines += ["attention:", *(f"  {_line(a, width, PRODUCTS[a.quantized])}" for a in self.attention)]
@@ -137,7 +139,9 @@ class Report:
             lines += ["INT8 attention, expected speed against bf16:", *(f"  {a}" for a in self.int8_attention)]
         done = sum(l.quantized for l in self.layers)
         folded = sum(l.smoothing == "folded" for l in self.layers)
-        lines.append(f"{done} of {len(self.layers)} linears in INT8, {folded} with smoothing folded into parameters")
+        lines.append(
+            f"{done} of {len(self.layers)} linears in {self.dtype.upper()}, {folded} with smoothing folded into parameters"
+        )
         if self.attention:
             lines.append(
                 f"{sum(a.quantized != 'none' for a in self.attention)} of {len(self.attention)} attentions in INT8"

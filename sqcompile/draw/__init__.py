@@ -72,8 +72,9 @@ def roles_of(traced: fx.GraphModule, plan: Plan | None = None) -> Roles:
     for refusal in refusals:
         roles.add(refusal.linear.name, "refused", f"no parameter can absorb 1/s: {refusal.reason}")
     reasons = {r.linear.name: r.reason for r in refusals}
+    dtype = plan.recipe.dtype if plan is not None else ""
     for layer in plan.layers if plan is not None else ():
-        _add_layer(roles, layer)
+        _add_layer(roles, layer, dtype)
         if not layer.quantized:
             reasons[layer.name] = f"stays in float: {layer.reason}"
     roles.reasons = refusal_lines(reasons.items(), roles.linears)
@@ -96,8 +97,8 @@ def _add_attentions(roles: Roles, traced: fx.GraphModule, plan: Plan) -> None:
             roles.attentions[result] = words
 
 
-def _add_layer(roles: Roles, layer: LayerPlan) -> None:
-    kind = "int8" if layer.quantized else "float"
+def _add_layer(roles: Roles, layer: LayerPlan, dtype: str) -> None:
+    kind = dtype if layer.quantized else "float"
     note = ", ".join([kind, *_numbers(layer), layer.reason])
     roles.add(layer.name, "quantized" if layer.quantized else "float", note)
     if layer.smoothing == "multiplied":

@@ -42,13 +42,13 @@ _JOINS = {"add": "+", "sub": "−", "mul": "×", "div": "÷", "cat": "concat", "
 # How many arguments carry activations, where the others are masks, scales and weights.
 _DATA_ARGS = {
     "scaled_dot_product_attention": 3, "attention": 3, "int8_attention": 5, "int8_scores": 3, "attention_weights": 1,
-    "mask_scores": 1, "attend": 2, "int8_attend": 2, "norm_quantize": 1, "act_quantize": 2, "quantize_rows": 1, "linear": 1, "int8_linear": 1, "int8_linear_packed": 1,
+    "mask_scores": 1, "attend": 2, "int8_attend": 2, "norm_quantize": 1, "act_quantize": 2, "quantize_rows": 1, "linear": 1, "int8_linear": 1, "int8_linear_packed": 1, "int8_linear_s8": 1, "fp8_linear": 1,
     "quantize": 1, "dequantize": 1, "grouped_linear": 1, "grouped_dequantize": 1, "int8_grouped_linear": 1,
     "int8_grouped_linear_packed": 1,
 }  # fmt: skip
 
 # What later stages append to the name of a weight.
-_STAGE_SUFFIX = re.compile(r"_(int8|packed|merged|all|columns)(_\d+)?$")
+_STAGE_SUFFIX = re.compile(r"_(int8|fp8|packed|merged|all|columns)(_\d+)?$")
 
 
 _USE = re.compile(r"_use(\d+)$")  # "weight#2" in the name of a tensor

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from sqcompile.errors import RecipeError
+from sqcompile.kernels.qtypes import QTYPES, QType
 
 Activation = Literal["per_token", "per_tensor", "per_tensor_static"]
 Weight = Literal["per_channel", "per_tensor"]
 AttentionProducts = Literal["none", "qk", "qk_pv"]
+Format = Literal["int8", "fp8"]
 Granularity = Literal["per_token", "per_head", "per_tensor", "per_tensor_static"]
 
 LM_HEAD = "lm_head"  # in ``Recipe.skip``: the projection back to the vocabulary, there or not, whatever its name
@@ -31,6 +33,8 @@ class Recipe:
         weight: ``"per_channel"`` (one scale per output channel, [N, 1]) or ``"per_tensor"``.
         smooth: False quantizes without smoothing.
         skip: qualified module names, or parts or shell patterns of them, that stay in float.
+        dtype: the number format of weights and activations, ``"int8"`` or ``"fp8"`` (float8_e4m3fn, for GPUs of compute
+            capability 8.9 and later). Attention and routed experts stay in float with "fp8".
         lm_head: whether the projection back to the vocabulary is quantized, too. It is a linear named "lm_head", or one
             of any name with the shape of the token embedding that no other linear reads.
         min_speedup: linears whose INT8 GEMM is expected to be less than this times as fast as bfloat16, by the measured
@@ -57,6 +61,7 @@ class Recipe:
     attention: AttentionProducts = "none"
     qk: Granularity | None = None
     lm_head: bool = False
+    dtype: Format = "int8"
 
     def __post_init__(self) -> None:
         if self.activation not in get_args(Activation):
@@ -65,6 +70,12 @@ class Recipe:
             raise RecipeError(f"weight={self.weight!r}: choose one of {', '.join(get_args(Weight))}")
         if self.attention not in get_args(AttentionProducts):
             raise RecipeError(f"attention={self.attention!r}: choose one of {', '.join(get_args(AttentionProducts))}")
+        if self.dtype not in get_args(Format):
+            raise RecipeError(f"dtype={self.dtype!r}: choose one of {', '.join(get_args(Format))}")
+        if self.dtype != "int8" and self.attention != "none":
+            raise RecipeError(
+                f"attention={self.attention!r} with dtype={self.dtype!r}: attention runs in INT8 or in float, leave it out"
+            )
         if self.qk is not None and self.qk not in get_args(Granularity):
             raise RecipeError(f"qk={self.qk!r}: choose one of {', '.join(get_args(Granularity))}, or None")
         if self.qk is not None and self.attention == "none":
@@ -86,6 +97,11 @@ class Recipe:
             raise RecipeError(f"alpha={self.alpha!r}: a migration strength, or each of a tuple of them, lies in [0, 1]")
         alphas = tuple(map(float, alphas))
         object.__setattr__(self, "alpha", alphas if several else alphas[0])
+
+    @property
+    def qtype(self) -> QType:
+        """The number format of weights and activations."""
+        return QTYPES[self.dtype]
 
     @property
     def alphas(self) -> tuple[float, ...]:
