@@ -218,7 +218,7 @@ class _Labels(fx.Interpreter):
             if node is not n.args[0] or len(operands) != 1:
                 raise Refused(describe(n))
             columns = labels.reshape(-1, labels.shape[-1])
-            if not bool((columns == columns[:1]).all()):
+            if not len(columns) or not bool((columns == columns[:1]).all()):
                 raise Refused("is not one column of the linear it reaches")
             refuse_rounding(self.ways[node][flow.producer], flow.dtype, self.env[node].dtype)
             flow.balance.append((n.name, columns[0].clone()))

@@ -155,8 +155,8 @@ def executed(n: fx.Node, *args: Any, **kwargs: Any) -> Any:
 
 
 def uniform(labels: Tensor, dim: int) -> bool:
-    """Whether labels do not vary along a dim."""
-    return bool((labels == labels.narrow(dim, 0, 1)).all())
+    """Whether labels do not vary along a dim; of one without entries nothing is known."""
+    return labels.shape[dim] > 0 and bool((labels == labels.narrow(dim, 0, 1)).all())
 
 
 def _flat(labels: Tensor, dim: int) -> Tensor:

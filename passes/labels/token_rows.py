@@ -117,7 +117,8 @@ class _TokenLabels(_Labels):
 
     def _propagate(self, n: fx.Node, out: Any) -> dict[str, Any]:
         operands = {a: self.labels[a]["tokens"] for a in n.all_input_nodes if "tokens" in self.labels.get(a, {})}
-        if not operands or n.op == "output" or n.target in SHAPE_ONLY - _ROOM:
+        empty = isinstance(out, Tensor) and not out.numel()
+        if not operands or empty or n.op == "output" or n.target in SHAPE_ONLY - _ROOM:
             return {}
         if isinstance(out, Tensor) and out.dtype == torch.bool:  # a mask of some kind, whose dims may be of keys
             return {}

@@ -186,3 +186,31 @@ def test_a_fault_of_a_rule_is_no_refusal(monkeypatch):
         sqcompile.InternalError, match=r"the rule of aten\.mul\.Tensor failed at mul.*no such thing.*report it"
     ):
         match(trace(model, as_call(model, call)))
+
+
+EMPTY = {
+    "joined channels": lambda h: torch.cat([h[..., :0], h], -1),
+    "joined tokens": lambda h: torch.cat([h[:, :0].clamp(min=0), h], 1),
+    "padded": lambda h: F.pad(h[:, :0], (0, 0, 0, 3)).sum(1, keepdim=True) + h,
+    "summed": lambda h: h + h[:, :0].sum(1, keepdim=True),
+    "contracted": lambda h: h + torch.zeros(h.shape[1], 0) @ h[:, :0],
+    "picked": lambda h: h + h[:, torch.zeros(0, dtype=torch.long)].sum(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_parts_without_entries_are_no_fault(name):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            h = self.a(self.norm(x))
+            return self.b(EMPTY[name](h)) + self.b(h[:, :0]).sum(1, keepdim=True)
+
+    model, x = Net().eval(), torch.randn(2, 5, 8)
+    folded, sites, _ = fold_everything(model, x)
+    assert "norm.weight -> a.weight" in [s.name for s in sites]
+    with torch.no_grad():
+        assert relative_error(folded(x), model(x)) <= 1e-5
