@@ -30,7 +30,9 @@ def fp8_linear(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tenso
     rows = q.reshape(-1, k)
     if dtype == torch.bfloat16 and (bias is None or bias.dtype == dtype):  # scales by row and column in the kernel
         by_row = scale.expand((*q.shape[:-1], 1)).reshape(-1, 1)
-        y = torch._scaled_mm(rows, w.t(), by_row.contiguous(), w_scale.view(1, n), bias, out_dtype=dtype, use_fast_accum=True)
+        y = torch._scaled_mm(
+            rows, w.t(), by_row.contiguous(), w_scale.view(1, n), bias, out_dtype=dtype, use_fast_accum=True
+        )
         return y.reshape(*q.shape[:-1], n)
     one = scale.new_ones(())
     y = torch._scaled_mm(rows, w.t(), one, one, out_dtype=torch.float32).reshape(*q.shape[:-1], n)

@@ -136,12 +136,14 @@ def _patterns(skip: Any) -> tuple[str, ...]:
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 # O1-O3 are the paper's efficiency levels, which quantize the products of attention, too; "default" is per-channel
-# weights with per-token activations, the combination that keeps Llama-class models intact, and leaves attention float.
+# weights with per-token activations, the combination that keeps Llama-class models intact, and leaves attention float;
+# "fp8" is the same in another number format.
 PRESETS: dict[str, Recipe] = {
     "default": Recipe(alpha=ALPHAS),
     "O1": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_token", attention="qk_pv"),
     "O2": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_tensor", attention="qk_pv"),
     "O3": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_tensor_static", attention="qk_pv"),
+    "fp8": Recipe(alpha=ALPHAS, dtype="fp8"),
 }
 
 
