@@ -50,23 +50,19 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import fx
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.graph import (
     add_op,
     add_tensor,
-    arguments,
     aten,
     constants,
     get_tensor,
-    is_channel_vector,
     value,
 )
 from sqcompile.passes.ir.origin import replace
-
-_ACTIVATIONS: dict[Any, str] = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
+from sqcompile.passes.lowering.patterns import act_of, activation_of, multiplied, norm_of
 
 _ATTENTION = {
     sqcompile_ops.int8_attention.default,
@@ -151,7 +147,7 @@ def _into_gemm(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> bool:
     rows = _rows(q)
     if scale not in const or rows is None or set(x.users) != {q, rows}:
         return False
-    activation, gemm = _activation(x), x
+    activation, gemm = activation_of(x), x
     if activation:
         gemm = x.args[0]  # type: ignore[assignment]
     if gemm.target != sqcompile_ops.int8_gemm.default or (activation and len(gemm.users) != 1):
@@ -197,7 +193,7 @@ def _into_attention(gm: fx.GraphModule, q: fx.Node) -> None:
 def _quantize(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> None:
     x, scale = q.args[:2]
     assert isinstance(x, fx.Node) and isinstance(scale, fx.Node)
-    if len(q.args) > 2 and q.args[2]:
+    if any(q.args[2:]):  # a zero point, or another number format
         return
     per_token = scale.target == sqcompile_ops.token_scale.default
     if not per_token and scale not in const and scale.target != sqcompile_ops.tensor_scale.default:
@@ -208,10 +204,10 @@ def _quantize(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> None:
     static = _plane(gm, scale, min(q, rows)) if scale in const else None
     readers = {u for u in x.users if u is not q and u is not rows}
     base, multiplier = x, None
-    norm, act = _norm(x, const), _act(x, const)
-    if norm is None and act is None and (found := _multiplied(x, const)) is not None:
+    norm, act = norm_of(x, const), act_of(x, const)
+    if norm is None and act is None and (found := multiplied(x, const)) is not None:
         base, multiplier = found
-        norm, act = _norm(base, const), _act(base, const)
+        norm, act = norm_of(base, const), act_of(base, const)
         readers = {u for u in base.users if u is not x} | readers
     with gm.graph.inserting_before(min(q, rows) if per_token or static is not None else q):
         if norm is not None and (per_token or static is not None) and (multiplier is None or len(x.users) <= 2):
@@ -253,102 +249,3 @@ def _redo(gm: fx.GraphModule, gemm: fx.Node, old: fx.Node, *args: Any) -> None:
     replace(old, new, result_of=gemm)
     gm.graph.erase_node(old)
     gm.graph.eliminate_dead_code()
-
-
-def _multiplied(x: fx.Node, const: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-    """base and a float32 channel vector, where x = base · vector in float32."""
-    if x.target != aten.mul.Tensor or value(x).dtype != torch.float32:
-        return None
-    for base, vector in _operands(x):
-        same = value(base).shape == value(x).shape
-        if same and base not in const and _is_vector(vector, x, const) and value(vector).dtype == torch.float32:
-            return base, vector
-    return None
-
-
-def _activation(x: fx.Node) -> str | None:
-    name = _ACTIVATIONS.get(x.target)
-    if name == "gelu" and arguments(x)["approximate"] == "tanh":
-        return "gelu_tanh"
-    return name
-
-
-def _act(x: fx.Node, const: set[fx.Node]) -> tuple[Any, ...] | None:
-    """gate, up or None, and the activation, where x = act(gate) · up or act(gate)."""
-    if name := _activation(x):
-        return x.args[0], None, name
-    if x.target != aten.mul.Tensor:
-        return None
-    for a, up in _operands(x):
-        if up not in const and (name := _activation(a)):
-            same = value(a).shape == value(up).shape and value(a).dtype == value(up).dtype
-            return (a.args[0], up, name) if same else None
-    return None
-
-
-def _norm(x: fx.Node, const: set[fx.Node]) -> tuple[Any, ...] | None:
-    """x, weight, bias, eps, rms, round_first of `norm_quantize`, where a node is a norm in one of its spellings."""
-    if x.target in (aten.layer_norm.default, aten.rms_norm.default):
-        args = arguments(x)
-        h, rms = args["input"], x.target == aten.rms_norm.default
-        eps = args["eps"]
-        if eps is None:  # that of the accumulator or of the input, by PyTorch's version: the same in float32 alone
-            if value(h).dtype != torch.float32:
-                return None
-            eps = torch.finfo(torch.float32).eps
-        vectors = args["weight"], None if rms else args["bias"]
-        fits = len(args["normalized_shape"]) == 1 and not (vectors[0] is None and vectors[1] is not None)
-        return (h, *vectors, eps, rms, False) if fits else None
-    y = _cast_of(x)
-    if y.target != aten.mul.Tensor:
-        return None
-    for weight, inner in _operands(y):
-        if _is_vector(weight, y, const):
-            return _rms(x, weight, inner)
-    return None
-
-
-def _rms(x: fx.Node, weight: fx.Node, inner: fx.Node) -> tuple[Any, ...] | None:
-    """weight · [cast] h · rsqrt(mean(h²) + eps)."""
-    product = _cast_of(inner)
-    if product.target != aten.mul.Tensor:
-        return None
-    for h, root in _operands(product):
-        eps = _root_mean_square(h, root)
-        if eps is None:
-            continue
-        source = _cast_of(h)
-        round_first = inner is not product and value(inner).dtype == value(x).dtype
-        exact = value(h).dtype == torch.float32 and value(source).dtype == value(x).dtype
-        exact = exact and value(source).shape == value(x).shape  # [..., 1] · weight is no norm of K channels
-        exact = exact and (not round_first or value(weight).dtype == value(x).dtype)
-        return (source, weight, None, eps, True, round_first) if exact else None
-    return None
-
-
-def _root_mean_square(h: fx.Node, root: Any) -> float | None:
-    """eps, where a node is rsqrt(mean(h²) + eps)."""
-    if root.target != aten.rsqrt.default or root.args[0].target != aten.add.Tensor or root.args[0].kwargs:
-        return None
-    mean, eps = root.args[0].args[:2]
-    if not isinstance(eps, float) or mean.target != aten.mean.dim:
-        return None
-    square, over = mean.args[0], arguments(mean)
-    whole = over["dim"] is not None and list(over["dim"]) == [-1] and over["keepdim"] and over["dtype"] is None
-    return eps if whole and square.target == aten.pow.Tensor_Scalar and square.args == (h, 2) else None
-
-
-def _operands(x: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """The two operands of a multiplication in both orders, where both are tensors."""
-    a, b = x.args[:2]
-    return [(a, b), (b, a)] if isinstance(a, fx.Node) and isinstance(b, fx.Node) else []
-
-
-def _is_vector(v: fx.Node, like: fx.Node, const: set[fx.Node]) -> bool:
-    return v in const and value(v).dim() == 1 and is_channel_vector(v, value(like))
-
-
-def _cast_of(x: fx.Node) -> fx.Node:
-    """What x is cast from, or x itself."""
-    cast = (x.target == aten.to.dtype and len(x.args) == 2) or x.target == aten.type_as.default
-    return x.args[0] if cast else x  # type: ignore[return-value]

@@ -75,8 +75,8 @@ def test_operators_fused_for_gpus_are_compared_where_they_end(monkeypatch, famil
 
 
 def test_a_wrong_node_that_is_no_linear_is_named_by_the_node(monkeypatch):
-    act = fuse._act
-    monkeypatch.setattr(fuse, "_act", lambda x, const: (f := act(x, const)) and (*f[:2], "relu"))
+    act = fuse.act_of
+    monkeypatch.setattr(fuse, "act_of", lambda x, const: (f := act(x, const)) and (*f[:2], "relu"))
     found = bisect(tiny_lm("llama"), token_batches(1)[0], target="cuda-sm90")
     assert found.first_wrong_node.operator == "act_quantize"
     assert {n.operator for n in found.lowering if n.wrong} == {"act_quantize"}  # whose readers get the right values
