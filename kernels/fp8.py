@@ -27,7 +27,7 @@ def fp8_linear(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tenso
     n, k = w.shape
     if not available(q.device) or n % ALIGNED or k % ALIGNED:
         return reference.fp8_linear(q, scale, w, w_scale, bias, dtype)
-    rows = q.reshape(-1, k)
+    rows = q.reshape(-1, k).contiguous()  # what quantization made of a transposed input lies as that does
     if dtype == torch.bfloat16 and (bias is None or bias.dtype == dtype):  # scales by row and column in the kernel
         by_row = scale.expand((*q.shape[:-1], 1)).reshape(-1, 1)
         y = torch._scaled_mm(

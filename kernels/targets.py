@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sqcompile.errors import RecipeError
-from sqcompile.kernels import fused
+from sqcompile.kernels import fp8, fused
 from sqcompile.kernels.cpu import arm, x86
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import UINT8_ZERO_POINT
@@ -59,6 +59,7 @@ class Target:
         device: the type of its devices, as in ``torch.device(type)``.
         linear, experts: the operator of a linear in INT8, and of routed experts.
         fp8: the operator of a linear in FP8.
+        runs: whether what this target packs is packed, and runs, on this machine's CPU.
         has_fp8: whether it has FP8 kernels; without, plain PyTorch computes the product, with a warning.
         pack: int8 [N, K] -> the weight as the operator reads it, and what it reads beside it; None to leave it as it is.
             Packed weights are opaque: they cannot be saved.
@@ -81,6 +82,7 @@ class Target:
     has_kernels: bool = True
     fp8: Emit = _fp8
     has_fp8: bool = False
+    runs: Callable[[], bool] = lambda: True
 
     def for_fp8(self) -> Target:
         """What FP8 linears are lowered for: operators of their own, and weights as they are."""
@@ -93,7 +95,37 @@ class Target:
             major, minor = torch.cuda.get_device_capability(device)
             return _cuda(10 * major + minor)
         here = [target for target, available in _CPUS if device.type == "cpu" and available()]
-        return here[0] if here else _reference(device.type)
+        return here[0] if here else _reference(device.type, fp8.available(device))
+
+    @staticmethod
+    def given(target: Any) -> Target | None:
+        """The target that a user names, or passes; None for none.
+
+        Raises:
+            RecipeError: for what is no target.
+        """
+        if target is None or isinstance(target, Target):
+            return target
+        if not isinstance(target, str):
+            raise RecipeError(
+                f"target={target!r}: pass the name of a target, one of {', '.join(t.name for t in _known())}"
+            )
+        return Target.named(target)
+
+    def check(self, device: torch.device) -> None:
+        """Refuses to lower tensors of a device for this target where their weights could not be packed.
+
+        Raises:
+            RecipeError: says why.
+        """
+        if self.pack is None:
+            return
+        if device.type != "cpu":
+            raise RecipeError(
+                f"target={self.name!r} packs weights on a CPU, and the model is on {device}: move it to the CPU"
+            )
+        if not self.runs():
+            raise RecipeError(f"target={self.name!r} packs weights by oneDNN for such a CPU, and this one is none")
 
     @staticmethod
     def named(name: str) -> Target:
@@ -133,7 +165,17 @@ def _s8s8(o: Operands) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _x86(name: str) -> Target:
-    return Target(name, "cpu", _u8s8, _u8s8_experts, x86.pack_with_sums, UINT8_ZERO_POINT, True, attention="cpu")
+    return Target(
+        name,
+        "cpu",
+        _u8s8,
+        _u8s8_experts,
+        x86.pack_with_sums,
+        UINT8_ZERO_POINT,
+        True,
+        attention="cpu",
+        runs=lambda: x86.available(),
+    )
 
 
 def _cuda(capability: int) -> Target:
@@ -142,9 +184,9 @@ def _cuda(capability: int) -> Target:
     )
 
 
-def _reference(device: str) -> Target:
+def _reference(device: str, has_fp8: bool = False) -> Target:
     attention: Literal["cpu"] | None = "cpu" if device == "cpu" else None
-    return Target("reference", device, _plain, _plain_experts, attention=attention, has_kernels=False)
+    return Target("reference", device, _plain, _plain_experts, attention=attention, has_kernels=False, has_fp8=has_fp8)
 
 
 # CPUs, the first that this one is; what is lowered for x86-amx and x86-vnni differs in nothing but the name: kernels choose
@@ -152,7 +194,12 @@ def _reference(device: str) -> Target:
 _CPUS: tuple[tuple[Target, Callable[[], bool]], ...] = (
     (_x86("x86-amx"), lambda: x86.available() and x86.amx()),
     (_x86("x86-vnni"), lambda: x86.available()),
-    (Target("arm64", "cpu", _s8s8, _plain_experts, arm.pack, attention="cpu"), lambda: arm.available()),
+    (
+        Target(
+            "arm64", "cpu", _s8s8, _plain_experts, arm.pack, attention="cpu", runs=torch.backends.mkldnn.is_available
+        ),
+        lambda: arm.available(),
+    ),
 )
 
 

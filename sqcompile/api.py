@@ -69,7 +69,7 @@ def compile(
             with the number of layers. Nothing is fused across blocks, and each is a call of its own.
         progress: whether to show progress bars: the stage that runs, and the calibration batches.
         target: another machine to lower for, such as "cuda-sm90" or "arm64" (see `Target.named`), to look at what would run
-            there; the compiled model runs it here by plain PyTorch, slowly. None for the devices of the model.
+            there; the compiled model runs here as well, but not by that machine's kernels. None for the devices of the model.
 
     Returns:
         A CompiledModel: call it as the model.
@@ -81,8 +81,10 @@ def compile(
     """
     if backend not in BACKENDS:
         raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
-    target = Target.named(target) if isinstance(target, str) else target
+    target = Target.given(target)
     check_model(model)
+    if target is not None:
+        target.check(_device(model))
     with deferred(), stages((*_ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES), progress) as enter:
         if plan is None:
             how = resolve_recipe(recipe)

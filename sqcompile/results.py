@@ -12,6 +12,7 @@ from sqcompile.compiled.emit import CompiledModel
 from sqcompile.compiled.report import Report
 from sqcompile.errors import StageError
 from sqcompile.plan.plan import Plan
+from sqcompile.process.lock import compiling
 
 
 def plan_of(net: Any) -> Plan:
@@ -56,4 +57,8 @@ def _sessions(net: Any) -> list[Any]:
     model = net._orig_mod if dynamo is not None and isinstance(net, dynamo.OptimizedModule) else net
     if not isinstance(model, nn.Module):
         raise StageError(f"{reprlib.repr(net)} is no module: pass the model, or what it was compiled to")
-    return backend.sessions_of(model) if backend is not None else []
+    if backend is None:
+        return []
+    with compiling():  # other threads may compile models of theirs
+        found: list[Any] = backend.sessions_of(model)
+    return found

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -126,8 +127,9 @@ class _TokenLabels(_Labels):
             labels: Any = self._row_rule(n, out, operands)
         except Refused:  # a layout no rule foresees: no one's rows
             labels = None
-        except Exception as e:
-            raise rule_failed(n, e) from e
+        except Exception as e:  # calibration goes on without these rows, and counts their padding
+            warnings.warn(str(rule_failed(n, e)), stacklevel=2)
+            labels = None
         return {} if labels is None else {"tokens": labels}
 
     def _start(self, n: fx.Node, out: Any, mine: dict[str, Any]) -> None:
@@ -240,11 +242,13 @@ def _product(n: fx.Node, out: Tensor, operands: dict[fx.Node, Any]) -> Any:
     if left in operands:
         row = _row(operands[left])
         if bool((row >= 0).any()):
-            return _wide(row, out)
+            return row if row.shape == out.shape else _wide(row, out)  # times a vector, a number is left of each row
     attention = n.target == aten.scaled_dot_product_attention.default
-    if attention or right not in operands or operands[right].dim() < 2:
+    columns = operands.get(right)
+    if attention or columns is None or columns.dim() < 2:
         return None
-    columns = operands[right]
+    if out.dim() < columns.dim():  # a vector times its columns
+        return columns[..., 0, :] if uniform(columns, -2) else None
     return columns[..., :1, :].expand(out.shape) if uniform(columns, -2) else None
 
 

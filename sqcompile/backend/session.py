@@ -173,7 +173,7 @@ def reset() -> None:
 def sessions_of(model: nn.Module) -> list[Session]:
     """The sessions of a model, or of those that it is a part of; the newest last."""
     found = _sessions.get(model)
-    whole = [found] if found else [s for m, s in _sessions.items() if any(part is model for part in m.modules())]
+    whole = [found] if found else [s for m, s in list(_sessions.items()) if any(part is model for part in m.modules())]
     return [session for sessions in whole for session in sessions.values()]
 
 

@@ -95,7 +95,7 @@ def bisect(
     Raises:
         SQCompileError: as `sqcompile.compile`; CalibrationError for inputs that are no single call.
     """
-    target = Target.named(target) if isinstance(target, str) else target
+    target = Target.given(target)
     check_model(model)
     _check_inputs(inputs)
     with deferred(), stages(("trace", "calibrate", "match", "plan", "fold", "lower"), progress) as enter:

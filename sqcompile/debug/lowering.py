@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from sqcompile.debug.result import NodeError
-from sqcompile.debug.run import NODE, relative_error, values
+from sqcompile.debug.run import FP8_NODE, NODE, relative_error, values
 from sqcompile.passes.ir.graph import aten, nodes_by_name
 from sqcompile.passes.ir.operators import LAYOUT
 from sqcompile.passes.ir.origin import PLANNED, STANDS_FOR
@@ -49,8 +49,10 @@ def compare_lowering(
         if STANDS_FOR not in n.meta and _differs(n):
             return want
         error, tolerance = _compared(value, want)
-        name = n.meta.get(PLANNED, n.name)
-        node = NodeError(name, labels.get(name, name), _operator(n), error, tolerance)
+        name, operator = n.meta.get(PLANNED, n.name), _operator(n)
+        if operator == "fp8_linear":
+            tolerance = max(tolerance, FP8_NODE)
+        node = NodeError(name, labels.get(name, name), operator, error, tolerance)
         if PLANNED in n.meta or node.wrong:
             found.append(node)
         return want

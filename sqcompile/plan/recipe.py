@@ -76,6 +76,10 @@ class Recipe:
             raise RecipeError(
                 f"attention={self.attention!r} with dtype={self.dtype!r}: attention runs in INT8 or in float, leave it out"
             )
+        if self.dtype != "int8" and self.min_speedup:
+            raise RecipeError(
+                f"min_speedup={self.min_speedup!r} with dtype={self.dtype!r}: only INT8 was measured, leave it out"
+            )
         if self.qk is not None and self.qk not in get_args(Granularity):
             raise RecipeError(f"qk={self.qk!r}: choose one of {', '.join(get_args(Granularity))}, or None")
         if self.qk is not None and self.attention == "none":

@@ -227,3 +227,36 @@ def test_the_backend_follows_the_mask_too(time_first):
         real = call["attention_mask"].bool()
         got, want = (order(f(**call)) for f in (net, model))
         assert float((got - want)[real].norm() / want[real].norm()) < 0.05  # padding in the scale would leave nothing
+
+
+@pytest.mark.parametrize("how", ["rows times a vector", "a vector times columns", "rows times a row"])
+def test_products_with_vectors_keep_the_tokens(how):
+    """Attention pooling: a score for each token. Padding stays excluded behind it."""
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.w = nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.randn(8))
+
+        def forward(self, x, attention_mask):
+            h = self.a(x)
+            score = {
+                "rows times a vector": lambda: h @ self.w,
+                "a vector times columns": lambda: self.w @ h.mT,
+                "rows times a row": lambda: h @ h[0, 0],
+            }[how]()
+            return self.b(h * torch.softmax(score, -1)[..., None])
+
+    torch.manual_seed(0)
+    model, mask = Pooled().eval(), torch.ones(2, 6, dtype=torch.long)
+    mask[:, 4:] = 0
+    x = torch.randn(2, 6, 8)
+    spoilt = x.masked_fill(mask[..., None] == 0, 1e4)
+    plans = [
+        sqcompile.calibrate(
+            model, [{"x": v, "attention_mask": mask}], recipe=sqcompile.Recipe(smooth=False), progress=False
+        )
+        for v in (x, spoilt)
+    ]
+    first = [next(l.sqnr_db for l in plan.layers if l.name == "a.weight") for plan in plans]
+    assert first[0] == pytest.approx(first[1])

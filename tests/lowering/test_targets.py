@@ -101,3 +101,18 @@ def test_the_linear_of_arm_is_exact():
     got = torch.ops.sqcompile.matmul_s8s8(q, packed, scale, torch.float32)
     assert beside is None
     assert torch.allclose(got, (q.double() @ w.double().t() * scale.double()).float(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("what", [torch.device("cuda"), 90])
+def test_what_is_no_target_is_refused_before_anything_runs(model, what):
+    with pytest.raises(sqcompile.RecipeError, match="pass the name of a target, one of x86-amx"):
+        sqcompile.compile(model, iter(()), target=what)
+
+
+def test_weights_are_packed_only_where_they_can_be(model, monkeypatch):
+    monkeypatch.setattr(x86, "available", lambda: False)
+    with pytest.raises(sqcompile.RecipeError, match="by oneDNN for such a CPU, and this one is none"):
+        sqcompile.compile(model, iter(()), target="x86-vnni")
+    with pytest.raises(sqcompile.RecipeError, match="the model is on meta: move it to the CPU"):
+        Target.named("arm64").check(torch.device("meta"))
+    Target.named("cuda-sm90").check(torch.device("cpu"))

@@ -151,6 +151,8 @@ def test_experts_and_attention_stay_in_float():
     assert any(l.quantized for l in net.report.layers)
     with pytest.raises(sqcompile.RecipeError, match=r"attention='qk' with dtype='fp8'.*leave it out"):
         Recipe(dtype="fp8", attention="qk")
+    with pytest.raises(sqcompile.RecipeError, match=r"min_speedup=1\.1 with dtype='fp8': only INT8 was measured"):
+        Recipe(dtype="fp8", min_speedup=1.1)
     with pytest.raises(sqcompile.RecipeError, match="dtype='int4': choose one of int8, fp8"):
         Recipe(dtype="int4")
 

@@ -37,6 +37,26 @@ def test_the_linear(rows, k, n, static, bias, dtype):
     assert rows == 0 or relative_error(got, want) < {torch.float32: 5e-4, torch.float16: 7e-4}.get(dtype, 6e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_transposed_input(batch, dtype):
+    """As what a convolution gives is handed to a linear."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(64, 48)
+
+        def forward(self, x):
+            return self.linear(x.flatten(2).transpose(1, 2))
+
+    model = Net().eval().cuda().to(dtype)
+    x = torch.randn(batch, 64, 4, 8, device="cuda", dtype=dtype)
+    net = sqcompile.compile(model, [x, x[:, :, :2]], recipe=Recipe(dtype="fp8"), backend="eager", progress=False)
+    assert relative_error(net(x), model(x)) < 0.06
+    assert sqcompile.debug.bisect(model, x, recipe=Recipe(dtype="fp8"), progress=False).right
+
+
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_language_model(dtype, backend):
