@@ -19,7 +19,6 @@ class QType:
         q_max: the largest value used; its negative is the smallest.
         round: float32 values within ±q_max -> the nearest ones that the format has, still in float32. Ties go to even.
         accumulator: dtype that inner products are exact in, or at least as exact as sums of float32.
-        spacing: distance between neighbours: "even", or "relative" where it grows with the value, as in floating point.
     """
 
     name: str
@@ -27,7 +26,6 @@ class QType:
     q_max: float
     round: Callable[[Tensor], Tensor]
     accumulator: torch.dtype
-    spacing: str
 
     def of(self, x: Tensor) -> Tensor:
         """float32 values of any size, rounded and clamped: ``dtype``. NaN stays NaN where the format has it, else 0."""
@@ -40,9 +38,9 @@ def _to_e4m3(x: Tensor) -> Tensor:
 
 
 # -128 is never used, so that negation cannot overflow
-INT8 = QType("int8", torch.int8, 127.0, torch.round, torch.int32, "even")
+INT8 = QType("int8", torch.int8, 127.0, torch.round, torch.int32)
 # 448 is the largest number of e4m3; a conversion of PyTorch's does not saturate, so values are clamped before
-FP8 = QType("fp8", torch.float8_e4m3fn, 448.0, _to_e4m3, torch.float32, "relative")
+FP8 = QType("fp8", torch.float8_e4m3fn, 448.0, _to_e4m3, torch.float32)
 
 QTYPES = {q.name: q for q in (INT8, FP8)}
 BY_DTYPE = {q.dtype: q for q in QTYPES.values()}

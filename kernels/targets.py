@@ -140,6 +140,14 @@ class Target:
         return known[name]
 
 
+TargetOf = Callable[[torch.device], Target]  # what tensors of a device are lowered for
+
+
+def target_of(target: Target | None) -> TargetOf:
+    """One target for all devices; for None, each device's own."""
+    return Target.of if target is None else lambda device: target
+
+
 def _plain(o: Operands) -> tuple[Any, tuple[Any, ...]]:
     return sqcompile_ops.int8_linear.default, (o.q, o.scale, o.w, o.w_scale, o.more, o.dtype)
 

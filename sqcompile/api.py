@@ -81,10 +81,8 @@ def compile(
     """
     if backend not in BACKENDS:
         raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
-    target = Target.given(target)
     check_model(model)
-    if target is not None:
-        target.check(_device(model))
+    target = target_for(model, target)
     with deferred(), stages((*_ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES), progress) as enter:
         if plan is None:
             how = resolve_recipe(recipe)
@@ -163,6 +161,18 @@ def analyse(
         plan_of = partial(choose, traced, sites, refusals, calibration, recipe, to_spec(call), attentions)
         plan = smoothed_or_not(plan_of, calibration.sample, lambda p: rewrite(traced, p, "quantized", shown=False))
         return traced, plan
+
+
+def target_for(model: nn.Module, target: Any) -> Target | None:
+    """The target that a user gives for a model.
+
+    Raises:
+        RecipeError: for what is none, or cannot take the model's weights on this machine.
+    """
+    found = Target.given(target)
+    if found is not None:
+        found.check(_device(model))
+    return found
 
 
 def _example(model: nn.Module, example: Any) -> Call | None:

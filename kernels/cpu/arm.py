@@ -6,13 +6,13 @@ same results, wherever PyTorch has oneDNN; an x86 CPU without AMX is slow at the
 
 from __future__ import annotations
 
-import functools
 import platform
 
 import torch
 from torch import Tensor
 
 from sqcompile.kernels import reference
+from sqcompile.kernels.cpu import onednn
 
 
 def available() -> bool:
@@ -22,7 +22,7 @@ def available() -> bool:
 
 def pack(w: Tensor) -> tuple[Tensor, None]:
     """int8 [N, K] in oneDNN's layout: opaque, and nothing beside it."""
-    return torch.ops.onednn.qlinear_prepack(w.contiguous(), None), None
+    return onednn.prepack(w), None
 
 
 @torch.library.custom_op("sqcompile::matmul_s8s8", mutates_args=())
@@ -30,8 +30,7 @@ def matmul_s8s8(q: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Te
     """q wᵀ · w_scale for int8 q [..., K], w from `pack` and float32 w_scale [N]: dtype (float32 or bfloat16) [..., N]."""
     if q.numel() == 0:
         return _matmul_fake(q, w, w_scale, dtype)
-    zero = _zeros(w_scale.numel())
-    return torch.ops.onednn.qlinear_pointwise(q, 1.0, 0, w, w_scale, zero, None, 1.0, 0, dtype, "none", [], "")
+    return onednn.qlinear(q, 0, w, w_scale, dtype)
 
 
 @matmul_s8s8.register_fake
@@ -45,11 +44,6 @@ def int8_linear_s8(
     """`reference.int8_linear` for a weight from `pack`."""
     wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     return reference.scale_output(torch.ops.sqcompile.matmul_s8s8(q, w, w_scale, wide), scale, bias, dtype)
-
-
-@functools.cache
-def _zeros(n: int) -> Tensor:
-    return torch.zeros(n, dtype=torch.int64)
 
 
 _library = torch.library.Library("sqcompile", "FRAGMENT")

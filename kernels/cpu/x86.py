@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqcompile.kernels.cpu import onednn
 from sqcompile.kernels.reference import UINT8_ZERO_POINT
 
 BLOCK = 64  # output channels per block of the packed weight
@@ -39,7 +40,7 @@ def available() -> bool:
 
 def pack(w: Tensor) -> Tensor:
     """int8 [N, K] in oneDNN's blocked layout. The result is opaque: it has no storage and cannot be saved."""
-    packed = torch.ops.onednn.qlinear_prepack(w.contiguous(), None)
+    packed = onednn.prepack(w)
     _use_huge_pages(torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed))
     return packed
 
@@ -67,10 +68,7 @@ def matmul(q: Tensor, packed: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: tor
     rows = q.numel() // q.shape[-1]
     if w_sum.numel() and (rows <= VNNI_ROWS or amx()) and (kernels := library()) is not None:
         return _matmul(kernels, q.contiguous(), packed, w_scale, w_sum, dtype, rows)
-    zero = _zeros(w_scale.numel())
-    return torch.ops.onednn.qlinear_pointwise(
-        q, 1.0, UINT8_ZERO_POINT, packed, w_scale, zero, None, 1.0, 0, dtype, "none", [], ""
-    )
+    return onednn.qlinear(q, UINT8_ZERO_POINT, packed, w_scale, dtype)
 
 
 def _matmul(
@@ -165,12 +163,6 @@ def _use_huge_pages(address: int, size: int) -> None:
     if advise is not None:
         for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
             advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
-
-
-@functools.cache
-def _zeros(n: int) -> Tensor:
-    """The weight's zero points, which oneDNN wants spelled out."""
-    return torch.zeros(n, dtype=torch.int64)
 
 
 def _round_up(x: int, multiple: int) -> int:

@@ -20,14 +20,13 @@ computation into each of those readers and repeat it. They are stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.kernels.targets import Target
+from sqcompile.kernels.targets import Target, TargetOf
 from sqcompile.passes.attention.heads import head_count, same_batch, unrepeated_pair
 from sqcompile.passes.ir.graph import add_op, additive, arguments, aten, value
 from sqcompile.passes.ir.origin import replace
@@ -37,7 +36,7 @@ from sqcompile.passes.ir.symbols import statically_known_true
 WIDEST = 256  # head size of the kernel for GPUs
 
 
-def lower_attention(gm: fx.GraphModule, target_of: Callable[[torch.device], Target]) -> None:
+def lower_attention(gm: fx.GraphModule, target_of: TargetOf) -> None:
     """Rewrites attentions, and for CPUs rotary angles, in place."""
     masks: dict[tuple[fx.Node, torch.dtype], tuple[fx.Node, fx.Node]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):

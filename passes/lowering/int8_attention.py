@@ -15,14 +15,13 @@ those that hold nothing. Scores that anything else happens to stay as they are: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.kernels.targets import Target
+from sqcompile.kernels.targets import TargetOf
 from sqcompile.passes.attention.scores import SAME, Mask, Scores, numbers, read_scores
 from sqcompile.passes.ir.graph import add_op, additive, aten, constants, value
 from sqcompile.passes.ir.origin import replace
@@ -32,7 +31,7 @@ from sqcompile.passes.lowering.float_attention import listed_mask
 _ENDS = {sqcompile_ops.attention_weights.default, sqcompile_ops.int8_attend.default}
 
 
-def lower_int8_attention(gm: fx.GraphModule, target_of: Callable[[torch.device], Target]) -> None:
+def lower_int8_attention(gm: fx.GraphModule, target_of: TargetOf) -> None:
     """Rewrites the attentions that `int8_attention` can do."""
     found: list[tuple[fx.Node, fx.Node, Scores]] = []
     masks: dict[Any, fx.Node] = {}

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,7 @@ from torch import fx
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.qtypes import BY_DTYPE, FP8, INT8, QType
-from sqcompile.kernels.targets import Operands, Target
+from sqcompile.kernels.targets import Operands, Target, target_of
 from sqcompile.passes.ir.graph import (
     add_op,
     add_tensor,
@@ -57,8 +56,6 @@ from sqcompile.passes.lowering.int8_attention import lower_int8_attention
 from sqcompile.passes.rewrite.weight_store import Lazy, Merged, Shared
 
 _warned: set[str] = set()
-
-TargetOf = Callable[[torch.device], Target]
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | Non
     group at a time and the plain int8 copy is dropped, so no two copies of the model exist.
     """
     gm = clone(gm)
-    target_of: TargetOf = Target.of if target is None else lambda device: target
+    of = target_of(target)
     groups: dict[tuple[object, ...], list[_Quantized]] = {}
     for node in gm.graph.nodes:
         grouped = node.target == sqcompile_ops.grouped_dequantize.default
@@ -105,7 +102,7 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | Non
             groups.setdefault(found.key, []).append(found)
     fuses = False
     for group in groups.values():
-        on = target_of(value(group[0].weight).device)
+        on = of(value(group[0].weight).device)
         qtype = BY_DTYPE[value(group[0].weight).dtype]
         if qtype is FP8:
             on = on.for_fp8()
@@ -119,8 +116,8 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | Non
         release_freed_memory()
     gm.meta.pop("lazy", None)  # it holds the float weights
     _materialize(gm)
-    lower_int8_attention(gm, target_of)
-    lower_attention(gm, target_of)
+    lower_int8_attention(gm, of)
+    lower_attention(gm, of)
     if fuses:
         fuse(gm)
     check_ids(gm)

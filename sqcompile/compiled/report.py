@@ -9,7 +9,7 @@ from torch import fx
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.speedup import ROWS, expected, expected_attention
-from sqcompile.kernels.targets import Target
+from sqcompile.kernels.targets import target_of
 from sqcompile.passes.ir.graph import value
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.names import PRODUCTS, SiteLabel, collapse, site_labels
@@ -83,15 +83,14 @@ def _attentions(lowered: fx.GraphModule) -> tuple[Int8Attention, ...]:
         ("qk" if n.args[5] is None else "qk_pv", int(value(n.args[0]).shape[-1]), value(n.args[0]).device)
         for n in nodes
     )
-    target: Target | None = lowered.meta.get("target")
-    target_of = Target.of if target is None else lambda device: target
+    of = target_of(lowered.meta.get("target"))
     return tuple(
         Int8Attention(
             count,
             products,
             width,
             expected_attention(device, products, width),
-            None if target_of(device).attention == "triton" else device.type,
+            None if of(device).attention == "triton" else device.type,
         )
         for (products, width, device), count in kinds.items()
     )

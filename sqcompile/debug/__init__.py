@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from sqcompile.api import analyse
+from sqcompile.api import analyse, target_for
 from sqcompile.capture.captured import flatten_like
 from sqcompile.capture.inputs import Call, as_call
 from sqcompile.capture.trace import trace
@@ -95,8 +95,8 @@ def bisect(
     Raises:
         SQCompileError: as `sqcompile.compile`; CalibrationError for inputs that are no single call.
     """
-    target = Target.given(target)
     check_model(model)
+    target = target_for(model, target)
     _check_inputs(inputs)
     with deferred(), stages(("trace", "calibrate", "match", "plan", "fold", "lower"), progress) as enter:
         call = as_call(model, inputs)
