@@ -26,6 +26,7 @@ from sqcompile.plan.plan import Plan
 # as many threads as `make test` has cores, over its processes
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("SQCOMPILE_VERIFY", "1")  # each stage's recorded values are computed again
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from sqcompile import Recipe
 from sqcompile.kernels.cpu import x86
 from sqcompile.kernels.targets import Target
+from sqcompile.passes.ir.about import About, describe_as
 from sqcompile.passes.ir.graph import clone, find_linears, set_tensor, value
 from sqcompile.passes.ir.record import record
 from sqcompile.passes.ir.text import _DTYPES, show
@@ -57,8 +58,8 @@ def graph(
         device: of the inputs; fake values need no such device.
     """
     gm = fx.GraphModule(torch.nn.Module(), fx.Graph())
-    gm.meta["fake_mode"] = mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    gm.meta["aliases"] = {}
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    describe_as(gm, About(mode))
     for i, (name, given) in enumerate((tensors or {}).items()):
         set_tensor(gm, name, given if isinstance(given, Tensor) else _random(given, i))
     nodes: dict[str, fx.Node] = {}

@@ -31,6 +31,7 @@ from torch import Tensor, fx
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.attention.heads import head_count, same_batch, unmerged, unrepeated_pair
 from sqcompile.passes.attention.scores import SAME, Mask, Number, Scores, numbers, read_scores
+from sqcompile.passes.ir.form import once
 from sqcompile.passes.ir.graph import LINEARS, arguments, aten, constants, find_linears, nodes_by_name, value
 from sqcompile.passes.ir.operators import Fact, having
 from sqcompile.passes.ir.symbols import statically_known_true
@@ -84,6 +85,7 @@ class Attention:
         return {"queries": self.q, "keys": self.k, "values": self.v}
 
 
+@once
 def find_attentions(gm: fx.GraphModule) -> list[Attention]:
     """Every attention, in graph order; see `Attention`."""
     const = constants(gm)

@@ -30,6 +30,7 @@ from torch import Tensor, fx
 from sqcompile.passes.canonical.canonicalize import drops
 from sqcompile.passes.ir.graph import add_op, aten, is_mutable, value
 from sqcompile.passes.ir.operators import DROPOUTS, named
+from sqcompile.passes.ir.record import record, record_readers
 from sqcompile.passes.ir.symbols import statically_known_true
 
 
@@ -58,7 +59,7 @@ def functionalize(gm: fx.GraphModule) -> bool:
     """Rewrites a graph in place; False, and nothing written anew, where it has a write that is not understood.
 
     Args:
-        gm: with recorded values as export left them, and ``meta["fake_mode"]``.
+        gm: with a record (`About`), and with values as export recorded them.
     """
     writes = [n for n in gm.graph.nodes if is_mutable(n.target)]
     if not all(isinstance(n.args[0], fx.Node) for n in writes):
@@ -140,7 +141,11 @@ class _Rewriter:
                 if n in written:
                     self._write(n)
                     continue
-                n.args, n.kwargs = fx.node.map_arg((n.args, n.kwargs), self.latest)
+                before = n.args, n.kwargs
+                n.args, n.kwargs = fx.node.map_arg(before, self.latest)
+                if n.op == "call_function" and (n.args, n.kwargs) != before:
+                    record(self.gm, n)
+                    record_readers(self.gm, n)
             if n in self.parents:
                 self.now[n] = self._count(n), n
         for n in reversed(writes):

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from sqcompile.errors import CaptureError
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.symbols import unbacked
 
 _VALUES = (
@@ -139,7 +140,7 @@ def nested_hint(operator: str) -> str:
 
 def fixed_sizes(gm: fx.GraphModule) -> str:
     """How the caller of what captured a graph has sizes fixed: of sqcompile's own functions, or torch.compile."""
-    return "pass dynamic_shapes=None" if "captured" in gm.meta else "pass dynamic=False to torch.compile"
+    return "pass dynamic_shapes=None" if about(gm).captured else "pass dynamic=False to torch.compile"
 
 
 def _hint(error: Exception, what: str, sizes_are_open: bool) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.passes.ir.about import about, copy_about
 from sqcompile.passes.ir.record import record
 
 aten = torch.ops.aten
@@ -164,7 +165,7 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
     for n in gm.graph.find_nodes(op="get_attr"):
         set_tensor(root, str(n.target), get_tensor(gm, str(n.target)))
     new = fx.GraphModule(root, graph)
-    new.meta.update(gm.meta)
+    copy_about(gm, new)
     return new
 
 
@@ -176,7 +177,7 @@ def add_tensor(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
         name = f"{base}_{k}"
     set_tensor(gm, name, tensor)
     node = gm.graph.get_attr(name)
-    node.meta["val"] = tensor if tensor.is_mkldnn else gm.meta["fake_mode"].from_tensor(tensor, static_shapes=True)
+    node.meta["val"] = tensor if tensor.is_mkldnn else about(gm).fake_mode.from_tensor(tensor, static_shapes=True)
     return node
 
 

@@ -10,6 +10,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from sqcompile.passes.ir.about import about
 from sqcompile.process.interrupts import checkpoint
 
 
@@ -19,9 +20,8 @@ def record(gm: fx.GraphModule, node: fx.Node) -> None:
     The layers of a model repeat their calls: what a call on the same sizes gave is made anew, not computed again.
     """
     checkpoint()
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _value)
-    mode, key = gm.meta["fake_mode"], _call(node.target, args, kwargs)
-    known = gm.meta.setdefault("recorded", {})
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+    mode, known, key = about(gm).fake_mode, about(gm).recorded, call_key(node.target, args, kwargs)
     # the Python dispatcher: composite operators in C++ do not all take symbolic sizes
     with mode, enable_python_dispatcher():
         if key in known:
@@ -35,7 +35,7 @@ def record(gm: fx.GraphModule, node: fx.Node) -> None:
         known[key] = v.shape, v.stride(), v.dtype, v.device
 
 
-def _call(target: Any, args: Any, kwargs: Any) -> Any:
+def call_key(target: Any, args: Any, kwargs: Any) -> Any:
     """What the value of a call depends on; None where that is more than sizes, dtypes and numbers.
 
     An operator whose result's size depends on values makes a symbol of its own in each call.
@@ -46,7 +46,7 @@ def _call(target: Any, args: Any, kwargs: Any) -> Any:
     key: list[Any] = [target, spec]
     for x in leaves:
         if isinstance(x, FakeTensor):
-            sizes = tuple(_layout(x))
+            sizes = tuple(layout(x))
             key.append((x.dtype, x.device, x.dim(), sizes, _plain(x.storage_offset())))
         elif isinstance(x, Tensor):  # packed for a kernel
             return None
@@ -61,18 +61,18 @@ def record_readers(gm: fx.GraphModule, node: fx.Node) -> None:
     What a graph is cut at, and what is returned, is compiled for the strides that are recorded.
     """
     for user in node.users:
-        packed = any(isinstance(_value(a), Tensor) and _value(a).is_mkldnn for a in user.all_input_nodes)
+        packed = any(isinstance(value_of(a), Tensor) and value_of(a).is_mkldnn for a in user.all_input_nodes)
         if user.op == "call_function" and not packed:  # whose result is dense
-            before = _layout(_value(user))
+            before = layout(value_of(user))
             record(gm, user)
-            if _layout(_value(user)) != before:
+            if layout(value_of(user)) != before:
                 record_readers(gm, user)
 
 
-def _layout(v: Any) -> Any:
+def layout(v: Any) -> Any:
     """Sizes and strides of a value, as expressions."""
     if isinstance(v, (list, tuple)):
-        return [_layout(x) for x in v]
+        return [layout(x) for x in v]
     sizes = [*v.shape, *v.stride()] if isinstance(v, Tensor) else []
     return [_plain(s) for s in sizes]
 
@@ -90,5 +90,5 @@ def _shares(x: Tensor, other: Any) -> bool:
     )
 
 
-def _value(node: fx.Node) -> Any:
+def value_of(node: fx.Node) -> Any:
     return node.meta.get("val")

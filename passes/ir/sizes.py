@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.errors import CaptureError, InternalError
+from sqcompile.passes.ir.about import Sizes, about
 from sqcompile.passes.ir.explain import first_line, fixed_sizes
 from sqcompile.passes.ir.graph import value
 
 _Result = TypeVar("_Result")
-Sizes = dict[Any, int]
 
 
 def at_two_sizes(gm: fx.GraphModule, run: Callable[[Sizes], _Result]) -> tuple[_Result, _Result]:
     """Runs something at two choices of batch and sequence sizes.
 
     Args:
-        gm: a traced graph; ``meta["sizes"]`` may hold two choices that it is known to serve, see `vary`.
+        gm: a traced graph; ``About.sizes`` may hold two choices that it is known to serve, see `vary`.
         run: takes a size for each free symbol of the graph's placeholders.
 
     Raises:
@@ -48,7 +48,7 @@ def at_two_sizes(gm: fx.GraphModule, run: Callable[[Sizes], _Result]) -> tuple[_
     pairs += [
         tuple({s: long[s] * size for s, size in sizes.items()} for sizes in pairs[i]) for i in range(0, len(pairs), 3)
     ]
-    known = [gm.meta["sizes"]] if "sizes" in gm.meta else []
+    known = [pair] if (pair := about(gm).sizes) else []
     allowed = conditions(gm)
     likely = [all(_holds(allowed, sizes) for sizes in pair) for pair in pairs]
     ordered = [p for p, l in zip(pairs, likely, strict=True) if l]
@@ -85,11 +85,10 @@ def free_symbols(gm: fx.GraphModule) -> dict[Any, Any]:
 def conditions(gm: fx.GraphModule) -> list[Any]:
     """What the sizes of a traced graph fulfil, as expressions of its symbols.
 
-    In ``meta["conditions"]`` where it is known for good: Inductor adds conditions of its own.
+    In ``About.conditions`` where it is known for good: Inductor adds conditions of its own.
     """
-    if "conditions" in gm.meta:
-        return gm.meta["conditions"]
-    return _of(gm.meta["fake_mode"].shape_env)
+    known = about(gm).conditions
+    return known if known is not None else _of(about(gm).fake_mode.shape_env)
 
 
 def vary(inputs: Iterable[Any], shape_env: Any) -> tuple[Sizes, Sizes]:

@@ -33,11 +33,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sqcompile.errors import InternalError, SQCompileError
 from sqcompile.passes.ir.explain import first_line
-from sqcompile.passes.ir.graph import Linear, aten, constants, evaluate, get_tensor, is_channel_vector, leaves, value
+from sqcompile.passes.ir.graph import Linear, aten, constants, evaluate, is_channel_vector, leaves, value
 from sqcompile.passes.ir.operators import HOMOGENEOUS, LAYOUT, LIKE_SECOND, SHAPE_ONLY
 from sqcompile.passes.labels.rules import (
     OUTPUT,
@@ -50,6 +49,7 @@ from sqcompile.passes.labels.rules import (
     refuse_rounding,
     uniform,
 )
+from sqcompile.passes.labels.values import values_at
 from sqcompile.process.interrupts import checkpoint
 
 _Interpreter = TypeVar("_Interpreter", bound="_Labels")
@@ -77,76 +77,6 @@ def execute(interpreter: _Interpreter, symbols: dict[Any, int]) -> _Interpreter:
     with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():  # labels are real tensors
         interpreter.run(enable_io_processing=False)
     return interpreter
-
-
-def values_at(gm: fx.GraphModule, symbols: dict[Any, int]) -> dict[fx.Node, Any]:
-    """What every node holds at one choice of sizes, on fake tensors.
-
-    Several analyses ask for the same sizes, and nothing else of them takes as long: the graph keeps the answer, and
-    shares it with graphs of the same operations (of layers that are compiled one by one).
-    """
-    form = _form(gm)
-    kept: dict[Any, Any] = gm.meta.setdefault("values", {})
-    key = tuple(symbols.items())
-    before, values = kept.get(key, (None, []))
-    if before != form:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with mode, torch.no_grad():
-            inputs = [_concrete(value(n), symbols) for n in gm.graph.find_nodes(op="placeholder")]
-            run = _Values(gm, mode)
-            run.run(*inputs, enable_io_processing=False)
-        values = [run.values[n] for n in gm.graph.nodes]
-        kept[key] = form, values
-    return dict(zip(gm.graph.nodes, values, strict=True))
-
-
-def _form(gm: fx.GraphModule) -> list[Any]:
-    """All that the values of a graph's nodes depend on, nodes by their position. 1, 1.0 and True are not the same."""
-    position = {n: i for i, n in enumerate(gm.graph.nodes)}
-
-    def leaf(x: Any) -> Any:
-        return (fx.Node, position[x]) if isinstance(x, fx.Node) else (type(x), x)
-
-    form: list[Any] = []
-    for n in gm.graph.nodes:
-        if n.op == "get_attr":
-            t = get_tensor(gm, str(n.target))
-            form.append((t.shape, t.stride(), t.dtype, t.device))
-        elif n.op == "placeholder":
-            v = value(n)
-            sizes = v.shape if isinstance(v, Tensor) else [v]
-            dtype, device = (v.dtype, v.device) if isinstance(v, Tensor) else (None, None)
-            form.append(([str(s) for s in sizes], dtype, device))
-        else:
-            form.append((n.target, *fx.node.map_aggregate((n.args, n.kwargs), leaf)))
-    return form
-
-
-class _Values(fx.Interpreter):
-    """Executes a graph on fake tensors and keeps what every node holds."""
-
-    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
-        super().__init__(gm)
-        self.extra_traceback = False
-        self.mode, self.values = mode, dict[fx.Node, Any]()
-
-    def run_node(self, n: fx.Node) -> Any:
-        checkpoint()
-        if n.op == "get_attr":
-            out = self.mode.from_tensor(get_tensor(self.module, str(n.target)), static_shapes=True)
-        else:
-            out = super().run_node(n)
-        self.values[n] = out
-        return out
-
-
-def _concrete(v: Any, symbols: dict[Any, int]) -> Any:
-    def size(s: Any) -> int:
-        return int(s.node.expr.xreplace(symbols)) if isinstance(s, torch.SymInt) else s
-
-    if isinstance(v, Tensor):
-        return torch.empty([size(s) for s in v.shape], dtype=v.dtype, device=v.device)
-    return size(v)
 
 
 class _Labels(fx.Interpreter):

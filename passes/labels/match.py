@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from sqcompile.passes.ir.form import once
 from sqcompile.passes.ir.graph import Linear, constants, find_linears, first_leaf, nodes_by_name
 from sqcompile.passes.ir.operators import HOMOGENEOUS, LAYOUT
 from sqcompile.passes.ir.sizes import at_two_sizes
@@ -62,6 +63,7 @@ class Refusal:
     reason: str
 
 
+@once
 def match(gm: fx.GraphModule) -> tuple[list[Site], list[Refusal]]:
     """Finds every site where a parameter can absorb 1/s.
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import add_op, aten, constants, first_leaf, value
 from sqcompile.passes.ir.operators import HOMOGENEOUS, LAYOUT, Fact, having
 
@@ -73,7 +74,7 @@ def _reads(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | None, Any, bool]]
 
 def _origins(gm: fx.GraphModule, index: fx.Node) -> set[str]:
     """The inputs that an index is computed from by arithmetic and layout; "positions" are of no input."""
-    names = gm.meta.get("names", {})
+    names = about(gm).names or {}
     todo, seen, found = [index], set[fx.Node](), set[str]()
     while todo:
         n = todo.pop()

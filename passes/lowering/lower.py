@@ -34,6 +34,7 @@ from torch import fx
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.qtypes import BY_DTYPE, FP8, INT8, QType
 from sqcompile.kernels.targets import Operands, Target, target_of
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import (
     add_op,
     add_tensor,
@@ -114,14 +115,14 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | Non
         else:
             _lower_group(gm, group, shared, on)
         release_freed_memory()
-    gm.meta.pop("lazy", None)  # it holds the float weights
+    about(gm).lazy.clear()  # it holds the float weights
     _materialize(gm)
     lower_int8_attention(gm, of)
     lower_attention(gm, of)
     if fuses:
         fuse(gm)
     check_ids(gm)
-    gm.meta["target"] = target
+    about(gm).target = target
     return finish(gm)
 
 
@@ -131,7 +132,7 @@ def _weights(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | None,
     if shared is None:
         parts = [(get_tensor(gm, str(g.weight.target)), get_tensor(gm, str(g.weight_scale.target))) for g in group]
         return merge(parts, target)
-    lazy: list[Lazy] = [gm.meta["lazy"][str(g.weight.target)] for g in group]
+    lazy: list[Lazy] = [about(gm).lazy[str(g.weight.target)] for g in group]
     key = target.name, *(l.key for l in lazy)
     return shared.get(gm, key, lambda: merge([l.make() for l in lazy], target))
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.errors import StageError
+from sqcompile.passes.ir.about import About, about, copy_about, describe_as
 from sqcompile.passes.ir.graph import add_op, aten, get_tensor, set_tensor, value
 from sqcompile.passes.ir.sizes import conditions
 
@@ -156,7 +157,7 @@ def cut(gm: fx.GraphModule, blocks: list[list[fx.Node]]) -> tuple[fx.GraphModule
     [output] = gm.graph.find_nodes(op="output")
     graph.output(fx.node.map_arg(output.args[0], outer))
     result = fx.GraphModule(root, graph)
-    result.meta.update(gm.meta)
+    copy_about(gm, result)
     return result, regions
 
 
@@ -177,7 +178,7 @@ def _extract(gm: fx.GraphModule, nodes: list[fx.Node], lift: bool, sizes: dict[A
         if s in sizes and s not in bound:  # others come to be in this part
             inputs[sizes[s]] = None
     outputs = [n for n in nodes if any(u not in inside for u in n.users)]
-    root, graph, env, mode = torch.nn.Module(), fx.Graph(), {}, gm.meta["fake_mode"]
+    root, graph, env, mode = torch.nn.Module(), fx.Graph(), {}, about(gm).fake_mode
     for i, n in enumerate(inputs):
         env[n] = graph.placeholder(f"input_{i}")
         env[n].meta["val"] = value(n)
@@ -194,7 +195,7 @@ def _extract(gm: fx.GraphModule, nodes: list[fx.Node], lift: bool, sizes: dict[A
         env[n] = graph.node_copy(n, env.__getitem__)
     graph.output([env[n] for n in outputs])
     part = fx.GraphModule(root, graph)
-    part.meta["fake_mode"], part.meta["conditions"] = mode, conditions(gm)
+    describe_as(part, About(mode, conditions=conditions(gm)))
     return Region(part, list(inputs), outputs, constants if lift else [], _key(part) if lift else None)
 
 
@@ -203,7 +204,8 @@ def _key(gm: fx.GraphModule) -> str:
 
     Inputs are in it with sizes, strides, and what is known of their symbols: ranges and conditions, which Inductor makes use of.
     """
-    ranges = gm.meta["fake_mode"].shape_env.var_to_range if gm.meta["fake_mode"].shape_env else {}
+    env = about(gm).fake_mode.shape_env
+    ranges = env.var_to_range if env else {}
     number = {n: f"%{i}" for i, n in enumerate(gm.graph.nodes)}
     symbols: dict[Any, Any] = {}
     lines: list[str] = []
@@ -230,7 +232,7 @@ def _key(gm: fx.GraphModule) -> str:
         )
         target = "" if n.op == "placeholder" else n.target
         lines.append(f"{n.op} {target} {args!r} {like(value(n)) if n.op != 'output' else ''}")
-    known = [c for c in gm.meta["conditions"] if c.free_symbols and c.free_symbols <= symbols.keys()]
+    known = [c for c in conditions(gm) if c.free_symbols and c.free_symbols <= symbols.keys()]
     lines += sorted(str(c.xreplace(symbols)) for c in known)
     return "\n".join(lines)
 

@@ -25,6 +25,7 @@ from torch import fx
 
 from sqcompile.errors import NothingToQuantizeError, RecipeError
 from sqcompile.kernels import speedup
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import Linear, aten, find_linears, first_leaf, nodes_by_name, value
 from sqcompile.passes.ir.operators import LAYOUT, Fact, having
 from sqcompile.passes.planning.adapters import find_adapters
@@ -106,7 +107,7 @@ def _slow(gm: fx.GraphModule, linears: list[Linear], least: float) -> dict[str, 
 
 def names_linear(gm: fx.GraphModule, l: Linear, pattern: str) -> bool:
     """Whether a pattern names a linear: its module or its weight, by any of the names of a tied weight."""
-    for name in gm.meta["aliases"].get(l.name.partition("#")[0], (l.name,)):
+    for name in about(gm).aliases.get(l.name.partition("#")[0], (l.name,)):
         module = name.rpartition(".")[0] or name
         if fnmatch.fnmatch(module, pattern) or names(pattern, name):
             return True

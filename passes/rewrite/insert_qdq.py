@@ -32,6 +32,7 @@ from torch import Tensor, fx
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.qtypes import INT8, QType
 from sqcompile.kernels.reference import quantize, weight_scale
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import (
     FOLD_CAST,
     Linear,
@@ -50,6 +51,7 @@ from sqcompile.passes.ir.graph import (
     value,
 )
 from sqcompile.passes.ir.origin import PLANNED
+from sqcompile.passes.ir.record import record_readers
 from sqcompile.passes.planning.finite import check_tensor
 from sqcompile.passes.rewrite.insert_qdq_attention import quantize_attention
 from sqcompile.passes.rewrite.weight_store import Lazy, Shared
@@ -65,7 +67,7 @@ def insert_qdq(gm: fx.GraphModule, plan: Plan, shared: Shared | None = None) -> 
     scale per expert and output channel: int8 [E, N, K] and float32 [E, N] ([E, 1] per tensor).
 
     With ``shared``, weights are quantized when `lower` asks for them: until then the graph holds tensors without data
-    (on the meta device), and ``meta["lazy"]`` says by their names how they are made.
+    (on the meta device), and ``About.lazy`` says by their names how they are made.
     """
     folded, gm = gm, clone(gm)
     quantize_attention(gm, plan)
@@ -81,10 +83,11 @@ def insert_qdq(gm: fx.GraphModule, plan: Plan, shared: Shared | None = None) -> 
 
 def quantize_weights(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph made with ``shared`` that is run as it is, without `lower`: its weights are quantized now. In place."""
-    for name, lazy in gm.meta.pop("lazy", {}).items():
+    for name, lazy in about(gm).lazy.items():
         w, scale = lazy.make()
         set_tensor(gm, name, w)
         set_tensor(gm, lazy.scale, scale)
+    about(gm).lazy.clear()
     return gm
 
 
@@ -114,6 +117,7 @@ class _Inserter:
                 y = add_op(self.gm, sqcompile_ops.dequantize.default, acc, x_scale, w_scale, bias, value(node).dtype)
         y.meta[PLANNED] = linear.name
         node.replace_all_uses_with(y)
+        record_readers(self.gm, y)
         self.gm.graph.erase_node(node)
 
     def _operands(self, linear: Linear, name: str) -> tuple[fx.Node, fx.Node]:
@@ -126,8 +130,7 @@ class _Inserter:
         w_int8 = _stand_in(self.gm, f"{name}_{self.qtype.name}", linear.shape, self.qtype.dtype, value(weight).device)
         w_scale = _stand_in(self.gm, f"{name}_scale", rows, torch.float32, value(weight).device)
         key = self.qtype.name, per_channel, self.shared.key(self.gm, weight)
-        lazy = self.gm.meta.setdefault("lazy", {})
-        lazy[str(w_int8.target)] = Lazy(key, lambda: self._weight(linear), str(w_scale.target))
+        about(self.gm).lazy[str(w_int8.target)] = Lazy(key, lambda: self._weight(linear), str(w_scale.target))
         return w_int8, w_scale
 
     def _weight(self, linear: Linear) -> tuple[Tensor, Tensor]:
@@ -179,7 +182,7 @@ def _stand_in(
 ) -> fx.Node:
     """A get_attr node for a tensor that is not there yet. Call inside ``graph.inserting_before``."""
     node = add_tensor(gm, name, torch.empty(shape, dtype=dtype, device="meta"))
-    with gm.meta["fake_mode"]:
+    with about(gm).fake_mode:
         node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
     return node
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import FOLD_CAST, get_tensor
 
 
@@ -112,7 +113,7 @@ def _literal(a: Any, step: Callable[[fx.Node], int]) -> Hashable:
 
 def held(gm: fx.GraphModule) -> list[Merged]:
     """The shared weights a lowered graph holds: keep the list as long as the graph."""
-    return gm.meta.setdefault("merged", [])
+    return about(gm).merged
 
 
 def _contents(tensor: Tensor) -> bytes:

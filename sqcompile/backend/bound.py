@@ -15,6 +15,7 @@ from sqcompile.backend.samples import Samples
 from sqcompile.backend.session import Session
 from sqcompile.backend.weights import states, storage_of
 from sqcompile.compiled.stages import state
+from sqcompile.passes.ir.about import about
 from sqcompile.statistics.observe import Observer
 
 
@@ -101,7 +102,7 @@ class Observed(Weights):
 
     def __call__(self, args: Sequence[Any]) -> Any:
         gm: Any = self.observer.module
-        results = self.observer.batch([args[i] for i in gm.meta["arguments"]])
+        results = self.observer.batch([args[i] for i in about(gm).arguments])
         with torch.no_grad():
             for position, new in zip(self.written, results, strict=False):
                 args[position].copy_(new)

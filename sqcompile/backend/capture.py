@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from sqcompile.capture.trace import refuse_nested, tidy
 from sqcompile.capture.untouched import assigned_to, written_to
 from sqcompile.errors import CaptureError
 from sqcompile.passes.canonical.canonicalize import canonicalize
+from sqcompile.passes.ir.about import About, about, describe_as
 from sqcompile.passes.ir.explain import first_line, source
 from sqcompile.passes.ir.graph import aten, clone, finish, get_tensor, set_tensor, value
 from sqcompile.passes.ir.operators import LAYOUT
@@ -87,10 +88,10 @@ def capture(gm: fx.GraphModule) -> Template:
         raise CaptureError(
             f"a graph of the model cannot be lowered to ATen operators: {type(e).__name__}: {first_line(e)}"
         ) from e
-    exported.meta["fake_mode"] = mode
+    describe_as(exported, About(mode))
     tensors_of_floats(exported)
-    exported.meta["sizes"] = vary(fakes, mode.shape_env)
-    exported.meta["conditions"] = conditions(exported)
+    about(exported).sizes = vary(fakes, mode.shape_env)
+    about(exported).conditions = conditions(exported)
     names = [n.name for n in exported.graph.find_nodes(op="placeholder")]
     held = names[: len(names) - len(fakes)]  # aot_export_module puts what the module holds before its arguments
     tensors = tuple(get_tensor(gm, (signature.inputs_to_parameters | signature.inputs_to_buffers)[n]) for n in held)
@@ -142,7 +143,7 @@ def attach(template: Template, constants: dict[int, tuple[str, Tensor]], aliases
         aliases: all names of each tensor of the model, see `trace`.
 
     Returns:
-        A GraphModule; ``meta["arguments"]`` are the positions of the arguments that are left, ``meta["updates"]`` the
+        A GraphModule; ``About.arguments`` are the positions of the arguments that are left, ``About.updates`` the
         placeholder that each of the first outputs is written back to.
     """
     graph: Any = fx.Graph()
@@ -170,12 +171,9 @@ def attach(template: Template, constants: dict[int, tuple[str, Tensor]], aliases
         node.replace_all_uses_with(get)
         graph.erase_node(node)
     gm = fx.GraphModule(root, graph)
-    gm.meta["fake_mode"], gm.meta["aliases"] = template.fake_mode, aliases
-    gm.meta["sizes"], gm.meta["conditions"] = (template.graph.meta[k] for k in ("sizes", "conditions"))
-    for known in ("recorded", "values"):  # layers of other weights repeat its calls
-        gm.meta[known] = template.graph.meta.setdefault(known, {})
-    gm.meta["arguments"] = [i for i, _ in left]
-    gm.meta["updates"] = [env[order[i]].name for i in template.updates]
+    # what is remembered is shared: layers of other weights repeat its calls
+    left_over, updates = [i for i, _ in left], [env[order[i]].name for i in template.updates]
+    describe_as(gm, replace(about(template.graph), aliases=aliases, arguments=left_over, updates=updates, found={}))
     tidy(gm)
     canonicalize(gm)
     tidy(gm)  # casts that canonicalize has spelled as such
@@ -188,7 +186,7 @@ def write_back(gm: fx.GraphModule) -> fx.GraphModule:
 
     A value is written as soon as nothing reads the old one: a KV cache in the block whose keys it gets.
     """
-    updates = gm.meta["updates"]
+    updates = about(gm).updates
     nodes = {n.name: n for n in gm.graph.find_nodes(op="placeholder")}
     output = next(iter(reversed(gm.graph.nodes)))
     results = list(output.args[0])

@@ -20,6 +20,7 @@ from sqcompile.backend.weights import is_freed, source
 from sqcompile.compiled.inductor import compile_regions, compile_without_constants, flatten, inductor, with_layout
 from sqcompile.errors import CaptureError, StageError
 from sqcompile.passes.attention.chains import find_attentions
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import above, find_linears, first_leaf, nodes_by_name
 from sqcompile.passes.planning.finite import check_weights
 from sqcompile.passes.planning.stay_float import wanted
@@ -184,8 +185,8 @@ class Runner:
         constants |= {len(self.fallback) + i: (f"held_{i}", t) for i, t in enumerate(self.template.held)}
         gm = attach(self.template, constants, session.aliases())
         placeholders = gm.graph.find_nodes(op="placeholder")
-        gm.meta["names"] = {
-            n.name: self.fallback[i] for n, i in zip(placeholders, gm.meta["arguments"], strict=True)
+        about(gm).names = {
+            n.name: self.fallback[i] for n, i in zip(placeholders, about(gm).arguments, strict=True)
         }  # as Dynamo spells the arguments' own
         return gm
 
@@ -196,7 +197,7 @@ class Runner:
     def _emit(
         self, lowered: fx.GraphModule, guarded: bool, session: Session, tensors: list[Tensor]
     ) -> tuple[Callable[..., Any], list[int]]:
-        arguments = lowered.meta["arguments"]
+        arguments = about(lowered).arguments
         flat, used = flatten(write_back(lowered))
         positions = [arguments[i] for i in used]
         run = self._compile(flat, guarded)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import above, add_op, aten, value
 
 # on numbers, and the same on tensors of no dimension
@@ -67,7 +68,7 @@ def tensors_of_floats(gm: fx.GraphModule) -> None:
                 fixed |= above(n) & set(floats)
     known: dict[fx.Node, float] = {n: float(value(n)) for n in floats if n in fixed}  # Dynamo guards what is asked for
     tensors: dict[fx.Node, fx.Node] = {n: n for n in floats if n not in fixed}
-    with gm.meta["fake_mode"]:
+    with about(gm).fake_mode:
         for n in floats:
             n.meta["val"] = torch.empty((), dtype=torch.float64)
     for n in [n for n in gm.graph.nodes if not made.isdisjoint(n.all_input_nodes)]:

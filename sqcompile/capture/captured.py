@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from sqcompile.capture.inputs import Call, Forward
 from sqcompile.errors import CaptureError
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import value
 
 _NAMESPACE = {"math": math, "torch": torch}  # of conditions as PythonPrinter writes them
@@ -120,7 +121,7 @@ def captured(spec: pytree.TreeSpec, given: list[Any], fakes: list[Any], env: Any
 
 def unread(gm: fx.GraphModule, forward: Forward) -> set[str]:
     """Tensors that the captured call passes through ``**kwargs``, and that nothing in the graph reads."""
-    spec = gm.meta["captured"].spec
+    spec = about(gm).calls.spec
     named: dict[str, Any] = spec.unflatten(gm.graph.find_nodes(op="placeholder"))[1]
     passed = {n: pytree.tree_leaves(v) for n, v in named.items() if n not in forward.signature.parameters}
     return {

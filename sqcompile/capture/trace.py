@@ -26,6 +26,7 @@ from sqcompile.capture.untouched import keeps_parameters, left_alone, refuse_wri
 from sqcompile.errors import CaptureError
 from sqcompile.passes.canonical.canonicalize import canonicalize, drops
 from sqcompile.passes.canonical.functionalize import functionalize
+from sqcompile.passes.ir.about import About, about, describe_as
 from sqcompile.passes.ir.explain import check_shapes, export_error, nested_hint, one_error, source
 from sqcompile.passes.ir.graph import aten, clone, finish, is_mutable, set_tensor, value
 from sqcompile.passes.ir.operators import DROPOUTS
@@ -52,8 +53,8 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
             makes every shape static, anything else goes to torch.export as it is.
 
     Returns:
-        A GraphModule with the model's own signature and output type. ``meta["fake_mode"]`` is the mode of its fake
-        values, ``meta["captured"]`` says what calls it serves, ``meta["out_spec"]`` is the pytree of its result.
+        A GraphModule with the model's own signature and output type. Its record (`About`) says what calls it serves, and
+        what the pytree of its result is.
 
     Raises:
         CaptureError: if the model cannot be exported (names the operation, the line and what to try), or if it
@@ -74,12 +75,12 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     info: Any = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
     given = pytree.tree_leaves((call.args, call.kwargs))
     inputs = [value(n) for n in gm.graph.find_nodes(op="placeholder")]
-    found = captured(info.in_spec, given, inputs, gm.meta["fake_mode"].shape_env, dynamic_shapes)
-    gm.meta["captured"] = replace(found, ignored=call.ignored)
-    if (env := gm.meta["fake_mode"].shape_env) is not None:
+    found = captured(info.in_spec, given, inputs, about(gm).fake_mode.shape_env, dynamic_shapes)
+    about(gm).captured = replace(found, ignored=call.ignored)
+    if (env := about(gm).fake_mode.shape_env) is not None:
         env.tracked_fakes = []  # for guards, which are made: fake tensors keep their ShapeEnv, in a way Python cannot see
-    gm.meta["out_spec"] = info.out_spec
-    gm.meta["aliases"] = aliases(model)
+    about(gm).out_spec = info.out_spec
+    about(gm).aliases = aliases(model)
     canonicalize(gm)
     gm.graph.eliminate_dead_code()
     return verify(finish(clone(gm)), "traced")  # before anything runs it
@@ -108,7 +109,7 @@ def _module(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     fakes = [value(n) for n in gm.graph.find_nodes(op="placeholder") if isinstance(value(n), Tensor)]
     if not fakes:
         raise CaptureError("the model takes no tensor: pass example_inputs with at least one")
-    gm.meta["fake_mode"] = fakes[0].fake_mode
+    describe_as(gm, About(fakes[0].fake_mode))
     for n in gm.graph.find_nodes(op="get_attr"):
         n.meta["val"] = fakes[0].fake_mode.from_tensor(gm.get_buffer(str(n.target)), static_shapes=True)
     return gm

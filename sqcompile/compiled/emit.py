@@ -16,6 +16,7 @@ from sqcompile.compiled.inductor import compile_regions, flatten, inductor
 from sqcompile.compiled.report import Report
 from sqcompile.compiled.stages import Stages
 from sqcompile.errors import CaptureError, StageError
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import get_tensor, set_tensor
 from sqcompile.plan.plan import Plan
 
@@ -48,7 +49,7 @@ class CompiledModel(nn.Module):
         self.lowered = lowered
         self.plan, self.report, self.stages = plan, Report.of(plan, lowered), stages
         self._call = call
-        self._captured, self._out_spec = lowered.meta["captured"], lowered.meta["out_spec"]
+        self._captured, self._out_spec = about(lowered).calls, about(lowered).out_spec
         flat, self._used = flatten(lowered)
         self._run = run(flat)
         self.eval()

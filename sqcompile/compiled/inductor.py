@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.errors import StageError
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.explain import fixed_sizes
 from sqcompile.passes.ir.graph import clone, value
 from sqcompile.passes.lowering.regions import Part, Region, cut, find_repeats
@@ -52,7 +53,7 @@ def inductor(
     from torch._inductor.compile_fx import compile_fx
 
     fakes = [value(n) for n in flat.graph.find_nodes(op="placeholder")]
-    mode = flat.meta["fake_mode"]
+    mode = about(flat).fake_mode
     before = dict(mode.shape_env.replacements) if mode.shape_env else {}
     ranges = dict(mode.shape_env.var_to_range) if mode.shape_env else {}
     # the operators' fakes give exact sizes and strides (tested), which need no check at every call
@@ -65,12 +66,12 @@ def inductor(
     with torch.no_grad(), config.patch(options), tracing(TracingContext(mode)), _unlisted_modules():
         run: Any = compile_fx(flat, fakes)
     _drop_graph(run)
-    after = dict(mode.shape_env.replacements) if mode.shape_env else {}
+    env = mode.shape_env
+    after = dict(env.replacements) if env else {}
     fixed = {k: v for k, v in after.items() if k not in before}
     # no guard is checked at a call: a size assumed to stay below the example's next multiple of a block would go unnoticed
-    fixed |= {
-        k: mode.shape_env.var_to_range[k] for k, r in ranges.items() if _narrowed(r, mode.shape_env.var_to_range[k])
-    }
+    if env:
+        fixed |= {k: env.var_to_range[k] for k, r in ranges.items() if _narrowed(r, env.var_to_range[k])}
     if fixed and not guarded:
         raise StageError(
             f"Inductor fixed sizes that are dynamic ({fixed}): run the graph as it is (backend='eager'; of torch.compile "

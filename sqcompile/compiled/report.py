@@ -10,6 +10,7 @@ from torch import fx
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.speedup import ROWS, expected, expected_attention
 from sqcompile.kernels.targets import target_of
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import value
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.names import PRODUCTS, SiteLabel, collapse, site_labels
@@ -83,7 +84,7 @@ def _attentions(lowered: fx.GraphModule) -> tuple[Int8Attention, ...]:
         ("qk" if n.args[5] is None else "qk_pv", int(value(n.args[0]).shape[-1]), value(n.args[0]).device)
         for n in nodes
     )
-    of = target_of(lowered.meta.get("target"))
+    of = target_of(about(lowered).target)
     return tuple(
         Int8Attention(
             count,

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from sqcompile.errors import StageError
 from sqcompile.kernels.targets import Target
+from sqcompile.passes.ir.about import about, describe_as
 from sqcompile.passes.ir.graph import clone, get_tensor, set_tensor
 from sqcompile.passes.ir.verify import STAGES
 from sqcompile.pipeline import rewrite
@@ -34,7 +35,7 @@ class Stages(Mapping[str, fx.GraphModule]):
         self.shared = frozenset(n for n in names if n in own)
         self.original = frozenset(names)  # every tensor that came with the capture
         self._constants = {n: get_tensor(traced, n) for n in names - self.shared}
-        self._graph, self._meta = _ownerless(clone(traced)), dict(traced.meta)
+        self._graph, self._about = _ownerless(clone(traced)), about(traced)
         self._states = {n: state(own[n]) for n in self.shared}
         self._plan, self._target = plan, target
         self._cache: weakref.WeakValueDictionary[str, fx.GraphModule] = weakref.WeakValueDictionary()
@@ -67,7 +68,7 @@ class Stages(Mapping[str, fx.GraphModule]):
         for n, tensor in self._constants.items():
             set_tensor(root, n, tensor)
         gm = fx.GraphModule(root, self._graph)
-        gm.meta.update(self._meta)
+        describe_as(gm, self._about)
         traced = clone(gm)
         _ownerless(gm)
         return traced

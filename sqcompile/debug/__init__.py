@@ -25,6 +25,7 @@ from sqcompile.errors import CalibrationError
 from sqcompile.kernels.targets import Target
 from sqcompile.models import check_model
 from sqcompile.passes.attention.chains import find_attentions
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.ir.verify import verify
 from sqcompile.passes.lowering.lower import lower
@@ -136,7 +137,7 @@ def _compare(
 
 
 def _arguments(call: Call, traced: fx.GraphModule) -> list[Any]:
-    leaves = flatten_like(call, traced.meta["captured"])
+    leaves = flatten_like(call, about(traced).calls)
     return [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import networkx as nx
 from torch import Tensor, fx
 
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import LINEARS, Linear, aten, constants, first_leaf, value
 from sqcompile.passes.ir.text import show
 from sqcompile.passes.labels.interpreter import vector_operand
@@ -138,7 +139,7 @@ class _Boxes:
         self.vectors = parameters_of(gm)
         self.lines = {line[1:].partition(":")[0]: line for line in show(gm).splitlines()}
         self.uses: dict[str, int] = {}
-        self.aliases = gm.meta.get("aliases", {})
+        self.aliases = about(gm).aliases
         self.attentions = iter(roles.attentions)
 
     def kind(self, n: fx.Node, joins: bool) -> str | None:

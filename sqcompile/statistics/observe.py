@@ -23,6 +23,7 @@ from sqcompile.capture.inputs import Call, Reader
 from sqcompile.errors import CalibrationError, CaptureError
 from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.attention.heads import brought
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.explain import first_line, operation, source
 from sqcompile.passes.ir.graph import Linear, aten, find_linears, nodes_by_name, value
 from sqcompile.process.interrupts import checkpoint, each_at_once
@@ -70,7 +71,7 @@ def calibrate(
         CalibrationError: for a batch the model refuses, or a non-finite activation (names the tensor and the batch).
     """
     observer = Observer(gm, attentions)
-    captured, reader = gm.meta["captured"], reader or Reader(model)
+    captured, reader = about(gm).calls, reader or Reader(model)
     bar = tqdm(desc="batches", unit="batch", disable=not progress, total=total, leave=False)
 
     def observe(call: Call) -> None:

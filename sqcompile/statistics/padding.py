@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.errors import CalibrationError
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import value
 from sqcompile.passes.labels.token_rows import Rows, token_rows
 from sqcompile.process.lock import compiling
@@ -32,12 +33,12 @@ class Padding:
     def __init__(self, gm: fx.GraphModule, nodes: Mapping[str, int]) -> None:
         """For a traced graph, and the nodes to be asked for with the dim of their channels.
 
-        Where ``gm.meta["names"]`` has the arguments' own names, the graph is Dynamo's, and its calls are a user's: they are
+        Where ``About.names`` has the arguments' own names, the graph is Dynamo's, and its calls are a user's: they are
         not refused for their padding.
         """
-        self.gm, self.nodes, self.strict = gm, nodes, "names" not in gm.meta
+        self.gm, self.nodes, self.strict = gm, nodes, about(gm).names is None
         placeholders = gm.graph.find_nodes(op="placeholder")
-        names = gm.meta.get("names", {})
+        names = about(gm).names or {}
         self.names = {names.get(n.name, n.name): n.name for n in placeholders}
         self.inputs = {name: value(n) for name, n in zip(self.names, placeholders, strict=True)}
         self._rows: dict[frozenset[Any], dict[str, Rows]] = {}

@@ -9,6 +9,7 @@ from golden_cases import SYMBOLS, graph, untrue
 
 from sqcompile import CaptureError
 from sqcompile.passes.ir import sizes, text
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import value
 from sqcompile.passes.ir.text import show
 
@@ -100,6 +101,6 @@ def test_sizes_of_a_call_and_others_that_its_graph_serves():
     gm = graph(TWO_SIZES)
     batch, length = value(next(iter(gm.graph.nodes))).shape[:2]
     assert bool(length < 12)
-    first, second = sizes.vary([batch, length], gm.meta["fake_mode"].shape_env)
+    first, second = sizes.vary([batch, length], about(gm).fake_mode.shape_env)
     assert list(first.values()) == [SYMBOLS["s0"], SYMBOLS["s1"]]
     assert_expected_inline(", ".join(f"s{i} = {n}" for i, n in enumerate(second.values())), """s0 = 10, s1 = 8""")

@@ -101,6 +101,7 @@ def test_a_remedy_is_one_that_the_caller_has(fresh_dynamo):
     """``dynamic_shapes`` is an argument of sqcompile's functions, and of nothing that torch.compile takes."""
     from sqcompile.capture.inputs import as_call
     from sqcompile.capture.trace import trace
+    from sqcompile.passes.ir.about import about
     from sqcompile.passes.ir.sizes import at_two_sizes
 
     gm = trace(Features().eval(), as_call(Features(), torch.randn(2, 6, 25)))
@@ -110,7 +111,7 @@ def test_a_remedy_is_one_that_the_caller_has(fresh_dynamo):
 
     with pytest.raises(sqcompile.CaptureError, match=r"sizes: no such size\. To fix them, pass dynamic_shapes=None$"):
         at_two_sizes(gm, fails)
-    del gm.meta["captured"]
+    about(gm).captured = None
     with pytest.raises(sqcompile.CaptureError, match=r"To fix them, pass dynamic=False to torch\.compile$"):
         at_two_sizes(gm, fails)
 

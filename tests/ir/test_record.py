@@ -12,8 +12,10 @@ from torch import fx, nn
 import sqcompile
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
+from sqcompile.passes.ir.about import about
+from sqcompile.passes.ir.form import form
 from sqcompile.passes.ir.graph import add_op, aten, value
-from sqcompile.passes.labels import interpreter as labels
+from sqcompile.passes.labels import values
 from sqcompile.passes.labels.match import match
 
 
@@ -57,8 +59,8 @@ def test_sizes_that_depend_on_values_are_each_calls_own() -> None:
 
 def test_all_analyses_of_a_compilation_execute_the_graph_at_two_sizes_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
-    run = labels._Values.run
-    monkeypatch.setattr(labels._Values, "run", lambda self, *args, **kw: runs.append(1) or run(self, *args, **kw))
+    run = values._Values.run
+    monkeypatch.setattr(values._Values, "run", lambda self, *args, **kw: runs.append(1) or run(self, *args, **kw))
     sqcompile.compile(tiny_lm("llama"), token_batches(1), recipe="O3", backend="eager", progress=False)
     assert len(runs) == 2
 
@@ -67,10 +69,10 @@ def test_a_graph_that_changed_is_executed_anew() -> None:
     gm = traced()
     assert [s.kind for s in match(gm)[0]] == ["linear"]
     [relu] = gm.graph.find_nodes(op="call_function", target=aten.relu.default)
-    kept: dict[Any, Any] = dict(gm.meta["values"])
+    kept: dict[Any, Any] = dict(about(gm).values)
     relu.target = aten.exp.default
     assert match(gm)[0] == []
-    assert all(gm.meta["values"][k][1] is not v[1] for k, v in kept.items())
+    assert all(about(gm).values[k][1] is not v[1] for k, v in kept.items())
 
 
 def test_a_number_of_another_type_is_another_graph() -> None:
@@ -82,7 +84,7 @@ def test_a_number_of_another_type_is_another_graph() -> None:
     for number in (1, 1.0, True):
         with gm.graph.inserting_after(relu):
             more = gm.graph.call_function(aten.mul.Tensor, (relu, number))
-        forms.append(labels._form(gm))
+        forms.append(form(gm))
         gm.graph.erase_node(more)
     assert forms[0] != forms[1] != forms[2] != forms[0]
 
@@ -90,10 +92,10 @@ def test_a_number_of_another_type_is_another_graph() -> None:
 def test_layers_of_one_template_share_what_their_calls_give(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose layers are compiled one by one: the graph is executed at two sizes for all of them, not for each."""
     runs = []
-    run = labels._Values.run
+    run = values._Values.run
     model = tiny_lm("llama", num_hidden_layers=3)
     plan = sqcompile.calibrate(model, token_batches(1), progress=False)
-    monkeypatch.setattr(labels._Values, "run", lambda self, *args, **kw: runs.append(1) or run(self, *args, **kw))
+    monkeypatch.setattr(values._Values, "run", lambda self, *args, **kw: runs.append(1) or run(self, *args, **kw))
     torch._dynamo.reset()
     for layer in model.model.layers:
         layer.compile(backend="smoothquant", options={"plan": plan, "compiler": "eager"})

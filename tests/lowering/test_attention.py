@@ -17,6 +17,7 @@ from sqcompile.kernels.cpu import x86
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.targets import Target
 from sqcompile.passes.canonical.canonicalize import canonicalize
+from sqcompile.passes.ir.about import About, describe_as
 from sqcompile.passes.lowering.float_attention import lower_attention
 
 NEVER = float("-inf")
@@ -149,7 +150,7 @@ def test_what_is_rewritten_for_gpus(case):
     mask = torch.ones(12, 12, dtype=torch.bool, device="meta")
     sizes = {"columns": ({3: d}, {3: d}, {}), "past": ({}, {}, {})}.get(case, ({2: s}, {2: s}, {0: s, 1: s}))
     gm = torch.export.export(Model(), (q, k, mask), dynamic_shapes=sizes).module()
-    gm.meta["fake_mode"] = next(n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder").fake_mode
+    describe_as(gm, About(next(n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder").fake_mode))
     canonicalize(gm)
     lower_attention(gm, lambda device: Target.named("cuda-sm90"))
     ours = gm.graph.find_nodes(op="call_function", target=sqcompile_ops.attention.default)

@@ -18,6 +18,7 @@ from sqcompile.compiled import report
 from sqcompile.compiled.inductor import inductor
 from sqcompile.kernels import speedup
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.passes.ir.about import about
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_half_precision_differs_by_the_roundings_it_leaves_out(lowered_for_gpu):
 def test_a_compiler_assumes_no_number_of_blocks_of_a_mask(lowered_for_gpu):
     gpu, _ = lowered_for_gpu(tiny_lm("llama"), token_batches(), sqcompile.Recipe(attention="qk"))
     assert operators(gpu)["mask_blocks"] == 1
-    env = gpu._run.meta["fake_mode"].shape_env
+    env = about(gpu._run).fake_mode.shape_env
     run = inductor(gpu._run)  # for a GPU it once made loops of 128 iterations over the 300 tokens below
     assert all(r.lower <= 2 and r.upper >= 2**31 - 1 for r in env.var_to_range.values())
     x = token_ids((2, 300), seed=5)

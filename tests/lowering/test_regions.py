@@ -18,6 +18,7 @@ import sqcompile
 import sqcompile.compiled.inductor
 from sqcompile.backend import smoothquant
 from sqcompile.compiled.inductor import flatten
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import value
 from sqcompile.passes.lowering.regions import cut, find_repeats
 
@@ -206,7 +207,7 @@ class Recorded(torch.fx.Interpreter):
 
     def fetch_attr(self, target):
         tensor = super().fetch_attr(target)
-        return tensor if tensor.is_mkldnn else self.module.meta["fake_mode"].from_tensor(tensor, static_shapes=True)
+        return tensor if tensor.is_mkldnn else about(self.module).fake_mode.from_tensor(tensor, static_shapes=True)
 
     def run_node(self, n):
         result = super().run_node(n)
@@ -233,5 +234,5 @@ def test_a_cut_may_fall_anywhere(name, gpu):
     )
     target = "cuda-sm90" if gpu else None
     gm = sqcompile.compile(model, batches, recipe="O3", backend="eager", progress=False, target=target).lowered
-    with gm.meta["fake_mode"]:
+    with about(gm).fake_mode:
         Recorded(gm).run(*[value(n) for n in gm.graph.find_nodes(op="placeholder")])

@@ -14,7 +14,7 @@ from torch import nn
 
 import sqcompile
 from sqcompile import PRESETS as ALL
-from sqcompile.lm import perplexity
+from sqcompile.lm import perplexity, window_losses
 
 # What is held here is INT8 linears'; test_attention_int8 holds what attention costs beyond them.
 PRESETS = {name: dataclasses.replace(recipe, attention="none") for name, recipe in ALL.items()}
@@ -171,21 +171,27 @@ def test_channels_silent_in_calibration_and_active_later_do_not_hurt(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_channels_silent_in_calibration_do_not_hurt_the_shipped_lm(lm, lm_windows, preset):
     """The plan comes from a copy of the model in which every sixth value and hidden channel is dead."""
-    model, windows = lm[0], lm_windows[1][::4]
+    model, windows = lm[0], lm_windows[1][::2]
     dead = copy.deepcopy(model)
     with torch.no_grad():
         for layer in dead.model.layers:
             layer.mlp.up_proj.weight[::6] = 0
             layer.self_attn.v_proj.weight[::6] = 0
         reference = torch.cat([model(w).logits for w in windows.split(4)]).log_softmax(-1)
-    divergence, score = {}, {}
+    divergence, losses = {}, {}
     for smooth in (True, False):
         recipe = dataclasses.replace(PRESETS[preset], smooth=smooth)
         plan = sqcompile.calibrate(dead, list(lm_windows[0].split(4)), recipe=recipe, progress=False)
         compiled = sqcompile.compile(model, plan=plan, backend="eager")
-        divergence[smooth], score[smooth] = kl_divergence(compiled, reference, windows), perplexity(compiled, windows)
+        divergence[smooth], losses[smooth] = (
+            kl_divergence(compiled, reference, windows),
+            window_losses(compiled, windows),
+        )
     assert divergence[True] <= divergence[False] * 1.05
-    assert score[True] <= score[False] * 1.001  # 6,000 tokens tell perplexities apart to about that
+    difference = losses[True] - losses[False]
+    error = float(difference.std() / len(difference) ** 0.5)  # 0.001 for "default", 0.002 for FP8's coarser rounding
+    print(f"{preset}: log perplexity {float(difference.mean()):+.5f}, with an error of {error:.5f}")
+    assert float(difference.mean()) <= max(0.001, 3 * error)
 
 
 def test_minilm_keeps_its_embeddings():
