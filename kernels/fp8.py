@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sqcompile.kernels import reference
+from sqcompile.pytorch.core import scaled_mm
 
 ALIGNED = 16  # elements: sizes that the tensor cores' kernels take
 
@@ -30,10 +31,8 @@ def fp8_linear(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tenso
     rows = q.reshape(-1, k).contiguous()  # what quantization made of a transposed input lies as that does
     if dtype == torch.bfloat16 and (bias is None or bias.dtype == dtype):  # scales by row and column in the kernel
         by_row = scale.expand((*q.shape[:-1], 1)).reshape(-1, 1)
-        y = torch._scaled_mm(
-            rows, w.t(), by_row.contiguous(), w_scale.view(1, n), bias, out_dtype=dtype, use_fast_accum=True
-        )
+        y = scaled_mm(rows, w.t(), by_row.contiguous(), w_scale.view(1, n), bias, out_dtype=dtype, use_fast_accum=True)
         return y.reshape(*q.shape[:-1], n)
     one = scale.new_ones(())
-    y = torch._scaled_mm(rows, w.t(), one, one, out_dtype=torch.float32).reshape(*q.shape[:-1], n)
+    y = scaled_mm(rows, w.t(), one, one, out_dtype=torch.float32).reshape(*q.shape[:-1], n)
     return reference.scale_output(y * w_scale, scale, bias, dtype)

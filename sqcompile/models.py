@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.errors import CaptureError
+from sqcompile.pytorch.core import is_wrapper_subclass
 
 
 def check_model(model: Any) -> None:
@@ -20,7 +20,7 @@ def check_model(model: Any) -> None:
     Raises:
         CaptureError: saying what to pass instead.
     """
-    from torch._dynamo.eval_frame import OptimizedModule  # here, as Dynamo imports triton
+    from sqcompile.pytorch.dynamo import OptimizedModule  # here, as Dynamo imports triton
 
     if not isinstance(model, nn.Module):
         raise CaptureError(_no_module(model))
@@ -57,7 +57,7 @@ def _check_tensor(name: str, t: Tensor) -> None:
             f"{name} is on the meta device, and has no values: load the model with its weights (not offloaded: without "
             "device_map, where they do not fit)"
         )
-    if is_traceable_wrapper_subclass(t):
+    if is_wrapper_subclass(t):
         raise CaptureError(
             f"{name} is a {kind}, not a plain tensor (quantized or sharded already): load the float model, whole"
         )

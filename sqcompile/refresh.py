@@ -23,12 +23,11 @@ def refresh(model: Any) -> None:
     Raises:
         StageError: for what `sqcompile.compile` gave, whose weights are its own, and for what is no module.
     """
-    from torch._dynamo.eval_frame import OptimizedModule  # here, as Dynamo imports triton
-
     from sqcompile.backend.weights import touch
+    from sqcompile.pytorch.dynamo import OptimizedModule, original  # here, as Dynamo imports triton
 
     if isinstance(model, OptimizedModule):
-        model = model._modules["_orig_mod"]
+        model = original(model)
     if isinstance(model, CompiledModel):
         raise StageError(
             "a compiled model has weights of its own, which do not follow the float model's: compile that one again with "

@@ -53,8 +53,8 @@ def report_of(net: Any) -> Report:
 
 def _sessions(net: Any) -> list[Any]:
     """The backend's sessions of a model, or of the model that it is a layer of."""
-    dynamo, backend = sys.modules.get("torch._dynamo.eval_frame"), sys.modules.get("sqcompile.backend.session")
-    model = net._orig_mod if dynamo is not None and isinstance(net, dynamo.OptimizedModule) else net
+    dynamo, backend = sys.modules.get("sqcompile.pytorch.dynamo"), sys.modules.get("sqcompile.backend.session")
+    model = dynamo.original(net) if dynamo is not None and isinstance(net, dynamo.OptimizedModule) else net
     if not isinstance(model, nn.Module):
         raise StageError(f"{reprlib.repr(net)} is no module: pass the model, or what it was compiled to")
     if backend is None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sqcompile.kernels.cpu import onednn
 from sqcompile.kernels.reference import UINT8_ZERO_POINT
+from sqcompile.pytorch.core import has_amx, has_vnni, init_amx
 
 BLOCK = 64  # output channels per block of the packed weight
 DEPTH = 64  # input channels are padded to a multiple of this
@@ -35,7 +36,7 @@ MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 
 def available() -> bool:
     """Whether this CPU multiplies u8 by s8 without saturating between (VNNI); plain AVX2 does not."""
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+    return torch.backends.mkldnn.is_available() and has_vnni()
 
 
 def pack(w: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) ->
 @functools.cache
 def library() -> Any | None:
     """The compiled kernels, built once per machine by the compiler that Inductor uses; None where that fails."""
-    from torch._inductor.codecache import CppCodeCache
+    from sqcompile.pytorch.inductor import CppCodeCache  # here, as it takes its time
 
     folder = Path(__file__).parent
     try:
@@ -141,7 +142,7 @@ def library() -> Any | None:
 @functools.cache
 def amx() -> bool:
     """Whether this process may use AMX tiles."""
-    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    return has_amx() and init_amx()
 
 
 def _readable(packed: Tensor, w: Tensor) -> bool:

@@ -32,6 +32,7 @@ from sqcompile.passes.ir.graph import add_op, aten, is_mutable, value
 from sqcompile.passes.ir.operators import DROPOUTS, named
 from sqcompile.passes.ir.record import record, record_readers
 from sqcompile.passes.ir.symbols import statically_known_true
+from sqcompile.pytorch.core import overload_name, schema, storage_id
 
 
 def _inverse(dims: Any) -> list[int]:
@@ -93,14 +94,14 @@ def functionalize(gm: fx.GraphModule) -> bool:
 
 def _storages(v: Any) -> set[Any]:
     parts = v if isinstance(v, (list, tuple)) else [v]
-    return {p.untyped_storage()._cdata for p in parts if isinstance(p, Tensor)}
+    return {storage_id(p) for p in parts if isinstance(p, Tensor)}
 
 
 def _understood(n: fx.Node, parents: dict[fx.Node, fx.Node]) -> bool:
     """Whether a write is of one tensor, in place, and through views that `_PUT` has."""
-    schema, tags = n.target._schema, n.target.tags  # type: ignore[union-attr]
-    written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
-    if not written[0] or any(written[1:]) or len(schema.returns) != 1 or len(n.all_input_nodes) < len(_tensors(n)):
+    form, tags = schema(n.target), n.target.tags  # type: ignore[union-attr]
+    written = [a.alias_info is not None and a.alias_info.is_write for a in form.arguments]
+    if not written[0] or any(written[1:]) or len(form.returns) != 1 or len(n.all_input_nodes) < len(_tensors(n)):
         return False
     if torch.Tag.inplace_view in tags or torch.Tag.nondeterministic_seeded in tags or _functional(n.target) is None:
         return False
@@ -122,8 +123,8 @@ def _functional(target: Any) -> Any:
     """The operator without the write: aten.add.Tensor of aten.add_.Tensor."""
     if target == aten.copy_.default:
         return target
-    packet = getattr(aten, target._schema.name.partition("::")[2].removesuffix("_"), None)
-    return getattr(packet, target._overloadname, None)
+    packet = getattr(aten, schema(target).name.partition("::")[2].removesuffix("_"), None)
+    return getattr(packet, overload_name(target), None)
 
 
 class _Rewriter:

@@ -17,6 +17,7 @@ from torch import fx, nn
 from sqcompile.errors import CaptureError
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.symbols import unbacked
+from sqcompile.pytorch.core import CAPTURE_LOGGERS
 
 _VALUES = (
     "keep it a tensor (torch.where, a mask), pass it to forward as an argument, or compile a submodule without it: "
@@ -109,8 +110,7 @@ def _users_line(stack_trace: str) -> str | None:
 @contextlib.contextmanager
 def one_error() -> Iterator[None]:
     """Keeps PyTorch from showing a failure that we report ourselves: a trace per attempt, and whole graphs."""
-    names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export")
-    loggers = [logging.getLogger(name) for name in names]
+    loggers = [logging.getLogger(name) for name in CAPTURE_LOGGERS]
     disabled = [l.disabled for l in loggers]
     for l in loggers:
         l.disabled = True

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.about import about, copy_about
 from sqcompile.passes.ir.record import record
+from sqcompile.pytorch.core import codegen, schema, writes_to_arguments
 
 aten = torch.ops.aten
 
@@ -91,7 +92,7 @@ def _stateful(node: fx.Node) -> bool:
 
 def is_mutable(target: Any) -> bool:
     """Whether an operator writes to an argument; `detach_`, which takes a constant off autograd's record, does not."""
-    return target != aten.detach_.default and bool(getattr(getattr(target, "_schema", None), "is_mutable", False))
+    return target != aten.detach_.default and writes_to_arguments(target)
 
 
 def get_tensor(gm: torch.nn.Module, name: str) -> Tensor:
@@ -160,7 +161,7 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
     old_out = next(iter(reversed(gm.graph.nodes)))
     new_out = next(iter(reversed(graph.nodes)))
     new_out.meta, new_out.name = dict(old_out.meta), old_out.name
-    graph.set_codegen(gm.graph._codegen)
+    graph.set_codegen(codegen(gm.graph))
     root = torch.nn.Module()
     for n in gm.graph.find_nodes(op="get_attr"):
         set_tensor(root, str(n.target), get_tensor(gm, str(n.target)))
@@ -204,9 +205,9 @@ def additive(gm: fx.GraphModule, keep: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of an operator call by the schema's names, defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
-    return {a.name: given.get(a.name, a.default_value) for a in schema}
+    parameters = schema(node.target).arguments
+    given = dict(zip((a.name for a in parameters), node.args, strict=False)) | node.kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in parameters}
 
 
 def finish(gm: fx.GraphModule) -> fx.GraphModule:

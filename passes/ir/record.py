@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
 from sqcompile.passes.ir.about import about
 from sqcompile.process.interrupts import checkpoint
+from sqcompile.pytorch.core import FakeTensor, OpOverload, enable_python_dispatcher, pytree, storage_id
 
 
 def record(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -40,7 +38,7 @@ def call_key(target: Any, args: Any, kwargs: Any) -> Any:
 
     An operator whose result's size depends on values makes a symbol of its own in each call.
     """
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.dynamic_output_shape in target.tags:
+    if not isinstance(target, OpOverload) or torch.Tag.dynamic_output_shape in target.tags:
         return None
     leaves, spec = pytree.tree_flatten((args, kwargs))
     key: list[Any] = [target, spec]
@@ -83,11 +81,7 @@ def _plain(x: Any) -> Any:
 
 
 def _shares(x: Tensor, other: Any) -> bool:
-    return (
-        isinstance(other, Tensor)
-        and not other.is_mkldnn
-        and x.untyped_storage()._cdata == other.untyped_storage()._cdata
-    )
+    return isinstance(other, Tensor) and not other.is_mkldnn and storage_id(x) == storage_id(other)
 
 
 def value_of(node: fx.Node) -> Any:

@@ -7,13 +7,13 @@ from typing import Any
 
 def statically_known_true(condition: Any) -> bool:
     """Whether a condition of sizes holds for all that are possible; no guard is made."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true as known
+    from sqcompile.pytorch import symbolic
 
-    return bool(known(condition))
+    return bool(symbolic.statically_known_true(condition))
 
 
 def unbacked(value: Any) -> bool:
     """Whether a tensor has sizes that depend on values."""
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+    from sqcompile.pytorch import symbolic
 
-    return bool(free_unbacked_symbols(value))
+    return bool(symbolic.free_unbacked_symbols(value))

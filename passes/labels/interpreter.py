@@ -51,6 +51,7 @@ from sqcompile.passes.labels.rules import (
 )
 from sqcompile.passes.labels.values import values_at
 from sqcompile.process.interrupts import checkpoint
+from sqcompile.pytorch.core import FakeTensorMode, disable_current_modes
 
 _Interpreter = TypeVar("_Interpreter", bound="_Labels")
 
@@ -74,7 +75,7 @@ def execute(interpreter: _Interpreter, symbols: dict[Any, int]) -> _Interpreter:
     gm = interpreter.module
     assert isinstance(gm, fx.GraphModule)
     interpreter.values = values_at(gm, symbols)
-    with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():  # labels are real tensors
+    with disable_current_modes(), torch.no_grad():  # labels are real tensors
         interpreter.run(enable_io_processing=False)
     return interpreter
 

@@ -16,6 +16,7 @@ from sqcompile.backend.session import Session
 from sqcompile.backend.weights import states, storage_of
 from sqcompile.compiled.stages import state
 from sqcompile.passes.ir.about import about
+from sqcompile.pytorch.core import storage_expired
 from sqcompile.statistics.observe import Observer
 
 
@@ -47,7 +48,7 @@ class Weights:
 
     def _moved(self) -> bool:
         """Whether the memory of a tensor has been freed, whoever has it now."""
-        return any(map(torch.UntypedStorage._expired, self._ids))
+        return any(map(storage_expired, self._ids))
 
     def changed(self, tensors: list[Tensor]) -> list[int]:
         """Which of the tensors have been written to, none if they are others."""

@@ -15,9 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.aot_autograd import aot_export_module
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-from torch._guards import TracingContext
 
 from sqcompile.backend.scalars import take_floats, tensors_of_floats
 from sqcompile.capture.trace import refuse_nested, tidy
@@ -31,6 +28,14 @@ from sqcompile.passes.ir.operators import LAYOUT
 from sqcompile.passes.ir.sizes import conditions, vary
 from sqcompile.passes.ir.verify import verify
 from sqcompile.passes.labels.rules import behind
+from sqcompile.pytorch.core import TracingContext
+from sqcompile.pytorch.dynamo import (
+    aot_export_module,
+    functorch_interpreters,
+    get_data,
+    pop_functorch_interpreter,
+    set_grad_enabled,
+)
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,9 @@ def capture(gm: fx.GraphModule) -> Template:
     own.graph.output(own.graph.graph_copy(gm.graph, {}))
     taken = take_floats(own.graph, fakes)
     for n in list(own.graph.nodes):
-        if n.target is torch._C._set_grad_enabled:  # there are no gradients anyway
+        if n.target is set_grad_enabled:  # there are no gradients anyway
             own.graph.erase_node(n)
-        elif n.target is getattr(torch._C._autograd, "_get_data_attr", None):
+        elif n.target is get_data:
             n.target = torch.detach  # it shares memory, too, and torch 2.11 cannot lower x.data
     own.recompile()
     for n in own.graph.nodes:
@@ -107,12 +112,12 @@ def capture(gm: fx.GraphModule) -> Template:
 @contextlib.contextmanager
 def _transforms_left() -> Iterator[None]:
     """Leaves the transforms (vmap) that a graph enters and, where it fails between, does not leave: Dynamo guards them."""
-    before = len(retrieve_all_functorch_interpreters())
+    before = len(functorch_interpreters())
     try:
         yield
     finally:
-        for _ in retrieve_all_functorch_interpreters()[before:]:
-            torch._C._functorch.pop_dynamic_layer_stack()
+        for _ in functorch_interpreters()[before:]:
+            pop_functorch_interpreter()
 
 
 def refuse_writes(template: Template, examples: Sequence[Any], name: Callable[[int], str]) -> None:

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from sqcompile.passes.ir.explain import first_line
+from sqcompile.pytorch.core import is_same_element_twice
+from sqcompile.pytorch.dynamo import has_static_address
 
 _MOST = 16  # recordings of one graph: batch sizes and caches in use at a time
 
@@ -55,7 +57,7 @@ class Recorder:
     def _replayed(self, args: Sequence[Any]) -> list[Any] | None:
         """The results of a recording, or None for a call that has none and is not to be recorded."""
         if self.fixed is None:
-            marked = {i for i, a in enumerate(args) if hasattr(a, "_dynamo_static_input_type")}
+            marked = {i for i, a in enumerate(args) if has_static_address(a)}
             self.fixed = self.written | marked
         key = self._key(args, self.fixed)
         again, self.last = key == self.last, key
@@ -98,7 +100,7 @@ class Recorder:
         return all(
             a.device == self.pool.device
             and (i in self.written or a.untyped_storage().data_ptr() not in states)
-            and torch._debug_has_internal_overlap(a) != 1  # the same element twice: nothing to copy into
+            and not is_same_element_twice(a)  # which nothing can be copied into
             for i, a in enumerate(args)
             if isinstance(a, Tensor)
         )

@@ -10,9 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch._dynamo.config as config
 from torch import Tensor, fx
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
+
+from sqcompile.pytorch.dynamo import (
+    TensorifyScalarRestartAnalysis,
+    UnspecializeRestartAnalysis,
+    config,
+    has_static_address,
+    marked_dynamic,
+    maybe_mark_dynamic,
+)
 
 
 class _TraceAgain(TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis):
@@ -39,13 +46,13 @@ def make_dynamic(
     for node, x in zip(gm.graph.find_nodes(op="placeholder"), examples, strict=True):
         if not isinstance(x, Tensor) or isinstance(x, torch.nn.Parameter) or is_constant(x):
             continue
-        if keep_fixed and hasattr(x, "_dynamo_static_input_type"):
+        if keep_fixed and has_static_address(x):
             continue
         fake = node.meta["example_value"]
-        marked: set[int] = getattr(x, "_dynamo_weak_dynamic_indices", set())
+        marked = marked_dynamic(x)
         for d, size in enumerate(fake.shape):
             if isinstance(size, int) and size > 1 and d not in marked:
-                torch._dynamo.maybe_mark_dynamic(x, d)
+                maybe_mark_dynamic(x, d)
                 new = True
     if new:
         raise _TraceAgain(restart_reason="smoothquant: sizes of inputs are dynamic")

@@ -13,11 +13,10 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch._C._dynamo.eval_frame import _PyInterpreterFrame
-from torch._dynamo.eval_frame import OptimizedModule
 
 from sqcompile.backend.options import Options
 from sqcompile.errors import PlanError
+from sqcompile.pytorch.dynamo import InterpreterFrame, OptimizedModule, original
 
 
 def find_model(tensors: Sequence[Tensor], options: Options, sessions: Collection[nn.Module]) -> nn.Module | None:
@@ -88,7 +87,7 @@ def _modules() -> Iterator[tuple[nn.Module, OptimizedModule | None]]:
         if frame.f_globals.get("__name__", "").partition(".")[0] != "sqcompile":
             used = (frame.f_globals.get(name) for name in frame.f_code.co_names)
             for v in [*_locals(frame), *used]:
-                if isinstance(v, _PyInterpreterFrame):  # the one that Dynamo compiles, which does not run yet
+                if isinstance(v, InterpreterFrame):  # the one that Dynamo compiles, which does not run yet
                     for x in v.f_locals.values():
                         yield from _modules_of(x)
                 yield from _modules_of(v)
@@ -111,7 +110,7 @@ def _modules_of(v: Any) -> Iterator[tuple[nn.Module, OptimizedModule | None]]:
     attributes = [] if isinstance(v, (nn.Module, types.ModuleType, type)) else [*getattr(v, "__dict__", {}).values()]
     for x in (v, *attributes):
         compiled = x if isinstance(x, OptimizedModule) else None
-        x = x._orig_mod if isinstance(x, OptimizedModule) else x
+        x = original(x) if isinstance(x, OptimizedModule) else x
         if isinstance(x, nn.Module) and not isinstance(x, fx.GraphModule):
             yield x, compiled
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
-from torch._dynamo.symbolic_convert import InstructionTranslator
+from sqcompile.pytorch.dynamo import cache_entries, config, frame_being_compiled
 
 
 class _Nothing:
@@ -23,16 +22,16 @@ _nothing = _Nothing()
 
 def respect_limit() -> None:
     """While Dynamo compiles: has entries that fit the call at hand not count, and says when it is the last that may be made."""
-    tx: Any = InstructionTranslator.current_tx().output.root_tx
-    left = torch._dynamo.config.recompile_limit - 1
-    for entry in torch._C._dynamo.eval_frame._debug_get_cache_entry_list(tx.f_code):
+    tx = frame_being_compiled()
+    left = config.recompile_limit - 1
+    for entry in cache_entries(tx.f_code):
         guards: Any = entry.guard_manager
         if _fits(guards, tx.f_locals):
             guards.id_matched_objs = {"": lambda: _nothing}
         left -= "" not in getattr(guards, "id_matched_objs", {})
     if left == 0:
         warnings.warn(
-            f"this is the last of the {torch._dynamo.config.recompile_limit} times that Dynamo compiles a function "
+            f"this is the last of the {config.recompile_limit} times that Dynamo compiles a function "
             "(torch._dynamo.config.recompile_limit): calls that fit none of them will run in FLOAT. TORCH_LOGS=recompiles "
             "says why it compiles again. Layers compiled one by one do where they use a KV cache: compile the whole model, "
             "with regional=True",

@@ -15,33 +15,25 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
-from torch.utils.weak import WeakIdKeyDictionary
+from sqcompile.pytorch.core import WeakIdKeyDictionary, call_impl, compiled_call, set_compiled_call
+from sqcompile.pytorch.dynamo import OptimizedModule, backend_of, compiled_form, original
 
 
 def follow_methods(backend: Callable[..., Any]) -> None:
     """Makes methods of modules compiled by a backend call the compiled code. For other backends nothing changes."""
-    original = OptimizedModule.__getattr__
+    before = OptimizedModule.__getattr__
 
-    @functools.wraps(original)
+    @functools.wraps(before)
     def getattr_(self: OptimizedModule, name: str) -> Any:
-        found = original(self, name)
-        model = self._modules["_orig_mod"]
+        found = before(self, name)
+        model = original(self)
         is_method = isinstance(found, types.MethodType) and found.__self__ is model and not name.startswith("_")
-        if not is_method or not _compiled_by(self, backend):
+        if not is_method or backend_of(self) is not backend:
             return found
 
         return _within(found, lambda: _calls(model, self))
 
     OptimizedModule.__getattr__ = getattr_  # type: ignore[method-assign]
-
-
-def _compiled_by(module: OptimizedModule, backend: Callable[..., Any]) -> bool:
-    callback: Any = getattr(module.dynamo_ctx, "callback", None)
-    while hasattr(callback, "_torchdynamo_orig_backend"):
-        callback = callback._torchdynamo_orig_backend
-    return getattr(callback, "compiler_fn", callback) is backend
 
 
 def _within(found: Callable[..., Any], context: Callable[[], Any]) -> Callable[..., Any]:
@@ -107,9 +99,9 @@ def _calls(model: Any, compiled: OptimizedModule) -> Iterator[None]:
     """
     own = {"get_compiled_call": lambda config: model.__call__} if hasattr(model, "get_compiled_call") else {}
     with _lock:
-        count, before = _running.get(model, (0, model._compiled_call_impl))
+        count, before = _running.get(model, (0, compiled_call(model)))
         _running[model] = count + 1, before
-        model._compiled_call_impl = compiled.dynamo_ctx(nn.Module._call_impl.__get__(model))
+        set_compiled_call(model, compiled_form(compiled, call_impl.__get__(model)))
         model.__dict__.update(own)
     try:
         yield
@@ -119,6 +111,6 @@ def _calls(model: Any, compiled: OptimizedModule) -> Iterator[None]:
             if count > 1:
                 _running[model] = count - 1, before
             else:
-                model._compiled_call_impl = before
+                set_compiled_call(model, before)
                 for name in own:
                     model.__dict__.pop(name, None)

@@ -10,12 +10,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from sqcompile.compiled.emit import BACKENDS
 from sqcompile.errors import RecipeError
 from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.plan.recipe import Recipe, resolve_recipe
+from sqcompile.pytorch.dynamo import OptimizedModule, original
 
 MODES = ("default", "reduce-overhead")
 
@@ -101,7 +101,7 @@ def _weakly(model: Any) -> weakref.ref[nn.Module]:
     """A weak reference to the module that a user gives, which sessions may hold without keeping it alive."""
     module = model() if isinstance(model, weakref.ref) else model
     if isinstance(module, OptimizedModule):
-        module = module._orig_mod
+        module = original(module)
     if not isinstance(module, nn.Module) and not isinstance(model, weakref.ref):
         raise RecipeError(f"option model={reprlib.repr(model)}: pass the nn.Module that torch.compile is given")
     return weakref.ref(module) if isinstance(module, nn.Module) else model

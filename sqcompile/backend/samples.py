@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+
+from sqcompile.pytorch.core import StorageWeakRef, storage_of_ref
 
 _AT_ONCE = 16  # weights a call, of those on the CPU; of those on a GPU it is one
 
@@ -66,7 +67,7 @@ class Samples:
         """Whether those whose turn it is are as they were; for tensors that lie where they lay."""
         at = next(self.turn)
         turn = slice(at, at + _AT_ONCE)
-        kept = [*map(torch.UntypedStorage._new_with_weak_ptr, self.storages[turn])]  # while their memory is read
+        kept = [*map(storage_of_ref, self.storages[turn])]  # while their memory is read
         if None in kept:
             return False
         read = [ctypes.string_at(*place) for place in self.places[turn]]

@@ -14,8 +14,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.convert_frame import compile_lock
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sqcompile.backend.cuda_graphs import Pool
 from sqcompile.backend.decide import completed
@@ -28,6 +26,8 @@ from sqcompile.errors import PlanError, RecipeError
 from sqcompile.passes.rewrite.weight_store import Shared
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import resolve_recipe
+from sqcompile.pytorch.core import WeakIdKeyDictionary
+from sqcompile.pytorch.dynamo import compile_lock
 
 
 class Graphs(Protocol):

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sqcompile.backend.samples import sample
 from sqcompile.compiled.stages import state
 from sqcompile.errors import StageError
+from sqcompile.pytorch.core import StorageWeakRef, WeakIdKeyDictionary, version
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ _numbers = itertools.count()
 def states(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
     """`state` of each tensor: versions and addresses."""
     try:
-        versions = [t._version for t in tensors]
+        versions = list(map(version, tensors))
     except RuntimeError:  # one was made in inference mode; to ask each is slow
         versions = [state(t)[0] for t in tensors]
     return versions, [t.data_ptr() for t in tensors]

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     print("|---|---|---|---|---|---|---|")
     for shape in SHAPES:
         x = torch.randint(0, 1024, shape, generator=generator)
-        torch._dynamo.reset()  # each float contender is compiled for the very shape it is timed at
+        torch.compiler.reset()  # each float contender is compiled for the very shape it is timed at
         rivals: dict[str, Any] = {"fp32": torch.compile(fp32), "bf16": torch.compile(bf16), "int8": int8}
         with torch.no_grad():
             ms = interleaved({name: functools.partial(f, input_ids=x) for name, f in rivals.items()}, args.seconds)

@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     ours = [measure(net, caches[case[0]], *case, args.new, args.rounds) for case in cases]
     logits = {"INT8": _logits(net)}
     for (batch, prompt), int8 in zip(cases, ours, strict=True):
-        torch._dynamo.reset()  # compiled for each case: one code for all sizes may be slower
+        torch.compiler.reset()  # compiled for each case: one code for all sizes may be slower
         del net
         gc.collect()
         net = contender("bf16", model, plan)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from sqcompile.bench import stack
 from sqcompile.bench.timing import gpu, publish
+from sqcompile.pytorch.core import int_mm
 
 SHAPES = (("qkv", 4096, 6144), ("o", 4096, 4096), ("gate, up", 4096, 28672), ("down", 14336, 4096))  # K, N
 ROWS = (1, 16, 64, 512, 2048, 4096, 8192)
@@ -72,7 +73,7 @@ def gemm_table(rows: tuple[int, ...], rep_ms: float) -> list[str]:
             bf16_us = timing.median_us(bf16, rep_ms)
             int_mm_us = None
             if m > 16:
-                int_mm = [functools.partial(torch._int_mm, q, w.t()) for w, _ in weights[:turns]]
+                int_mm = [functools.partial(int_mm, q, w.t()) for w, _ in weights[:turns]]
                 _require(f"_int_mm {name} M={m}", _error(int_mm[0]()[some], acc), 0.0)
                 int_mm_us = timing.median_us(int_mm, rep_ms)
             measured.append((name, m, k, n, us, bf16_us, int_mm_us, error))

@@ -134,7 +134,7 @@ def table(layers: int = 4, seconds: float = 0.5) -> Iterator[str]:
     ours: dict[tuple[int, int], float] = {}
     for shape in (*PREFILL, *DECODE):
         x = torch.randn(*shape, HIDDEN, device="cuda", dtype=torch.bfloat16)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         want_replay, want = captured(torch.compile(model, dynamic=False), x)
         got_replay, got = captured(int8, x)
         us = [median_us(f, seconds) for f in (want_replay, got_replay, want_replay, got_replay)]
@@ -159,7 +159,7 @@ def _torchao(layers: int, ours: dict[tuple[int, int], float], seconds: float) ->
     yield "|---|---|---|---|"
     for shape in reversed(ours):  # the quick ones first
         x = torch.randn(*shape, HIDDEN, device="cuda", dtype=torch.bfloat16)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         try:
             us = median_us(captured(torch.compile(model, dynamic=False), x)[0], seconds)
             theirs = f"{us:.0f} | {ours[shape]:.0f} | {us / ours[shape]:.2f}x"

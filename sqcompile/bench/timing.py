@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sqcompile.kernels.cpu import x86
+from sqcompile.pytorch.core import has_amx, has_vnni
 
 
 def interleaved(contenders: Mapping[str, Callable[[], Any]], seconds: float = 6.0, least: int = 7) -> dict[str, float]:
@@ -45,9 +46,7 @@ def machine() -> str:
             name = next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    isa = (
-        "AMX" if torch.cpu._is_amx_tile_supported() else "AVX512-VNNI" if torch.cpu._is_vnni_supported() else "no VNNI"
-    )
+    isa = "AMX" if has_amx() else "AVX512-VNNI" if has_vnni() else "no VNNI"
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return f"{name}, {isa}, INT8 linears by {kernels()}, {torch.get_num_threads()} threads, {versions}"
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from sqcompile.pytorch.core import pytree
 
 # Arguments that a loss is computed from, as training loops name them. No call at inference has them.
 TARGETS = {

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from sqcompile.capture.inputs import Call, Forward
 from sqcompile.errors import CaptureError
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import value
+from sqcompile.pytorch.core import pytree
 
 _NAMESPACE = {"math": math, "torch": torch}  # of conditions as PythonPrinter writes them
 
@@ -97,6 +97,7 @@ def captured(spec: pytree.TreeSpec, given: list[Any], fakes: list[Any], env: Any
     import sympy  # here, as it takes its time
 
     from sqcompile.capture.conditions import bounds, decides, printed
+    from sqcompile.pytorch.symbolic import own_expression
 
     leaves, conditions = [], []
     for have, fake in zip(given, fakes, strict=True):
@@ -107,8 +108,8 @@ def captured(spec: pytree.TreeSpec, given: list[Any], fakes: list[Any], env: Any
         for size in fake.shape:
             expr = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
             if not expr.is_number and not expr.is_Symbol:  # a multiple of another size, say
-                conditions.append(sympy.Eq(size.node._expr, expr))
-                expr = size.node._expr
+                conditions.append(sympy.Eq(own_expression(size), expr))
+                expr = own_expression(size)
             shape.append(int(expr) if expr.is_number else str(expr))
         leaves.append(Input(fake.dtype, fake.device, tuple(shape)))
     symbols = {s for x in leaves if isinstance(x, Input) for s in x.shape if isinstance(s, str)}

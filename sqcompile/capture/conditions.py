@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import sympy
-from torch.utils import _pytree as pytree
-from torch.utils._sympy.printers import PythonPrinter
 
 from sqcompile.passes.ir.explain import is_users
+from sqcompile.pytorch.core import pytree
+from sqcompile.pytorch.symbolic import PythonPrinter
 
 
 def printed(condition: sympy.Basic) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.utils import _pytree as pytree
 
 from sqcompile.capture.inputs import Call
+from sqcompile.pytorch.core import pytree
 
 Axis = tuple[int, int]  # a leaf of the call, and its dimension
 

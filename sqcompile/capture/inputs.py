@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from sqcompile.capture.batches import is_dataset, split, with_batch_dim, without_targets
 from sqcompile.errors import CalibrationError
 from sqcompile.process.interrupts import at_once, deferred, each_at_once
+from sqcompile.pytorch.core import pytree
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,10 @@ class Int8StaticLayer(StaticLayer):
             torch.zeros(shape, dtype=torch.float32, device=self.device) for _ in range(2)
         )
         if not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(self.key_scales)
-            torch._dynamo.mark_static_address(self.value_scales)
+            from sqcompile.pytorch.dynamo import mark_static_address  # here, as Dynamo imports triton
+
+            mark_static_address(self.key_scales)
+            mark_static_address(self.value_scales)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes the tokens and returns all keys and values in the model's dtype, zeros where nothing was written.

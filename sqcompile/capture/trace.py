@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from sqcompile.capture.captured import captured
 from sqcompile.capture.dynamic_axes import dims_of, find_lengths, grown, pinned
@@ -31,6 +30,7 @@ from sqcompile.passes.ir.explain import check_shapes, export_error, nested_hint,
 from sqcompile.passes.ir.graph import aten, clone, finish, is_mutable, set_tensor, value
 from sqcompile.passes.ir.operators import DROPOUTS
 from sqcompile.passes.ir.verify import verify
+from sqcompile.pytorch.core import HigherOrderOperator, codegen, own_names, pytree
 
 # What export leaves to check at run time; none of it computes anything.
 _CHECKS = {
@@ -72,7 +72,7 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
         refuse_writes(exported)
         if not functionalize(gm):
             gm = _module(_decomposed(exported))
-    info: Any = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    info = codegen(gm.graph).pytree_info
     given = pytree.tree_leaves((call.args, call.kwargs))
     inputs = [value(n) for n in gm.graph.find_nodes(op="placeholder")]
     found = captured(info.in_spec, given, inputs, about(gm).fake_mode.shape_env, dynamic_shapes)
@@ -133,7 +133,7 @@ def tidy(gm: fx.GraphModule) -> None:
 
 def refuse_nested(n: fx.Node) -> None:
     """Raises CaptureError for a node that is a graph of its own."""
-    if "wrap_with" in str(n.target) or isinstance(n.target, torch._ops.HigherOrderOperator):
+    if "wrap_with" in str(n.target) or isinstance(n.target, HigherOrderOperator):
         raise CaptureError(
             f"{n.target} is a nested graph, which sqcompile does not enter, at {source(n)}. What to try: "
             f"{nested_hint(str(n.target))}"
@@ -201,9 +201,7 @@ def refuse_names(model: nn.Module) -> None:
     Raises:
         CaptureError: naming one.
     """
-    taken = [
-        n for n in (*model._modules, *model._parameters, *model._buffers) if hasattr(fx.GraphModule, n) or n == "meta"
-    ]
+    taken = [n for n in own_names(model) if hasattr(fx.GraphModule, n) or n == "meta"]
     if taken:
         raise CaptureError(f"a submodule or parameter named {taken[0]!r} clashes with torch.fx.GraphModule: rename it")
 

@@ -11,21 +11,19 @@ import collections
 import contextlib
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sqcompile.errors import CaptureError
 from sqcompile.passes.ir.explain import source, users_frame
 from sqcompile.passes.ir.graph import is_mutable, value
 from sqcompile.passes.ir.operators import DROPOUTS
 from sqcompile.process.interrupts import checkpoint
+from sqcompile.pytorch.core import FakeTensor, TorchDispatchMode, buffer_hooks, pytree, schema, storage_id
 
 _FIXED = (
     "INT8 weights are made once, of values that stay. What to try: write to it before you compile (run the model itself once, "
@@ -69,16 +67,16 @@ def assigned_to(where: str) -> CaptureError:
 
 def _written(node: fx.Node) -> list[fx.Node]:
     """The arguments that a mutable operator writes to; of a list of tensors, all."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
-    found = [given.get(a.name) for a in schema if a.alias_info is not None and a.alias_info.is_write]
+    parameters = schema(node.target).arguments
+    given = dict(zip((a.name for a in parameters), node.args, strict=False)) | node.kwargs
+    found = [given.get(a.name) for a in parameters if a.alias_info is not None and a.alias_info.is_write]
     return [x for x in pytree.tree_leaves(found) if isinstance(x, fx.Node)]
 
 
 def _storages(node: Any) -> list[Any]:
     """Keys of the storages behind what a node holds."""
     held = pytree.tree_leaves(value(node)) if isinstance(node, fx.Node) else []
-    return [t.untyped_storage()._cdata for t in held if isinstance(t, Tensor) and t.layout == torch.strided]
+    return [storage_id(t) for t in held if isinstance(t, Tensor) and t.layout == torch.strided]
 
 
 @contextlib.contextmanager
@@ -91,15 +89,14 @@ def left_alone(model: nn.Module) -> Iterator[None]:
         CaptureError: if forward writes to such a tensor.
     """
     before = [_contents(box) for box in _boxes(model)]
-    hooks = getattr(torch.nn.modules.module, "_global_buffer_registration_hooks", {})
-    known = set(hooks)
+    known = set(buffer_hooks)
     try:
         with _RealTensors(), _Data():
             yield
     finally:
-        for new in hooks.keys() - known:  # left by a capture that failed: torch 2.11 then refuses the model new buffers
-            if getattr(hooks[new], "__module__", "").startswith("torch."):
-                del hooks[new]
+        for new in buffer_hooks.keys() - known:  # a capture that failed: torch 2.11 then refuses the model new buffers
+            if getattr(buffer_hooks[new], "__module__", "").startswith("torch."):
+                del buffer_hooks[new]
         try:
             _take_back(before)
         except KeyboardInterrupt:  # Ctrl-C comes once: what it cut off is done again
@@ -114,28 +111,28 @@ class _RealTensors(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: dict[int, Any] = {}  # storages of what was made meanwhile, such as a number as a tensor
+        self.made: dict[Hashable, Any] = {}  # storages of what was made meanwhile, such as a number as a tensor
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         checkpoint()
         kwargs = kwargs or {}
-        real = {t.untyped_storage()._cdata for t in pytree.tree_leaves((args, kwargs)) if _is_real(t)}
+        real = {storage_id(t) for t in pytree.tree_leaves((args, kwargs)) if _is_real(t)}
         if is_mutable(func) and torch.Tag.inplace_view not in func.tags:
-            schema = func._schema.arguments
-            given = dict(zip((a.name for a in schema), args, strict=False)) | kwargs
-            written = [given.get(a.name) for a in schema if a.alias_info is not None and a.alias_info.is_write]
+            parameters = schema(func).arguments
+            given = dict(zip((a.name for a in parameters), args, strict=False)) | kwargs
+            written = [given.get(a.name) for a in parameters if a.alias_info is not None and a.alias_info.is_write]
             for t in pytree.tree_leaves(written):
-                if _is_real(t) and t.untyped_storage()._cdata not in self.made:
+                if _is_real(t) and storage_id(t) not in self.made:
                     raise CaptureError(
                         f"the model writes to a tensor of shape {tuple(t.shape)} that it keeps between calls, at "
                         f"{users_frame() or func}, and {_STATE}"
                     )
         out = func(*args, **kwargs)
         for t in pytree.tree_leaves(out):
-            if _is_real(t) and t.untyped_storage()._cdata not in real:
-                self.made[t.untyped_storage()._cdata] = t.untyped_storage()
+            if _is_real(t) and storage_id(t) not in real:
+                self.made[storage_id(t)] = t.untyped_storage()
         return out
 
 

@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from sqcompile.capture.captured import flatten_like
 from sqcompile.capture.inputs import Forward
@@ -19,6 +18,7 @@ from sqcompile.errors import CaptureError, StageError
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import get_tensor, set_tensor
 from sqcompile.plan.plan import Plan
+from sqcompile.pytorch.core import pytree
 
 BACKENDS = ("inductor", "eager")
 

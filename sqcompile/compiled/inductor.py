@@ -16,6 +16,7 @@ from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.explain import fixed_sizes
 from sqcompile.passes.ir.graph import clone, value
 from sqcompile.passes.lowering.regions import Part, Region, cut, find_repeats
+from sqcompile.pytorch.core import TracingContext, tracing
 
 
 def flatten(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
@@ -48,9 +49,7 @@ def inductor(
     Dynamo is not involved, so nothing is ever recompiled: one artifact serves every shape, sizes of 1 included.
     Freezing folds what depends on constants alone, and packs float weights for oneDNN.
     """
-    import torch._inductor.config as config
-    from torch._guards import TracingContext, tracing
-    from torch._inductor.compile_fx import compile_fx
+    from sqcompile.pytorch.inductor import compile_fx, config  # here, as it takes its time
 
     fakes = [value(n) for n in flat.graph.find_nodes(op="placeholder")]
     mode = about(flat).fake_mode
@@ -86,7 +85,7 @@ def _unlisted_modules() -> Iterator[None]:
 
     Freezing makes a module's globals of the constants, and Inductor lists all modules for ever: so would weights be kept.
     """
-    from torch._inductor.codecache import PyCodeCache
+    from sqcompile.pytorch.inductor import PyCodeCache
 
     before = {id(m) for m in PyCodeCache.modules}
     yield

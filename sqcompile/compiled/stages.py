@@ -19,6 +19,7 @@ from sqcompile.passes.ir.verify import STAGES
 from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan
 from sqcompile.process.lock import compiling
+from sqcompile.pytorch.core import version
 
 
 class Stages(Mapping[str, fx.GraphModule]):
@@ -82,7 +83,7 @@ def _ownerless(gm: fx.GraphModule) -> fx.Graph:
 
 def state(tensor: Tensor) -> tuple[int, int]:
     """Version and address of a tensor's values. A tensor made in inference mode has no version."""
-    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+    return (0 if tensor.is_inference() else version(tensor)), tensor.data_ptr()
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from sqcompile.debug.result import NodeError
 from sqcompile.debug.run import FP8_NODE, NODE, relative_error, values
@@ -22,6 +21,7 @@ from sqcompile.passes.ir.graph import aten, nodes_by_name
 from sqcompile.passes.ir.operators import LAYOUT
 from sqcompile.passes.ir.origin import PLANNED, STANDS_FOR
 from sqcompile.passes.labels.rules import behind
+from sqcompile.pytorch.core import pytree
 
 _UNSET = {
     aten.empty_like.default, aten.new_empty.default, aten.empty.memory_format, aten.empty_strided.default,

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from sqcompile.process.interrupts import checkpoint
+from sqcompile.pytorch.core import pytree
 from sqcompile.statistics.sample import is_random
 
 # What rounding costs two graphs of the same function, as a relative error of their outputs. A wrong fold is off by about

@@ -8,7 +8,8 @@ import weakref
 from collections.abc import Iterator
 
 from torch import nn
-from torch._guards import TracingContext
+
+from sqcompile.pytorch.core import EXPORT_PROXIES, FakeTensorMode, TracingContext
 
 
 @contextlib.contextmanager
@@ -18,7 +19,7 @@ def compiling() -> Iterator[None]:
     It is Dynamo's own lock, and re-entrant. Dynamo holds it when it calls the backend: with another lock, two threads could
     each hold one and wait for the other's.
     """
-    from torch._dynamo.convert_frame import compile_lock  # here, as Dynamo imports triton
+    from sqcompile.pytorch.dynamo import compile_lock  # here, as Dynamo imports triton
 
     with compile_lock:
         try:
@@ -29,11 +30,9 @@ def compiling() -> Iterator[None]:
 
 def _forget() -> None:
     """Frees what PyTorch would keep of a capture for ever: its sizes, and the fake tensors that have them."""
-    from torch._subclasses import FakeTensorMode  # here, as they import sympy
-    from torch.fx.experimental import proxy_tensor
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from sqcompile.pytorch.symbolic import ShapeEnv  # here, as it imports sympy
 
-    getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
+    EXPORT_PROXIES.clear()
     if TracingContext.try_get() is not None:  # Dynamo goes on with its own
         return
     FakeTensorMode.cache_clear()

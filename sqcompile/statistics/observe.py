@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from sqcompile.capture.captured import flatten_like
@@ -27,6 +26,7 @@ from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.explain import first_line, operation, source
 from sqcompile.passes.ir.graph import Linear, aten, find_linears, nodes_by_name, value
 from sqcompile.process.interrupts import checkpoint, each_at_once
+from sqcompile.pytorch.core import pytree
 from sqcompile.statistics.input_stats import InputStats
 from sqcompile.statistics.padding import Padding
 from sqcompile.statistics.sample import Sample, is_random

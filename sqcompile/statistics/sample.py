@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from sqcompile.passes.ir.graph import arguments
 from sqcompile.process.interrupts import checkpoint
+from sqcompile.pytorch.core import pytree
 
 CALLS, ROWS = 8, 1024  # no call is added to as many calls, or rows of an output
 LARGEST = 2**26  # bytes of all that is kept of a graph

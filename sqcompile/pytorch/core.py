@@ -1,0 +1,155 @@
+"""core: what ``import torch`` has imported already. Imports neither Dynamo nor sympy nor Triton.
+
+name                         what for                                                                tried on
+FakeTensor, FakeTensorMode   recorded values: tensors with sizes and no memory                       2.11, 2.13
+CAPTURE_LOGGERS              who logs a capture that fails, which we report ourselves                2.11, 2.13
+EXPORT_PROXIES               a global of torch.export, which keeps fake tensors: emptied             2.11, 2.13
+TracingContext, tracing      the fake tensors of the compilation at hand: Dynamo's, or ours          2.11, 2.13
+enable_python_dispatcher     symbolic sizes in composite operators that are C++                      2.11, 2.13
+TorchDispatchMode            sees each operator that a capture runs on real tensors                  2.11, 2.13
+disable_current_modes        computes on real tensors, under whatever mode                           2.11, 2.13
+is_wrapper_subclass          tells quantized and sharded tensors from plain ones                     2.11, 2.13
+pytree                       the leaves of a call, and the call of leaves                            2.11, 2.13
+OpOverload                   what a node calls if it is an operator                                  2.11, 2.13
+HigherOrderOperator          what it calls if it is a nested graph                                   2.11, 2.13
+schema                       names and defaults of an operator's arguments, and which it writes to   2.11, 2.13
+writes_to_arguments          whether an operator does; False for what is no operator                 2.11, 2.13
+overload_name                "Tensor" of aten.add.Tensor                                             2.11, 2.13
+codegen                      how the code of a graph takes a call apart, and puts its result together  2.11, 2.13
+storage_id                   which tensors lie in one storage, fake ones included                    2.11, 2.13
+StorageWeakRef               a storage that is not kept; its ``cdata`` is for the next two           2.11, 2.13
+storage_of_ref               the storage of a weak reference's cdata, None if it is gone             2.11, 2.13
+storage_expired              whether it is gone                                                      2.11, 2.13
+WeakIdKeyDictionary          what is known of a tensor, without keeping it                           2.11, 2.13
+version                      how often a tensor was written to                                       2.11, 2.13
+is_same_element_twice        whether a tensor's elements share memory, as expand makes them          2.11, 2.13
+own_names                    the names of a module's own submodules, parameters and buffers          2.11, 2.13
+buffer_hooks                 of all modules: torch.export leaves one if it fails                     2.11, 2.13
+call_impl                    what calling a module runs                                              2.11, 2.13
+compiled_call, set_compiled_call  what it runs instead once the module is compiled                   2.11, 2.13
+has_vnni, has_amx, init_amx  the INT8 instructions of this CPU, and leave of Linux to use AMX        2.11, 2.13
+int_mm                       INT8 product of PyTorch itself, for comparison                          2.11, 2.13
+scaled_mm                    FP8 product on tensor cores                                             2.11, 2.13
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import TracingContext, tracing
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental import proxy_tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper_subclass
+from torch.utils.weak import WeakIdKeyDictionary
+
+__all__ = [
+    "CAPTURE_LOGGERS",
+    "EXPORT_PROXIES",
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "StorageWeakRef",
+    "TorchDispatchMode",
+    "TracingContext",
+    "WeakIdKeyDictionary",
+    "buffer_hooks",
+    "call_impl",
+    "codegen",
+    "compiled_call",
+    "disable_current_modes",
+    "enable_python_dispatcher",
+    "has_amx",
+    "has_vnni",
+    "init_amx",
+    "int_mm",
+    "is_same_element_twice",
+    "is_wrapper_subclass",
+    "overload_name",
+    "own_names",
+    "pytree",
+    "scaled_mm",
+    "schema",
+    "set_compiled_call",
+    "storage_expired",
+    "storage_id",
+    "storage_of_ref",
+    "tracing",
+    "version",
+    "writes_to_arguments",
+]
+
+CAPTURE_LOGGERS = (
+    "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export",
+)  # fmt: skip
+# these two may go: where they are not, nothing is kept and no hook is left
+EXPORT_PROXIES: dict[int, Any] = getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {})
+buffer_hooks: dict[int, Any] = getattr(nn.modules.module, "_global_buffer_registration_hooks", {})
+
+version: Callable[[Tensor], int] = operator.attrgetter("_version")  # raises RuntimeError for one of inference mode
+storage_of_ref = torch.UntypedStorage._new_with_weak_ptr
+storage_expired = torch.UntypedStorage._expired
+
+call_impl = nn.Module._call_impl
+
+has_vnni: Callable[[], bool] = torch.cpu._is_vnni_supported
+has_amx: Callable[[], bool] = torch.cpu._is_amx_tile_supported
+init_amx: Callable[[], bool] = torch.cpu._init_amx
+
+int_mm = torch._int_mm
+scaled_mm = torch._scaled_mm
+
+
+def schema(target: Any) -> torch.FunctionSchema:
+    """The schema of an OpOverload: ``arguments`` with name, default_value and alias_info, ``returns``, ``is_mutable``."""
+    return target._schema
+
+
+def writes_to_arguments(target: Any) -> bool:
+    """Whether what a node calls is an operator that writes to an argument."""
+    return bool(getattr(getattr(target, "_schema", None), "is_mutable", False))
+
+
+def overload_name(target: Any) -> str:
+    """The name of an OpOverload among those of its packet: "Tensor", or "default"."""
+    return target._overloadname
+
+
+def codegen(graph: fx.Graph) -> Any:
+    """What ``fx.Graph.set_codegen`` has set; of an exported module's graph with ``pytree_info``: in_spec and out_spec."""
+    return graph._codegen
+
+
+def storage_id(tensor: Tensor) -> Hashable:
+    """Equal for tensors of one storage, as long as one of them lives. Other than an address, fake tensors have it, too."""
+    return tensor.untyped_storage()._cdata
+
+
+def is_same_element_twice(tensor: Tensor) -> bool:
+    """Whether two indices are certainly one element in memory; False also where PyTorch cannot tell."""
+    return torch._debug_has_internal_overlap(tensor) == 1
+
+
+def own_names(module: nn.Module) -> list[str]:
+    """The names of the submodules, parameters and buffers that a module has itself, those that are None included."""
+    return [*module._modules, *module._parameters, *module._buffers]
+
+
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """What calling the module runs in place of `call_impl`, as ``Module.compile`` sets it."""
+    return module._compiled_call_impl
+
+
+def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """Has calls of the module run ``call``; None for `call_impl`."""
+    module._compiled_call_impl = call

@@ -1,0 +1,27 @@
+"""inductor: Inductor's compiler and its cache of code. Imported in functions: it takes a second or two.
+
+name            what for                                                                             tried on
+config          freezing, and the checks that compiled code makes                                    2.11, 2.13
+compile_fx      a graph and its fake inputs to a function, without Dynamo                            2.11, 2.13
+PyCodeCache     the list of all modules made so, which would keep weights                            2.11, 2.13
+CppCodeCache    builds our C++ kernels with the compiler and the flags that Inductor uses            2.11, 2.13
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch._inductor.config as config
+from torch import fx
+from torch._inductor.codecache import CppCodeCache, PyCodeCache
+
+__all__ = ["CppCodeCache", "PyCodeCache", "compile_fx", "config"]
+
+
+def compile_fx(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The graph as a function of flat tensors and numbers. The configuration is `config` as it is now."""
+    from torch._inductor.compile_fx import compile_fx as compile_  # here: building C++ kernels does not need it
+
+    compiled: Any = compile_(graph, inputs)  # ahead of time, which it is not told, it would be the path of a file
+    return compiled
