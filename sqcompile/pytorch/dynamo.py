@@ -9,8 +9,7 @@ compile_lock                Dynamo's lock: one compilation at a time, ours inclu
 config                      recompile_limit, and what torch.compile(dynamic=...) sets                2.11, 2.13
 InterpreterFrame            the frame that Dynamo compiles: it leads to the model                    2.11, 2.13
 frame_being_compiled        the same from within: ``f_code`` and ``f_locals`` of the outermost       2.11, 2.13
-cache_entries               what was compiled for some code; ``guard_manager`` has ``check(f_locals)``
-                            and ``id_matched_objs``                                                  2.11, 2.13
+cache_entries               what was compiled for some code, each with a ``guard_manager``           2.11, 2.13
 TensorifyScalarRestartAnalysis   by raising it a backend has Dynamo trace again                      2.11, 2.13
 UnspecializeRestartAnalysis      has it forget by then which graph breaks it foresaw                 2.11, 2.13
 maybe_mark_dynamic          has the next trace take a size for dynamic                               2.11, 2.13

@@ -1,0 +1,396 @@
+"""Each name of sqcompile.pytorch is there, and does what sqcompile relies on: what to run first on a new version of PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+import subprocess
+import sys
+import threading
+import types
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.testing._internal.two_tensor import TwoTensor
+
+from sqcompile.pytorch import core, dynamo, inductor, symbolic
+
+MODULES = {m.__name__.rpartition(".")[2]: m for m in (core, symbolic, dynamo, inductor)}
+aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_name_is_described(module):
+    rows = re.findall(r"^ *(\w[\w, ]*?)  .*\d\.\d+$", MODULES[module].__doc__, re.MULTILINE)
+    described = [name for names in rows for name in names.split(", ")]
+    assert sorted(described) == sorted(MODULES[module].__all__)
+
+
+@pytest.mark.parametrize(("module", "name"), [(m, name) for m in MODULES for name in MODULES[m].__all__])
+def test_every_name_is_there(module, name):
+    assert getattr(MODULES[module], name) is not None
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("core", ["sympy", "triton", "torch._dynamo", "torch._inductor"]),
+        ("symbolic", ["triton", "torch._dynamo", "torch._inductor"]),
+        ("dynamo", ["torch._inductor.compile_fx"]),
+        ("inductor", ["torch._inductor.compile_fx"]),
+    ],
+)
+def test_what_importing_does_not_import(module, unwanted):
+    # the file alone: the rest of sqcompile defines operators, for which torch 2.11 imports Dynamo
+    path = MODULES[module].__file__
+    code = f"import runpy, sys; runpy.run_path({path!r}); print([m for m in {unwanted} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+class _Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+def _exported(*, out=lambda y: y):
+    class Net(_Net):
+        def forward(self, x):
+            return out(self.fc(x["tokens"]))
+
+    rows = torch.export.Dim("rows", min=2, max=64)
+    x = {"tokens": torch.randn(3, 4)}
+    return torch.export.export(Net(), (x,), dynamic_shapes=({"tokens": {0: rows}},))
+
+
+def _symbolic_size():
+    return next(n for n in _exported().graph.nodes if n.name == "linear").meta["val"].shape[0]
+
+
+# core
+
+
+def test_storage_ids_are_equal_for_views_alone():
+    for mode in (torch.no_grad(), core.FakeTensorMode()):
+        with mode:
+            x, other = torch.zeros(4, 4), torch.zeros(4, 4)
+            assert core.storage_id(x) == core.storage_id(x[1:].t()) != core.storage_id(other)
+
+
+def test_a_schema_names_arguments_and_says_which_are_written():
+    form = core.schema(aten.add_.Tensor)
+    assert [a.name for a in form.arguments] == ["self", "other", "alpha"] and form.arguments[2].default_value == 1
+    assert [bool(a.alias_info and a.alias_info.is_write) for a in form.arguments] == [True, False, False]
+    assert form.name == "aten::add_" and len(form.returns) == 1 and core.overload_name(aten.add_.Tensor) == "Tensor"
+    targets = (aten.add_.Tensor, aten.add.Tensor, "placeholder", torch.add)
+    assert [core.writes_to_arguments(t) for t in targets] == [True, False, False, False]
+
+
+def test_operators_and_nested_graphs_are_told_apart():
+    cond = torch.ops.higher_order.cond
+    assert isinstance(aten.add.Tensor, core.OpOverload) and not isinstance(cond, core.OpOverload)
+    assert isinstance(cond, core.HigherOrderOperator) and not isinstance(aten.add.Tensor, core.HigherOrderOperator)
+
+
+def test_an_exported_graph_has_the_pytrees_of_its_call():
+    gm = _exported(out=lambda y: {"y": y}).module()
+    info = core.codegen(gm.graph).pytree_info
+    assert info.in_spec == core.pytree.tree_structure((({"tokens": 0},), {}))
+    assert info.out_spec == core.pytree.tree_structure({"y": 0})
+    graph = fx.Graph()
+    graph.set_codegen(core.codegen(gm.graph))
+    assert core.codegen(graph) is core.codegen(gm.graph)
+
+
+def test_paths_of_a_pytree():
+    path, _ = core.pytree.tree_flatten_with_path(((3,), {"cache": [5]}))[0][1]
+    assert isinstance(path[1], core.pytree.MappingKey) and path[1].key == "cache" and path[0].idx == 1
+    assert core.pytree.keystr(path[2:]) == "[0]"
+    assert dict in core.pytree.SUPPORTED_NODES
+
+
+def test_modes():
+    with core.FakeTensorMode() as mode:
+        assert isinstance(torch.zeros(2), core.FakeTensor)
+        with core.disable_current_modes():
+            assert type(torch.zeros(2)) is Tensor
+    assert core.TracingContext.try_get() is None
+    with core.tracing(core.TracingContext(mode)):
+        assert core.TracingContext.try_get().fake_mode is mode
+    seen = []
+
+    class Mode(core.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        torch.ones(2) + 1
+    assert seen == [aten.ones.default, aten.add.Tensor]
+
+
+def test_the_python_dispatcher_runs_composite_operators_on_symbolic_sizes():
+    size = _symbolic_size()
+    mode = size.node.shape_env
+    with core.FakeTensorMode(shape_env=mode), core.enable_python_dispatcher():
+        y = aten.linear.default(torch.empty(size, 4), torch.empty(6, 4))
+    assert y.shape[0] == size and y.shape[1] == 6
+
+
+def test_wrapper_subclasses():
+    x = torch.zeros(2)
+    assert core.is_wrapper_subclass(TwoTensor(x, x)) and not core.is_wrapper_subclass(nn.Parameter(x))
+
+
+def test_weak_references_to_storages():
+    x = torch.zeros(4)
+    ref = core.StorageWeakRef(x.untyped_storage())
+    assert not core.storage_expired(ref.cdata)
+    assert core.storage_of_ref(ref.cdata).data_ptr() == x.data_ptr()
+    del x
+    assert core.storage_expired(ref.cdata) and core.storage_of_ref(ref.cdata) is None and ref.expired()
+
+
+def test_tensors_as_keys():
+    x, same = torch.zeros(2), torch.zeros(2)
+    known = core.WeakIdKeyDictionary()
+    known[x] = 1
+    assert known[x] == 1 and same not in known
+    del x
+    assert len(known) == 0
+
+
+def test_versions_count_writes():
+    x = torch.zeros(2)
+    before = core.version(x)
+    x.add_(1)
+    assert core.version(x) > before
+    with torch.inference_mode():
+        uncounted = torch.zeros(2)
+    with pytest.raises(RuntimeError):
+        core.version(uncounted)
+
+
+def test_elements_that_share_memory():
+    x = torch.zeros(2, 1)
+    assert core.is_same_element_twice(x.expand(2, 3)) and not core.is_same_element_twice(x)
+
+
+def test_own_names():
+    net = nn.BatchNorm1d(2, affine=False)
+    net.fc = nn.Linear(2, 2)
+    assert core.own_names(net) == ["fc", "weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+
+
+def test_buffer_hooks():
+    handle = nn.modules.module.register_module_buffer_registration_hook(lambda module, name, buffer: None)
+    assert handle.id in core.buffer_hooks
+    handle.remove()
+    assert handle.id not in core.buffer_hooks
+
+
+def test_a_compiled_module_calls_what_it_was_given():
+    net, x = _Net(), torch.randn(2, 4)
+    assert core.compiled_call(net) is None
+    core.set_compiled_call(net, lambda x: "compiled")
+    assert net(x) == "compiled" and core.compiled_call(net)(x) == "compiled"
+    core.set_compiled_call(net, None)
+    assert torch.equal(net(x), core.call_impl.__get__(net)(x))
+
+
+def test_export_keeps_what_export_proxies_empties():
+    core.EXPORT_PROXIES.clear()
+    _exported()
+    assert core.EXPORT_PROXIES
+
+
+def test_loggers_of_captures():
+    _exported()
+    importlib.import_module("torch._export")
+    assert all(name in logging.root.manager.loggerDict for name in core.CAPTURE_LOGGERS)
+
+
+def test_instructions_of_the_cpu():
+    assert {type(core.has_vnni()), type(core.has_amx()), type(core.init_amx())} == {bool}
+
+
+def test_products():
+    a, b = torch.randint(-128, 128, (32, 16), dtype=torch.int8), torch.randint(-128, 128, (16, 32), dtype=torch.int8)
+    assert torch.equal(core.int_mm(a, b), a.int() @ b.int())
+    x, w = torch.randn(16, 32).to(torch.float8_e4m3fn), torch.randn(16, 32).to(torch.float8_e4m3fn)
+    y = core.scaled_mm(x, w.t(), torch.tensor(2.0), torch.tensor(3.0), out_dtype=torch.float32)
+    torch.testing.assert_close(y, 6 * x.float() @ w.float().t(), rtol=1e-5, atol=1e-5)
+
+
+# symbolic
+
+
+def test_sizes_as_expressions():
+    size = _symbolic_size()
+    assert symbolic.statically_known_true(size >= 2) and not symbolic.statically_known_true(size >= 3)
+    assert symbolic.own_expression(size).is_symbol and size.node.expr == symbolic.own_expression(size)
+    assert symbolic.PythonPrinter().doprint(size.node.expr * 2) == f"2*{size}"
+    assert symbolic.free_unbacked_symbols(torch.zeros(3)) == set()
+
+
+def test_an_own_expression_is_the_one_before_what_was_learned():
+    class Doubled(nn.Module):
+        def forward(self, x, y):
+            return x + torch.cat([y, y])
+
+    rows = torch.export.Dim("rows", min=2, max=64)
+    arguments = torch.randn(6, 4), torch.randn(3, 4)
+    exported = torch.export.export(Doubled(), arguments, dynamic_shapes=({0: 2 * rows}, {0: rows}))
+    x, y = (n.meta["val"].shape[0] for n in exported.graph.find_nodes(op="placeholder"))
+    assert x.node.expr == 2 * y.node.expr and symbolic.own_expression(x).is_symbol
+
+
+def test_what_remembers_sizes_can_forget():
+    assert [m for m in vars(symbolic.ShapeEnv).values() if hasattr(m, "cache_clear")]
+    core.FakeTensorMode.cache_clear()
+
+
+# dynamo
+
+
+def test_a_compiled_module_leads_to_its_model_and_backend():
+    def backend(gm, inputs, **options):
+        return gm.forward
+
+    net, x = _Net(), torch.randn(2, 4)
+    for compiled in (torch.compile(net, backend=backend), torch.compile(net, backend=backend, options={"a": 1})):
+        assert isinstance(compiled, dynamo.OptimizedModule) and dynamo.original(compiled) is net
+        assert dynamo.backend_of(compiled) is backend
+        compiled(x)
+        assert dynamo.backend_of(compiled) is backend
+        assert torch.equal(dynamo.compiled_form(compiled, core.call_impl.__get__(net))(x), net(x))
+
+
+def test_what_a_backend_sees():
+    found = {}
+
+    def backend(gm, inputs):
+        frame = dynamo.frame_being_compiled()
+        found["code"], found["locals"] = frame.f_code, set(frame.f_locals)
+        found["entries"] = dynamo.cache_entries(frame.f_code)
+        for e in found["entries"]:
+            found["fits"] = e.guard_manager.check(frame.f_locals)
+            assert hasattr(e.guard_manager, "id_matched_objs")
+        found["targets"] = {n.target for n in gm.graph.nodes}
+        other = threading.Thread(target=lambda: found.update(free=dynamo.compile_lock.acquire(blocking=False)))
+        other.start()
+        other.join()
+        found["frames"] = []
+        f = sys._getframe()
+        while f is not None:
+            found["frames"] += [set(v.f_locals) for v in f.f_locals.values() if isinstance(v, dynamo.InterpreterFrame)]
+            f = f.f_back
+        return gm.forward
+
+    def function(x):
+        with torch.no_grad():
+            return x.data * 2
+
+    compiled = torch.compile(function, backend=backend, dynamic=False)
+    compiled(torch.ones(3))
+    assert found["code"] is function.__code__ and found["locals"] == {"x"} and found["entries"] == []
+    assert dynamo.get_data in found["targets"] and dynamo.set_grad_enabled in found["targets"]
+    assert found["free"] is False
+    assert {"x"} in found["frames"]
+    compiled(torch.ones(4))
+    assert len(found["entries"]) == 1 and found["fits"] is False
+
+
+def test_a_backend_can_have_dynamo_trace_again():
+    class Again(dynamo.TensorifyScalarRestartAnalysis, dynamo.UnspecializeRestartAnalysis):
+        pass
+
+    seen = []
+
+    def backend(gm, inputs):
+        fakes = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")]
+        seen.extend(f.shape[0] for f in fakes if isinstance(f, Tensor))
+        if len(seen) == 1:
+            dynamo.maybe_mark_dynamic(x, 0)
+            raise Again(restart_reason="test")
+        return gm.forward
+
+    x = torch.ones(3)
+    assert dynamo.marked_dynamic(x) == set()
+    torch.compile(lambda x: x * 2, backend=backend)(x)
+    assert dynamo.marked_dynamic(x) == {0}
+    assert seen[0] == 3 and [type(s) for s in seen] == [int, torch.SymInt]
+
+
+def test_static_addresses():
+    x = torch.zeros(2)
+    assert not dynamo.has_static_address(x) and not dynamo.has_static_address(3)
+    dynamo.mark_static_address(x)
+    assert dynamo.has_static_address(x)
+
+
+def test_settings_of_dynamo():
+    assert dynamo.config.recompile_limit == 8
+    assert dynamo.config.assume_static_by_default and dynamo.config.automatic_dynamic_shapes
+
+
+def test_transforms_that_were_entered_can_be_left():
+    from torch._C._functorch import _vmap_increment_nesting
+
+    before = len(dynamo.functorch_interpreters())
+    _vmap_increment_nesting(2, "error")
+    assert len(dynamo.functorch_interpreters()) == before + 1
+    dynamo.pop_functorch_interpreter()
+    assert len(dynamo.functorch_interpreters()) == before
+
+
+def test_aot_export_module_gives_operators_and_what_is_written():
+    class Net(_Net):
+        def forward(self, x, cache):
+            y = self.fc(x)
+            cache.copy_(y)
+            return (y * 2,)
+
+    net, mode = Net(), core.FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(torch.zeros(2, 4)) for _ in range(2)]
+    with torch.no_grad(), mode:
+        gm, signature = dynamo.aot_export_module(net, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
+    names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
+    assert aten.linear.default in {n.target for n in gm.graph.nodes}
+    assert list(signature.inputs_to_parameters.items()) == list(zip(names, ["fc.weight", "fc.bias"], strict=False))
+    assert list(signature.user_inputs_to_mutate.values()) == [names[3]]
+    assert not signature.inputs_to_buffers | signature.buffers_to_mutate | signature.parameters_to_mutate
+
+
+# inductor
+
+
+def test_inductor_compiles_a_graph_without_dynamo():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output((graph.call_function(aten.mul.Tensor, (x, 2)),))
+    mode = core.FakeTensorMode()
+    before = len(inductor.PyCodeCache.modules)
+    options = {"freezing": True, "triton.cudagraphs": False, "size_asserts": False, "alignment_asserts": False}
+    with torch.no_grad(), inductor.config.patch(options), core.tracing(core.TracingContext(mode)):
+        run = inductor.compile_fx(fx.GraphModule(nn.Module(), graph), [mode.from_tensor(torch.zeros(3))])
+    (y,) = run(torch.ones(3))
+    assert torch.equal(y, torch.full((3,), 2.0))
+    assert all(isinstance(m, types.ModuleType) for m in inductor.PyCodeCache.modules[before:])
+    assert len(inductor.PyCodeCache.modules) > before
+
+
+def test_inductor_builds_cpp():
+    library = inductor.CppCodeCache.load('extern "C" int sqcompile_seven() { return 7; }', device_type="cpu")
+    assert library.sqcompile_seven() == 7
