@@ -140,12 +140,15 @@ def test_modes():
     assert seen == [aten.ones.default, aten.add.Tensor]
 
 
-def test_the_python_dispatcher_runs_composite_operators_on_symbolic_sizes():
-    size = _symbolic_size()
-    mode = size.node.shape_env
-    with core.FakeTensorMode(shape_env=mode), core.enable_python_dispatcher():
-        y = aten.linear.default(torch.empty(size, 4), torch.empty(6, 4))
-    assert y.shape[0] == size and y.shape[1] == 6
+def test_the_python_dispatcher_prefers_what_an_operator_has_in_python():
+    library = torch.library.Library("sqcompile_test", "FRAGMENT")
+    library.define("where(Tensor x) -> int")
+    library.impl("where", lambda x: 1, "CompositeImplicitAutograd")
+    where = torch.ops.sqcompile_test.where.default
+    where.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(lambda x: 2)
+    assert where(torch.zeros(1)) == 1
+    with core.enable_python_dispatcher():
+        assert where(torch.zeros(1)) == 2
 
 
 def test_wrapper_subclasses():
