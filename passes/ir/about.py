@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 if TYPE_CHECKING:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     from sqcompile.capture.captured import Captured
     from sqcompile.kernels.targets import Target
     from sqcompile.passes.rewrite.weight_store import Lazy, Merged
+    from sqcompile.pytorch.core import FakeTensorMode
 
 _KEY = "about"
 Sizes = dict[Any, int]  # of each free symbol

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import get_tensor, value
+from sqcompile.pytorch.core import version
 
 _Found = TypeVar("_Found")
 
@@ -50,7 +51,7 @@ def once(analysis: Callable[[fx.GraphModule], _Found]) -> Callable[[fx.GraphModu
     def answer(gm: fx.GraphModule) -> _Found:
         tensors = [get_tensor(gm, str(n.target)) for n in gm.graph.find_nodes(op="get_attr")]
         names = [(n.name, n.target if n.op == "get_attr" else None) for n in gm.graph.nodes]
-        now = form(gm), names, [0 if t.is_inference() else t._version for t in tensors]
+        now = form(gm), names, [0 if t.is_inference() else version(t) for t in tensors]
         found = about(gm).found
         if analysis.__name__ in found:
             before, held, result = found[analysis.__name__]

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 
 from sqcompile.errors import StageError
 from sqcompile.kernels.ops import sqcompile_ops
@@ -24,6 +23,7 @@ from sqcompile.passes.ir.graph import LINEARS, get_tensor, is_mutable, value
 from sqcompile.passes.ir.record import call_key
 from sqcompile.passes.ir.sizes import free_symbols
 from sqcompile.process.interrupts import checkpoint
+from sqcompile.pytorch.core import enable_python_dispatcher
 
 # what a model calls itself, through `sqcompile.capture.kv_cache`
 _OF_A_CACHE = (

@@ -51,7 +51,7 @@ from sqcompile.passes.labels.rules import (
 )
 from sqcompile.passes.labels.values import values_at
 from sqcompile.process.interrupts import checkpoint
-from sqcompile.pytorch.core import FakeTensorMode, disable_current_modes
+from sqcompile.pytorch.core import disable_current_modes
 
 _Interpreter = TypeVar("_Interpreter", bound="_Labels")
 

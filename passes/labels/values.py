@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.form import form
 from sqcompile.passes.ir.graph import get_tensor, value
 from sqcompile.passes.ir.record import call_key
 from sqcompile.process.interrupts import checkpoint
+from sqcompile.pytorch.core import FakeTensorMode
 
 
 def values_at(gm: fx.GraphModule, symbols: dict[Any, int]) -> dict[fx.Node, Any]:
