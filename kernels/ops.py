@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sqcompile.errors import IndexRangeError
-from sqcompile.kernels import attention, attention_int8, attention_parts, fp8, fused, reference
+from sqcompile.kernels import attention, attention_int8, attention_parts, fp8, fused, reference, rotation
+from sqcompile.kernels.cpu import rotate as cpu_rotate
 from sqcompile.kernels.cpu import x86
 
 
@@ -139,6 +140,7 @@ _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         checked_ids,
         lambda ids, low, end, what: torch.empty_like(ids),
     ),
+    "rotate(Tensor x, int block) -> Tensor": (rotation.rotate, rotation.rotate_fake),
     "int8_attend(Tensor scores, Tensor v, Tensor v_scale, ScalarType dtype) -> Tensor": (
         attention_parts.int8_attend,
         attention_parts.int8_attend_fake,
@@ -150,6 +152,10 @@ _KERNELS |= {
     s: ({"CPU": f, "CUDA": fused.on_cuda(f, kernel)}, fake)
     for s, (f, kernel, fake) in (fused.OPAQUE | attention.ATTENTION | attention_int8.ATTENTION).items()
 }
+_KERNELS["rotate_quantize(Tensor x, int block, Tensor? scale, int zero_point) -> (Tensor, Tensor)"] = (
+    {"CPU": cpu_rotate.rotate_quantize, "CUDA": rotation.rotate_quantize},
+    rotation.rotate_quantize_fake,
+)
 for _schema, (_functions, _fake) in _KERNELS.items():
     _name = _schema.partition("(")[0]
     _library.define(_schema)

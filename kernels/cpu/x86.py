@@ -13,14 +13,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sqcompile.kernels.cpu import onednn
+from sqcompile.kernels.cpu.build import built
 from sqcompile.kernels.reference import UINT8_ZERO_POINT
 from sqcompile.pytorch.core import has_amx, has_vnni, init_amx
 
@@ -120,22 +119,15 @@ def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) ->
 
 @functools.cache
 def library() -> Any | None:
-    """The compiled kernels, built once per machine by the compiler that Inductor uses; None where that fails."""
-    from sqcompile.pytorch.inductor import CppCodeCache  # here, as it takes its time
-
-    folder = Path(__file__).parent
-    try:
-        source = "\n".join((folder / name).read_text() for name in ("u8s8.h", "vnni.cpp", "amx.cpp", "flash.cpp"))
-        lib = CppCodeCache.load(source, device_type="cpu")
+    """The compiled kernels; None where they do not build."""
+    lib = built("u8s8.h", "vnni.cpp", "amx.cpp", "flash.cpp")
+    if lib is not None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         lib.sqcompile_vnni.argtypes = [pointer] * 5 + [integer] * 6
         lib.sqcompile_amx.argtypes = [pointer] * 5 + [integer] * 6 + [pointer]
         lib.sqcompile_flash.argtypes = [pointer] * 6 + [ctypes.c_float, integer, integer]
         for function in (lib.sqcompile_vnni, lib.sqcompile_amx, lib.sqcompile_flash):
             function.restype = None
-    except Exception as e:
-        warnings.warn(f"sqcompile's CPU kernels do not build here, oneDNN serves all shapes: {e}", stacklevel=2)
-        return None
     return lib
 
 

@@ -55,7 +55,8 @@ def verify(gm: fx.GraphModule, stage: str) -> fx.GraphModule:
                 raise StageError(f"{stage}: %{n.name} calls {n.target}, which is no operator")
             if is_mutable(n.target):  # a graph's tensors share storage with the model's
                 raise StageError(f"{stage}: %{n.name} is {n.target}, which writes to its arguments")
-            if namespace == "sqcompile" and stage in ("traced", "folded") and n.target not in (*LINEARS, *_OF_A_CACHE):
+            early = (*LINEARS, *_OF_A_CACHE, *([sqcompile_ops.rotate.default] if stage == "folded" else []))
+            if namespace == "sqcompile" and stage in ("traced", "folded") and n.target not in early:
                 raise StageError(f"{stage}: %{n.name} is {n.target}, which belongs to a later stage")
         elif n.op not in ("placeholder", "get_attr", "output"):
             raise StageError(f"{stage}: %{n.name} is a {n.op}, expected ATen operators only")

@@ -54,6 +54,7 @@ from sqcompile.passes.lowering.float_attention import lower_attention
 from sqcompile.passes.lowering.fuse import fuse
 from sqcompile.passes.lowering.id_ranges import check_ids
 from sqcompile.passes.lowering.int8_attention import lower_int8_attention
+from sqcompile.passes.lowering.rotated import fuse_rotations
 from sqcompile.passes.rewrite.weight_store import Lazy, Merged, Shared
 
 _warned: set[str] = set()
@@ -121,6 +122,7 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | Non
     lower_attention(gm, of)
     if fuses:
         fuse(gm)
+    fuse_rotations(gm)
     check_ids(gm)
     about(gm).target = target
     return finish(gm)

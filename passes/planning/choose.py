@@ -65,16 +65,15 @@ def choose(
             continue
         how: Smoothing = "multiplied" if site.kind == "input" else "folded"
         chooser.leave(quantized)
-        if unsmoothed:
-            note: Note = ("none", unsmoothed, None)
+        choice = chooser.best(site, floats)
+        chooser.apply(site, choice)
+        if choice.scales is not None:
+            scales[site.name] = choice.scales[0]
+            reason = site.reason if how == "folded" else f"x·(1/s) before quantization: {site.reason}"
+            note: Note = (how, reason, choice.alpha)
         else:
-            s, alpha, reason = chooser.best(site, floats)
-            if s is not None:
-                scales[site.name] = s[0]
-                chooser.apply(site, *s)
-                note = (how, site.reason if how == "folded" else f"x·(1/s) before quantization: {site.reason}", alpha)
-            else:
-                note = ("none", reason, None)
+            reason = unsmoothed or f"smoothing would raise the quantization error here ({site.reason})"
+            note = ("none", reason, None)
         notes.update({l.name: note for l in quantized})
     attention, heads = choose_attention(gm, chooser, attentions, set(floats))
     if chooser.static and not again:

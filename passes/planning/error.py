@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
 from sqcompile.kernels.reference import absmax_scale, dequantize, quantize, token_scale, weight_scale
+from sqcompile.kernels.rotation import rotate
 from sqcompile.passes.ir.graph import Linear, effective_weight, find_linears, nodes_by_name, row_parts
 from sqcompile.passes.labels.match import Site
 from sqcompile.passes.planning.smoothing import smoothing_scale
@@ -20,12 +22,30 @@ from sqcompile.plan.recipe import Recipe
 from sqcompile.process.interrupts import checkpoint
 from sqcompile.statistics.observe import Calibration
 
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What is done with a site.
+
+    Attributes:
+        scales: float32 [3, C], s, and what either half of the tokens would have chosen; None without smoothing.
+        alpha: the migration strength that they come from.
+        block: the size of the blocks in which the inputs are rotated; None without rotation.
+    """
+
+    scales: Tensor | None = None
+    alpha: float | None = None
+    block: int | None = None
+
+
 Note = tuple[Smoothing, str, float | None]  # what was done with a linear's input, why, and the site's alpha
 
 # A site is left unsmoothed only where smoothing makes its error on the sample this much worse. Below that, smoothing is
 # kept even without a gain: the sample holds few tokens, and the absmax it is built from saw them all. Static scales are
 # tried on tokens that they have not seen (`static_scales`), and take what is best there.
 TOLERANCE = 1.1
+# A rotation costs additions for every value: it is taken where it makes the error this much smaller.
+GAIN = 1.05
 
 
 class Chooser:
@@ -38,6 +58,7 @@ class Chooser:
         self.columns: dict[str, Tensor] = {}  # s of a linear's input channels, [K]
         self.halves: dict[str, Tensor] = {}  # s as chosen from either half of the tokens, [2, K]; for static scales
         self.margins: dict[str, float] = {}  # of a linear's static scale
+        self.rotations: dict[str, int] = {}  # the blocks in which a linear's input is rotated
         self.rows: dict[str, Tensor] = {}  # s of its output channels, [N]
         self.producers: dict[str, Tensor] = {}  # s that a producer's output is divided by, [C], by node
         self.linears = {l.node: l for l in find_linears(gm)}
@@ -49,9 +70,8 @@ class Chooser:
     def weight(self, l: Linear) -> Tensor:
         return effective_weight(self.gm, l, self.nodes)
 
-    def best(self, site: Site, floats: dict[str, str]) -> tuple[tuple[Tensor, Tensor] | None, float | None, str]:
-        """The scale [C] with the smallest error, and those of either half [2, C]; None where no smoothing is better."""
-        checkpoint()
+    def best(self, site: Site, floats: dict[str, str]) -> Choice:
+        """The smoothing and the rotation with the smallest error."""
         balance = [(l, m) for l, m in site.balance if l.name not in floats]
         device = self.weight(balance[0][0]).device
         x_absmax = torch.zeros(3, site.channels, dtype=torch.float32, device=device)  # all tokens, either half
@@ -70,24 +90,46 @@ class Chooser:
             and producer.name not in floats
         ):
             touched.append(producer)  # its rows are divided by s, which one scale for all rows feels
-        none = sum(self.error(l) for l in touched)
-        best, choice, best_alpha = none if self.static else none * TOLERANCE, None, None
-        for alpha in self.recipe.alphas:
+        scales = {}
+        for alpha in () if self.unsmoothed else self.recipe.alphas:
             every = torch.stack([smoothing_scale(x, w_absmax, alpha) for x in x_absmax])
-            every = torch.where(site.free.to(device), every, 1.0)
-            saved = [dict(d) for d in self._chosen()]
-            self.apply(site, every[0], every[1:])
-            error = sum(self.error(l) for l in touched)
-            self.columns, self.halves, self.margins, self.rows, self.producers = saved
-            if error < best:
-                best, choice, best_alpha = error, (every[0], every[1:]), alpha
-        return choice, best_alpha, f"smoothing would raise the quantization error here ({site.reason})"
+            scales[alpha] = torch.where(site.free.to(device), every, 1.0)
+        errors = {
+            choice: self._error_of(site, choice, touched)
+            for block in self._blocks([l for l, _ in balance])
+            for choice in (Choice(None, None, block), *(Choice(s, alpha, block) for alpha, s in scales.items()))
+        }
+        return min(errors, key=lambda c: errors[c] * self._handicap(c))
+
+    def _blocks(self, linears: list[Linear]) -> tuple[int | None, ...]:
+        """The rotations to try: those of the recipe that the channels of all linears allow, and none where it is open."""
+        fit = tuple(b for b in self.recipe.blocks if all(l.in_features % b == 0 for l in linears))
+        return fit if fit and self.recipe.rotate != "auto" else (None, *fit)
+
+    def _handicap(self, choice: Choice) -> float:
+        smooths = choice.scales is not None
+        return (1.0 if smooths or self.static else TOLERANCE) * (1.0 if choice.block is None else GAIN)
+
+    def _error_of(self, site: Site, choice: Choice, touched: list[Linear]) -> float:
+        """The error of linears under a choice, which is not kept."""
+        checkpoint()
+        saved = [dict(d) for d in self._chosen()]
+        self.apply(site, choice)
+        error = sum(self.error(l) for l in touched)
+        self.columns, self.halves, self.margins, self.rows, self.producers, self.rotations = saved
+        return error
 
     def _chosen(self) -> tuple[dict[str, Any], ...]:
-        return self.columns, self.halves, self.margins, self.rows, self.producers
+        return self.columns, self.halves, self.margins, self.rows, self.producers, self.rotations
 
-    def apply(self, site: Site, s: Tensor, halves: Tensor) -> None:
-        """Smooths a site with s [C]; ``halves`` [2, C] are what either half of the tokens would have chosen."""
+    def apply(self, site: Site, choice: Choice) -> None:
+        """Smooths a site, and rotates its inputs."""
+        if choice.block is not None:
+            self.rotations |= {l.name: choice.block for l, _ in site.balance}
+        if choice.scales is None:
+            self.leave([l for l, _ in site.balance if l.name in self.calibration.inputs])
+            return
+        s, halves = choice.scales[0], choice.scales[1:]
         for l, m in site.balance:
             self.columns[l.name] = s[m.to(s.device)]
             self.halves[l.name] = halves[:, m.to(s.device)]
@@ -146,6 +188,8 @@ class Chooser:
         stats = self.calibration.inputs[l.name]
         x, experts = stats.rows[which].float(), stats.experts[which]
         smoothed = x if columns is None else x / columns
+        if block := self.rotations.get(l.name):
+            smoothed = rotate(smoothed, block)
         per_token = self.recipe.activation == "per_token"
         x_scale = token_scale(smoothed, self.qtype.q_max) if per_token else self._limit(l, columns, absmax)
         x_int = quantize(smoothed, x_scale, dtype=self.qtype.dtype).float()
@@ -163,10 +207,11 @@ class Chooser:
         self, l: Linear, weight: Tensor, columns: Tensor | None, x: Tensor, x_int: Tensor, x_scale: Tensor
     ) -> tuple[float, float]:
         """|Y_quantized - Y|² and |Y|² for one weight [N, K] and rows x [R, K]."""
-        rows = self.rows.get(l.name)
+        rows, block = self.rows.get(l.name), self.rotations.get(l.name)
 
         def folded(part: slice) -> Tensor:
             w = weight[part].float() if columns is None else weight[part].float() * columns
+            w = w if block is None else rotate(w, block)
             return w if rows is None else w / rows[part, None]
 
         parts = row_parts(weight)
@@ -209,7 +254,7 @@ class Chooser:
         if not bool(self.calibration.inputs[l.name].absmax.any()):  # exact, which says nothing
             reason, sqnr = f"{reason}; its input was {self.calibration.inputs[l.name].unvarying()}", None
         static = float(self.input_scale(l)) if self.static else None
-        return LayerPlan(l.name, kind, True, how, reason, alpha, sqnr, static, l.shape)
+        return LayerPlan(l.name, kind, True, how, reason, alpha, sqnr, static, l.shape, self.rotations.get(l.name))
 
 
 def _column_absmax(w: Tensor) -> Tensor:

@@ -23,6 +23,14 @@ changed for the site alone. Where nothing absorbs 1/s, it stands explicitly befo
     %mul_1 = mul(%w, %smooth_0_columns)
     %y = linear(%mul, %mul_1)
 
+A linear's input is rotated where the plan says so, and its weight with it: H is its own inverse (`kernels.rotation`).
+
+    %y = linear(%x, %w)
+->
+    %rotate = sqcompile.rotate(%x, 16)
+    %rotate_1 = sqcompile.rotate(%w, 16)
+    %y = linear(%rotate, %rotate_1)
+
 Scales of attentions' head channels multiply what makes the queries and divide what makes the keys (`head_sites`).
 """
 
@@ -35,6 +43,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.errors import PlanError
+from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.attention.head_sites import HeadSite
 from sqcompile.passes.ir.graph import (
     FOLD_CAST,
@@ -91,6 +100,7 @@ def fold(gm: fx.GraphModule, sites: list[Site], plan: Plan, heads: Sequence[Head
     new = clone(gm)
     folder = _Folder(new)
     quantized = {l.name for l in plan.layers if l.quantized}
+    rotations = {l.name: l.rotation for l in plan.layers if l.rotation is not None}
     for i, (name, s) in enumerate(plan.scales.items()):
         folder.site(by_name[name], s, f"smooth_{i}", quantized)
     for i, (name, s) in enumerate(head_scales.items()):
@@ -98,6 +108,9 @@ def fold(gm: fx.GraphModule, sites: list[Site], plan: Plan, heads: Sequence[Head
             folder.site(site, pick(s, classes).reciprocal(), f"queries_{i}", quantized)
         for site, classes in head_sites[name].keys:
             folder.site(site, pick(s, classes), f"keys_{i}", quantized)
+    for l in find_linears(new):
+        if (block := rotations.get(l.name)) is not None:
+            folder.rotate(l, block)
     return finish(new)
 
 
@@ -106,6 +119,7 @@ class _Folder:
         self.gm = gm
         self.nodes = nodes_by_name(gm)
         self.const = constants(gm)
+        self.rotated: dict[tuple[fx.Node, int], fx.Node] = {}
 
     def site(self, site: Site, s: Tensor, name: str, quantized: set[str]) -> None:
         producer = self.nodes[site.producer]
@@ -122,6 +136,28 @@ class _Folder:
             self._change(self.nodes[node], argument, aten.div.Tensor, pick(s, labels), f"{name}_add")
         for linear, index in site.balance:
             self._columns(linear, pick(s, index), name)
+
+    def rotate(self, linear: Linear, block: int) -> None:
+        """Rotates a linear's input and weight; linears that read one tensor share its rotation."""
+        node = self.nodes[linear.node]
+        x, w, _ = linear_operands(node)
+        if (x, block) not in self.rotated:
+            after = x.next
+            while after.op == "placeholder":
+                after = after.next
+            with self.gm.graph.inserting_before(after):
+                self.rotated[x, block] = self._rotation(x, block)
+        with self.gm.graph.inserting_before(node):
+            weight = self._rotation(w, block)
+        node.update_arg(0, self.rotated[x, block])
+        node.update_arg(1, weight)
+        self.const.add(weight)
+
+    def _rotation(self, x: fx.Node, block: int) -> fx.Node:
+        """A rotated tensor in its own dtype. Its float32 value is what is quantized, of the float32 product x·(1/s) too."""
+        source = x.args[0] if x.meta.get(FOLD_CAST) else x
+        new = add_op(self.gm, sqcompile_ops.rotate.default, source, block)
+        return self._cast(new, value(x).dtype)
 
     def _change(self, user: fx.Node, argument: int | None, op: Callable[..., Any], by: Tensor, name: str) -> None:
         """Replaces a constant argument by ``op(argument, by)``, in the argument's dtype."""
@@ -141,9 +177,11 @@ class _Folder:
         self.const.add(new)
 
     def _scaled(self, old: fx.Node, op: Callable[..., Any], by: Tensor, name: str) -> fx.Node:
-        new = add_op(self.gm, op, old, add_tensor(self.gm, name, by))
-        if value(new).dtype != value(old).dtype:
-            new = add_op(self.gm, aten.to.dtype, new, value(old).dtype)
+        return self._cast(add_op(self.gm, op, old, add_tensor(self.gm, name, by)), value(old).dtype)
+
+    def _cast(self, new: fx.Node, dtype: torch.dtype) -> fx.Node:
+        if value(new).dtype != dtype:
+            new = add_op(self.gm, aten.to.dtype, new, dtype)
             new.meta[FOLD_CAST] = True
         return new
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sqcompile.capture.call_spec import check_spec
 from sqcompile.errors import PlanError
+from sqcompile.kernels.rotation import blocks_of
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.recipe import AttentionProducts, Recipe
 
@@ -96,6 +97,12 @@ def _check_layer(l: LayerPlan, what: str, static: bool) -> None:
     _check_decision(l, what)
     if l.input_scale is not None:
         _number(l.input_scale, f"{what}: input_scale", *_STEP)
+    if l.rotation is not None:
+        known = type(l.rotation) is int and l.rotation in blocks_of(l.shape[-1])
+        _need(
+            known, f"{what}: rotation is {_said(l.rotation)}, no size of blocks that divides its {l.shape[-1]} channels"
+        )
+        _need(l.quantized, f"{what} is rotated, and stays in float")
     if l.quantized:
         how = "an input_scale, as its recipe is static" if static else "no input_scale, as its recipe is dynamic"
         _need((l.input_scale is not None) == static, f"{what} needs {how}")

@@ -24,6 +24,7 @@ class LayerPlan:
         sqnr_db: signal to quantization noise ratio of its output on the calibration sample, in dB; None in float.
         input_scale: Δx where activations are static, else None.
         shape: of the weight, (N, K) or (E, N, K).
+        rotation: the size of the blocks in which its input is rotated before it is quantized; None without rotation.
     """
 
     name: str
@@ -35,6 +36,7 @@ class LayerPlan:
     sqnr_db: float | None = None
     input_scale: float | None = None
     shape: tuple[int, ...] = (0, 0)
+    rotation: int | None = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.file import checksum, read_plan_file, write_plan_file
 from sqcompile.plan.recipe import LM_HEAD, Recipe, resolve_recipe
 
-FORMAT = 3  # 2 had no checksum, and "lm_head" among what its recipe skips where 3 has ``Recipe.lm_head``
+# 2 had no checksum, and "lm_head" among what its recipe skips where 3 has ``Recipe.lm_head``; 4 has rotations
+FORMAT = 4
+READABLE = (2, 3, 4)
 
 _T = TypeVar("_T")
 _HEADS = "attention: "  # before the names of ``Plan.heads`` in a file
@@ -155,8 +157,10 @@ def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 def _decoded(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
     """The plan in a file's JSON, whose fields are known by name, and have any value."""
     version = meta.get("format")
-    if type(version) is not int or version not in (2, FORMAT):
-        raise PlanError(f"it has plan format {version!r}, and this version reads 2 and {FORMAT}: calibrate again")
+    if type(version) is not int or version not in READABLE:
+        raise PlanError(
+            f"it has plan format {version!r}, and this version reads {', '.join(map(str, READABLE))}: calibrate again"
+        )
     if meta.keys() != {"format", "recipe", "call", "layers", "attention"}:
         raise PlanError(f"its fields are {', '.join(sorted(meta))}, and not recipe, call, layers and attention")
     for name in ("layers", "attention"):

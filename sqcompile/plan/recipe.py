@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from sqcompile.errors import RecipeError
 from sqcompile.kernels.qtypes import QTYPES, QType
+from sqcompile.kernels.rotation import BLOCKS
 
 Activation = Literal["per_token", "per_tensor", "per_tensor_static"]
 Weight = Literal["per_channel", "per_tensor"]
@@ -47,6 +48,10 @@ class Recipe:
         qk: scales of Q and K: ``"per_token"`` (one per token and head), ``"per_head"`` (one per sequence and head),
             ``"per_tensor"`` or ``"per_tensor_static"``; None stands for what ``activation`` says. V has a scale per
             head channel, static where Q's and K's are, and the weights P their known range [0, 1].
+        rotate: inputs of linears are rotated by Hadamard matrices in blocks of channels before they are quantized, which
+            spreads outliers over a block (weights are rotated beforehand; `sqcompile.kernels.rotation`): "none", "auto"
+            (each input's block of 16, 32, 64 or 128, or none, by the error on the calibration sample), or the size of the
+            blocks, for every input whose channels it divides.
 
     Raises:
         RecipeError: if a value is of another type or out of range, or two contradict each other.
@@ -62,6 +67,7 @@ class Recipe:
     qk: Granularity | None = None
     lm_head: bool = False
     dtype: Format = "int8"
+    rotate: Literal["auto", "none"] | int = "none"
 
     def __post_init__(self) -> None:
         if self.activation not in get_args(Activation):
@@ -84,6 +90,10 @@ class Recipe:
             raise RecipeError(f"qk={self.qk!r}: choose one of {', '.join(get_args(Granularity))}, or None")
         if self.qk is not None and self.attention == "none":
             raise RecipeError(f"qk={self.qk!r} without attention: pass attention='qk' or 'qk_pv', or leave qk out")
+        if self.rotate not in ("auto", "none") and (isinstance(self.rotate, bool) or self.rotate not in BLOCKS):
+            raise RecipeError(
+                f"rotate={self.rotate!r}: 'auto', 'none', or the size of the blocks, one of {', '.join(map(str, BLOCKS))}"
+            )
         for name in ("smooth", "lm_head"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name}={getattr(self, name)!r}: True or False")
@@ -111,6 +121,11 @@ class Recipe:
     def alphas(self) -> tuple[float, ...]:
         """The candidate migration strengths of a site."""
         return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The candidate sizes of the blocks in which inputs of linears are rotated."""
+        return () if self.rotate == "none" else BLOCKS if isinstance(self.rotate, str) else (self.rotate,)
 
     @property
     def granularity(self) -> Granularity:

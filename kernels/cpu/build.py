@@ -1,0 +1,21 @@
+"""C++ kernels: built once per machine by the compiler that Inductor uses."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+def built(*names: str) -> Any | None:
+    """The library of some of this folder's files, one after the other; None, with a warning, where they do not build."""
+    from sqcompile.pytorch.inductor import CppCodeCache  # here, as it takes its time
+
+    try:
+        source = "\n".join((Path(__file__).parent / name).read_text() for name in names)
+        return CppCodeCache.load(source, device_type="cpu")
+    except Exception as e:
+        warnings.warn(
+            f"sqcompile's CPU kernels do not build here, slower ones of PyTorch take their place: {e}", stacklevel=2
+        )
+        return None
