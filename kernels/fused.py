@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sqcompile.kernels import reference
+from sqcompile.kernels.rotation import rotate
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -53,6 +54,7 @@ def norm_quantize(
     scale: Tensor | None,
     multiplier: Tensor | None,
     keep: bool,
+    rotation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm or LayerNorm of x [..., K] and its quantization.
 
@@ -64,6 +66,7 @@ def norm_quantize(
         scale: static Δ, or None for one per token.
         multiplier: float32 [K] before quantization, or None.
         keep: whether the norm's own output is wanted.
+        rotation: the size of the blocks in which channels are rotated before quantization; 0 for none.
 
     Returns:
         int8 [..., K], the rows' factors [..., 1] (Δ, or `reference.finite_rows` with a static one), and the norm's output
@@ -77,17 +80,17 @@ def norm_quantize(
         y = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
         y = y.to(x.dtype) if round_first else y
         y = (y if weight is None else weight * y).to(x.dtype)
-    q, scale = _quantized(_scaled(y, multiplier), scale)
+    q, scale = _quantized(_scaled(y, multiplier, rotation), scale)
     return q, scale, y if keep else x.new_empty(0)
 
 
 def act_quantize(
-    gate: Tensor, up: Tensor | None, activation: str, scale: Tensor | None, multiplier: Tensor | None
+    gate: Tensor, up: Tensor | None, activation: str, scale: Tensor | None, multiplier: Tensor | None, rotation: int
 ) -> tuple[Tensor, Tensor]:
-    """int8 [..., K] and the rows' factors [..., 1] of act(gate) · up · multiplier: Δ, or `reference.finite_rows` with a
+    """int8 [..., K] and the rows' factors [..., 1] of act(gate) · up · multiplier, rotated in blocks unless 0: Δ, or `reference.finite_rows` with a
     static ``scale``."""
     y = ACTIVATIONS[activation](gate)
-    return _quantized(_scaled(y if up is None else y * up, multiplier), scale)
+    return _quantized(_scaled(y if up is None else y * up, multiplier, rotation), scale)
 
 
 def int8_gemm(
@@ -111,8 +114,9 @@ def int8_gemm(
     return y if out_scale is None else reference.quantize(y, out_scale)
 
 
-def _scaled(x: Tensor, multiplier: Tensor | None) -> Tensor:
-    return x if multiplier is None else x.float() * multiplier
+def _scaled(x: Tensor, multiplier: Tensor | None, rotation: int = 0) -> Tensor:
+    x = x if multiplier is None else x.float() * multiplier
+    return rotate(x, rotation) if rotation else x
 
 
 def _quantized(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -131,20 +135,29 @@ def _norm_quantize_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from sqcompile.kernels.triton.rows.norm import norm_quantize as kernel
 
-    round_first, scale, multiplier, keep = rest
+    round_first, scale, multiplier, keep, rotation = rest
     kind = "rms" if rms else "layer"
     _, q, out, y = kernel(
-        x, weight, eps, kind=kind, bias=bias, round_first=round_first, scale=scale, multiplier=multiplier, keep=keep
-    )
+        x, weight, eps, kind=kind, bias=bias, round_first=round_first, scale=scale, multiplier=multiplier, keep=keep,
+        rotation=rotation,
+    )  # fmt: skip
     return q, out, x.new_empty(0) if y is None else y
 
 
 def _act_quantize_triton(
-    gate: Tensor, up: Tensor | None, activation: str, scale: Tensor | None, multiplier: Tensor | None
+    gate: Tensor, up: Tensor | None, activation: str, scale: Tensor | None, multiplier: Tensor | None, rotation: int
 ) -> tuple[Tensor, Tensor]:
     from sqcompile.kernels.triton.rows.act import act_quantize as kernel
 
-    return kernel(gate, up, activation, scale=scale, multiplier=multiplier)
+    return kernel(gate, up, activation, scale=scale, multiplier=multiplier, rotation=rotation)
+
+
+def rotate_quantize_triton(x: Tensor, block: int, scale: Tensor | None, zero_point: int) -> tuple[Tensor, Tensor]:
+    """`rotation.rotate_quantize` on GPUs, whose int8 has the zero point 0."""
+    from sqcompile.kernels.triton.rows.quantize import quantize_rows as kernel
+
+    assert zero_point == 0
+    return kernel(x, "token", scale, None, block)
 
 
 def _int8_gemm_triton(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:

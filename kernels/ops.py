@@ -153,7 +153,7 @@ _KERNELS |= {
     for s, (f, kernel, fake) in (fused.OPAQUE | attention.ATTENTION | attention_int8.ATTENTION).items()
 }
 _KERNELS["rotate_quantize(Tensor x, int block, Tensor? scale, int zero_point) -> (Tensor, Tensor)"] = (
-    {"CPU": cpu_rotate.rotate_quantize, "CUDA": rotation.rotate_quantize},
+    {"CPU": cpu_rotate.rotate_quantize, "CUDA": fused.on_cuda(rotation.rotate_quantize, fused.rotate_quantize_triton)},
     rotation.rotate_quantize_fake,
 )
 for _schema, (_functions, _fake) in _KERNELS.items():

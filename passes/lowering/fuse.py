@@ -203,6 +203,14 @@ def _quantize(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> None:
         return
     static = _plane(gm, scale, min(q, rows)) if scale in const else None
     readers = {u for u in x.users if u is not q and u is not rows}
+    rotation: Any = 0
+    if x.target == sqcompile_ops.rotate.default:
+        if readers or not (per_token or static is not None):
+            return
+        rotated, (inner, rotation) = x, x.args
+        assert isinstance(inner, fx.Node)
+        x = inner
+        readers = {u for u in x.users if u is not rotated}
     base, multiplier = x, None
     norm, act = norm_of(x, const), act_of(x, const)
     if norm is None and act is None and (found := multiplied(x, const)) is not None:
@@ -212,11 +220,13 @@ def _quantize(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> None:
     with gm.graph.inserting_before(min(q, rows) if per_token or static is not None else q):
         if norm is not None and (per_token or static is not None) and (multiplier is None or len(x.users) <= 2):
             readers = {u for u in readers if u > q}  # who reads it earlier computes the norm by itself
-            new = add_op(gm, sqcompile_ops.norm_quantize.default, *norm, static, multiplier, bool(readers))
+            new = add_op(gm, sqcompile_ops.norm_quantize.default, *norm, static, multiplier, bool(readers), rotation)
             if readers:
                 _point(gm, base, new, 2, keep=readers)
         elif act is not None and (per_token or static is not None) and not readers:
-            new = add_op(gm, sqcompile_ops.act_quantize.default, *act, static, multiplier)
+            new = add_op(gm, sqcompile_ops.act_quantize.default, *act, static, multiplier, rotation)
+        elif rotation:
+            return  # `fuse_rotations`
         elif static is None:
             granularity = "token" if per_token else "tensor"
             new = add_op(gm, sqcompile_ops.quantize_rows.default, base, granularity, multiplier)

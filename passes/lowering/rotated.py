@@ -35,6 +35,8 @@ def fuse_rotations(gm: fx.GraphModule) -> None:
 
 
 def _fuse(gm: fx.GraphModule, rotation: fx.Node, q: fx.Node, x: Any, block: Any) -> None:
+    scale: Any
+    zero_point: Any
     scale, zero_point, *others = (*q.args[1:], *((0,) if len(q.args) == 2 else ()))
     if others:  # another number format
         return

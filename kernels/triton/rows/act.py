@@ -1,6 +1,6 @@
 """act(gate) · up + quantize in one read of both.
 
-    y = cast(cast(act(gate)) · up),  q = round(y · multiplier / Δ)
+    y = cast(cast(act(gate)) · up),  q = round(rotated(y · multiplier) / Δ)
 
 `cast` is to the model's dtype, after the activation and after the product, as eager PyTorch rounds; the arithmetic
 between is float32. gate and up may be the halves of one [M, 2N] tensor, as a merged GEMM leaves them.
@@ -22,14 +22,19 @@ from sqcompile.kernels.triton.common import (
     launchable,
     on,
     reciprocal,
+    rotate,
+    rotation_of,
     scale_of,
     to_int8,
 )
 
 
 @triton.jit
-def _value(g_ptr, u_ptr, m_ptr, g_base, u_base, cols, K, ACT: tl.constexpr):
-    """y · multiplier in float32; zero outside."""
+def _value(
+    g_ptr, u_ptr, m_ptr, g_base, u_base, cols, K,
+    ACT: tl.constexpr, BLOCK: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """y · multiplier, rotated, in float32; zero outside."""
     mask = cols < K
     dtype: tl.constexpr = g_ptr.dtype.element_ty
     y = activate(tl.load(g_ptr + g_base + cols, mask=mask, other=0.0).to(tl.float32), ACT)
@@ -39,13 +44,16 @@ def _value(g_ptr, u_ptr, m_ptr, g_base, u_base, cols, K, ACT: tl.constexpr):
     y = y.to(dtype).to(tl.float32)
     if m_ptr is not None:
         y = y * tl.load(m_ptr + cols, mask=mask, other=0.0)
+        y = rotate(y, ROTATE, BLOCK, tl.float32, NORM)
+    else:
+        y = rotate(y, ROTATE, BLOCK, dtype, NORM)
     return y
 
 
 @triton.jit
 def _act_quantize(
     g_ptr, u_ptr, m_ptr, q_ptr, rows_ptr, scale_ptr, K, g_stride, u_stride,
-    BLOCK: tl.constexpr, ONE: tl.constexpr, ACT: tl.constexpr,
+    BLOCK: tl.constexpr, ONE: tl.constexpr, ACT: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """One program per row; rows that do not fit (ONE is false) are computed twice, the second time from L2."""
     row = tl.program_id(0).to(tl.int64)
@@ -53,7 +61,7 @@ def _act_quantize(
     u_base = row * u_stride
     if ONE:
         cols = tl.arange(0, BLOCK)
-        y = _value(g_ptr, u_ptr, m_ptr, g_base, u_base, cols, K, ACT)
+        y = _value(g_ptr, u_ptr, m_ptr, g_base, u_base, cols, K, ACT, BLOCK, ROTATE, NORM)
         bits = tl.max(absmax_bits(y), 0)
         if scale_ptr is not None:
             scale = tl.load(scale_ptr)
@@ -68,14 +76,14 @@ def _act_quantize(
             scale = tl.load(scale_ptr)
         else:
             for k in range(0, K, BLOCK):
-                y = _value(g_ptr, u_ptr, m_ptr, g_base, u_base, k + tl.arange(0, BLOCK), K, ACT)
+                y = _value(g_ptr, u_ptr, m_ptr, g_base, u_base, k + tl.arange(0, BLOCK), K, ACT, BLOCK, ROTATE, NORM)
                 best = tl.maximum(best, absmax_bits(y))
             scale = scale_of(tl.max(best, 0))
             tl.store(rows_ptr + row, scale)
         inverse = reciprocal(scale)
         for k in range(0, K, BLOCK):
             cols = k + tl.arange(0, BLOCK)
-            y = _value(g_ptr, u_ptr, m_ptr, g_base, u_base, cols, K, ACT)
+            y = _value(g_ptr, u_ptr, m_ptr, g_base, u_base, cols, K, ACT, BLOCK, ROTATE, NORM)
             if scale_ptr is not None:
                 best = tl.maximum(best, absmax_bits(y))
             tl.store(q_ptr + row * K + cols, to_int8(y, inverse), mask=cols < K)
@@ -90,6 +98,7 @@ def act_quantize(
     *,
     scale: Tensor | None = None,
     multiplier: Tensor | None = None,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Activation, product and quantization.
 
@@ -99,6 +108,7 @@ def act_quantize(
         activation: "none", "relu", "silu", "gelu" (erf) or "gelu_tanh".
         scale: static Δ, float32 of one element, or None for one per token.
         multiplier: float32 [K], applied in float32 before quantization.
+        rotation: the size of the blocks in which channels are rotated after that (`kernels.rotation`), 0 for none.
 
     Returns:
         int8 [..., K] contiguous, and the rows' factors, float32 [..., 1]: Δ, or `reference.finite_rows` with a static one.
@@ -113,6 +123,6 @@ def act_quantize(
         with on(gate.device):
             launchable(_act_quantize, gate)[(m,)](
                 g, u, multiplier, q, factors, scale, k, g.stride(0), 0 if u is None else u.stride(0),
-                BLOCK=block, ONE=block >= k, ACT=activation, num_warps=warps,
+                BLOCK=block, ONE=block >= k, ACT=activation, **rotation_of(rotation), num_warps=warps,
             )  # fmt: skip
     return q, factors

@@ -3,7 +3,7 @@
     h = x + residual                                              rounded to the model's dtype
     y = weight · cast(h · rsqrt(mean(h²) + eps))                  RMSNorm as transformers writes it
     y = cast((h - mean h) · rsqrt(var h + eps) · weight + bias)   LayerNorm as torch computes it
-    q = round(y · multiplier / Δ)
+    q = round(rotated(y · multiplier) / Δ)
 
 Statistics and arithmetic are float32; `cast` is to the model's dtype. Sums are taken in another order than eager
 PyTorch takes them, so y may differ by one rounding and single int8 values by one.
@@ -24,6 +24,8 @@ from sqcompile.kernels.triton.common import (
     launchable,
     on,
     reciprocal,
+    rotate,
+    rotation_of,
     scale_of,
     to_int8,
 )
@@ -63,9 +65,20 @@ def _affine(h, mean, rstd, w_ptr, b_ptr, cols, K, DTYPE: tl.constexpr, RMS: tl.c
 
 
 @triton.jit
+def _scaled(y, m_ptr, cols, K, DTYPE: tl.constexpr, BLOCK: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr):
+    """y · multiplier, rotated, in float32. A product with weights of float32 is not rounded to DTYPE where it stays so."""
+    if m_ptr is not None:
+        y = y * tl.load(m_ptr + cols, mask=cols < K, other=0.0)
+        y = rotate(y, ROTATE, BLOCK, tl.float32, NORM)
+    else:
+        y = rotate(y, ROTATE, BLOCK, DTYPE, NORM)
+    return y
+
+
+@triton.jit
 def _norm_quantize(
     x_ptr, r_ptr, w_ptr, b_ptr, m_ptr, h_ptr, y_ptr, q_ptr, rows_ptr, scale_ptr, K, x_stride, r_stride, eps,
-    BLOCK: tl.constexpr, RMS: tl.constexpr, ROUND_FIRST: tl.constexpr,
+    BLOCK: tl.constexpr, RMS: tl.constexpr, ROUND_FIRST: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """One program per row, the whole row in registers."""
     row = tl.program_id(0).to(tl.int64)
@@ -85,8 +98,7 @@ def _norm_quantize(
     y = _affine(h, mean, tl.rsqrt(var + eps), w_ptr, b_ptr, cols, K, dtype, RMS, ROUND_FIRST)
     if y_ptr is not None:
         tl.store(y_ptr + row * K + cols, y.to(dtype), mask=mask)
-    if m_ptr is not None:
-        y = y * tl.load(m_ptr + cols, mask=mask, other=0.0)
+    y = _scaled(y, m_ptr, cols, K, dtype, BLOCK, ROTATE, NORM)
     bits = tl.max(absmax_bits(y), 0)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
@@ -100,7 +112,7 @@ def _norm_quantize(
 @triton.jit
 def _norm_quantize_wide(
     x_ptr, r_ptr, w_ptr, b_ptr, m_ptr, h_ptr, y_ptr, q_ptr, rows_ptr, scale_ptr, K, x_stride, r_stride, eps,
-    BLOCK: tl.constexpr, RMS: tl.constexpr, ROUND_FIRST: tl.constexpr,
+    BLOCK: tl.constexpr, RMS: tl.constexpr, ROUND_FIRST: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """The same for rows that do not fit: each pass reads x and the residual again, from L2 for all but the first."""
     row = tl.program_id(0).to(tl.int64)
@@ -136,8 +148,7 @@ def _norm_quantize_wide(
             cols = k + tl.arange(0, BLOCK)
             h = _stream(x_ptr, r_ptr, x_base, r_base, cols, K)
             y = _affine(h, mean, rstd, w_ptr, b_ptr, cols, K, dtype, RMS, ROUND_FIRST)
-            if m_ptr is not None:
-                y = y * tl.load(m_ptr + cols, mask=cols < K, other=0.0)
+            y = _scaled(y, m_ptr, cols, K, dtype, BLOCK, ROTATE, NORM)
             best = tl.maximum(best, absmax_bits(y))
         scale = scale_of(tl.max(best, 0))
         tl.store(rows_ptr + row, scale)
@@ -148,8 +159,7 @@ def _norm_quantize_wide(
         y = _affine(h, mean, rstd, w_ptr, b_ptr, cols, K, dtype, RMS, ROUND_FIRST)
         if y_ptr is not None:
             tl.store(y_ptr + row * K + cols, y.to(dtype), mask=cols < K)
-        if m_ptr is not None:
-            y = y * tl.load(m_ptr + cols, mask=cols < K, other=0.0)
+        y = _scaled(y, m_ptr, cols, K, dtype, BLOCK, ROTATE, NORM)
         if scale_ptr is not None:
             best = tl.maximum(best, absmax_bits(y))
         tl.store(q_ptr + row * K + cols, to_int8(y, inverse), mask=cols < K)
@@ -169,6 +179,7 @@ def norm_quantize(
     scale: Tensor | None = None,
     multiplier: Tensor | None = None,
     keep: bool = False,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Norm of x, or of x + residual, quantized per token or with a static scale.
 
@@ -183,6 +194,7 @@ def norm_quantize(
             and not only after it, as `torch.nn.functional.rms_norm` and Gemma do.
         scale: static Δ, float32 of one element, or None for one per token.
         multiplier: float32 [K], applied to the norm's output in float32 before quantization.
+        rotation: the size of the blocks in which channels are rotated after that (`kernels.rotation`), 0 for none.
         keep: return the norm's output too, for readers that are not quantized (a router, a post-norm residual).
 
     Returns:
@@ -207,6 +219,7 @@ def norm_quantize(
             launchable(kernel, x)[(m,)](
                 rows, more, weight, bias, multiplier, h, y, q, factors, scale, k, rows.stride(0),
                 0 if more is None else more.stride(0), eps,
-                BLOCK=block, RMS=kind == "rms", ROUND_FIRST=kind == "rms" and round_first, num_warps=warps,
+                BLOCK=block, RMS=kind == "rms", ROUND_FIRST=kind == "rms" and round_first, **rotation_of(rotation),
+                num_warps=warps,
             )  # fmt: skip
     return (x if h is None else h), q, factors, y

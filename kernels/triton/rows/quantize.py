@@ -1,4 +1,4 @@
-"""Quantization of rows: x [..., K] float -> int8 [..., K] and Δ float32, bit for bit `reference.quantize`.
+"""Quantization of rows: x [..., K] float -> int8 [..., K] and Δ float32, bit for bit `reference.quantize`,
 
 Bound by memory: x is read once (per token, K <= 16384; static) and int8 written. Per tensor takes two kernels, as no
 value can be quantized before the last one is seen: partial maxima, then every program reduces those and quantizes.
@@ -20,6 +20,8 @@ from sqcompile.kernels.triton.common import (
     launchable,
     on,
     reciprocal,
+    rotate,
+    rotation_of,
     scale_of,
     to_int8,
 )
@@ -28,23 +30,32 @@ _PARTIALS = 512  # programs of the first per-tensor kernel; a few per multiproce
 
 
 @triton.jit
-def _load(x_ptr, m_ptr, rows, cols, stride, M, K):
-    """x · multiplier in float32, [ROWS, BLOCK]; zero outside."""
+def _load(
+    x_ptr, m_ptr, rows, cols, stride, M, K,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """x · multiplier, rotated, in float32, [ROWS, BLOCK]; zero outside."""
     mask = (rows < M)[:, None] & (cols < K)[None, :]
     x = tl.load(x_ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     if m_ptr is not None:
         x = x * tl.load(m_ptr + cols, mask=cols < K, other=0.0)[None, :]
+        x = rotate(x, ROTATE, ROWS * BLOCK, tl.float32, NORM)
+    else:
+        x = rotate(x, ROTATE, ROWS * BLOCK, x_ptr.dtype.element_ty, NORM)
     return x, mask
 
 
 @triton.jit
-def _absmax(x_ptr, m_ptr, partial_ptr, M, K, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _absmax(
+    x_ptr, m_ptr, partial_ptr, M, K, stride,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
     """partial[program] = bits of max|x| over the rows of the program, int32."""
     best = tl.zeros((ROWS, BLOCK), dtype=tl.int32)
     for row in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
         rows = (row + tl.arange(0, ROWS)).to(tl.int64)
         for k in range(0, K, BLOCK):
-            x, _ = _load(x_ptr, m_ptr, rows, k + tl.arange(0, BLOCK), stride, M, K)
+            x, _ = _load(x_ptr, m_ptr, rows, k + tl.arange(0, BLOCK), stride, M, K, ROWS, BLOCK, ROTATE, NORM)
             best = tl.maximum(best, absmax_bits(x))
     tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(best, 1), 0))
 
@@ -53,6 +64,7 @@ def _absmax(x_ptr, m_ptr, partial_ptr, M, K, stride, ROWS: tl.constexpr, BLOCK: 
 def _quantize(
     x_ptr, m_ptr, q_ptr, rows_ptr, scale_ptr, partial_ptr, M, K, stride, partials,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr, MODE: tl.constexpr, PARTIALS: tl.constexpr,
+    ROTATE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """MODE "token" writes a scale per row, "tensor" one from the partial maxima; "static" reads one and says what is finite."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -65,7 +77,7 @@ def _quantize(
         inverse = reciprocal(tl.load(scale_ptr))
     if ONE:
         cols = tl.arange(0, BLOCK)
-        x, mask = _load(x_ptr, m_ptr, rows, cols, stride, M, K)
+        x, mask = _load(x_ptr, m_ptr, rows, cols, stride, M, K, ROWS, BLOCK, ROTATE, NORM)
         if MODE == "token":
             scale = scale_of(tl.max(absmax_bits(x), 1))
             tl.store(rows_ptr + rows, scale, mask=rows < M)
@@ -77,14 +89,14 @@ def _quantize(
         best = tl.zeros((ROWS, BLOCK), dtype=tl.int32)
         if MODE == "token":
             for k in range(0, K, BLOCK):
-                x, _ = _load(x_ptr, m_ptr, rows, k + tl.arange(0, BLOCK), stride, M, K)
+                x, _ = _load(x_ptr, m_ptr, rows, k + tl.arange(0, BLOCK), stride, M, K, ROWS, BLOCK, ROTATE, NORM)
                 best = tl.maximum(best, absmax_bits(x))
             scale = scale_of(tl.max(best, 1))
             tl.store(rows_ptr + rows, scale, mask=rows < M)
             inverse = reciprocal(scale)[:, None]
         for k in range(0, K, BLOCK):
             cols = k + tl.arange(0, BLOCK)
-            x, mask = _load(x_ptr, m_ptr, rows, cols, stride, M, K)
+            x, mask = _load(x_ptr, m_ptr, rows, cols, stride, M, K, ROWS, BLOCK, ROTATE, NORM)
             if MODE == "static":
                 best = tl.maximum(best, absmax_bits(x))
             tl.store(q_ptr + rows[:, None] * K + cols[None, :], to_int8(x, inverse), mask=mask)
@@ -93,7 +105,11 @@ def _quantize(
 
 
 def quantize_rows(
-    x: Tensor, granularity: str = "token", scale: Tensor | None = None, multiplier: Tensor | None = None
+    x: Tensor,
+    granularity: str = "token",
+    scale: Tensor | None = None,
+    multiplier: Tensor | None = None,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Quantizes x, times a channel multiplier if there is one.
 
@@ -102,6 +118,7 @@ def quantize_rows(
         granularity: "token", one Δ per row, or "tensor", one for all; ignored with a static scale.
         scale: static Δ, float32 of one element, or None.
         multiplier: float32 [K]; x · multiplier is float32 and not rounded to x's dtype.
+        rotation: the size of the blocks in which channels are rotated after that (`kernels.rotation`), 0 for none.
 
     Returns:
         int8 [..., K] contiguous, and factors, float32: Δ [..., 1] per token, [] per tensor; `reference.finite_rows` [..., 1]
@@ -133,10 +150,11 @@ def quantize_rows(
                 rows.stride(0),
                 ROWS=per_program,
                 BLOCK=min(block, 4096),
+                **rotation_of(rotation),
                 num_warps=warps,
             )
         launchable(_quantize, x)[(programs,)](
             rows, multiplier, q, factors, scale, partial, m, k, rows.stride(0), partials,
-            ROWS=per_program, BLOCK=block, ONE=block >= k, MODE=mode, PARTIALS=_PARTIALS, num_warps=warps,
+            ROWS=per_program, BLOCK=block, ONE=block >= k, MODE=mode, PARTIALS=_PARTIALS, **rotation_of(rotation), num_warps=warps,
         )  # fmt: skip
     return q, factors
