@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +33,13 @@ os.environ.setdefault("SQCOMPILE_VERIFY", "1")  # each stage's recorded values a
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests first: the other process has something left to do when they end."""
     items.sort(key=lambda item: "interpreter" not in item.name)
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays: garbage is looked for among what the tests make."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def relative_error(y: Tensor, reference: Tensor) -> float:

