@@ -295,14 +295,12 @@ def test_blocks_of_a_causal_attention_skip_the_keys_behind_them(monkeypatch):
 
 @pytest.fixture(scope="module")
 def lm_perplexity(lm, lm_windows):
-    from sqcompile.lm import perplexity
-
     def of(recipe):
         compiled = sqcompile.compile(
             lm[0], list(lm_windows[0].split(4)), recipe=recipe, backend="eager", progress=False
         )
         assert all(a.quantized == recipe.attention for a in compiled.plan.attention)
-        return perplexity(compiled, lm_windows[1])
+        return sqcompile.evaluate(compiled, lm_windows[1], progress=False).perplexity
 
     return of
 
