@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,7 +32,12 @@ os.environ.setdefault("SQCOMPILE_VERIFY", "1")  # each stage's recorded values a
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first: the other process has something left to do when they end."""
+    """Marks the tests of long.txt as slow. The longest tests first: the other process has something to do when they end."""
+    lines = (Path(__file__).parent / "long.txt").read_text().splitlines()[1:]
+    found = {item.nodeid: item for item in items}
+    for name in lines:
+        if name in found:
+            found[name].add_marker(pytest.mark.slow)
     items.sort(key=lambda item: "interpreter" not in item.name)
 
 
