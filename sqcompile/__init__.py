@@ -14,6 +14,7 @@ from sqcompile.errors import (
     CalibrationError,
     CaptureError,
     DrawError,
+    EvaluationError,
     IndexRangeError,
     InternalError,
     NothingToQuantizeError,
@@ -23,6 +24,7 @@ from sqcompile.errors import (
     StageError,
     WeightError,
 )
+from sqcompile.evaluation import Evaluation, LayerError, evaluate
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import PRESETS, Recipe
@@ -41,8 +43,11 @@ __all__ = [
     "CaptureError",
     "CompiledModel",
     "DrawError",
+    "Evaluation",
+    "EvaluationError",
     "IndexRangeError",
     "InternalError",
+    "LayerError",
     "LayerPlan",
     "NothingToQuantizeError",
     "Plan",
@@ -56,6 +61,7 @@ __all__ = [
     "calibrate",
     "compile",
     "debug",
+    "evaluate",
     "plan_of",
     "refresh",
     "report_of",

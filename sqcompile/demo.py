@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import datetime
 import functools
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 import sqcompile
 from sqcompile.bench.timing import interleaved, machine
-from sqcompile.lm import calibration_texts, evaluation_texts, load_lm, token_windows, window_losses
+from sqcompile.lm import calibration_texts, evaluation_texts, load_lm, token_windows
 
 SENTENCES = [
     "A man is eating food.", "A man is eating a piece of bread.", "The girl is carrying a baby.",
@@ -68,39 +67,21 @@ def minilm_cosines(backend: str = "eager") -> tuple[Tensor, sqcompile.CompiledMo
 def accuracy(model: nn.Module, calibration: Tensor, evaluation: Tensor) -> None:
     """Prints perplexity of the float model and of every preset with and without smoothing, a row when it is known."""
     print("\n| recipe | W8A8 without smoothing | SmoothQuant |\n|---|---|---|", flush=True)
-    with tqdm(total=(1 + 2 * len(sqcompile.PRESETS)) * len(evaluation), unit="window", smoothing=0.05) as bar:
-
-        def losses(what: str, model: Callable[..., Any]) -> Tensor:
-            bar.set_description(what)
-            parts = []
-            for windows in evaluation.split(4):
-                parts.append(window_losses(model, windows))
-                bar.update(len(windows))
-            return torch.cat(parts)
-
-        reference = losses("float", model)
-        perplexity = f"{math.exp(float(reference.mean())):.3f}"
-        bar.write(f"| float | {perplexity} | {perplexity} |")
+    with tqdm(total=1 + 2 * len(sqcompile.PRESETS), unit="model") as bar:
+        bar.set_description("float")
+        reference = sqcompile.evaluate(model, evaluation)
+        bar.update()
+        bar.write(f"| float | {reference.perplexity:.3f} | {reference.perplexity:.3f} |")
         for name, recipe in sqcompile.PRESETS.items():
             cells = []
             for smooth in (False, True):
-                what = f"{name}, {'smoothed' if smooth else 'plain'}"
-                bar.set_description(f"{what}: compile")
+                bar.set_description(f"{name}, {'smoothed' if smooth else 'plain'}")
                 compiled = _compile(model, calibration, dataclasses.replace(recipe, smooth=smooth), "eager")
-                cells.append(paired(losses(what, compiled), reference))
+                # the float model is run once, and its losses of the same windows are what each recipe's are compared with
+                found = sqcompile.evaluate(compiled, evaluation, against=reference)
+                cells.append(f"{found.perplexity:.3f} ({found.increase:+.2f} ± {found.increase_error:.2f} %)")
+                bar.update()
             bar.write(f"| {name} | {' | '.join(cells)} |")
-
-
-def paired(losses: Tensor, reference: Tensor) -> str:
-    """Perplexity, and in percent how much more it is than the reference's, with the standard error of the difference.
-
-    Args:
-        losses, reference: nats a token of the same windows, float64 [windows]. Windows differ much more from each other
-            than the two models do on one of them, so that the error is that of the differences, window by window.
-    """
-    more = losses - reference
-    ratio, error = math.exp(float(more.mean())), float(more.std()) / math.sqrt(len(more)) if len(more) > 1 else math.nan
-    return f"{math.exp(float(losses.mean())):.3f} ({100 * (ratio - 1):+.2f} ± {100 * ratio * error:.2f} %)"
 
 
 def speed_and_size(model: nn.Module, calibration: Tensor) -> sqcompile.CompiledModel:

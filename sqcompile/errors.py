@@ -21,6 +21,10 @@ class CalibrationError(SQCompileError):
     """The calibration data is empty, refused by the model, or gives non-finite activations."""
 
 
+class EvaluationError(SQCompileError, ValueError):
+    """Data that a model cannot be evaluated on, or two models that cannot be compared."""
+
+
 class NothingToQuantizeError(SQCompileError):
     """No linear of the model can be quantized under the recipe."""
 

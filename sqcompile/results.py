@@ -13,6 +13,7 @@ from sqcompile.compiled.report import Report
 from sqcompile.errors import StageError
 from sqcompile.plan.plan import Plan
 from sqcompile.process.lock import compiling
+from sqcompile.pytorch.core import compiled_call
 
 
 def plan_of(net: Any) -> Plan:
@@ -49,6 +50,16 @@ def report_of(net: Any) -> Report:
     Args, Raises: as `plan_of`. What single kernels are expected to gain is told of what `sqcompile.compile` gave alone.
     """
     return net.report if isinstance(net, CompiledModel) else Report.of(plan_of(net))
+
+
+def calibrates_itself(net: Any) -> bool:
+    """Whether a module is one that the backend compiles, and whose calls it observes until there is a plan."""
+    dynamo = sys.modules.get("sqcompile.pytorch.dynamo")
+    optimized = dynamo is not None and isinstance(net, dynamo.OptimizedModule)
+    if not optimized and compiled_call(net) is None:  # a float model, of which there may be a compiled one
+        return False
+    sessions = _sessions(net)
+    return bool(sessions) and all(s.plan is None for s in sessions)
 
 
 def _sessions(net: Any) -> list[Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,8 +32,20 @@ os.environ.setdefault("SQCOMPILE_VERIFY", "1")  # each stage's recorded values a
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first: the other process has something left to do when they end."""
+    """Marks the tests of long.txt as slow. The longest tests first: the other process has something to do when they end."""
+    lines = (Path(__file__).parent / "long.txt").read_text().splitlines()[1:]
+    found = {item.nodeid: item for item in items}
+    for name in lines:
+        if name in found:
+            found[name].add_marker(pytest.mark.slow)
     items.sort(key=lambda item: "interpreter" not in item.name)
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays: garbage is looked for among what the tests make."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def relative_error(y: Tensor, reference: Tensor) -> float:

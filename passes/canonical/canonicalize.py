@@ -34,6 +34,7 @@ from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.canonical.aliases import rename
 from sqcompile.passes.ir.graph import add_op, add_tensor, arguments, aten, constants, value
 from sqcompile.passes.ir.operators import DROPOUTS
+from sqcompile.passes.ir.record import substitute
 
 
 def drops(dropout: fx.Node) -> bool:
@@ -64,7 +65,7 @@ def canonicalize(gm: fx.GraphModule) -> None:
         with gm.graph.inserting_before(node):
             new = rewrite(gm, node, const)
         if new is not None:
-            node.replace_all_uses_with(new)
+            substitute(gm, node, new)
             gm.graph.erase_node(node)
 
 

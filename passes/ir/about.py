@@ -83,6 +83,11 @@ def describe_as(gm: fx.GraphModule, record: About) -> None:
     gm.meta[_KEY] = record
 
 
+def attached(record: About, **changes: Any) -> About:
+    """The record of a graph that gets tensors of its own: memories of calls are shared, what belongs to tensors is not."""
+    return replace(record, lazy={}, merged=[], found={}, **changes)
+
+
 def copy_about(old: fx.GraphModule, new: fx.GraphModule) -> None:
     """Gives ``new`` a copy of the record of ``old``; memories of calls are shared, of what is in a graph not."""
     record = about(old)

@@ -53,6 +53,13 @@ def call_key(target: Any, args: Any, kwargs: Any) -> Any:
     return tuple(key)
 
 
+def substitute(gm: fx.GraphModule, old: fx.Node, new: fx.Node) -> None:
+    """Puts a node in another's place; what reads it is recorded anew where the strides are others."""
+    old.replace_all_uses_with(new)
+    if layout(value_of(new)) != layout(value_of(old)):
+        record_readers(gm, new)
+
+
 def record_readers(gm: fx.GraphModule, node: fx.Node) -> None:
     """Recomputes ``meta["val"]`` downstream of a node whose strides differ from those of the node it replaced.
 

@@ -51,7 +51,7 @@ from sqcompile.passes.ir.graph import (
     value,
 )
 from sqcompile.passes.ir.origin import PLANNED
-from sqcompile.passes.ir.record import record_readers
+from sqcompile.passes.ir.record import substitute
 from sqcompile.passes.planning.finite import check_tensor
 from sqcompile.passes.rewrite.insert_qdq_attention import quantize_attention
 from sqcompile.passes.rewrite.weight_store import Lazy, Shared
@@ -116,8 +116,7 @@ class _Inserter:
                 acc = add_op(self.gm, aten.linear.default, x_float, w_float)
                 y = add_op(self.gm, sqcompile_ops.dequantize.default, acc, x_scale, w_scale, bias, value(node).dtype)
         y.meta[PLANNED] = linear.name
-        node.replace_all_uses_with(y)
-        record_readers(self.gm, y)
+        substitute(self.gm, node, y)
         self.gm.graph.erase_node(node)
 
     def _operands(self, linear: Linear, name: str) -> tuple[fx.Node, fx.Node]:

@@ -39,7 +39,7 @@ from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.attention.chains import Attention, find_attentions
 from sqcompile.passes.ir.graph import add_op, add_tensor, arguments, aten, nodes_by_name, value
 from sqcompile.passes.ir.origin import PLANNED
-from sqcompile.passes.ir.record import record_readers
+from sqcompile.passes.ir.record import substitute
 from sqcompile.passes.ir.symbols import statically_known_true
 from sqcompile.plan.entries import AttentionPlan
 from sqcompile.plan.plan import Plan
@@ -82,15 +82,13 @@ class _Inserter:
             with self.gm.graph.inserting_before(output):
                 self._replace(output, self._attend(scores, None, output))
             return
-        product.replace_all_uses_with(scores)
-        record_readers(self.gm, scores)
+        substitute(self.gm, product, scores)
         softmax = self.nodes[a.softmax]
         masked = softmax.args[0]
         assert isinstance(masked, fx.Node)
         with self.gm.graph.inserting_before(softmax):
             weights = add_op(self.gm, sqcompile_ops.attention_weights.default, masked, value(softmax).dtype)
-        softmax.replace_all_uses_with(weights)
-        record_readers(self.gm, weights)
+        substitute(self.gm, softmax, weights)
         with self.gm.graph.inserting_before(output):
             p = output.args[0]
             assert isinstance(p, fx.Node)
@@ -186,7 +184,6 @@ class _Inserter:
         return add_op(self.gm, aten.unflatten.int, x, 0, [-1, self.a.heads]) if value(x).dim() == 3 else x
 
     def _replace(self, old: fx.Node, new: fx.Node) -> None:
-        old.replace_all_uses_with(new)
-        record_readers(self.gm, new)
+        substitute(self.gm, old, new)
         self.gm.graph.erase_node(old)
         self.nodes[old.name] = new  # another attention may read it

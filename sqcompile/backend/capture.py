@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from sqcompile.capture.trace import refuse_nested, tidy
 from sqcompile.capture.untouched import assigned_to, written_to
 from sqcompile.errors import CaptureError
 from sqcompile.passes.canonical.canonicalize import canonicalize
-from sqcompile.passes.ir.about import About, about, describe_as
+from sqcompile.passes.ir.about import About, about, attached, describe_as
 from sqcompile.passes.ir.explain import first_line, source
 from sqcompile.passes.ir.graph import aten, clone, finish, get_tensor, set_tensor, value
 from sqcompile.passes.ir.operators import LAYOUT
@@ -176,9 +176,8 @@ def attach(template: Template, constants: dict[int, tuple[str, Tensor]], aliases
         node.replace_all_uses_with(get)
         graph.erase_node(node)
     gm = fx.GraphModule(root, graph)
-    # what is remembered is shared: layers of other weights repeat its calls
     left_over, updates = [i for i, _ in left], [env[order[i]].name for i in template.updates]
-    describe_as(gm, replace(about(template.graph), aliases=aliases, arguments=left_over, updates=updates, found={}))
+    describe_as(gm, attached(about(template.graph), aliases=aliases, arguments=left_over, updates=updates))
     tidy(gm)
     canonicalize(gm)
     tidy(gm)  # casts that canonicalize has spelled as such

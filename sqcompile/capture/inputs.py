@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sqcompile.capture.batches import is_dataset, split, with_batch_dim, without_targets
-from sqcompile.errors import CalibrationError
+from sqcompile.errors import CalibrationError, SQCompileError
 from sqcompile.process.interrupts import at_once, deferred, each_at_once
 from sqcompile.pytorch.core import pytree
 
@@ -95,15 +95,31 @@ def _sorted(x: Any) -> Any:
 
 
 class Reader:
-    """Reads the batches of calibration data as calls of a model.
+    """Reads the batches of calibration data, or of other data, as calls of a model.
 
     Attributes:
         rows: whether the batches are samples without a batch dim.
     """
 
-    def __init__(self, model: nn.Module, kept: Container[str] = ()) -> None:
-        """``kept`` are arguments that calls keep though only a loss needs them."""
-        self.model, self.forward = model, Forward.of(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        kept: Container[str] = (),
+        forward: Forward | None = None,
+        what: str = "calibration batch",
+        error: type[SQCompileError] = CalibrationError,
+    ) -> None:
+        """For a model.
+
+        Args:
+            model: whose batches they are.
+            kept: arguments that calls keep though only a loss needs them.
+            forward: how the model is called, where its own signature does not say so.
+            what: what messages call a batch.
+            error: what is raised in place of CalibrationError for other data.
+        """
+        self.model, self.forward = model, forward or Forward.of(model)
+        self._what, self._error = what, error
         self.rows = False
         self._kept = kept
         self._said: set[str] = set()
@@ -116,28 +132,28 @@ class Reader:
         """
         signature = self.forward.signature
         args, kwargs, beyond = split(signature, batch)
-        of = f"calibration batch {index} ({type(batch).__name__})"
+        of = f"{self._what} {index} ({type(batch).__name__})"
         names = f"{type(self.model).__name__}.forward({', '.join(signature.parameters)})"
         try:
             if beyond and not args and not kwargs:
                 raise TypeError(f"got {', '.join(beyond)} alone")
             call = self.of_model(args, with_batch_dim(kwargs, self.rows))
         except TypeError as e:
-            raise CalibrationError(
+            raise self._error(
                 f"{of} does not fit {names}: {e}. Pass a tensor, a tuple of arguments or a dict of keyword arguments that "
                 f"the model accepts{'; it has no ' + ', '.join(beyond) if beyond else ''}"
             ) from e
         if beyond:
-            self._say(f"{', '.join(beyond)} of each calibration batch is left out: {names} takes no such argument")
+            self._say(f"{', '.join(beyond)} of each {self._what} is left out: {names} takes no such argument")
         leaves = pytree.tree_leaves((call.args, call.kwargs))
         if any(isinstance(leaf, Mapping) for leaf in leaves):
             kind = next(type(leaf).__name__ for leaf in leaves if isinstance(leaf, Mapping))
-            raise CalibrationError(
+            raise self._error(
                 f"{of} holds a {kind}, which capture cannot look into: pass dict(...) of it there, or the {kind} itself as "
                 "the batch, for a forward that takes its keys as arguments"
             )
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
-            raise CalibrationError(
+            raise self._error(
                 f'{of} holds no tensor: convert lists to tensors (return_tensors="pt" of a tokenizer, '
                 'dataset.with_format("torch")) and batch them, [batch, tokens]'
             )

@@ -35,6 +35,7 @@ class CompiledModel(nn.Module):
         plan: what was decided; ``sqcompile.compile(model, plan=compiled.plan)`` gives the same module without data.
         report: one line per linear.
         stages: the graphs "traced", "folded", "quantized" and "lowered".
+        call: how it is called: the signature of the model that it was made from.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class CompiledModel(nn.Module):
         super().__init__()
         self.lowered = lowered
         self.plan, self.report, self.stages = plan, Report.of(plan, lowered), stages
-        self._call = call
+        self.call = call
         self._captured, self._out_spec = about(lowered).calls, about(lowered).out_spec
         flat, self._used = flatten(lowered)
         self._run = run(flat)
@@ -61,9 +62,9 @@ class CompiledModel(nn.Module):
             CaptureError: for a call with other arguments than the captured ones, or with sizes that the capture does not serve.
         """
         try:
-            call = self._call.bind(args, kwargs)
+            call = self.call.bind(args, kwargs)
         except TypeError as e:
-            raise CaptureError(f"the call does not fit the model's signature {self._call.signature}: {e}") from e
+            raise CaptureError(f"the call does not fit the model's signature {self.call.signature}: {e}") from e
         leaves = flatten_like(call, self._captured)
         # compiled code reads its inputs as they lay in the capture, which was contiguous, and does not look
         used = [x.contiguous() if isinstance(x, Tensor) else x for x in (leaves[i] for i in self._used)]

@@ -44,9 +44,10 @@ class Stages(Mapping[str, fx.GraphModule]):
     def __getitem__(self, name: str) -> fx.GraphModule:
         if name not in STAGES:
             raise KeyError(f"no stage {name!r}: the stages are {', '.join(STAGES)}")
+        own = self._own()  # what is kept of a stage is over the model's own tensors, too
         if name not in self._cache:
             with compiling():
-                self._cache[name] = stage = rewrite(self._traced(), self._plan, until=name, target=self._target)
+                self._cache[name] = stage = rewrite(self._traced(own), self._plan, until=name, target=self._target)
             return stage
         return self._cache[name]
 
@@ -56,13 +57,17 @@ class Stages(Mapping[str, fx.GraphModule]):
     def __len__(self) -> int:
         return len(STAGES)
 
-    def _traced(self) -> fx.GraphModule:
+    def _own(self) -> dict[str, Tensor]:
+        """The model's tensors, which are what they were."""
         model = self._model()
         if model is None:
             raise StageError("the float model was freed, and a stage is rebuilt from it: keep a reference to the model")
         own = _tensors(model)
         if any(state(own[n]) != s for n, s in self._states.items()):
             raise StageError("the model's parameters changed since it was compiled: compile it again to see its stages")
+        return own
+
+    def _traced(self, own: dict[str, Tensor]) -> fx.GraphModule:
         root = nn.Module()
         for n in self.shared:
             set_tensor(root, n, own[n].detach())

@@ -5,9 +5,8 @@ sqcompile.debug.bisect(model, inputs)
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from sqcompile.api import analyse, target_for
 from sqcompile.capture.captured import flatten_like
 from sqcompile.capture.inputs import Call, as_call
 from sqcompile.capture.trace import trace
+from sqcompile.compiled.walk import without_autocast
 from sqcompile.debug.folds import Part, compare_folds
 from sqcompile.debug.lowering import compare_lowering
 from sqcompile.debug.result import Bisection, NodeError, SiteError
@@ -108,7 +108,7 @@ def bisect(
             enter("trace")
             with analysing(model), compiling():
                 traced = trace(model, call, dynamic_shapes)
-        with compiling(), torch.no_grad(), _no_autocast(model):
+        with compiling(), torch.no_grad(), without_autocast(model.parameters()):
             found = _compare(traced, plan, _arguments(call, traced), progress, enter, target)
     if progress:
         print(found)
@@ -139,15 +139,6 @@ def _compare(
 def _arguments(call: Call, traced: fx.GraphModule) -> list[Any]:
     leaves = flatten_like(call, about(traced).calls)
     return [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
-
-
-@contextlib.contextmanager
-def _no_autocast(model: nn.Module) -> Iterator[None]:
-    """Without a user's autocast: INT8 values need float32."""
-    with contextlib.ExitStack() as stack:
-        for kind in {"cpu", *(p.device.type for p in model.parameters())}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 def _check_inputs(inputs: Any) -> None:

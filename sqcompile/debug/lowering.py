@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sqcompile.compiled.walk import values
 from sqcompile.debug.result import NodeError
-from sqcompile.debug.run import FP8_NODE, NODE, relative_error, values
+from sqcompile.debug.run import FP8_NODE, NODE, relative_error
 from sqcompile.passes.ir.graph import aten, nodes_by_name
 from sqcompile.passes.ir.operators import LAYOUT
 from sqcompile.passes.ir.origin import PLANNED, STANDS_FOR

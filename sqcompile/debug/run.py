@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,27 +31,6 @@ NODE = {
 
 # FP8 products on tensor cores: sums keep 14 bits or more.
 FP8_NODE = 2.0**-11
-
-
-def values(
-    gm: fx.GraphModule, arguments: Sequence[Any], instead: Callable[[fx.Node, Any], Any] = lambda n, v: v
-) -> Iterator[tuple[fx.Node, Any]]:
-    """Runs a graph, and gives each node with its value as it is computed; values live as long as they are read.
-
-    Args:
-        arguments: one for each placeholder.
-        instead: takes a node and its value, and gives the value that readers of the node get.
-    """
-    run = fx.Interpreter(gm)
-    run.extra_traceback = False
-    run.args_iter = iter(arguments)
-    for n in gm.graph.nodes:
-        checkpoint()
-        run.env[n] = value = instead(n, run.run_node(n))
-        yield n, value
-        del value
-        for dead in run.user_to_last_uses.get(n, []):
-            del run.env[dead]
 
 
 def outputs(gm: fx.GraphModule, arguments: Sequence[Any], least: torch.dtype) -> list[Tensor]:

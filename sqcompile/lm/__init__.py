@@ -1,7 +1,9 @@
 """A small language model of Python source code, with the text to calibrate and evaluate it: real input, no network."""
 
+from sqcompile.windows import token_windows
+
 from .corpus import CALIBRATION, HELD_OUT, calibration_texts, evaluation_texts, training_files
-from .load import load_lm, load_tokenizer, perplexity, token_windows, window_losses
+from .load import load_lm, load_tokenizer
 
 __all__ = [
     "CALIBRATION",
@@ -10,8 +12,6 @@ __all__ = [
     "evaluation_texts",
     "load_lm",
     "load_tokenizer",
-    "perplexity",
     "token_windows",
     "training_files",
-    "window_losses",
 ]

@@ -21,8 +21,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sqcompile.evaluation import evaluate
+from sqcompile.windows import encode_stream, token_windows
+
 from .corpus import evaluation_texts, read_texts, training_files
-from .load import BOS, EOS, PAD, encode_stream, load_lm, load_tokenizer, perplexity, token_windows
+from .load import BOS, EOS, PAD, load_lm, load_tokenizer
 
 VOCAB = 2048
 LENGTH = 512
@@ -103,7 +106,9 @@ def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.op
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=args.device.startswith("cuda"))
 
 
-def fit(model: LlamaForCausalLM, stream: torch.Tensor, args: argparse.Namespace, evaluate: Callable[[], float]) -> None:
+def fit(
+    model: LlamaForCausalLM, stream: torch.Tensor, args: argparse.Namespace, held_out_perplexity: Callable[[], float]
+) -> None:
     """Train ``model`` in place on windows of ``stream``, both on ``args.device``."""
     optimizer = make_optimizer(model, args)
     bf16 = args.device.startswith("cuda")
@@ -145,10 +150,16 @@ def fit(model: LlamaForCausalLM, stream: torch.Tensor, args: argparse.Namespace,
         if progress >= next_report:
             next_report = progress + 0.1
             model.eval()
-            bar.write(f"{progress:4.0%} step {step} loss {loss.item():.3f} held-out perplexity {evaluate():.3f}")
+            bar.write(
+                f"{progress:4.0%} step {step} loss {loss.item():.3f} held-out perplexity {held_out_perplexity():.3f}"
+            )
             model.train()
     bar.close()
     model.eval()
+
+
+def _perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
+    return evaluate(model, windows, batch_size=8, progress=False).perplexity or math.nan
 
 
 def save(model: LlamaForCausalLM, out: Path) -> None:
@@ -185,10 +196,10 @@ def main(argv: list[str] | None = None) -> None:
     stream, held_out = stream.to(args.device), held_out.to(args.device)
     model = build_model(args.out).to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    fit(model, stream, args, lambda: perplexity(model, held_out[::8]))
+    fit(model, stream, args, lambda: _perplexity(model, held_out[::8]))
     save(model, args.out)
     shipped, _ = load_lm(folder=args.out)
-    print(f"held-out perplexity of the saved model: {perplexity(shipped.to(args.device), held_out):.3f}")
+    print(f"held-out perplexity of the saved model: {_perplexity(shipped.to(args.device), held_out):.3f}")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Padding:
             CalibrationError: if it cannot be told which dims of an input are batch and tokens.
         """
         given = {name: x for name, x in zip(self.inputs, leaves, strict=True) if isinstance(x, Tensor)}
-        masks = {name: _mask(x) for name, x in given.items() if _MASK.search(name)}
+        masks = {name: token_mask(x) for name, x in given.items() if _MASK.search(name)}
         self._masks = {name: m for name, m in masks.items() if m is not None and not bool(m.all())}
         tokens: _Tokens = {}
         for name in self._masks:
@@ -78,7 +78,7 @@ class Padding:
         return rows.real(self._masks[rows.mask].to(x.device), x[..., 0].numel())
 
 
-def _mask(x: Tensor) -> Tensor | None:
+def token_mask(x: Tensor) -> Tensor | None:
     """A mask of tokens as bool [batch, tokens], True where a token is real; None for a mask of another kind."""
     if x.dim() != 2 or (x.dtype.is_floating_point and not bool(((x == 0) | (x == 1)).all())):
         return None  # of scores, or added to them

@@ -49,6 +49,7 @@ def test_lowered_attention_agrees_with_the_quantized_stage(name, attention):
     assert errors[0] <= 2 * errors[1] + 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HAND_WRITTEN)
 def test_attention_in_other_spellings_is_quantized_and_lowered(name):
     torch.manual_seed(0)
@@ -294,14 +295,12 @@ def test_blocks_of_a_causal_attention_skip_the_keys_behind_them(monkeypatch):
 
 @pytest.fixture(scope="module")
 def lm_perplexity(lm, lm_windows):
-    from sqcompile.lm import perplexity
-
     def of(recipe):
         compiled = sqcompile.compile(
             lm[0], list(lm_windows[0].split(4)), recipe=recipe, backend="eager", progress=False
         )
         assert all(a.quantized == recipe.attention for a in compiled.plan.attention)
-        return perplexity(compiled, lm_windows[1])
+        return sqcompile.evaluate(compiled, lm_windows[1], progress=False).perplexity
 
     return of
 

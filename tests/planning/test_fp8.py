@@ -64,6 +64,7 @@ def test_operators_without_a_format_are_int8s():
     assert torch.equal(sqcompile_ops.quantize(x, scale, 0, FP8.dtype).float(), FP8.of(x * scale.reciprocal()).float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_a_language_model_in_fp8(name, kind):

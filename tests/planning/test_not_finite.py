@@ -111,6 +111,7 @@ def test_inductor_keeps_them(stage):
         check(run, model, STATIC, bad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("kernels", ["of this machine", "for GPUs"])
 @pytest.mark.parametrize("qk", ["per_token", "per_head", "per_tensor", "per_tensor_static"])

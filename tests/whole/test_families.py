@@ -98,6 +98,7 @@ def test_folding_of_denoisers_is_exact_and_covers(name):
     assert len(sites) == heads and relative_error(sample(folded, call), sample(model, call)) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_slow(DIFFUSERS, ("dit",)))
 def test_denoisers_compile_and_their_configuration_is_left_alone(name):
     model, call, _ = denoiser(name)
@@ -137,6 +138,7 @@ def test_every_attention_is_found_and_smoothed_exactly(name):
     check_attention(name, *traced(name), eager=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_slow(SPELLED_OUT, QUICK))
 def test_every_attention_that_is_spelled_out_is_found_and_smoothed_exactly(name):
     model, call = build(name)
@@ -160,6 +162,7 @@ def test_folding_is_exact_within_half_precision(name, dtype, eps):
         assert relative_error(a, w) <= 3 * relative_error(b, w) + 4 * eps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_slow(FAMILIES, QUICK))
 def test_quantized_outputs_are_close_and_closer_than_without_smoothing(name):
     model, call = build(name)

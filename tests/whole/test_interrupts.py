@@ -74,6 +74,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("callable_loader", [False, True])
 @pytest.mark.parametrize("place", PLACES)
 def test_an_interrupt_in_each_stage(place, callable_loader, monkeypatch):

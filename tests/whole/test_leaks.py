@@ -114,6 +114,7 @@ def test_thirty_rounds(case):
     assert not rounds(30, cases(plan, "cpu")[case], case != "not captured")
 
 
+@pytest.mark.slow
 def test_inductor_keeps_no_packed_weight():
     plan, _ = planned(mlp())
     before = sum(n for (_, packed, *_), n in tensors().items() if packed)

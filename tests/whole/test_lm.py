@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import types
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+import sqcompile
 from sqcompile.lm import (
     CALIBRATION,
     HELD_OUT,
@@ -20,7 +19,6 @@ from sqcompile.lm import (
     corpus,
     evaluation_texts,
     load_lm,
-    perplexity,
     token_windows,
     train,
     training_files,
@@ -151,28 +149,12 @@ def test_token_windows(lm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> 
             token_windows(["a = 1\n"], tokenizer, **bad)
 
 
-def test_perplexity_of_uniform_and_perfect_predictions() -> None:
-    windows = torch.randint(7, (5, 9))
-
-    def uniform(input_ids: torch.Tensor) -> types.SimpleNamespace:
-        return types.SimpleNamespace(logits=torch.zeros(*input_ids.shape, 7, dtype=torch.float16))
-
-    def perfect(input_ids: torch.Tensor) -> types.SimpleNamespace:
-        return types.SimpleNamespace(logits=100 * torch.nn.functional.one_hot(input_ids.roll(-1, 1), 7).float())
-
-    assert math.isclose(perplexity(uniform, windows, batch_size=2), 7, rel_tol=1e-5)
-    assert math.isclose(perplexity(perfect, windows), 1, rel_tol=1e-5)
-    with pytest.raises(ValueError, match="windows"):
-        perplexity(uniform, windows[:, :1])
-    with pytest.raises(ValueError, match="batch_size"):
-        perplexity(uniform, windows, batch_size=0)
-
-
 def test_predicts_held_out_code(lm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> None:
     model, tokenizer = lm
     windows = token_windows(evaluation_texts(), tokenizer, 512, limit=16)
     # Measured 12.76 with the library of Python 3.11; the held-out modules differ a little between versions.
-    assert 5 < perplexity(model, windows) < 16
+    found = sqcompile.evaluate(model, windows, progress=False).perplexity
+    assert found is not None and 5 < found < 16
 
 
 def test_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

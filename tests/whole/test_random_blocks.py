@@ -6,6 +6,7 @@ import pytest
 import torch
 from random_checks import capture, examine, fold_error, loss, wrong
 
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.labels import rules as label_rules
 
 aten = torch.ops.aten
@@ -13,7 +14,7 @@ PART = 50
 MOST = range(1000, 1500)  # more of them: python tests/random_figures.py FIRST LAST
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(s, marks=pytest.mark.slow) for s in range(5, 12))])
 def test_random_blocks(seed):
     found = examine(seed)
     assert wrong(found) is None and loss(found) is None
@@ -44,6 +45,7 @@ def _passes(ctx, n, out, flow, operands):
 )
 def test_an_unsound_rule_is_caught(monkeypatch, target, seed):
     """The random blocks are worth something: with one wrong rule they find a wrong fold."""
-    assert fold_error(capture(seed)) <= 1e-5
-    monkeypatch.setitem(label_rules.RULES, target, _passes)
-    assert fold_error(capture(seed)) > 1e-5
+    for right in (True, False):
+        about(capture(seed).gm).found.clear()  # what was matched by other rules
+        assert (fold_error(capture(seed)) <= 1e-5) == right
+        monkeypatch.setitem(label_rules.RULES, target, _passes)

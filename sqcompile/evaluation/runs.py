@@ -1,0 +1,99 @@
+"""runs: a model is called, in eval mode, without gradients, on its own device, by the clock; and left as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sqcompile.capture.inputs import Call, Forward
+from sqcompile.compiled.emit import CompiledModel
+from sqcompile.errors import EvaluationError, SQCompileError
+from sqcompile.passes.ir.explain import first_line
+from sqcompile.process.interrupts import checkpoint
+from sqcompile.pytorch.core import pytree
+
+
+def original(model: nn.Module) -> nn.Module:
+    """The module that torch.compile was given, or the model itself."""
+    from sqcompile.pytorch.dynamo import OptimizedModule  # here, as Dynamo imports triton
+    from sqcompile.pytorch.dynamo import original as of
+
+    return of(model) if isinstance(model, OptimizedModule) else model
+
+
+def forward_of(model: nn.Module) -> Forward:
+    """How a model is called."""
+    return model.call if isinstance(model, CompiledModel) else Forward.of(original(model))
+
+
+@contextlib.contextmanager
+def evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Has models in eval mode meanwhile. Modes are set where they differ alone: Dynamo would compile again."""
+    before = [(m, m.training) for model in models for m in original(model).modules() if m.training]
+    try:
+        for m, _ in before:
+            m.training = False
+        yield
+    finally:
+        for m, mode in before:
+            m.training = mode
+
+
+class Run:
+    """A model, called on one batch after another.
+
+    Attributes:
+        device: of its first tensor; batches are moved there.
+    """
+
+    def __init__(self, model: nn.Module, what: str) -> None:
+        """``what`` is what messages call it."""
+        self.model, self.what = model, what
+        of = original(model)
+        tensors = (t for ts in (of.parameters(), of.buffers()) for t in ts)
+        self.device = next((t.device for t in tensors), torch.device("cpu"))
+        self._parameters = forward_of(model).signature.parameters
+        self._speeds: list[float] = []
+
+    def __call__(self, call: Call, tokens: int, batch: int) -> Any:
+        """The model's output.
+
+        Raises:
+            EvaluationError: if the model refuses the call. Errors of sqcompile stay what they are.
+        """
+        checkpoint()
+        args, kwargs = self.moved(call)
+        # as the model is captured: a KV cache is not for windows that are read whole
+        fixed = {"use_cache": False} if "use_cache" in self._parameters and "use_cache" not in kwargs else {}
+        first = [
+            kwargs.pop(n) if n in kwargs else self._parameters[n].default for n in call.positional if n not in fixed
+        ]
+        start = self._now()
+        try:
+            out = self.model(*first, *args, **kwargs, **fixed)
+        except SQCompileError:
+            raise
+        except Exception as e:
+            raise EvaluationError(f"{self.what} refuses batch {batch}: {type(e).__name__}: {first_line(e)}") from e
+        if batch and tokens:
+            self._speeds.append(tokens / max(self._now() - start, 1e-9))
+        return out
+
+    def moved(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call's arguments on the model's device."""
+        return pytree.tree_map_only(Tensor, lambda x: x.to(self.device), (call.args, call.kwargs))
+
+    def speed(self) -> float | None:
+        """Median tokens a second over the batches but the first, in which models are compiled."""
+        return statistics.median(self._speeds) if self._speeds else None
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
