@@ -90,7 +90,7 @@ class Recipe:
             raise RecipeError(f"qk={self.qk!r}: choose one of {', '.join(get_args(Granularity))}, or None")
         if self.qk is not None and self.attention == "none":
             raise RecipeError(f"qk={self.qk!r} without attention: pass attention='qk' or 'qk_pv', or leave qk out")
-        if self.rotate not in ("auto", "none") and (isinstance(self.rotate, bool) or self.rotate not in BLOCKS):
+        if self.rotate not in ("auto", "none") and (type(self.rotate) is not int or self.rotate not in BLOCKS):
             raise RecipeError(
                 f"rotate={self.rotate!r}: 'auto', 'none', or the size of the blocks, one of {', '.join(map(str, BLOCKS))}"
             )

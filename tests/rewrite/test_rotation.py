@@ -1,0 +1,123 @@
+"""Rotated graphs compute what they did: in float exactly, quantized and lowered alike; and a wrong rotation is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from conftest import relative_error, tiny_lm, token_batches
+from golden_cases import graph
+from random_checks import capture
+from torch.utils import _pytree as pytree
+
+import sqcompile
+from sqcompile import PlanError, Recipe
+from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.passes.ir.graph import find_linears
+from sqcompile.passes.ir.text import show
+from sqcompile.passes.ir.verify import verify
+from sqcompile.passes.rewrite import fold as fold_module
+from sqcompile.passes.rewrite.fold import fold
+from sqcompile.plan.entries import LayerPlan
+from sqcompile.plan.plan import Plan
+
+
+def rotated(gm, rotations):
+    """`fold` of a plan that rotates linears, by name, and smooths nothing."""
+    layers = tuple(
+        LayerPlan(
+            l.name,
+            "experts" if l.experts else "linear",
+            True,
+            "none",
+            "",
+            shape=l.shape,
+            rotation=rotations.get(l.name),
+        )
+        for l in find_linears(gm)
+    )
+    return verify(fold(gm, [], Plan(Recipe(), None, {}, layers)), "folded")
+
+
+def test_an_input_is_rotated_once_and_each_weight_with_it():
+    gm = graph(
+        """
+    %x: f32[2, 3, 16] = input
+    %q = aten.linear(%x, %wq)
+    %k = aten.linear(%x, %wk, %b)
+    return [%q, %k]
+""",
+        {"wq": [6, 16], "wk": [2, 16], "b": [2]},
+    )
+    text = show(rotated(gm, {"wq": 16, "wk": 16}))
+    assert text.count("sqcompile.rotate(%x, 16)") == 1 and text.count("sqcompile.rotate(%w") == 2
+
+
+def random_rotations(gm, r):
+    """Also of blocks that are too small for kernels: random models are narrow."""
+    fit = {l.name: [b for b in (2, 4, 8, 16, 32) if l.in_features % b == 0] for l in find_linears(gm)}
+    return {name: r.choice(blocks) for name, blocks in fit.items() if blocks and r.random() < 0.8}
+
+
+def worst(after, c):
+    inputs = c.model.inputs(3, 11, seed=7)
+    with torch.no_grad():
+        got, want = (pytree.tree_leaves(f(*inputs)) for f in (after, c.model))
+    return max(relative_error(y, w) for y, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_models_with_random_rotations_fold_exactly(seed):
+    c = capture(seed)
+    rotations = random_rotations(c.gm, random.Random(seed))
+    assert rotations and worst(rotated(c.gm, rotations), c) <= 1e-5
+
+
+@pytest.mark.parametrize("wrong", ["a weight is not rotated", "an input is not rotated", "other blocks"])
+def test_a_wrong_rotation_is_caught(wrong, monkeypatch):
+    c, right = capture(0), fold_module._Folder._rotation
+
+    def rotation(self, x, block):
+        if wrong == "other blocks":
+            return right(self, x, block if x in self.const else block // 2)
+        return x if (x in self.const) == (wrong == "a weight is not rotated") else right(self, x, block)
+
+    monkeypatch.setattr(fold_module._Folder, "_rotation", rotation)
+    assert worst(rotated(c.gm, {l.name: 8 for l in find_linears(c.gm)}), c) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "opt"])
+def test_stages_agree(family, dtype):
+    model = tiny_lm(family).to(dtype)
+    compiled = sqcompile.compile(
+        model, token_batches(2), recipe=Recipe(rotate=16, alpha=0.5), backend="eager", progress=False
+    )
+    rotations = {l.rotation for l in compiled.plan.layers if l.quantized}
+    assert rotations == {16}
+    x = token_batches(1, (3, 11), seed=9)[0]
+    with torch.no_grad():
+        want, got = (pytree.tree_leaves(f(**x))[0] for f in (model, compiled))
+    assert relative_error(got, want) < (0.05 if dtype == torch.float32 else 0.08)
+    found = {n.target for n in compiled.stages["lowered"].graph.nodes}
+    assert sqcompile_ops.rotate_quantize.default in found and sqcompile_ops.rotate.default not in found
+
+
+def test_plans_keep_rotations_and_older_ones_are_read(tmp_path):
+    model = tiny_lm("llama")
+    plan = sqcompile.calibrate(model, token_batches(1), recipe=Recipe(rotate=32), progress=False)
+    plan.save(tmp_path / "plan")
+    assert Plan.load(tmp_path / "plan") == plan and any(l.rotation for l in plan.layers)
+    wrong = tuple(dataclasses.replace(l, rotation=24) if l.quantized else l for l in plan.layers)
+    with pytest.raises(PlanError, match="rotation is 24, no size of blocks that divides its 64 channels"):
+        dataclasses.replace(plan, layers=wrong).save(tmp_path / "wrong")
+
+
+@pytest.mark.parametrize("rotate", [0, 8, 24, True, "yes", None, 32.0])
+def test_recipes_name_the_rotations_there_are(rotate):
+    with pytest.raises(
+        sqcompile.RecipeError, match="'auto', 'none', or the size of the blocks, one of 16, 32, 64, 128"
+    ):
+        Recipe(rotate=rotate)
