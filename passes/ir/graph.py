@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.about import about, copy_about
-from sqcompile.passes.ir.record import record
+from sqcompile.passes.ir.record import record, value
 from sqcompile.pytorch.core import codegen, schema, writes_to_arguments
 
 aten = torch.ops.aten
@@ -69,11 +69,6 @@ class Linear:
 
 def nodes_by_name(gm: fx.GraphModule) -> dict[str, fx.Node]:
     return {n.name: n for n in gm.graph.nodes}
-
-
-def value(node: fx.Node) -> Any:
-    """What the node holds, as export recorded it: a fake tensor, a SymInt, or a tuple of them."""
-    return node.meta.get("val")
 
 
 def constants(gm: fx.GraphModule) -> set[fx.Node]:
