@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sqcompile.capture.inputs import Call, Reader
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.errors import CalibrationError, EvaluationError, StageError
-from sqcompile.evaluation.compared import KINDS, Tokens
+from sqcompile.evaluation.compared import KINDS, Signs, Tokens
 from sqcompile.evaluation.data import LENGTH, batches
 from sqcompile.evaluation.layers import layer_errors
 from sqcompile.evaluation.measure import MODELS, Measure
@@ -93,7 +93,8 @@ def evaluate(
         data, reader, tokenizer, _length(model, beside) if length is None else length, limit, batch_size
     )
     runs = [Run(m, what) for m, what in zip((model, beside), MODELS, strict=True) if m is not None]
-    measure, calls = Measure(compare), list[Call]()
+    measure = Measure(compare, Signs.of(original(model if beside is None else beside)))
+    calls = list[Call]()
     with deferred(), torch.no_grad(), evaluating([r.model for r in runs]):
         with tqdm(desc="evaluate", unit="batch", total=total, disable=not progress, leave=False) as bar:
             for i, batch in enumerate(each_at_once(found)):
@@ -102,7 +103,7 @@ def evaluate(
                 if isinstance(batch, (str, bytes)):
                     raise EvaluationError("data gives text: pass a list of it, list(data), and the model's tokenizer")
                 call = reader.call(batch, i)
-                tokens = Tokens.of(batch, call)
+                tokens = Tokens.of(batch, call, reader.rows)
                 outs = [run(call, 0 if tokens.ids is None else tokens.ids.numel(), i) for run in runs]
                 if i == 0 and calibrates_itself(model):
                     raise EvaluationError(_CALIBRATES)
