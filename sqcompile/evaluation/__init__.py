@@ -25,7 +25,7 @@ from sqcompile.evaluation.result import Evaluation, LayerError
 from sqcompile.evaluation.runs import Run, evaluating, forward_of, original
 from sqcompile.evaluation.scores import mean_and_error
 from sqcompile.process.interrupts import deferred, each_at_once
-from sqcompile.results import calibrates_itself
+from sqcompile.results import calibrates_itself, is_quantized
 
 __all__ = ["Evaluation", "LayerError", "evaluate"]
 
@@ -95,23 +95,25 @@ def evaluate(
     runs = [Run(m, what) for m, what in zip((model, beside), MODELS, strict=True) if m is not None]
     measure = Measure(compare, Signs.of(original(model if beside is None else beside)))
     calls = list[Call]()
+    if _calibrates(model):
+        raise EvaluationError(f"{_CALIBRATES}: {_CALIBRATE}")
     with deferred(), torch.no_grad(), evaluating([r.model for r in runs]):
         with tqdm(desc="evaluate", unit="batch", total=total, disable=not progress, leave=False) as bar:
             for i, batch in enumerate(each_at_once(found)):
-                if limit is not None and measure.windows >= limit:
-                    break
                 if isinstance(batch, (str, bytes)):
                     raise EvaluationError("data gives text: pass a list of it, list(data), and the model's tokenizer")
                 call = reader.call(batch, i)
                 tokens = Tokens.of(batch, call, reader.rows)
                 outs = [run(call, 0 if tokens.ids is None else tokens.ids.numel(), i) for run in runs]
-                if i == 0 and calibrates_itself(model):
-                    raise EvaluationError(_CALIBRATES)
+                if i == 0 and _calibrates(model):
+                    raise EvaluationError(f"{_CALIBRATES}, of which it has seen a batch: {_RESET}{_CALIBRATE}")
                 measure.add(outs, tokens, i)
                 del outs  # logits of the next batch would lie beside them
                 if len(calls) < _CALLS:
                     calls.append(call)
                 bar.update()
+                if limit is not None and measure.windows >= limit:
+                    break  # before the loader makes another one
         result = _result(measure, runs, against)
         left_out = _without_layers(model, beside) if layers else "layers=False"
         if left_out is None:
@@ -119,10 +121,14 @@ def evaluate(
     return dataclasses.replace(result, without_layers=left_out)
 
 
-_CALIBRATES = (
-    "the model still calibrates itself, and would do so on the evaluation data, of which it has seen a batch: call it on "
-    "calibration data first, more often than its calibration_steps, or compile it with options={'plan': plan}"
-)
+_CALIBRATES = "the model still calibrates itself, and would do so on the evaluation data"
+_RESET = "torch.compiler.reset() has it forget that. Then "
+_CALIBRATE = "call it on calibration data first, more often than its calibration_steps, or compile it with options={'plan': plan}"
+
+
+def _calibrates(model: nn.Module) -> bool:
+    """Whether a model, or a part of it that was compiled alone, has no plan yet; unknown before its first call."""
+    return calibrates_itself(model) or any(calibrates_itself(m) for m in original(model).modules())
 
 
 def _check(model: Any, against: Any, compare: str) -> None:
@@ -131,6 +137,8 @@ def _check(model: Any, against: Any, compare: str) -> None:
         raise EvaluationError(f"the model is a {type(model).__name__}: pass an nn.Module")
     if not isinstance(against, (nn.Module, Evaluation, type(None))):
         raise EvaluationError(f"against is a {type(against).__name__}: pass the float model, or an Evaluation of it")
+    if isinstance(against, nn.Module) and is_quantized(against):
+        raise EvaluationError("against is quantized itself, or a layer of it is: load the float model once more")
     if compare not in ("auto", *KINDS):
         raise EvaluationError(f"compare={compare!r}: choose one of auto, {', '.join(KINDS)}")
 
@@ -174,7 +182,7 @@ def _perplexities(measure: Measure, counts: torch.Tensor, against: Any) -> dict[
     values: dict[str, Any] = {"checksum": measure.checksum(), "losses": mine / counts}
     values["perplexity"], values["perplexity_error"] = _exp(*mean_and_error(mine, counts))
     if isinstance(against, Evaluation):
-        if against.losses is None or against.checksum != values["checksum"] or len(against.counts) != len(counts):
+        if against.losses is None or against.checksum != values["checksum"] or not torch.equal(against.counts, counts):
             raise EvaluationError("against is an Evaluation of other data: evaluate the float model on this data")
         other = against.losses * against.counts
     elif measure.has("other_loss"):
@@ -189,7 +197,7 @@ def _perplexities(measure: Measure, counts: torch.Tensor, against: Any) -> dict[
 
 def _exp(mean: float, error: float) -> tuple[float, float]:
     """exp of a mean, and its standard error."""
-    value = math.exp(mean) if mean < 700 else math.inf
+    value = math.inf if mean >= 700 else math.exp(mean)  # NaN of NaN: of two infinite losses there is no difference
     return value, value * error
 
 

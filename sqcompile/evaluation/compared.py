@@ -38,12 +38,15 @@ class Tokens:
         mask: bool [batch, tokens], True where a token is real; None where all are.
         labels: int64 [batch, tokens], -100 where a token does not count, or [batch], of classes; None if there are none.
         of_decoder: whether labels are the next tokens already, as an encoder-decoder takes them.
+        source, source_mask: what an encoder-decoder's encoder reads, like ids and mask.
     """
 
     ids: Tensor | None
     mask: Tensor | None
     labels: Tensor | None
     of_decoder: bool = False
+    source: Tensor | None = None
+    source_mask: Tensor | None = None
 
     @staticmethod
     def of(batch: Any, call: Call, rows: bool = False) -> Tokens:
@@ -59,11 +62,19 @@ class Tokens:
         if ids is None and not decoder:
             ids = next((x for x in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor)), None)
         name = "decoder_attention_mask" if decoder else "attention_mask"
-        mask = call.kwargs.get(name, raw.get(name))
-        found = token_mask(mask) if isinstance(mask, Tensor) else None
+        found, sources = (
+            token_mask(x) if isinstance(x, Tensor) else None
+            for x in (call.kwargs.get(n, raw.get(n)) for n in (name, "attention_mask"))
+        )
+        source = call.kwargs.get("input_ids") if decoder else None
         labels = raw.get("labels")
         return Tokens(
-            ids if _is_integers(ids, 2) else None, found, labels if _is_integers(labels, 1, 2) else None, decoder
+            ids if _is_integers(ids, 2) else None,
+            found,
+            labels if _is_integers(labels, 1, 2) else None,
+            decoder,
+            source if _is_integers(source, 2) else None,
+            sources if decoder else None,
         )
 
     def predicted(self) -> tuple[Tensor, Tensor] | None:
@@ -86,6 +97,25 @@ class Tokens:
         if self.labels is not None and self.labels.shape == shape:
             counted &= self.labels.to(device) != IGNORED
         return self._counted(counted, self.mask)
+
+    def identities(self, predicted: Tensor, counted: Tensor) -> Iterator[bytes]:
+        """What is read and predicted, of each window with something that counts: the same however it is padded.
+
+        Args:
+            predicted: int64 [batch, tokens], see `predicted`.
+            counted: where it counts, bool.
+        """
+        predicted, counted = predicted.cpu(), counted.cpu()
+        place = torch.arange(counted.shape[1]).expand(counted.shape)
+        if self.mask is not None and self.mask.shape == counted.shape:
+            place = self.mask.cpu().cumsum(1) - 1  # among the tokens that are real
+        for i, where in enumerate(counted):
+            if bool(where.any()):
+                read = [_real(self.source, self.source_mask, i), _real(self.ids, self.mask, i)]
+                if self.ids is not None and self.ids.shape == counted.shape:
+                    read[1] = read[1][: int(place[i][where][-1]) + 1]  # what comes later is read by no prediction
+                for x in (*read, place[i][where], predicted[i][where]):
+                    yield len(x).to_bytes(8, "little") + x.to(torch.int64).numpy().tobytes()
 
     def check_padding(self, shapes: Sequence[torch.Size]) -> None:
         """Refuses padding that cannot be told from what counts.
@@ -111,6 +141,13 @@ class Tokens:
 
     def _counted(self, where: Tensor, mask: Tensor | None) -> Tensor:
         return where & mask.to(where.device) if mask is not None and mask.shape == where.shape else where
+
+
+def _real(ids: Tensor | None, mask: Tensor | None, window: int) -> Tensor:
+    """A window's tokens that are real, [tokens]; none without token ids."""
+    if ids is None:
+        return torch.zeros(0, dtype=torch.int64)
+    return ids[window].cpu() if mask is None or mask.shape != ids.shape else ids[window].cpu()[mask[window].cpu()]
 
 
 def _is_integers(x: Any, *dims: int) -> bool:

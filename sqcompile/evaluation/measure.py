@@ -63,7 +63,7 @@ class Measure:
         return name in self._sums
 
     def checksum(self) -> str:
-        """Of the predicted tokens: what is the same for the same data, however it is batched and padded."""
+        """Of the tokens that are read and predicted: the same for the same data, however it is batched and padded."""
         return self._hash.hexdigest()
 
     def _found(self, out: Any, what: str) -> Tensor:
@@ -96,9 +96,10 @@ class Measure:
         target, counted = self._counted(tokens, shape, device)
         where = counted.flatten().nonzero().flatten()
         if target is not None:
+            for identity in tokens.identities(target, counted):
+                self._hash.update(identity)
             target = target.flatten()[where]
             self._check_ids(target, size, batch)
-            self._hash.update(target.cpu().numpy().tobytes())
         names = ["count", *(["loss", "other_loss"][: len(logits)] if target is not None else [])]
         sums = self._start(shape[0], device, names + ["kl", "same"] * (len(logits) - 1))
         flat, each, at = [x.flatten(0, -2) for x in logits], counted.shape[1:].numel(), 0
