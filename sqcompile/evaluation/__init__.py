@@ -51,22 +51,22 @@ def evaluate(
 
     - next_token: logits [batch, tokens, vocabulary] for token ids [batch, tokens] (or for labels of that size). Of models
       of this kind alone perplexity can be told without a float model. A plain tensor counts as logits if its last dim is
-      larger than every token id.
+      the configuration's vocabulary or, without a configuration, larger than every token id.
     - tokens: other logits [batch, tokens, classes], as transformers' MaskedLMOutput and TokenClassifierOutput have them:
       KL divergence and top-1 agreement of each token's own distribution.
-    - classes: logits or a plain tensor [batch, classes]: the same of each row.
+    - classes: logits or a plain tensor [batch, classes]: the same of each row. One of the token ids' sizes is none.
     - outputs: anything else: relative error and cosine of all tensors in floating point.
 
     Logits are what the output has under this name. Padding never counts: what ``attention_mask`` (of a decoder's tokens
-    ``decoder_attention_mask``) has as 0, what stands right after it, and what ``labels`` have as -100. Labels are those of
-    transformers, not shifted. Neither model is changed; both are run in eval mode.
+    ``decoder_attention_mask``) has as 0, what stands right after it, and what ``labels`` have as -100. Padding of which
+    neither has the length of the outputs is refused. Labels are those of transformers, not shifted. Neither model is changed; both are run in eval mode.
 
     Args:
         model: what `sqcompile.compile` gave, what ``torch.compile(model, backend="smoothquant")`` gave, or any module.
         data: text, a str or a list of them; token ids, int64 [windows, length] or a list of rows; or a loader or list of
             batches, each a tensor, a tuple of arguments or a dict of keyword arguments, as for calibration. Batches are
             moved to the model's device.
-        against: the float model; or an `Evaluation` of it on the same data, which saves running it again and gives the
+        against: the float model, not compiled to INT8 in place; or an `Evaluation` of it on the same data, which saves running it again and gives the
             paired increase of perplexity, and nothing else.
         tokenizer: of text. Windows are cut as by `sqcompile.lm.token_windows`.
         length: tokens in a window of text; 512, or as many as the model's configuration allows, if None.
@@ -84,6 +84,7 @@ def evaluate(
     Raises:
         EvaluationError: for data or models that cannot be evaluated; the message names what to do.
         SQCompileError: what a compiled model itself raises.
+        torch.OutOfMemoryError: of a device.
         KeyboardInterrupt: for Ctrl-C, when the call at hand is done; a second one is raised at once.
     """
     beside = against if isinstance(against, nn.Module) else None

@@ -152,15 +152,14 @@ class Measure:
             raise EvaluationError(
                 "the model gives {}, and the float model {}: there is nothing to compare".format(*given)
             )
-        sizes = [x.shape[:2] for _, x in mine if x.dim() == 3] + [
-            x.shape for n, x in mine if _is_of_tokens(n, x, tokens)
-        ]
+        of_tokens = _of_tokens(outs[0], tokens)
+        sizes = [x.shape[:2] for _, x in mine if x.dim() == 3 or x is of_tokens]
         if sizes:
             tokens.check_padding(sizes)
         device, windows = mine[0][1].device, max(len(x) if x.dim() else 1 for _, x in mine)
         sums = self._start(windows, device, ["count", "noise", "signal", "cosine"])
         for (name, x), (_, y) in zip(mine, others, strict=True):
-            if _is_of_tokens(name, x, tokens):  # a vector of numbers, one for each token
+            if x is of_tokens:
                 x, y = (z.masked_fill(~tokens.real(z.shape, z.device), 0) for z in (x, y))
             (x, each), (y, _) = vectors(x), vectors(y)
             counted = tokens.real(torch.Size((len(x) // each, each)), x.device)
@@ -177,9 +176,21 @@ class Measure:
         self._finish(sums)
 
 
-def _is_of_tokens(name: str, x: Tensor, tokens: Tokens) -> bool:
-    """Whether logits are one for each token, [batch, tokens]."""
-    return name == "logits" and x.dim() == 2 and tokens.ids is not None and x.shape == tokens.ids.shape
+def _of_tokens(out: Any, tokens: Tokens) -> Tensor | None:
+    """The logits in an output where they are a number for each token, [batch, tokens].
+
+    Raises:
+        EvaluationError: if there is padding, and they may as well be a vector for each of the batch.
+    """
+    x, named = logits_of(out)
+    if x is None or tokens.ids is None or x.shape != tokens.ids.shape:
+        return None
+    if not named and not bool(tokens.real(x.shape, x.device).all()):
+        raise EvaluationError(
+            f"the output {list(x.shape)} has the sizes of the token ids, and whether it is a number for each token, of which "
+            "some are padding, does not show: pass batches without padding, or of another length"
+        )
+    return x
 
 
 def _nan(what: str, name: str, place: str) -> str:

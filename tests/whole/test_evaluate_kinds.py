@@ -77,6 +77,19 @@ def test_a_number_for_each_token_is_no_class() -> None:
     assert evaluate(Detector(table), [IDS], against=Detector(reference), compare="classes").kl is not None
 
 
+def test_what_may_be_a_vector_or_numbers_of_tokens_has_no_padding() -> None:
+    class Pooled(Bigrams):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+            return self.table[input_ids[:, 0], :8]
+
+    reference, table = tables(11, 0.3, 0)
+    found = evaluate(Pooled(table), [IDS], against=Pooled(reference))
+    want, got = (t[IDS[:, 0], :8].double() for t in (reference, table))
+    assert found.relative_error == pytest.approx(float((got - want).norm() / want.norm()), rel=1e-5)
+    with pytest.raises(EvaluationError, match=r"the output \[4, 8\] has the sizes of the token ids"):
+        evaluate(Pooled(table), [{"input_ids": IDS, "attention_mask": MASK}], against=Pooled(reference))
+
+
 @pytest.mark.parametrize(
     ("config", "is_language_model"),
     [
