@@ -94,7 +94,7 @@ def evaluate(
         data, reader, tokenizer, _length(model, beside) if length is None else length, limit, batch_size
     )
     runs = [Run(m, what) for m, what in zip((model, beside), MODELS, strict=True) if m is not None]
-    measure = Measure(compare, Signs.of(original(model if beside is None else beside)))
+    measure = Measure(compare, Signs.of(reader.forward))
     calls = list[Call]()
     if _calibrates(model):
         raise EvaluationError(f"{_CALIBRATES}: {_CALIBRATE}")
@@ -149,7 +149,7 @@ def _reader(model: nn.Module) -> Reader:
 
 
 def _length(model: nn.Module, beside: nn.Module | None) -> int:
-    config = getattr(original(model if beside is None else beside), "config", None)
+    config = forward_of(model if beside is None else beside).config
     most = getattr(config, "max_position_embeddings", None)
     return min(LENGTH, most) if isinstance(most, int) and most >= 2 else LENGTH
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqcompile.capture.inputs import Call
+from sqcompile.capture.inputs import Call, Forward
 from sqcompile.errors import EvaluationError
 from sqcompile.pytorch.core import pytree
 from sqcompile.statistics.padding import token_mask
@@ -169,15 +169,16 @@ class Signs:
     of_the_token: bool = False
 
     @staticmethod
-    def of(model: Any) -> Signs:
-        config = getattr(model, "config", None)
+    def of(forward: Forward) -> Signs:
+        """Of how a model is called: a compiled model outlives its float model."""
+        config = forward.config
         text = getattr(config, "get_text_config", None)  # of what has several parts
         config = config if text is None else text()
         vocabulary, hidden = (getattr(config, name, None) for name in ("vocab_size", "hidden_size"))
         return Signs(
             vocabulary if isinstance(vocabulary, int) else None,
             hidden if isinstance(hidden, int) else None,
-            type(model).__name__.endswith(_FOR_THE_TOKEN_ITSELF),
+            forward.name.endswith(_FOR_THE_TOKEN_ITSELF),
         )
 
     def may_be_of_next_tokens(self, width: int, predicted: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from evaluate_cases import Bigrams, Plain, evaluate, rows, tables
 from torch import Tensor, nn
 
+import sqcompile
 from sqcompile import EvaluationError
 
 IDS = torch.stack(rows(11, [8] * 4, 0))
@@ -113,6 +114,22 @@ def test_outputs_without_names_are_logits_by_the_configuration(config: Any, is_l
     if not is_language_model:
         with pytest.raises(EvaluationError, match="perplexity is all there is"):
             evaluate(models[0], [(ids,)])
+
+
+def test_a_compiled_encoder_that_outlives_its_float_model_has_no_perplexity() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.mix = nn.Embedding(12, 16), nn.Linear(16, 16)
+            self.config = SimpleNamespace(vocab_size=12, hidden_size=16)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            out: Tensor = self.mix(self.embed(input_ids))
+            return out
+
+    compiled = sqcompile.compile(Hidden().eval(), [IDS, IDS[:2]], backend="eager", progress=False)
+    with pytest.raises(EvaluationError, match=r"this one gives outputs: output \[4, 8, 16\]"):
+        evaluate(compiled, IDS)
 
 
 def test_a_masked_language_model_has_no_perplexity_by_its_class() -> None:
