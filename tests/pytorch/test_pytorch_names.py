@@ -280,6 +280,20 @@ def test_a_compiled_module_leads_to_its_model_and_backend():
         assert torch.equal(dynamo.compiled_form(compiled, core.call_impl.__get__(net))(x), net(x))
 
 
+@pytest.mark.parametrize("options", [{}, {"options": {"a": 1}}])
+def test_a_module_compiled_in_place_leads_to_its_backend(options):
+    def backend(gm, inputs, **options):
+        return gm.forward
+
+    net = _Net()
+    assert dynamo.backend_of_function(core.compiled_call(net)) is None
+    net.compile(backend=backend, **options)
+    assert dynamo.backend_of_function(core.compiled_call(net)) is backend
+    net(torch.randn(2, 4))
+    assert dynamo.backend_of_function(core.compiled_call(net)) is backend
+    assert dynamo.backend_of_function(lambda: net) is None
+
+
 def test_what_a_backend_sees():
     found = {}
 
