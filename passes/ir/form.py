@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 from torch import Tensor, fx
 
 from sqcompile.passes.ir.about import about
-from sqcompile.passes.ir.graph import get_tensor, value
-from sqcompile.pytorch.core import version
+from sqcompile.passes.ir.graph import get_tensor, state, value
 
 _Found = TypeVar("_Found")
 
@@ -56,7 +55,7 @@ def once(analysis: Callable[[fx.GraphModule], _Found]) -> Callable[[fx.GraphModu
         if any(t.is_inference() for t in tensors):
             return analysis(gm)
         names = [(n.name, n.target if n.op == "get_attr" else None) for n in gm.graph.nodes]
-        now = form(gm), names, [(version(t), t.data_ptr()) for t in tensors]
+        now = form(gm), names, [state(t) for t in tensors]
         found = about(gm).found
         if analysis in found:
             before, held, result = found[analysis]

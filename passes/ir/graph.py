@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.about import about, copy_about
 from sqcompile.passes.ir.record import record, value
-from sqcompile.pytorch.core import codegen, schema, writes_to_arguments
+from sqcompile.pytorch.core import codegen, schema, version, writes_to_arguments
 
 aten = torch.ops.aten
 
@@ -110,6 +110,11 @@ def set_tensor(gm: torch.nn.Module, name: str, tensor: Tensor) -> None:
         delattr(mod, leaf)
     # Packed oneDNN weights have no storage, so a state_dict could not be saved with them.
     mod.register_buffer(leaf, tensor, persistent=not tensor.is_mkldnn)
+
+
+def state(tensor: Tensor) -> tuple[int, int]:
+    """Version and address of a tensor's values. A tensor made in inference mode has no version."""
+    return (0 if tensor.is_inference() else version(tensor)), tensor.data_ptr()
 
 
 def evaluate(gm: fx.GraphModule, node: fx.Node) -> Tensor:

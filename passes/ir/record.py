@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -54,9 +55,9 @@ def call_key(target: Any, args: Any, kwargs: Any) -> Any:
     return tuple(key)
 
 
-def substitute(gm: fx.GraphModule, old: fx.Node, new: fx.Node) -> None:
-    """Puts a node in another's place, of the same dtype; what reads it is recorded anew where the strides are others."""
-    old.replace_all_uses_with(new)
+def substitute(gm: fx.GraphModule, old: fx.Node, new: fx.Node, readers: Collection[fx.Node] | None = None) -> None:
+    """Puts a node in another's place, of the same dtype, for some readers, or all; where strides differ, records them anew."""
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: readers is None or user in readers)
     assert value(new).dtype == value(old).dtype
     if layout(value(new)) != layout(value(old)):
         record_readers(gm, new)

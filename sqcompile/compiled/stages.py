@@ -14,12 +14,11 @@ from torch import Tensor, fx, nn
 from sqcompile.errors import StageError
 from sqcompile.kernels.targets import Target
 from sqcompile.passes.ir.about import about, attached, describe_as
-from sqcompile.passes.ir.graph import clone, get_tensor, set_tensor
+from sqcompile.passes.ir.graph import clone, get_tensor, set_tensor, state
 from sqcompile.passes.ir.verify import STAGES
 from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan
 from sqcompile.process.lock import compiling
-from sqcompile.pytorch.core import version
 
 
 class Stages(Mapping[str, fx.GraphModule]):
@@ -86,11 +85,6 @@ def _ownerless(gm: fx.GraphModule) -> fx.Graph:
     """The module's graph, which no longer keeps the module alive, and so the model's tensors."""
     gm.graph.owning_module = None
     return gm.graph
-
-
-def state(tensor: Tensor) -> tuple[int, int]:
-    """Version and address of a tensor's values. A tensor made in inference mode has no version."""
-    return (0 if tensor.is_inference() else version(tensor)), tensor.data_ptr()
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

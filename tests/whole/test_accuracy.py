@@ -14,6 +14,7 @@ from torch import nn
 
 import sqcompile
 from sqcompile import PRESETS as ALL
+from sqcompile.evaluation.scores import mean_and_error
 
 # What is held here is INT8 linears'; test_attention_int8 holds what attention costs beyond them.
 PRESETS = {name: dataclasses.replace(recipe, attention="none") for name, recipe in ALL.items()}
@@ -52,7 +53,7 @@ def test_smoothing_is_never_worse_than_none(degradation, preset):
     """Of FP8, whose rounding is relative, smoothing changes little: what it changes is compared with the standard errors."""
     smooth, plain = degradation(preset, True), degradation(preset, False)
     paired = smooth.losses - plain.losses
-    error = float(paired.std() / len(paired) ** 0.5) if preset == "fp8" else 0.0
+    error = mean_and_error(paired, torch.ones_like(paired))[1] if preset == "fp8" else 0.0
     print(
         f"{preset}: KL {smooth.kl:.6f} and {plain.kl:.6f} ± {plain.kl_error:.6f}, log perplexity {float(paired.mean()):+.5f} ± {error:.5f}"
     )
@@ -175,10 +176,12 @@ def test_channels_silent_in_calibration_do_not_hurt_the_shipped_lm(lm, lm_window
         compiled = sqcompile.compile(model, plan=plan, backend="eager")
         found[smooth] = sqcompile.evaluate(compiled, windows, against=model, layers=False, progress=False)
     assert found[True].kl <= found[False].kl * 1.05
-    difference = found[True].losses - found[False].losses
-    error = float(difference.std() / len(difference) ** 0.5)  # 0.001 for "default", 0.002 for FP8's coarser rounding
-    print(f"{preset}: log perplexity {float(difference.mean()):+.5f}, with an error of {error:.5f}")
-    assert float(difference.mean()) <= max(0.001, 3 * error)
+    paired = found[True].losses - found[False].losses
+    difference, error = mean_and_error(
+        paired, torch.ones_like(paired)
+    )  # 0.001 for "default", 0.002 for FP8's coarser rounding
+    print(f"{preset}: log perplexity {difference:+.5f}, with an error of {error:.5f}")
+    assert difference <= max(0.001, 3 * error)
 
 
 @pytest.mark.slow
