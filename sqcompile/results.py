@@ -52,6 +52,22 @@ def report_of(net: Any) -> Report:
     return net.report if isinstance(net, CompiledModel) else Report.of(plan_of(net))
 
 
+def is_quantized(net: nn.Module) -> bool:
+    """Whether a module, or a part of it, runs what was compiled to INT8, or will once it has calibrated itself."""
+    dynamo, backend = sys.modules.get("sqcompile.pytorch.dynamo"), sys.modules.get("sqcompile.backend")
+
+    def is_ours(module: nn.Module) -> bool:
+        if isinstance(module, CompiledModel):
+            return True
+        if dynamo is None or backend is None:  # nothing was compiled by name
+            return False
+        if isinstance(module, dynamo.OptimizedModule) and dynamo.backend_of(module) is backend.smoothquant:
+            return True
+        return dynamo.backend_of_function(compiled_call(module)) is backend.smoothquant
+
+    return any(is_ours(m) for m in net.modules())
+
+
 def calibrates_itself(net: Any) -> bool:
     """Whether a module is one that the backend compiles, and whose calls it observes until there is a plan."""
     dynamo = sys.modules.get("sqcompile.pytorch.dynamo")

@@ -35,7 +35,9 @@ def token_windows(texts: Iterable[str], tokenizer: Any, length: int = 512, limit
     own = length if bos is None else length - 1
     count = len(stream) // own
     if count == 0:
-        raise ValueError(f"the texts have {len(stream)} tokens, too few for one window of {length}")
+        raise ValueError(
+            f"the texts have {len(stream)} tokens, too few for one window of {length}: pass a smaller length="
+        )
     windows = stream[: count * own].view(count, own)
     if bos is not None:
         windows = torch.cat([torch.full((count, 1), bos), windows], dim=1)

@@ -30,7 +30,7 @@ from torch import Tensor, fx
 from sqcompile.passes.canonical.canonicalize import drops
 from sqcompile.passes.ir.graph import add_op, aten, is_mutable, value
 from sqcompile.passes.ir.operators import DROPOUTS, named
-from sqcompile.passes.ir.record import record, record_readers
+from sqcompile.passes.ir.record import layout, record
 from sqcompile.passes.ir.symbols import statically_known_true
 from sqcompile.pytorch.core import overload_name, schema, storage_id
 
@@ -136,7 +136,7 @@ class _Rewriter:
         self.now: dict[fx.Node, tuple[int, fx.Node]] = {}  # of an owner or a view: after how many writes, and its value
 
     def run(self, writes: list[fx.Node]) -> None:
-        written = set(writes)
+        written, moved = set(writes), set[fx.Node]()  # moved: whose strides are others than before
         for n in list(self.gm.graph.nodes):
             with self.gm.graph.inserting_before(n):
                 if n in written:
@@ -144,9 +144,11 @@ class _Rewriter:
                     continue
                 before = n.args, n.kwargs
                 n.args, n.kwargs = fx.node.map_arg(before, self.latest)
-                if n.op == "call_function" and (n.args, n.kwargs) != before:
+                if n.op == "call_function" and ((n.args, n.kwargs) != before or moved & set(n.all_input_nodes)):
+                    old = layout(value(n))
                     record(self.gm, n)
-                    record_readers(self.gm, n)
+                    if layout(value(n)) != old:
+                        moved.add(n)
             if n in self.parents:
                 self.now[n] = self._count(n), n
         for n in reversed(writes):

@@ -43,7 +43,7 @@ class About:
         merged: shared weights that the lowered graph holds: they live as long as it.
         recorded: memory of `record`.
         values: memory of `labels.interpreter.values_at`.
-        found: memory of analyses (`form.once`), of this graph alone.
+        found: memory of analyses (`form.once`), of this graph alone: answers hold nodes, and so the graph and its tensors.
     """
 
     fake_mode: FakeTensorMode
@@ -91,4 +91,4 @@ def attached(record: About, **changes: Any) -> About:
 def copy_about(old: fx.GraphModule, new: fx.GraphModule) -> None:
     """Gives ``new`` a copy of the record of ``old``; memories of calls are shared, of what is in a graph not."""
     record = about(old)
-    describe_as(new, replace(record, lazy=dict(record.lazy), found={}))
+    describe_as(new, replace(record, lazy=dict(record.lazy), merged=list(record.merged), found={}))

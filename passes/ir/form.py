@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 from torch import Tensor, fx
 
 from sqcompile.passes.ir.about import about
-from sqcompile.passes.ir.graph import get_tensor, value
-from sqcompile.pytorch.core import version
+from sqcompile.passes.ir.graph import get_tensor, state, value
 
 _Found = TypeVar("_Found")
 
@@ -45,20 +44,25 @@ def form(gm: fx.GraphModule) -> list[Any]:
 
 
 def once(analysis: Callable[[fx.GraphModule], _Found]) -> Callable[[fx.GraphModule], _Found]:
-    """An analysis whose answer the graph keeps, until its form, a name or a tensor is another. The answer is not changed."""
+    """An analysis whose answer the graph keeps, until its form, a name or a tensor is another. The answer is not changed.
+
+    Tensors made in inference mode have no version that would tell of a write: with one, nothing is kept.
+    """
 
     @functools.wraps(analysis)
     def answer(gm: fx.GraphModule) -> _Found:
         tensors = [get_tensor(gm, str(n.target)) for n in gm.graph.find_nodes(op="get_attr")]
+        if any(t.is_inference() for t in tensors):
+            return analysis(gm)
         names = [(n.name, n.target if n.op == "get_attr" else None) for n in gm.graph.nodes]
-        now = form(gm), names, [0 if t.is_inference() else version(t) for t in tensors]
+        now = form(gm), names, [state(t) for t in tensors]
         found = about(gm).found
-        if analysis.__name__ in found:
-            before, held, result = found[analysis.__name__]
+        if analysis in found:
+            before, held, result = found[analysis]
             if now == before and all(r() is t for r, t in zip(held, tensors, strict=True)):
                 return result
         result = analysis(gm)
-        found[analysis.__name__] = now, [weakref.ref(t) for t in tensors], result
+        found[analysis] = now, [weakref.ref(t) for t in tensors], result
         return result
 
     return answer

@@ -19,8 +19,8 @@ from torch import Tensor, fx
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.about import about, copy_about
-from sqcompile.passes.ir.record import record
-from sqcompile.pytorch.core import codegen, schema, writes_to_arguments
+from sqcompile.passes.ir.record import record, value
+from sqcompile.pytorch.core import codegen, schema, version, writes_to_arguments
 
 aten = torch.ops.aten
 
@@ -71,11 +71,6 @@ def nodes_by_name(gm: fx.GraphModule) -> dict[str, fx.Node]:
     return {n.name: n for n in gm.graph.nodes}
 
 
-def value(node: fx.Node) -> Any:
-    """What the node holds, as export recorded it: a fake tensor, a SymInt, or a tuple of them."""
-    return node.meta.get("val")
-
-
 def constants(gm: fx.GraphModule) -> set[fx.Node]:
     """The nodes whose value depends on parameters and buffers alone."""
     known: set[fx.Node] = set()
@@ -115,6 +110,11 @@ def set_tensor(gm: torch.nn.Module, name: str, tensor: Tensor) -> None:
         delattr(mod, leaf)
     # Packed oneDNN weights have no storage, so a state_dict could not be saved with them.
     mod.register_buffer(leaf, tensor, persistent=not tensor.is_mkldnn)
+
+
+def state(tensor: Tensor) -> tuple[int, int]:
+    """Version and address of a tensor's values. A tensor made in inference mode has no version."""
+    return (0 if tensor.is_inference() else version(tensor)), tensor.data_ptr()
 
 
 def evaluate(gm: fx.GraphModule, node: fx.Node) -> Tensor:

@@ -9,12 +9,18 @@ from collections.abc import Collection
 
 from torch import fx
 
+from sqcompile.passes.ir.record import substitute
+
 PLANNED = "sqcompile_planned"  # in ``node.meta``: the linear or attention whose result it is, by its name in the plan
 STANDS_FOR = "sqcompile_stands_for"  # in ``node.meta``: the name of the quantized stage's node that has the same value
 
 
 def replace(
-    old: fx.Node, new: fx.Node, readers: Collection[fx.Node] | None = None, result_of: fx.Node | None = None
+    gm: fx.GraphModule,
+    old: fx.Node,
+    new: fx.Node,
+    readers: Collection[fx.Node] | None = None,
+    result_of: fx.Node | None = None,
 ) -> None:
     """Lets what reads ``old`` read ``new``, which has the same value, and marks it so.
 
@@ -22,7 +28,7 @@ def replace(
         readers: those that change over; all by default.
         result_of: the node whose work ``new`` does besides; ``old`` by default.
     """
-    old.replace_all_uses_with(new, delete_user_cb=lambda user: readers is None or user in readers)
+    substitute(gm, old, new, readers)
     new.meta[STANDS_FOR] = old.meta.get(STANDS_FOR, old.name)
     planned = (result_of or old).meta.get(PLANNED)
     if planned is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def record(gm: fx.GraphModule, node: fx.Node) -> None:
     The layers of a model repeat their calls: what a call on the same sizes gave is made anew, not computed again.
     """
     checkpoint()
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
     mode, known, key = about(gm).fake_mode, about(gm).recorded, call_key(node.target, args, kwargs)
     # the Python dispatcher: composite operators in C++ do not all take symbolic sizes
     with mode, enable_python_dispatcher():
@@ -36,9 +37,10 @@ def record(gm: fx.GraphModule, node: fx.Node) -> None:
 def call_key(target: Any, args: Any, kwargs: Any) -> Any:
     """What the value of a call depends on; None where that is more than sizes, dtypes and numbers.
 
-    An operator whose result's size depends on values makes a symbol of its own in each call.
+    An operator whose result, or its size, depends on values makes a symbol of its own in each call.
     """
-    if not isinstance(target, OpOverload) or torch.Tag.dynamic_output_shape in target.tags:
+    values = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+    if not isinstance(target, OpOverload) or values & set(target.tags):
         return None
     leaves, spec = pytree.tree_flatten((args, kwargs))
     key: list[Any] = [target, spec]
@@ -53,10 +55,11 @@ def call_key(target: Any, args: Any, kwargs: Any) -> Any:
     return tuple(key)
 
 
-def substitute(gm: fx.GraphModule, old: fx.Node, new: fx.Node) -> None:
-    """Puts a node in another's place; what reads it is recorded anew where the strides are others."""
-    old.replace_all_uses_with(new)
-    if layout(value_of(new)) != layout(value_of(old)):
+def substitute(gm: fx.GraphModule, old: fx.Node, new: fx.Node, readers: Collection[fx.Node] | None = None) -> None:
+    """Puts a node in another's place, of the same dtype, for some readers, or all; where strides differ, records them anew."""
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: readers is None or user in readers)
+    assert value(new).dtype == value(old).dtype
+    if layout(value(new)) != layout(value(old)):
         record_readers(gm, new)
 
 
@@ -66,11 +69,11 @@ def record_readers(gm: fx.GraphModule, node: fx.Node) -> None:
     What a graph is cut at, and what is returned, is compiled for the strides that are recorded.
     """
     for user in node.users:
-        packed = any(isinstance(value_of(a), Tensor) and value_of(a).is_mkldnn for a in user.all_input_nodes)
+        packed = any(isinstance(value(a), Tensor) and value(a).is_mkldnn for a in user.all_input_nodes)
         if user.op == "call_function" and not packed:  # whose result is dense
-            before = layout(value_of(user))
+            before = layout(value(user))
             record(gm, user)
-            if layout(value_of(user)) != before:
+            if layout(value(user)) != before:
                 record_readers(gm, user)
 
 
@@ -91,5 +94,6 @@ def _shares(x: Tensor, other: Any) -> bool:
     return isinstance(other, Tensor) and not other.is_mkldnn and storage_id(x) == storage_id(other)
 
 
-def value_of(node: fx.Node) -> Any:
+def value(node: fx.Node) -> Any:
+    """What the node holds, as export recorded it: a fake tensor, a SymInt, or a tuple of them."""
     return node.meta.get("val")

@@ -30,7 +30,6 @@ from sqcompile.kernels.targets import Target, TargetOf
 from sqcompile.passes.attention.heads import head_count, same_batch, unrepeated_pair
 from sqcompile.passes.ir.graph import add_op, additive, arguments, aten, value
 from sqcompile.passes.ir.origin import replace
-from sqcompile.passes.ir.record import record_readers
 from sqcompile.passes.ir.symbols import statically_known_true
 
 WIDEST = 256  # head size of the kernel for GPUs
@@ -83,8 +82,7 @@ def _lower_one(
             new = add_op(gm, aten.scaled_dot_product_attention.default, q, k, v, **rest)
         else:
             new = add_op(gm, sqcompile_ops.attention.default, q, k, v, mask, about, args["is_causal"], args["scale"])
-    replace(node, new)
-    record_readers(gm, new)
+    replace(gm, node, new)
     gm.graph.erase_node(node)
 
 

@@ -106,8 +106,8 @@ def _before_views(gm: fx.GraphModule, q: fx.Node) -> fx.Node:
         with gm.graph.inserting_before(min(q, rows)):
             inner = add_op(gm, rows.target, x.args[0])  # type: ignore[arg-type]
             new = add_op(gm, sqcompile_ops.quantize.default, x.args[0], inner if rows is scale else scale)
-            replace(q, add_op(gm, aten.reshape.default, new, sizes))
-            replace(rows, add_op(gm, aten.reshape.default, inner, [*sizes[:-1], 1]))
+            replace(gm, q, add_op(gm, aten.reshape.default, new, sizes))
+            replace(gm, rows, add_op(gm, aten.reshape.default, inner, [*sizes[:-1], 1]))
         gm.graph.erase_node(q)
         gm.graph.erase_node(rows)
         if not x.users:
@@ -249,13 +249,13 @@ def _point(gm: fx.GraphModule, old: fx.Node, new: fx.Node, i: int, keep: set[fx.
     with gm.graph.inserting_after(new):
         item = gm.graph.call_function(operator.getitem, (new, i))
     item.meta["val"] = value(new)[i]
-    replace(old, item, keep)
+    replace(gm, old, item, keep)
 
 
 def _redo(gm: fx.GraphModule, gemm: fx.Node, old: fx.Node, *args: Any) -> None:
     """Puts the GEMM with other arguments, by which it does old's work too, in old's place."""
     with gm.graph.inserting_before(old):
         new = add_op(gm, sqcompile_ops.int8_gemm.default, *args)
-    replace(old, new, result_of=gemm)
+    replace(gm, old, new, result_of=gemm)
     gm.graph.erase_node(old)
     gm.graph.eliminate_dead_code()

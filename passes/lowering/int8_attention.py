@@ -25,7 +25,6 @@ from sqcompile.kernels.targets import TargetOf
 from sqcompile.passes.attention.scores import SAME, Mask, Scores, numbers, read_scores
 from sqcompile.passes.ir.graph import add_op, additive, aten, constants, value
 from sqcompile.passes.ir.origin import replace
-from sqcompile.passes.ir.record import record_readers
 from sqcompile.passes.lowering.float_attention import listed_mask
 
 _ENDS = {sqcompile_ops.attention_weights.default, sqcompile_ops.int8_attend.default}
@@ -65,8 +64,7 @@ def lower_int8_attention(gm: fx.GraphModule, target_of: TargetOf) -> None:
                 gm, sqcompile_ops.int8_attention.default,
                 q, q_scale, k, k_scale, v, v_scale, mask, blocks, diagonal, scores.scale, scores.softcap, value(end).dtype,
             )  # fmt: skip
-        replace(end, new)
-        record_readers(gm, new)
+        replace(gm, end, new)
         gm.graph.erase_node(end)
     gm.graph.eliminate_dead_code()
 

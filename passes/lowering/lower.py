@@ -49,7 +49,6 @@ from sqcompile.passes.ir.graph import (
 )
 from sqcompile.passes.ir.operators import LAYOUT
 from sqcompile.passes.ir.origin import replace
-from sqcompile.passes.ir.record import record_readers
 from sqcompile.passes.lowering.float_attention import lower_attention
 from sqcompile.passes.lowering.fuse import fuse
 from sqcompile.passes.lowering.id_ranges import check_ids
@@ -193,7 +192,6 @@ def _lower_group(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | N
             ]
     for g, part in zip(group, parts, strict=True):
         _replace(gm, g, part)
-        record_readers(gm, part)
 
 
 def _lower_experts(gm: fx.GraphModule, g: _Quantized, shared: Shared | None, target: Target) -> None:
@@ -224,7 +222,7 @@ def _shows_strides(node: fx.Node) -> bool:
 
 def _replace(gm: fx.GraphModule, old: _Quantized, new: fx.Node) -> None:
     """Puts the new node in place of a linear, and drops the linear and its plain int8 weight at once."""
-    replace(old.out, new)
+    replace(gm, old.out, new)
     acc = old.out.args[0]
     assert isinstance(acc, fx.Node)
     weight_cast = acc.args[1]

@@ -14,8 +14,8 @@ from sqcompile.backend.floats import Floats
 from sqcompile.backend.samples import Samples
 from sqcompile.backend.session import Session
 from sqcompile.backend.weights import states, storage_of
-from sqcompile.compiled.stages import state
 from sqcompile.passes.ir.about import about
+from sqcompile.passes.ir.graph import state
 from sqcompile.pytorch.core import storage_expired
 from sqcompile.statistics.observe import Observer
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sqcompile.backend.samples import sample
-from sqcompile.compiled.stages import state
 from sqcompile.errors import StageError
+from sqcompile.passes.ir.graph import state
 from sqcompile.pytorch.core import StorageWeakRef, WeakIdKeyDictionary, version
 
 

@@ -73,9 +73,9 @@ def gemm_table(rows: tuple[int, ...], rep_ms: float) -> list[str]:
             bf16_us = timing.median_us(bf16, rep_ms)
             int_mm_us = None
             if m > 16:
-                int_mm = [functools.partial(int_mm, q, w.t()) for w, _ in weights[:turns]]
-                _require(f"_int_mm {name} M={m}", _error(int_mm[0]()[some], acc), 0.0)
-                int_mm_us = timing.median_us(int_mm, rep_ms)
+                products = [functools.partial(int_mm, q, w.t()) for w, _ in weights[:turns]]
+                _require(f"_int_mm {name} M={m}", _error(products[0]()[some], acc), 0.0)
+                int_mm_us = timing.median_us(products, rep_ms)
             measured.append((name, m, k, n, us, bf16_us, int_mm_us, error))
         del floats, weights
         torch.cuda.empty_cache()

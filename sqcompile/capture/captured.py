@@ -10,6 +10,7 @@ import functools
 import math
 import re
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,6 +129,11 @@ def unread(gm: fx.GraphModule, forward: Forward) -> set[str]:
     return {
         n for n, found in passed.items() if found and all(isinstance(value(x), Tensor) and not x.users for x in found)
     }
+
+
+def contiguous(leaves: Iterable[Any]) -> list[Any]:
+    """Leaves with tensors laid out as those of the captured call were: compiled code does not look."""
+    return [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
 
 
 def flatten_like(call: Call, like: Captured) -> list[Any]:

@@ -39,10 +39,14 @@ class Forward:
     Attributes:
         signature: of its forward.
         implied: the value that an argument has where it is left open, for arguments that are no tensors.
+        config: the model's configuration, as transformers' have one; None without one.
+        name: of the model's class.
     """
 
     signature: inspect.Signature
     implied: Mapping[str, Any]
+    config: Any = None
+    name: str = ""
 
     @staticmethod
     def of(model: nn.Module) -> Forward:
@@ -54,7 +58,7 @@ class Forward:
         for name in ("return_dict", "output_attentions", "output_hidden_states"):
             if implied.get(name) is None and isinstance(getattr(config, name, None), bool):
                 implied[name] = getattr(config, name)
-        return Forward(signature, implied)
+        return Forward(signature, implied, config, type(model).__name__)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """The call in one canonical form, whichever way the user spelled it; what says what is implied is dropped.

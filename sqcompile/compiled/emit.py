@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 
-from sqcompile.capture.captured import flatten_like
+from sqcompile.capture.captured import contiguous, flatten_like
 from sqcompile.capture.inputs import Forward
 from sqcompile.compiled.inductor import compile_regions, flatten, inductor
 from sqcompile.compiled.report import Report
@@ -66,8 +66,7 @@ class CompiledModel(nn.Module):
         except TypeError as e:
             raise CaptureError(f"the call does not fit the model's signature {self.call.signature}: {e}") from e
         leaves = flatten_like(call, self._captured)
-        # compiled code reads its inputs as they lay in the capture, which was contiguous, and does not look
-        used = [x.contiguous() if isinstance(x, Tensor) else x for x in (leaves[i] for i in self._used)]
+        used = contiguous(leaves[i] for i in self._used)
         with torch.no_grad():
             out = self._run(*used)
         return pytree.tree_unflatten(list(out), self._out_spec)

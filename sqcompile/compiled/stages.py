@@ -13,13 +13,12 @@ from torch import Tensor, fx, nn
 
 from sqcompile.errors import StageError
 from sqcompile.kernels.targets import Target
-from sqcompile.passes.ir.about import about, describe_as
-from sqcompile.passes.ir.graph import clone, get_tensor, set_tensor
+from sqcompile.passes.ir.about import about, attached, describe_as
+from sqcompile.passes.ir.graph import clone, get_tensor, set_tensor, state
 from sqcompile.passes.ir.verify import STAGES
 from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan
 from sqcompile.process.lock import compiling
-from sqcompile.pytorch.core import version
 
 
 class Stages(Mapping[str, fx.GraphModule]):
@@ -36,7 +35,7 @@ class Stages(Mapping[str, fx.GraphModule]):
         self.shared = frozenset(n for n in names if n in own)
         self.original = frozenset(names)  # every tensor that came with the capture
         self._constants = {n: get_tensor(traced, n) for n in names - self.shared}
-        self._graph, self._about = _ownerless(clone(traced)), about(traced)
+        self._graph, self._about = _ownerless(clone(traced)), attached(about(traced))
         self._states = {n: state(own[n]) for n in self.shared}
         self._plan, self._target = plan, target
         self._cache: weakref.WeakValueDictionary[str, fx.GraphModule] = weakref.WeakValueDictionary()
@@ -44,12 +43,14 @@ class Stages(Mapping[str, fx.GraphModule]):
     def __getitem__(self, name: str) -> fx.GraphModule:
         if name not in STAGES:
             raise KeyError(f"no stage {name!r}: the stages are {', '.join(STAGES)}")
+        stage = self._cache.get(name)
+        if stage is not None and self._model() is None:
+            return stage  # no one can change its tensors any more
         own = self._own()  # what is kept of a stage is over the model's own tensors, too
-        if name not in self._cache:
+        if stage is None:
             with compiling():
                 self._cache[name] = stage = rewrite(self._traced(own), self._plan, until=name, target=self._target)
-            return stage
-        return self._cache[name]
+        return stage
 
     def __iter__(self) -> Iterator[str]:
         return iter(STAGES)
@@ -84,11 +85,6 @@ def _ownerless(gm: fx.GraphModule) -> fx.Graph:
     """The module's graph, which no longer keeps the module alive, and so the model's tensors."""
     gm.graph.owning_module = None
     return gm.graph
-
-
-def state(tensor: Tensor) -> tuple[int, int]:
-    """Version and address of a tensor's values. A tensor made in inference mode has no version."""
-    return (0 if tensor.is_inference() else version(tensor)), tensor.data_ptr()
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

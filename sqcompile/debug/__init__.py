@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from sqcompile.api import analyse, target_for
-from sqcompile.capture.captured import flatten_like
+from sqcompile.capture.captured import contiguous, flatten_like
 from sqcompile.capture.inputs import Call, as_call
 from sqcompile.capture.trace import trace
 from sqcompile.compiled.walk import without_autocast
@@ -137,8 +137,7 @@ def _compare(
 
 
 def _arguments(call: Call, traced: fx.GraphModule) -> list[Any]:
-    leaves = flatten_like(call, about(traced).calls)
-    return [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
+    return contiguous(flatten_like(call, about(traced).calls))
 
 
 def _check_inputs(inputs: Any) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sqcompile.capture.inputs import Call, Reader
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.errors import CalibrationError, EvaluationError, StageError
-from sqcompile.evaluation.compared import KINDS, Tokens
+from sqcompile.evaluation.compared import KINDS, Signs, Tokens
 from sqcompile.evaluation.data import LENGTH, batches
 from sqcompile.evaluation.layers import layer_errors
 from sqcompile.evaluation.measure import MODELS, Measure
@@ -25,7 +25,7 @@ from sqcompile.evaluation.result import Evaluation, LayerError
 from sqcompile.evaluation.runs import Run, evaluating, forward_of, original
 from sqcompile.evaluation.scores import mean_and_error
 from sqcompile.process.interrupts import deferred, each_at_once
-from sqcompile.results import calibrates_itself
+from sqcompile.results import calibrates_itself, is_quantized
 
 __all__ = ["Evaluation", "LayerError", "evaluate"]
 
@@ -51,22 +51,22 @@ def evaluate(
 
     - next_token: logits [batch, tokens, vocabulary] for token ids [batch, tokens] (or for labels of that size). Of models
       of this kind alone perplexity can be told without a float model. A plain tensor counts as logits if its last dim is
-      larger than every token id.
+      the configuration's vocabulary or, without a configuration, larger than every token id.
     - tokens: other logits [batch, tokens, classes], as transformers' MaskedLMOutput and TokenClassifierOutput have them:
       KL divergence and top-1 agreement of each token's own distribution.
-    - classes: logits or a plain tensor [batch, classes]: the same of each row.
+    - classes: logits or a plain tensor [batch, classes]: the same of each row. One of the token ids' sizes is none.
     - outputs: anything else: relative error and cosine of all tensors in floating point.
 
     Logits are what the output has under this name. Padding never counts: what ``attention_mask`` (of a decoder's tokens
-    ``decoder_attention_mask``) has as 0, what stands right after it, and what ``labels`` have as -100. Labels are those of
-    transformers, not shifted. Neither model is changed; both are run in eval mode.
+    ``decoder_attention_mask``) has as 0, what stands right after it, and what ``labels`` have as -100. Padding of which
+    neither has the length of the outputs is refused. Labels are those of transformers, not shifted. Neither model is changed; both are run in eval mode.
 
     Args:
         model: what `sqcompile.compile` gave, what ``torch.compile(model, backend="smoothquant")`` gave, or any module.
         data: text, a str or a list of them; token ids, int64 [windows, length] or a list of rows; or a loader or list of
             batches, each a tensor, a tuple of arguments or a dict of keyword arguments, as for calibration. Batches are
             moved to the model's device.
-        against: the float model; or an `Evaluation` of it on the same data, which saves running it again and gives the
+        against: the float model, not compiled to INT8 in place; or an `Evaluation` of it on the same data, which saves running it again and gives the
             paired increase of perplexity, and nothing else.
         tokenizer: of text. Windows are cut as by `sqcompile.lm.token_windows`.
         length: tokens in a window of text; 512, or as many as the model's configuration allows, if None.
@@ -84,6 +84,7 @@ def evaluate(
     Raises:
         EvaluationError: for data or models that cannot be evaluated; the message names what to do.
         SQCompileError: what a compiled model itself raises.
+        torch.OutOfMemoryError: of a device.
         KeyboardInterrupt: for Ctrl-C, when the call at hand is done; a second one is raised at once.
     """
     beside = against if isinstance(against, nn.Module) else None
@@ -93,24 +94,27 @@ def evaluate(
         data, reader, tokenizer, _length(model, beside) if length is None else length, limit, batch_size
     )
     runs = [Run(m, what) for m, what in zip((model, beside), MODELS, strict=True) if m is not None]
-    measure, calls = Measure(compare), list[Call]()
+    measure = Measure(compare, Signs.of(reader.forward))
+    calls = list[Call]()
+    if _calibrates(model):
+        raise EvaluationError(f"{_CALIBRATES}: {_CALIBRATE}")
     with deferred(), torch.no_grad(), evaluating([r.model for r in runs]):
         with tqdm(desc="evaluate", unit="batch", total=total, disable=not progress, leave=False) as bar:
             for i, batch in enumerate(each_at_once(found)):
-                if limit is not None and measure.windows >= limit:
-                    break
                 if isinstance(batch, (str, bytes)):
                     raise EvaluationError("data gives text: pass a list of it, list(data), and the model's tokenizer")
                 call = reader.call(batch, i)
-                tokens = Tokens.of(batch, call)
+                tokens = Tokens.of(batch, call, reader.rows)
                 outs = [run(call, 0 if tokens.ids is None else tokens.ids.numel(), i) for run in runs]
-                if i == 0 and calibrates_itself(model):
-                    raise EvaluationError(_CALIBRATES)
+                if i == 0 and _calibrates(model):
+                    raise EvaluationError(f"{_CALIBRATES}, of which it has seen a batch: {_RESET}{_CALIBRATE}")
                 measure.add(outs, tokens, i)
                 del outs  # logits of the next batch would lie beside them
                 if len(calls) < _CALLS:
                     calls.append(call)
                 bar.update()
+                if limit is not None and measure.windows >= limit:
+                    break  # before the loader makes another one
         result = _result(measure, runs, against)
         left_out = _without_layers(model, beside) if layers else "layers=False"
         if left_out is None:
@@ -118,10 +122,14 @@ def evaluate(
     return dataclasses.replace(result, without_layers=left_out)
 
 
-_CALIBRATES = (
-    "the model still calibrates itself, and would do so on the evaluation data, of which it has seen a batch: call it on "
-    "calibration data first, more often than its calibration_steps, or compile it with options={'plan': plan}"
-)
+_CALIBRATES = "the model still calibrates itself, and would do so on the evaluation data"
+_RESET = "torch.compiler.reset() has it forget that. Then "
+_CALIBRATE = "call it on calibration data first, more often than its calibration_steps, or compile it with options={'plan': plan}"
+
+
+def _calibrates(model: nn.Module) -> bool:
+    """Whether a model, or a part of it that was compiled alone, has no plan yet; unknown before its first call."""
+    return calibrates_itself(model) or any(calibrates_itself(m) for m in original(model).modules())
 
 
 def _check(model: Any, against: Any, compare: str) -> None:
@@ -130,6 +138,8 @@ def _check(model: Any, against: Any, compare: str) -> None:
         raise EvaluationError(f"the model is a {type(model).__name__}: pass an nn.Module")
     if not isinstance(against, (nn.Module, Evaluation, type(None))):
         raise EvaluationError(f"against is a {type(against).__name__}: pass the float model, or an Evaluation of it")
+    if isinstance(against, nn.Module) and is_quantized(against):
+        raise EvaluationError("against is quantized itself, or a layer of it is: load the float model once more")
     if compare not in ("auto", *KINDS):
         raise EvaluationError(f"compare={compare!r}: choose one of auto, {', '.join(KINDS)}")
 
@@ -139,7 +149,7 @@ def _reader(model: nn.Module) -> Reader:
 
 
 def _length(model: nn.Module, beside: nn.Module | None) -> int:
-    config = getattr(original(model if beside is None else beside), "config", None)
+    config = forward_of(model if beside is None else beside).config
     most = getattr(config, "max_position_embeddings", None)
     return min(LENGTH, most) if isinstance(most, int) and most >= 2 else LENGTH
 
@@ -173,7 +183,7 @@ def _perplexities(measure: Measure, counts: torch.Tensor, against: Any) -> dict[
     values: dict[str, Any] = {"checksum": measure.checksum(), "losses": mine / counts}
     values["perplexity"], values["perplexity_error"] = _exp(*mean_and_error(mine, counts))
     if isinstance(against, Evaluation):
-        if against.losses is None or against.checksum != values["checksum"] or len(against.counts) != len(counts):
+        if against.losses is None or against.checksum != values["checksum"] or not torch.equal(against.counts, counts):
             raise EvaluationError("against is an Evaluation of other data: evaluate the float model on this data")
         other = against.losses * against.counts
     elif measure.has("other_loss"):
@@ -188,7 +198,7 @@ def _perplexities(measure: Measure, counts: torch.Tensor, against: Any) -> dict[
 
 def _exp(mean: float, error: float) -> tuple[float, float]:
     """exp of a mean, and its standard error."""
-    value = math.exp(mean) if mean < 700 else math.inf
+    value = math.inf if mean >= 700 else math.exp(mean)  # NaN of NaN: of two infinite losses there is no difference
     return value, value * error
 
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
-from sqcompile.capture.captured import flatten_like
+from sqcompile.capture.captured import contiguous, flatten_like
 from sqcompile.capture.inputs import Call
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.compiled.walk import values, without_autocast
+from sqcompile.errors import StageError
 from sqcompile.evaluation.result import LayerError
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import find_linears
@@ -55,8 +56,7 @@ def layer_errors(compiled: CompiledModel, calls: Sequence[Call], progress: bool)
         for call in calls:
             if all(seen[2] >= ROWS for seen in sums.values()):
                 break
-            leaves = flatten_like(call, about(graphs[0]).calls)
-            arguments = [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
+            arguments = contiguous(flatten_like(call, about(graphs[0]).calls))
             padding.start(arguments)
             runs = [_Outputs(gm, arguments, names) for gm, names in zip(graphs, named, strict=True)]
             for l in linears:
@@ -77,7 +77,10 @@ class _Outputs:
 
     def take(self, name: str) -> Tensor:
         while name not in self._kept:
-            node, value = next(self._run)
+            step = next(self._run, None)
+            if step is None:
+                raise StageError(f"the linear {name} is not in all stages: its outputs cannot be compared")
+            node, value = step
             if node.name in self._names:
                 self._kept[self._names[node.name]] = value
         return self._kept.pop(name)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sqcompile.errors import EvaluationError
-from sqcompile.evaluation.compared import Tokens, in_words, kind_of, logits_of, tensors_of
+from sqcompile.evaluation.compared import Signs, Tokens, in_words, kind_of, logits_of, tensors_of
 from sqcompile.evaluation.scores import add_to, divergence, parts, vectors
 
 MODELS = ("the model", "the float model")
@@ -26,11 +26,12 @@ class Measure:
         windows: how many there are, those without anything that counts included.
     """
 
-    def __init__(self, asked: str) -> None:
+    def __init__(self, asked: str, signs: Signs) -> None:
+        """``asked`` is a kind or "auto"; ``signs`` are those of the float model, or of the one that there is."""
         self.kind: str | None = None
         self.words = ""
         self.windows = 0
-        self._asked = asked
+        self._asked, self._signs = asked, signs
         self._sums: dict[str, list[Tensor]] = {}
         self._hash = hashlib.sha256()
 
@@ -41,7 +42,7 @@ class Measure:
             EvaluationError: for outputs that cannot be compared, or that hold NaN.
         """
         if self.kind is None:
-            self.kind = kind_of(outs[-1], tokens, self._asked)
+            self.kind = kind_of(outs[-1], tokens, self._asked, self._signs)
             self.words = in_words(self.kind, outs[-1])
             if len(outs) == 1 and self.kind != "next_token":
                 raise EvaluationError(
@@ -62,7 +63,7 @@ class Measure:
         return name in self._sums
 
     def checksum(self) -> str:
-        """Of the predicted tokens: what is the same for the same data, however it is batched and padded."""
+        """Of the tokens that are read and predicted: the same for the same data, however it is batched and padded."""
         return self._hash.hexdigest()
 
     def _found(self, out: Any, what: str) -> Tensor:
@@ -91,12 +92,14 @@ class Measure:
                 raise EvaluationError(
                     f"the model's logits are {list(logits[0].shape)}, those of the float model {list(x.shape)}"
                 )
+        tokens.check_padding([shape])
         target, counted = self._counted(tokens, shape, device)
         where = counted.flatten().nonzero().flatten()
         if target is not None:
+            for identity in tokens.identities(target, counted):
+                self._hash.update(identity)
             target = target.flatten()[where]
             self._check_ids(target, size, batch)
-            self._hash.update(target.cpu().numpy().tobytes())
         names = ["count", *(["loss", "other_loss"][: len(logits)] if target is not None else [])]
         sums = self._start(shape[0], device, names + ["kl", "same"] * (len(logits) - 1))
         flat, each, at = [x.flatten(0, -2) for x in logits], counted.shape[1:].numel(), 0
@@ -130,7 +133,8 @@ class Measure:
             worst = int(target.max()) if int(target.max()) >= size else int(target.min())
             raise EvaluationError(
                 f"batch {batch} has the token {worst}, and the model's logits are of {size}: use the model's own tokenizer, "
-                "and labels of -100 for what does not count"
+                "and labels of -100 for what does not count; where the logits are of each token itself and predict none, "
+                "compare='tokens'"
             )
 
     def _check_numbers(self, firsts: Sequence[Tensor], rows: Tensor, each: int, batch: int) -> None:
@@ -148,9 +152,15 @@ class Measure:
             raise EvaluationError(
                 "the model gives {}, and the float model {}: there is nothing to compare".format(*given)
             )
+        of_tokens = _of_tokens(outs[0], tokens)
+        sizes = [x.shape[:2] for _, x in mine if x.dim() == 3 or x is of_tokens]
+        if sizes:
+            tokens.check_padding(sizes)
         device, windows = mine[0][1].device, max(len(x) if x.dim() else 1 for _, x in mine)
         sums = self._start(windows, device, ["count", "noise", "signal", "cosine"])
         for (name, x), (_, y) in zip(mine, others, strict=True):
+            if x is of_tokens:
+                x, y = (z.masked_fill(~tokens.real(z.shape, z.device), 0) for z in (x, y))
             (x, each), (y, _) = vectors(x), vectors(y)
             counted = tokens.real(torch.Size((len(x) // each, each)), x.device)
             for rows in parts(counted.flatten().nonzero().flatten(), x.shape[-1]):
@@ -164,6 +174,23 @@ class Measure:
                 add_to(sums["signal"], window, want.square().sum(-1))
                 add_to(sums["cosine"], window, torch.where(noise == 0, 1.0, F.cosine_similarity(got, want, dim=-1)))
         self._finish(sums)
+
+
+def _of_tokens(out: Any, tokens: Tokens) -> Tensor | None:
+    """The logits in an output where they are a number for each token, [batch, tokens].
+
+    Raises:
+        EvaluationError: if there is padding, and they may as well be a vector for each of the batch.
+    """
+    x, named = logits_of(out)
+    if x is None or tokens.ids is None or x.shape != tokens.ids.shape:
+        return None
+    if not named and not bool(tokens.real(x.shape, x.device).all()):
+        raise EvaluationError(
+            f"the output {list(x.shape)} has the sizes of the token ids, and whether it is a number for each token, of which "
+            "some are padding, does not show: pass batches without padding, or of another length"
+        )
+    return x
 
 
 def _nan(what: str, name: str, place: str) -> str:

@@ -53,13 +53,13 @@ class Evaluation:
         cosine: of such outputs: mean cosine between vectors and the float model's; ``cosine_error``.
         layers: of each quantized linear, in graph order; None where it was not measured.
         without_layers: why not, in words; "" if it was.
-        tokens_per_second: wall time of calls of the model, the median over batches but the first, padding included;
-            None of a single batch or without token ids.
+        tokens_per_second: wall time of calls of the model, the median over batches but the first of each size, padding
+            included; None if there are no others, or without token ids.
         float_tokens_per_second: the float model's.
         losses: mean cross entropy of each window, nats a token, float64 [windows].
         float_losses: the float model's.
         counts: predictions of each window that were counted, float64 [windows].
-        checksum: of the predicted tokens, the same however they are batched.
+        checksum: of the tokens that are read and predicted, the same however they are batched and padded.
     """
 
     compared: str
@@ -102,12 +102,14 @@ class Evaluation:
         beside = self.float_perplexity is not None or self.float_tokens_per_second is not None
         mine = _number(self.perplexity, self.perplexity_error, ".3f")
         other = _number(self.float_perplexity, self.float_perplexity_error, ".3f")
-        speeds = [f"{s:,.0f}" if s is not None else "" for s in (self.tokens_per_second, self.float_tokens_per_second)]
-        if mine or any(speeds):
+        both = self.tokens_per_second, self.float_tokens_per_second
+        timed = bool(mine) or any(s is not None for s in both)
+        speeds = ["not measured" if s is None else f"{s:,.0f}" for s in both]
+        if timed:
             yield ("", "model", "float model") if beside else ("", "model")
         if mine:
             yield ("perplexity", mine, other) if beside else ("perplexity", mine)
-        if any(speeds):
+        if timed:
             yield ("tokens/s, wall time", *speeds[: 1 + beside])
         if self.increase is not None:
             yield "perplexity increase, %", _number(self.increase, self.increase_error, "+.3f")
@@ -134,6 +136,8 @@ class Evaluation:
 def _number(value: float | None, error: float | None, form: str) -> str:
     if value is None or error is None:
         return ""
+    if math.isnan(value):
+        return "not defined"
     return f"{value:{form}} ± {'?' if math.isnan(error) else format(error, form.replace('+', ''))}"
 
 

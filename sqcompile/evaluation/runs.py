@@ -60,29 +60,33 @@ class Run:
         self.device = next((t.device for t in tensors), torch.device("cpu"))
         self._parameters = forward_of(model).signature.parameters
         self._speeds: list[float] = []
+        self._sizes: set[tuple[torch.Size, ...]] = set()  # of the tensors of calls so far
 
     def __call__(self, call: Call, tokens: int, batch: int) -> Any:
         """The model's output.
 
         Raises:
-            EvaluationError: if the model refuses the call. Errors of sqcompile stay what they are.
+            EvaluationError: if the model refuses the call. Errors of sqcompile stay what they are, and so does
+                torch.OutOfMemoryError.
         """
         checkpoint()
         args, kwargs = self.moved(call)
+        leaves = pytree.tree_leaves((args, kwargs))
         # as the model is captured: a KV cache is not for windows that are read whole
+        default = {n: p.default for n, p in self._parameters.items()}
         fixed = {"use_cache": False} if "use_cache" in self._parameters and "use_cache" not in kwargs else {}
-        first = [
-            kwargs.pop(n) if n in kwargs else self._parameters[n].default for n in call.positional if n not in fixed
-        ]
+        first = [next(of.pop(n) for of in (kwargs, fixed, default) if n in of) for n in call.positional]
         start = self._now()
         try:
             out = self.model(*first, *args, **kwargs, **fixed)
-        except SQCompileError:
+        except (SQCompileError, torch.OutOfMemoryError):
             raise
         except Exception as e:
             raise EvaluationError(f"{self.what} refuses batch {batch}: {type(e).__name__}: {first_line(e)}") from e
-        if batch and tokens:
-            self._speeds.append(tokens / max(self._now() - start, 1e-9))
+        seconds, sizes = self._now() - start, tuple(x.shape for x in leaves if isinstance(x, Tensor))
+        if tokens and sizes in self._sizes:  # a model may be compiled for sizes that it has not met
+            self._speeds.append(tokens / max(seconds, 1e-9))
+        self._sizes.add(sizes)
         return out
 
     def moved(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -90,7 +94,7 @@ class Run:
         return pytree.tree_map_only(Tensor, lambda x: x.to(self.device), (call.args, call.kwargs))
 
     def speed(self) -> float | None:
-        """Median tokens a second over the batches but the first, in which models are compiled."""
+        """Median tokens a second over the batches but the first of each size; None if there are no others."""
         return statistics.median(self._speeds) if self._speeds else None
 
     def _now(self) -> float:

@@ -4,6 +4,7 @@ name                        what for                                            
 OptimizedModule             what torch.compile makes of a module                                     2.11, 2.13
 original                    the module that it was made of                                           2.11, 2.13
 backend_of                  the backend that it was compiled with                                    2.11, 2.13
+backend_of_function         the backend that a function was compiled with                            2.11, 2.13
 compiled_form               a function as the backend of an OptimizedModule compiles it              2.11, 2.13
 compile_lock                Dynamo's lock: one compilation at a time, ours included                  2.11, 2.13
 config                      recompile_limit, and what torch.compile(dynamic=...) sets                2.11, 2.13
@@ -49,6 +50,7 @@ __all__ = [
     "UnspecializeRestartAnalysis",
     "aot_export_module",
     "backend_of",
+    "backend_of_function",
     "cache_entries",
     "compile_lock",
     "compiled_form",
@@ -76,7 +78,17 @@ def original(compiled: OptimizedModule) -> Any:
 
 def backend_of(compiled: OptimizedModule) -> Any:
     """The backend as a function, out of what Dynamo has put around it: whatever its name and options."""
-    callback: Any = getattr(compiled.dynamo_ctx, "callback", None)
+    return _unwrapped(getattr(compiled.dynamo_ctx, "callback", None))
+
+
+def backend_of_function(function: Callable[..., Any] | None) -> Any:
+    """The same of a function that torch.compile gave, as ``Module.compile`` keeps one; None of any other."""
+    names, cells = getattr(getattr(function, "__code__", None), "co_freevars", ()), getattr(function, "__closure__", ())
+    found = dict(zip(names, cells or (), strict=True))
+    return _unwrapped(found["callback"].cell_contents) if "callback" in found else None
+
+
+def _unwrapped(callback: Any) -> Any:
     while hasattr(callback, "_torchdynamo_orig_backend"):
         callback = callback._torchdynamo_orig_backend
     return getattr(callback, "compiler_fn", callback)

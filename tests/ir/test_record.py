@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -14,9 +16,11 @@ from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.form import form
-from sqcompile.passes.ir.graph import add_op, aten, value
+from sqcompile.passes.ir.graph import add_op, aten, clone, get_tensor, value
 from sqcompile.passes.labels import values
 from sqcompile.passes.labels.match import match
+from sqcompile.passes.rewrite.weight_store import Shared, held
+from sqcompile.pipeline import rewrite
 
 
 class Twice(nn.Module):
@@ -73,6 +77,34 @@ def test_a_graph_that_changed_is_executed_anew() -> None:
     relu.target = aten.exp.default
     assert match(gm)[0] == []
     assert all(about(gm).values[k][1] is not v[1] for k, v in kept.items())
+
+
+def test_what_is_matched_once_is_kept_until_a_tensor_is_written_to() -> None:
+    gm = traced()
+    first = match(gm)
+    assert match(gm) is first and match(clone(gm)) is not first
+    with torch.no_grad():
+        get_tensor(gm, "a.weight").mul_(2)
+    assert match(gm) is not first
+
+
+def test_tensors_without_a_version_are_matched_each_time() -> None:
+    with torch.inference_mode():
+        model = Twice().eval()
+    gm = trace(model, as_call(model, torch.randn(3, 5, 8)))
+    assert match(gm) is not match(gm)
+
+
+def test_lowered_graphs_hold_weights_of_their_own() -> None:
+    model = tiny_lm("llama")
+    plan = sqcompile.calibrate(model, token_batches(1), progress=False)
+    gm = trace(model, as_call(model, token_batches(1)[0]))
+    lowered = rewrite(gm, plan, "lowered", Shared(id, lambda key: None))
+    weights = [weakref.ref(w) for w in held(lowered)]
+    assert weights and not held(gm)
+    del lowered
+    gc.collect()
+    assert all(w() is None for w in weights)
 
 
 def test_a_number_of_another_type_is_another_graph() -> None:

@@ -9,6 +9,8 @@ from golden_cases import graph
 
 import sqcompile
 from sqcompile import StageError
+from sqcompile.capture.inputs import as_call
+from sqcompile.capture.trace import trace
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.graph import aten, nodes_by_name, set_tensor, value
 from sqcompile.passes.ir.verify import verify
@@ -61,6 +63,22 @@ def test_damage_is_found_where_it_is(kind):
     damage(gm, nodes_by_name(gm))
     with pytest.raises(StageError, match=f"traced: .*{message}"):
         verify(gm, "traced")
+
+
+def test_numbers_that_are_read_from_values_are_each_calls_own():
+    """`item` gives a new symbol at each call, which says nothing of the one that is recorded."""
+
+    class Reads(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(8, 8)
+
+        def forward(self, x, n):
+            return self.fc(x) * n.max().item()
+
+    model, inputs = Reads().eval(), (torch.randn(2, 3, 8), torch.tensor([2, 3]))
+    gm = trace(model, as_call(model, inputs))
+    assert verify(gm, "traced") is gm
 
 
 def test_only_tests_compute_values_again(monkeypatch):

@@ -7,11 +7,10 @@ import logging
 import re
 import subprocess
 import sys
-import threading
-import types
 
 import pytest
 import torch
+from pytorch_cases import Net, exported
 from torch import Tensor, fx, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -20,11 +19,7 @@ from sqcompile.pytorch import core, dynamo, inductor, symbolic
 MODULES = {m.__name__.rpartition(".")[2]: m for m in (core, symbolic, dynamo, inductor)}
 aten = torch.ops.aten
 
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -55,29 +50,6 @@ def test_what_importing_does_not_import(module, unwanted):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
-class _Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.fc(x)
-
-
-def _exported(*, out=lambda y: y):
-    class Net(_Net):
-        def forward(self, x):
-            return out(self.fc(x["tokens"]))
-
-    rows = torch.export.Dim("rows", min=2, max=64)
-    x = {"tokens": torch.randn(3, 4)}
-    return torch.export.export(Net(), (x,), dynamic_shapes=({"tokens": {0: rows}},))
-
-
-def _symbolic_size():
-    return next(n for n in _exported().graph.nodes if n.name == "linear").meta["val"].shape[0]
-
-
 # core
 
 
@@ -104,7 +76,7 @@ def test_operators_and_nested_graphs_are_told_apart():
 
 
 def test_an_exported_graph_has_the_pytrees_of_its_call():
-    gm = _exported(out=lambda y: {"y": y}).module()
+    gm = exported(out=lambda y: {"y": y}).module()
     info = core.codegen(gm.graph).pytree_info
     assert info.in_spec == core.pytree.tree_structure((({"tokens": 0},), {}))
     assert info.out_spec == core.pytree.tree_structure({"y": 0})
@@ -204,7 +176,7 @@ def test_buffer_hooks():
 
 
 def test_a_compiled_module_calls_what_it_was_given():
-    net, x = _Net(), torch.randn(2, 4)
+    net, x = Net(), torch.randn(2, 4)
     assert core.compiled_call(net) is None
     core.set_compiled_call(net, lambda x: "compiled")
     assert net(x) == "compiled" and core.compiled_call(net)(x) == "compiled"
@@ -214,12 +186,12 @@ def test_a_compiled_module_calls_what_it_was_given():
 
 def test_export_keeps_what_export_proxies_empties():
     core.EXPORT_PROXIES.clear()
-    _exported()
+    exported()
     assert core.EXPORT_PROXIES
 
 
 def test_loggers_of_captures():
-    _exported()
+    exported()
     importlib.import_module("torch._export")
     assert all(name in logging.root.manager.loggerDict for name in core.CAPTURE_LOGGERS)
 
@@ -234,166 +206,3 @@ def test_products():
     x, w = torch.randn(16, 32).to(torch.float8_e4m3fn), torch.randn(16, 32).to(torch.float8_e4m3fn)
     y = core.scaled_mm(x, w.t(), torch.tensor(2.0), torch.tensor(3.0), out_dtype=torch.float32)
     torch.testing.assert_close(y, 6 * x.float() @ w.float().t(), rtol=1e-5, atol=1e-5)
-
-
-# symbolic
-
-
-def test_sizes_as_expressions():
-    size = _symbolic_size()
-    assert symbolic.statically_known_true(size >= 2) and not symbolic.statically_known_true(size >= 3)
-    assert symbolic.own_expression(size).is_symbol and size.node.expr == symbolic.own_expression(size)
-    assert symbolic.PythonPrinter().doprint(size.node.expr * 2) == f"2*{size}"
-    assert symbolic.free_unbacked_symbols(torch.zeros(3)) == set()
-
-
-def test_an_own_expression_is_the_one_before_what_was_learned():
-    class Doubled(nn.Module):
-        def forward(self, x, y):
-            return x + torch.cat([y, y])
-
-    rows = torch.export.Dim("rows", min=2, max=64)
-    arguments = torch.randn(6, 4), torch.randn(3, 4)
-    exported = torch.export.export(Doubled(), arguments, dynamic_shapes=({0: 2 * rows}, {0: rows}))
-    x, y = (n.meta["val"].shape[0] for n in exported.graph.find_nodes(op="placeholder"))
-    assert x.node.expr == 2 * y.node.expr and symbolic.own_expression(x).is_symbol
-
-
-def test_what_remembers_sizes_can_forget():
-    assert [m for m in vars(symbolic.ShapeEnv).values() if hasattr(m, "cache_clear")]
-    core.FakeTensorMode.cache_clear()
-
-
-# dynamo
-
-
-def test_a_compiled_module_leads_to_its_model_and_backend():
-    def backend(gm, inputs, **options):
-        return gm.forward
-
-    net, x = _Net(), torch.randn(2, 4)
-    for compiled in (torch.compile(net, backend=backend), torch.compile(net, backend=backend, options={"a": 1})):
-        assert isinstance(compiled, dynamo.OptimizedModule) and dynamo.original(compiled) is net
-        assert dynamo.backend_of(compiled) is backend
-        compiled(x)
-        assert dynamo.backend_of(compiled) is backend
-        assert torch.equal(dynamo.compiled_form(compiled, core.call_impl.__get__(net))(x), net(x))
-
-
-def test_what_a_backend_sees():
-    found = {}
-
-    def backend(gm, inputs):
-        frame = dynamo.frame_being_compiled()
-        found["code"], found["locals"] = frame.f_code, set(frame.f_locals)
-        found["entries"] = dynamo.cache_entries(frame.f_code)
-        for e in found["entries"]:
-            found["fits"] = e.guard_manager.check(frame.f_locals)
-            assert hasattr(e.guard_manager, "id_matched_objs")
-        found["targets"] = {n.target for n in gm.graph.nodes}
-        other = threading.Thread(target=lambda: found.update(free=dynamo.compile_lock.acquire(blocking=False)))
-        other.start()
-        other.join()
-        found["frames"] = []
-        f = sys._getframe()
-        while f is not None:
-            found["frames"] += [set(v.f_locals) for v in f.f_locals.values() if isinstance(v, dynamo.InterpreterFrame)]
-            f = f.f_back
-        return gm.forward
-
-    def function(x):
-        with torch.no_grad():
-            return x.data * 2
-
-    compiled = torch.compile(function, backend=backend, dynamic=False)
-    compiled(torch.ones(3))
-    assert found["code"] is function.__code__ and found["locals"] == {"x"} and found["entries"] == []
-    assert dynamo.get_data in found["targets"] and dynamo.set_grad_enabled in found["targets"]
-    assert found["free"] is False
-    assert {"x"} in found["frames"]
-    compiled(torch.ones(4))
-    assert len(found["entries"]) == 1 and found["fits"] is False
-
-
-def test_a_backend_can_have_dynamo_trace_again():
-    class Again(dynamo.TensorifyScalarRestartAnalysis, dynamo.UnspecializeRestartAnalysis):
-        pass
-
-    seen = []
-
-    def backend(gm, inputs):
-        fakes = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")]
-        seen.extend(f.shape[0] for f in fakes if isinstance(f, Tensor))
-        if len(seen) == 1:
-            dynamo.maybe_mark_dynamic(x, 0)
-            raise Again(restart_reason="test")
-        return gm.forward
-
-    x = torch.ones(3)
-    assert dynamo.marked_dynamic(x) == set()
-    torch.compile(lambda x: x * 2, backend=backend)(x)
-    assert dynamo.marked_dynamic(x) == {0}
-    assert seen[0] == 3 and [type(s) for s in seen] == [int, torch.SymInt]
-
-
-def test_static_addresses():
-    x = torch.zeros(2)
-    assert not dynamo.has_static_address(x) and not dynamo.has_static_address(3)
-    dynamo.mark_static_address(x)
-    assert dynamo.has_static_address(x)
-
-
-def test_settings_of_dynamo():
-    assert dynamo.config.recompile_limit == 8
-    assert dynamo.config.assume_static_by_default and dynamo.config.automatic_dynamic_shapes
-
-
-def test_transforms_that_were_entered_can_be_left():
-    from torch._C._functorch import _vmap_increment_nesting
-
-    before = len(dynamo.functorch_interpreters())
-    _vmap_increment_nesting(2, "error")
-    assert len(dynamo.functorch_interpreters()) == before + 1
-    dynamo.pop_functorch_interpreter()
-    assert len(dynamo.functorch_interpreters()) == before
-
-
-def test_aot_export_module_gives_operators_and_what_is_written():
-    class Net(_Net):
-        def forward(self, x, cache):
-            y = self.fc(x)
-            cache.copy_(y)
-            return (y * 2,)
-
-    net, mode = Net(), core.FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(torch.zeros(2, 4)) for _ in range(2)]
-    with torch.no_grad(), mode:
-        gm, signature = dynamo.aot_export_module(net, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
-    names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
-    assert aten.linear.default in {n.target for n in gm.graph.nodes}
-    assert list(signature.inputs_to_parameters.items()) == list(zip(names, ["fc.weight", "fc.bias"], strict=False))
-    assert list(signature.user_inputs_to_mutate.values()) == [names[3]]
-    assert not signature.inputs_to_buffers | signature.buffers_to_mutate | signature.parameters_to_mutate
-
-
-# inductor
-
-
-def test_inductor_compiles_a_graph_without_dynamo():
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    graph.output((graph.call_function(aten.mul.Tensor, (x, 2)),))
-    mode = core.FakeTensorMode()
-    before = len(inductor.PyCodeCache.modules)
-    options = {"freezing": True, "triton.cudagraphs": False, "size_asserts": False, "alignment_asserts": False}
-    with torch.no_grad(), inductor.config.patch(options), core.tracing(core.TracingContext(mode)):
-        run = inductor.compile_fx(fx.GraphModule(nn.Module(), graph), [mode.from_tensor(torch.zeros(3))])
-    (y,) = run(torch.ones(3))
-    assert torch.equal(y, torch.full((3,), 2.0))
-    assert all(isinstance(m, types.ModuleType) for m in inductor.PyCodeCache.modules[before:])
-    assert len(inductor.PyCodeCache.modules) > before
-
-
-def test_inductor_builds_cpp():
-    library = inductor.CppCodeCache.load('extern "C" int sqcompile_seven() { return 7; }', device_type="cpu")
-    assert library.sqcompile_seven() == 7

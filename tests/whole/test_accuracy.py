@@ -14,6 +14,7 @@ from torch import nn
 
 import sqcompile
 from sqcompile import PRESETS as ALL
+from sqcompile.evaluation.scores import mean_and_error
 
 # What is held here is INT8 linears'; test_attention_int8 holds what attention costs beyond them.
 PRESETS = {name: dataclasses.replace(recipe, attention="none") for name, recipe in ALL.items()}
@@ -25,35 +26,39 @@ def quantize(model, windows, recipe):
 
 @pytest.fixture(scope="module")
 def degradation(lm, lm_windows):
-    """Of a preset with or without smoothing: mean KL divergence, and relative increase of held-out perplexity."""
+    """The Evaluation of a preset with or without smoothing, beside the float model."""
 
     @functools.cache
     def measured(name, smooth):
         compiled = quantize(lm[0], lm_windows[0], dataclasses.replace(PRESETS[name], smooth=smooth))
-        found = sqcompile.evaluate(compiled, lm_windows[1], against=lm[0], layers=False, progress=False)
-        return found.kl, found.increase / 100
+        return sqcompile.evaluate(compiled, lm_windows[1], against=lm[0], layers=False, progress=False)
 
     return measured
 
 
 def test_default_recipe_keeps_the_perplexity(degradation):
-    assert abs(degradation("default", True)[1]) <= 0.003
+    assert abs(degradation("default", True).increase) <= 0.3
 
 
 @pytest.mark.slow
 def test_smoothing_at_least_halves_what_static_quantization_costs(degradation):
-    loss = {smooth: degradation("O3", smooth)[1] for smooth in (True, False)}
-    assert loss[False] > 0.02  # there is something to win
+    loss = {smooth: degradation("O3", smooth).increase for smooth in (True, False)}
+    assert loss[False] > 2  # there is something to win
     assert loss[True] <= 0.5 * loss[False]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_smoothing_is_never_worse_than_none(degradation, preset):
-    # the sample of a few thousand tokens tells perplexities apart to about a thousandth, divergences far better
+    """Of FP8, whose rounding is relative, smoothing changes little: what it changes is compared with the standard errors."""
     smooth, plain = degradation(preset, True), degradation(preset, False)
-    assert smooth[0] <= plain[0]
-    assert smooth[1] <= plain[1] + 0.001
+    paired = smooth.losses - plain.losses
+    error = mean_and_error(paired, torch.ones_like(paired))[1] if preset == "fp8" else 0.0
+    print(
+        f"{preset}: KL {smooth.kl:.6f} and {plain.kl:.6f} ± {plain.kl_error:.6f}, log perplexity {float(paired.mean()):+.5f} ± {error:.5f}"
+    )
+    assert smooth.kl <= plain.kl + (plain.kl_error if preset == "fp8" else 0.0)
+    assert smooth.increase <= plain.increase + max(0.1, 300 * error)
 
 
 def test_every_site_of_the_shipped_lm_folds_exactly(lm, lm_windows):
@@ -171,10 +176,12 @@ def test_channels_silent_in_calibration_do_not_hurt_the_shipped_lm(lm, lm_window
         compiled = sqcompile.compile(model, plan=plan, backend="eager")
         found[smooth] = sqcompile.evaluate(compiled, windows, against=model, layers=False, progress=False)
     assert found[True].kl <= found[False].kl * 1.05
-    difference = found[True].losses - found[False].losses
-    error = float(difference.std() / len(difference) ** 0.5)  # 0.001 for "default", 0.002 for FP8's coarser rounding
-    print(f"{preset}: log perplexity {float(difference.mean()):+.5f}, with an error of {error:.5f}")
-    assert float(difference.mean()) <= max(0.001, 3 * error)
+    paired = found[True].losses - found[False].losses
+    difference, error = mean_and_error(
+        paired, torch.ones_like(paired)
+    )  # 0.001 for "default", 0.002 for FP8's coarser rounding
+    print(f"{preset}: log perplexity {difference:+.5f}, with an error of {error:.5f}")
+    assert difference <= max(0.001, 3 * error)
 
 
 @pytest.mark.slow

@@ -169,6 +169,29 @@ def test_the_float_model_can_be_freed_and_stages_say_so():
         compiled.stages["folded"]
 
 
+@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_attention_that_was_found_keeps_no_weights(family, calibrated):
+    """What is remembered of a graph has nodes in it, which hold the graph, and so its tensors."""
+    recipe, model = Recipe(attention="qk"), tiny_lm(family)
+    data = None if calibrated else token_batches(2)
+    plan = sqcompile.calibrate(model, token_batches(2), recipe=recipe, progress=False) if calibrated else None
+    recipe = None if calibrated else recipe
+    compiled = sqcompile.compile(model, data, plan=plan, recipe=recipe, backend="eager", progress=False)
+    values = [StorageWeakRef(p.untyped_storage()) for p in model.parameters()]
+    del model
+    gc.collect()
+    assert compiled.plan.attention and all(v.expired() for v in values)
+
+
+def test_a_stage_in_hand_outlives_the_model():
+    model, compiled = compiled_mlp()
+    stage = compiled.stages["quantized"]
+    del model
+    gc.collect()
+    assert compiled.stages["quantized"] is stage
+
+
 def test_a_model_made_in_inference_mode():
     with torch.inference_mode():
         model, compiled = compiled_mlp()
