@@ -90,46 +90,34 @@ def activate(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def hadamard(BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    """Sylvester's matrix of BLOCK rows: -1 to the power of how many bits both indices have."""
-    i = tl.arange(0, BLOCK)
-    bits = i[:, None] & i[None, :]
-    bits = bits ^ (bits >> 4)
-    bits = bits ^ (bits >> 2)
-    bits = bits ^ (bits >> 1)
-    return (1 - 2 * (bits & 1)).to(DTYPE)
-
-
-@triton.jit
 def paired(x, STEP: tl.constexpr, SIZE: tl.constexpr):
-    """(a, b) -> (a + b, a - b) for values STEP apart of x [SIZE]."""
-    a, b = tl.split(tl.permute(tl.reshape(x, (SIZE // (2 * STEP), 2, STEP)), (0, 2, 1)))
-    return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (SIZE,))
+    """(a, b) -> (a + b, a - b) for values STEP apart of float32 x [SIZE].
+
+    Each value meets its partner by a sum of their bits, of which its own are taken away again: what the compiler makes of
+    that is one exchange between lanes, or nothing where one thread has both, and never a detour through shared memory.
+    """
+    y = tl.reshape(x, (SIZE // (2 * STEP), 2, STEP))
+    bits = y.to(tl.int32, bitcast=True)
+    other = (tl.sum(bits, 1, keep_dims=True) - bits).to(tl.float32, bitcast=True)
+    sign = (1 - 2 * tl.arange(0, 2)).to(tl.float32)
+    return tl.reshape(other + sign[None, :, None] * y, (SIZE,))
 
 
 @triton.jit
-def rotate(x, BLOCK: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr, NORM: tl.constexpr):
-    """x H in float32, for SIZE values of float32, rows one after the other; BLOCK 0 leaves x as it is (`kernels.rotation`).
-
-    DTYPE holds the values of x exactly. Where it is a half type they meet the signs on tensor cores, which add in float32;
-    float32 values are added in pairs.
-    """
+def rotate(x, BLOCK: tl.constexpr, SIZE: tl.constexpr, NORM: tl.constexpr):
+    """x H in float32, for SIZE values of float32, rows one after the other; BLOCK 0 leaves x as it is (`kernels.rotation`)."""
     if BLOCK != 0:
         flat = tl.reshape(x, (SIZE,))
-        if tl.float32 != DTYPE and SIZE >= 16 * BLOCK:
-            y = tl.dot(tl.reshape(flat.to(DTYPE), (SIZE // BLOCK, BLOCK)), hadamard(BLOCK, DTYPE))
-            flat = tl.reshape(y, (SIZE,))
-        else:
-            flat = paired(flat, 1, SIZE)
-            flat = paired(flat, 2, SIZE)
-            flat = paired(flat, 4, SIZE)
-            flat = paired(flat, 8, SIZE)
-            if BLOCK >= 32:
-                flat = paired(flat, 16, SIZE)
-            if BLOCK >= 64:
-                flat = paired(flat, 32, SIZE)
-            if BLOCK >= 128:
-                flat = paired(flat, 64, SIZE)
+        flat = paired(flat, 1, SIZE)
+        flat = paired(flat, 2, SIZE)
+        flat = paired(flat, 4, SIZE)
+        flat = paired(flat, 8, SIZE)
+        if BLOCK >= 32:
+            flat = paired(flat, 16, SIZE)
+        if BLOCK >= 64:
+            flat = paired(flat, 32, SIZE)
+        if BLOCK >= 128:
+            flat = paired(flat, 64, SIZE)
         x = tl.reshape(flat, x.shape) * NORM
     return x
 

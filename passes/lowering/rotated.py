@@ -21,7 +21,6 @@ from torch import fx
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.graph import add_op, value
 from sqcompile.passes.ir.origin import replace
-from sqcompile.passes.ir.record import record_readers
 
 
 def fuse_rotations(gm: fx.GraphModule) -> None:
@@ -37,7 +36,7 @@ def fuse_rotations(gm: fx.GraphModule) -> None:
 def _fuse(gm: fx.GraphModule, rotation: fx.Node, q: fx.Node, x: Any, block: Any) -> None:
     scale: Any
     zero_point: Any
-    scale, zero_point, *others = (*q.args[1:], *((0,) if len(q.args) == 2 else ()))
+    scale, zero_point, *others = q.args[1:] if len(q.args) > 2 else (q.args[1], 0)
     if others:  # another number format
         return
     if scale.target == sqcompile_ops.token_scale.default and scale.args[0] is rotation:
@@ -53,6 +52,5 @@ def _fuse(gm: fx.GraphModule, rotation: fx.Node, q: fx.Node, x: Any, block: Any)
     for old, item, part in zip((q, rows), items, value(new), strict=True):
         item.meta["val"] = part
         if old is not None:
-            replace(old, item)
-            record_readers(gm, item)
+            replace(gm, old, item)
             gm.graph.erase_node(old)

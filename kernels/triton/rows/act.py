@@ -44,10 +44,7 @@ def _value(
     y = y.to(dtype).to(tl.float32)
     if m_ptr is not None:
         y = y * tl.load(m_ptr + cols, mask=mask, other=0.0)
-        y = rotate(y, ROTATE, BLOCK, tl.float32, NORM)
-    else:
-        y = rotate(y, ROTATE, BLOCK, dtype, NORM)
-    return y
+    return rotate(y, ROTATE, BLOCK, NORM)
 
 
 @triton.jit

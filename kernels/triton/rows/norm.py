@@ -65,14 +65,11 @@ def _affine(h, mean, rstd, w_ptr, b_ptr, cols, K, DTYPE: tl.constexpr, RMS: tl.c
 
 
 @triton.jit
-def _scaled(y, m_ptr, cols, K, DTYPE: tl.constexpr, BLOCK: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr):
-    """y · multiplier, rotated, in float32. A product with weights of float32 is not rounded to DTYPE where it stays so."""
+def _scaled(y, m_ptr, cols, K, BLOCK: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr):
+    """y · multiplier, rotated, in float32."""
     if m_ptr is not None:
         y = y * tl.load(m_ptr + cols, mask=cols < K, other=0.0)
-        y = rotate(y, ROTATE, BLOCK, tl.float32, NORM)
-    else:
-        y = rotate(y, ROTATE, BLOCK, DTYPE, NORM)
-    return y
+    return rotate(y, ROTATE, BLOCK, NORM)
 
 
 @triton.jit
@@ -98,7 +95,7 @@ def _norm_quantize(
     y = _affine(h, mean, tl.rsqrt(var + eps), w_ptr, b_ptr, cols, K, dtype, RMS, ROUND_FIRST)
     if y_ptr is not None:
         tl.store(y_ptr + row * K + cols, y.to(dtype), mask=mask)
-    y = _scaled(y, m_ptr, cols, K, dtype, BLOCK, ROTATE, NORM)
+    y = _scaled(y, m_ptr, cols, K, BLOCK, ROTATE, NORM)
     bits = tl.max(absmax_bits(y), 0)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
@@ -148,7 +145,7 @@ def _norm_quantize_wide(
             cols = k + tl.arange(0, BLOCK)
             h = _stream(x_ptr, r_ptr, x_base, r_base, cols, K)
             y = _affine(h, mean, rstd, w_ptr, b_ptr, cols, K, dtype, RMS, ROUND_FIRST)
-            y = _scaled(y, m_ptr, cols, K, dtype, BLOCK, ROTATE, NORM)
+            y = _scaled(y, m_ptr, cols, K, BLOCK, ROTATE, NORM)
             best = tl.maximum(best, absmax_bits(y))
         scale = scale_of(tl.max(best, 0))
         tl.store(rows_ptr + row, scale)
@@ -159,7 +156,7 @@ def _norm_quantize_wide(
         y = _affine(h, mean, rstd, w_ptr, b_ptr, cols, K, dtype, RMS, ROUND_FIRST)
         if y_ptr is not None:
             tl.store(y_ptr + row * K + cols, y.to(dtype), mask=cols < K)
-        y = _scaled(y, m_ptr, cols, K, dtype, BLOCK, ROTATE, NORM)
+        y = _scaled(y, m_ptr, cols, K, BLOCK, ROTATE, NORM)
         if scale_ptr is not None:
             best = tl.maximum(best, absmax_bits(y))
         tl.store(q_ptr + row * K + cols, to_int8(y, inverse), mask=cols < K)

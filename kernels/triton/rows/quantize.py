@@ -39,10 +39,7 @@ def _load(
     x = tl.load(x_ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     if m_ptr is not None:
         x = x * tl.load(m_ptr + cols, mask=cols < K, other=0.0)[None, :]
-        x = rotate(x, ROTATE, ROWS * BLOCK, tl.float32, NORM)
-    else:
-        x = rotate(x, ROTATE, ROWS * BLOCK, x_ptr.dtype.element_ty, NORM)
-    return x, mask
+    return rotate(x, ROTATE, ROWS * BLOCK, NORM), mask
 
 
 @triton.jit
