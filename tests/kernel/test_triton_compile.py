@@ -82,6 +82,22 @@ def rowwise() -> dict[str, Callable[[], Any]]:
         "silu": lambda: act_quantize(empty(64, 14336), empty(64, 14336)),
         "gelu": lambda: act_quantize(empty(64, 14336), None, "gelu"),
         "gelu_tanh wide": lambda: act_quantize(wide, wide, "gelu_tanh", scale=static),
+        **rotated(),
+    }
+
+
+def rotated() -> dict[str, Callable[[], Any]]:
+    from sqcompile.kernels.triton.rows.act import act_quantize
+    from sqcompile.kernels.triton.rows.norm import norm_quantize
+    from sqcompile.kernels.triton.rows.quantize import quantize_rows
+
+    x, wide = empty(64, 4096), empty(8, 14336)
+    return {
+        "rotated 16": lambda: quantize_rows(x, rotation=16),
+        "rotated 128": lambda: quantize_rows(wide, rotation=128),
+        "rotated float32": lambda: quantize_rows(empty(64, 4096, dtype=torch.float32), rotation=32),
+        "rotated rms": lambda: norm_quantize(x, empty(4096), 1e-5, residual=x, rotation=32),
+        "rotated silu": lambda: act_quantize(wide, wide, rotation=64),
     }
 
 
@@ -89,6 +105,15 @@ def rowwise() -> dict[str, Callable[[], Any]]:
 def test_the_kernels_of_rows(capability, tmp_path):
     for call in rowwise().values():
         check_resources(compile_for(capability, call), capability, tmp_path)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_rotation_exchanges_values_in_registers(capability):
+    """Shared memory is for the row's absmax and the norm's sums alone: a word or two a warp."""
+    for call in rotated().values():
+        for kernel in compile_for(capability, call):
+            assert kernel.metadata.shared <= 8 * kernel.metadata.num_warps
+            assert kernel.asm["ptx"].count("shfl.sync") < 160
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
