@@ -1,14 +1,13 @@
 """What the kernels share: scale and rounding arithmetic on the device, rows and launches on the host.
 
-Rounding to the nearest even integer is an addition of 1.5 · 2²³: a float32 there has no fraction bits left, so the
-addition rounds, and the low byte of the sum is the integer in two's complement. It holds for |x| <= 2²², so values are
-clamped first (round and clamp to integers commute), and the clamp also keeps the compiler from contracting the
-multiplication before it with the addition into one fma, which would round once instead of twice.
+Most kernels of rows have memory to wait for, and few instructions to spare: what is done for each value is spelled in as
+few as there are.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 import torch
@@ -21,35 +20,50 @@ from sqcompile.kernels import reference
 QMAX = tl.constexpr(float(reference.QMAX))
 INVERSE_QMAX = tl.constexpr(1.0 / reference.QMAX)
 ABSMAX_FLOOR = tl.constexpr(reference.ABSMAX_FLOOR)
+# A float32 near it has no fraction bits left: adding it rounds, and the low byte of the sum is the integer.
 ROUND = tl.constexpr(1.5 * 2**23)
-FINITE_BITS = tl.constexpr(0x7FFFFFFF)
-INFINITY_BITS = tl.constexpr(0x7F800000)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # NumPy runs the kernels, without PTX
+# Four of y as int8 in one word: to the nearest even integer, NaN to 0, and what is above 127 to 127.
+_PACK = tl.constexpr("""{
+.reg .s32 a, b, c, d;
+cvt.rni.s32.f32 a, $1;
+cvt.rni.s32.f32 b, $2;
+cvt.rni.s32.f32 c, $3;
+cvt.rni.s32.f32 d, $4;
+cvt.pack.sat.s8.s32.b32 c, d, c, 0;
+cvt.pack.sat.s8.s32.b32 $0, b, a, c;
+}""")
 
 ONE_BLOCK = 16384  # up to this many columns a row is read once and kept in registers
 _LOOP_BLOCK = 4096  # wider rows are read in pieces of this size
 
 
 @triton.jit
-def absmax_bits(x):
-    """|x| of float32 as int32 bits: they order like the values, with NaN above infinity, so a max of them keeps NaN.
-
-    A max of the floats would drop it: PTX max.f32 returns the operand that is a number.
-    """
-    return x.to(tl.int32, bitcast=True) & FINITE_BITS
+def larger(a, b):
+    """The maximum, NaN where one is NaN: tl.maximum without a word takes the operand that is a number."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def scale_of(bits):
-    """Δ float32 of the max of `absmax_bits`, as `reference.absmax_scale`: NaN for what is not finite."""
-    absmax = bits.to(tl.float32, bitcast=True)
+def absmax(x, axis: tl.constexpr):
+    """max|x| of float32 along an axis; NaN where there is a NaN."""
+    if INTERPRETED:  # whose own loop over values is slow; their bits order like them, with NaN above infinity
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        return tl.max(bits, axis).to(tl.float32, bitcast=True)
+    return tl.reduce(tl.abs(x), axis, larger)
+
+
+@triton.jit
+def scale_of(absmax):
+    """Δ float32 of an absmax, as `reference.absmax_scale`: NaN for what is not finite."""
     scale = tl.where(absmax < ABSMAX_FLOOR, ABSMAX_FLOOR, absmax) * INVERSE_QMAX
-    return tl.where(bits < INFINITY_BITS, scale, float("nan"))
+    return tl.where(absmax < float("inf"), scale, float("nan"))
 
 
 @triton.jit
-def finite_of(bits):
-    """1, or NaN for the max of `absmax_bits` of what is not finite, as `reference.finite_rows`."""
-    return tl.where(bits < INFINITY_BITS, 1.0, float("nan"))
+def finite_of(absmax):
+    """1, or NaN for the absmax of what is not finite, as `reference.finite_rows`."""
+    return tl.where(absmax < float("inf"), 1.0, float("nan"))
 
 
 @triton.jit
@@ -62,9 +76,12 @@ def reciprocal(scale):
 def to_int8(x, inverse):
     """clamp(round_half_even(x · 1/Δ), -127, 127), as `reference.quantize`: NaN becomes 0."""
     y = x * inverse
-    y = tl.where(y == y, y, 0.0)
-    y = tl.minimum(tl.maximum(y, -QMAX), QMAX)
-    return (y + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+    if INTERPRETED:
+        y = tl.where(y == y, y, 0.0)
+        y = tl.minimum(tl.maximum(y, -QMAX), QMAX)
+        return (y + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+    y = tl.maximum(y, -QMAX, propagate_nan=tl.PropagateNan.ALL)
+    return tl.inline_asm_elementwise(_PACK, "=r,f,f,f,f", [y], tl.int8, is_pure=True, pack=4)
 
 
 @triton.jit
@@ -120,9 +137,6 @@ def rotate(x, BLOCK: tl.constexpr, SIZE: tl.constexpr, NORM: tl.constexpr):
             flat = paired(flat, 64, SIZE)
         x = tl.reshape(flat, x.shape) * NORM
     return x
-
-
-INTERPRETED = not isinstance(activate, triton.JITFunction)  # TRITON_INTERPRET=1: NumPy runs the kernels, without PTX
 
 
 def rotation_of(block: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from sqcompile.kernels.attention_parts import BLOCKED, MASK_BLOCK
 from sqcompile.kernels.triton.attention.split import rows_of, scaled
-from sqcompile.kernels.triton.common import ROUND, absmax_bits, finite_of, reciprocal, scale_of, to_int8
+from sqcompile.kernels.triton.common import ROUND, absmax, finite_of, reciprocal, scale_of, to_int8
 
 MAGIC = tl.constexpr(0x4B400000)  # the bits of 1.5 · 2²³, `ROUND`
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -219,13 +219,13 @@ def forward(
     if FLOAT:
         q_scale = tl.full((BM,), 1.0, dtype=tl.float32)
     elif q_scale_ptr is None:
-        q_scale = scale_of(tl.max(absmax_bits(q.to(tl.float32)), 1))
+        q_scale = scale_of(absmax(q.to(tl.float32), 1))
     else:
         q_scale = tl.load(q_scale_ptr + rows_of(q_scale_strides, b, h, s), mask=inside, other=0.0)
         if q.dtype != tl.int8:
             # read apart, for the cache has it by now: values that wait in registers for two readers would spill
             again = tl.load(q_ptrs, mask=inside[:, None] & (c < WIDTH)[None, :], other=0, eviction_policy="evict_last")
-            q_scale = q_scale * finite_of(tl.max(absmax_bits(again.to(tl.float32)), 1))
+            q_scale = q_scale * finite_of(absmax(again.to(tl.float32), 1))
     if q.dtype != tl.int8 and not FLOAT:
         q = to_int8(q.to(tl.float32), reciprocal(q_scale)[:, None])
         if q8_ptr is not None:

@@ -14,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from sqcompile.kernels.triton.common import (
-    absmax_bits,
+    absmax,
     activate,
     as_rows,
     block_of,
     finite_of,
+    larger,
     launchable,
     on,
     reciprocal,
@@ -59,33 +60,33 @@ def _act_quantize(
     if ONE:
         cols = tl.arange(0, BLOCK)
         y = _value(g_ptr, u_ptr, m_ptr, g_base, u_base, cols, K, ACT, BLOCK, ROTATE, NORM)
-        bits = tl.max(absmax_bits(y), 0)
+        largest = absmax(y, 0)
         if scale_ptr is not None:
             scale = tl.load(scale_ptr)
-            tl.store(rows_ptr + row, finite_of(bits))
+            tl.store(rows_ptr + row, finite_of(largest))
         else:
-            scale = scale_of(bits)
+            scale = scale_of(largest)
             tl.store(rows_ptr + row, scale)
         tl.store(q_ptr + row * K + cols, to_int8(y, reciprocal(scale)), mask=cols < K)
     else:
-        best = tl.zeros((BLOCK,), dtype=tl.int32)
+        best = tl.zeros((BLOCK,), dtype=tl.float32)
         if scale_ptr is not None:
             scale = tl.load(scale_ptr)
         else:
             for k in range(0, K, BLOCK):
                 y = _value(g_ptr, u_ptr, m_ptr, g_base, u_base, k + tl.arange(0, BLOCK), K, ACT, BLOCK, ROTATE, NORM)
-                best = tl.maximum(best, absmax_bits(y))
-            scale = scale_of(tl.max(best, 0))
+                best = larger(best, tl.abs(y))
+            scale = scale_of(absmax(best, 0))
             tl.store(rows_ptr + row, scale)
         inverse = reciprocal(scale)
         for k in range(0, K, BLOCK):
             cols = k + tl.arange(0, BLOCK)
             y = _value(g_ptr, u_ptr, m_ptr, g_base, u_base, cols, K, ACT, BLOCK, ROTATE, NORM)
             if scale_ptr is not None:
-                best = tl.maximum(best, absmax_bits(y))
+                best = larger(best, tl.abs(y))
             tl.store(q_ptr + row * K + cols, to_int8(y, inverse), mask=cols < K)
         if scale_ptr is not None:
-            tl.store(rows_ptr + row, finite_of(tl.max(best, 0)))
+            tl.store(rows_ptr + row, finite_of(absmax(best, 0)))
 
 
 def act_quantize(

@@ -17,10 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sqcompile.kernels.triton.common import (
-    absmax_bits,
+    absmax,
     as_rows,
     block_of,
     finite_of,
+    larger,
     launchable,
     on,
     reciprocal,
@@ -61,7 +62,9 @@ def _affine(h, mean, rstd, w_ptr, b_ptr, cols, K, DTYPE: tl.constexpr, RMS: tl.c
             y = y.to(DTYPE).to(tl.float32)
     elif not ROUND_FIRST:
         y = y.to(DTYPE).to(tl.float32)
-    return tl.where(mask, y, 0.0)
+    if not RMS and w_ptr is None:  # elsewhere it is zero there already: h, or the weight and the bias, are
+        y = tl.where(mask, y, 0.0)
+    return y
 
 
 @triton.jit
@@ -96,12 +99,12 @@ def _norm_quantize(
     if y_ptr is not None:
         tl.store(y_ptr + row * K + cols, y.to(dtype), mask=mask)
     y = _scaled(y, m_ptr, cols, K, BLOCK, ROTATE, NORM)
-    bits = tl.max(absmax_bits(y), 0)
+    largest = absmax(y, 0)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
-        tl.store(rows_ptr + row, finite_of(bits))
+        tl.store(rows_ptr + row, finite_of(largest))
     else:
-        scale = scale_of(bits)
+        scale = scale_of(largest)
         tl.store(rows_ptr + row, scale)
     tl.store(q_ptr + row * K + cols, to_int8(y, reciprocal(scale)), mask=mask)
 
@@ -137,7 +140,7 @@ def _norm_quantize_wide(
             total += d * d
         var = tl.sum(total, 0) / K
     rstd = tl.rsqrt(var + eps)
-    best = tl.zeros((BLOCK,), dtype=tl.int32)
+    best = tl.zeros((BLOCK,), dtype=tl.float32)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
     else:
@@ -146,8 +149,8 @@ def _norm_quantize_wide(
             h = _stream(x_ptr, r_ptr, x_base, r_base, cols, K)
             y = _affine(h, mean, rstd, w_ptr, b_ptr, cols, K, dtype, RMS, ROUND_FIRST)
             y = _scaled(y, m_ptr, cols, K, BLOCK, ROTATE, NORM)
-            best = tl.maximum(best, absmax_bits(y))
-        scale = scale_of(tl.max(best, 0))
+            best = larger(best, tl.abs(y))
+        scale = scale_of(absmax(best, 0))
         tl.store(rows_ptr + row, scale)
     inverse = reciprocal(scale)
     for k in range(0, K, BLOCK):
@@ -158,10 +161,10 @@ def _norm_quantize_wide(
             tl.store(y_ptr + row * K + cols, y.to(dtype), mask=cols < K)
         y = _scaled(y, m_ptr, cols, K, BLOCK, ROTATE, NORM)
         if scale_ptr is not None:
-            best = tl.maximum(best, absmax_bits(y))
+            best = larger(best, tl.abs(y))
         tl.store(q_ptr + row * K + cols, to_int8(y, inverse), mask=cols < K)
     if scale_ptr is not None:
-        tl.store(rows_ptr + row, finite_of(tl.max(best, 0)))
+        tl.store(rows_ptr + row, finite_of(absmax(best, 0)))
 
 
 def norm_quantize(

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from sqcompile.kernels import reference
 from sqcompile.kernels.triton.common import (
-    absmax_bits,
+    absmax,
     as_rows,
     block_of,
     finite_of,
+    larger,
     launchable,
     on,
     reciprocal,
@@ -47,14 +48,14 @@ def _absmax(
     x_ptr, m_ptr, partial_ptr, M, K, stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """partial[program] = bits of max|x| over the rows of the program, int32."""
-    best = tl.zeros((ROWS, BLOCK), dtype=tl.int32)
+    """partial[program] = max|x| over the rows of the program, float32."""
+    best = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for row in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
         rows = (row + tl.arange(0, ROWS)).to(tl.int64)
         for k in range(0, K, BLOCK):
             x, _ = _load(x_ptr, m_ptr, rows, k + tl.arange(0, BLOCK), stride, M, K, ROWS, BLOCK, ROTATE, NORM)
-            best = tl.maximum(best, absmax_bits(x))
-    tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(best, 1), 0))
+            best = larger(best, tl.abs(x))
+    tl.store(partial_ptr + tl.program_id(0), absmax(absmax(best, 1), 0))
 
 
 @triton.jit
@@ -67,7 +68,7 @@ def _quantize(
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     if MODE == "tensor":
         p = tl.arange(0, PARTIALS)
-        scale = scale_of(tl.max(tl.load(partial_ptr + p, mask=p < partials, other=0), 0))
+        scale = scale_of(absmax(tl.load(partial_ptr + p, mask=p < partials, other=0.0), 0))
         tl.store(rows_ptr, scale, mask=tl.program_id(0) == 0)
         inverse = reciprocal(scale)
     elif MODE == "static":
@@ -76,29 +77,29 @@ def _quantize(
         cols = tl.arange(0, BLOCK)
         x, mask = _load(x_ptr, m_ptr, rows, cols, stride, M, K, ROWS, BLOCK, ROTATE, NORM)
         if MODE == "token":
-            scale = scale_of(tl.max(absmax_bits(x), 1))
+            scale = scale_of(absmax(x, 1))
             tl.store(rows_ptr + rows, scale, mask=rows < M)
             inverse = reciprocal(scale)[:, None]
         elif MODE == "static":
-            tl.store(rows_ptr + rows, finite_of(tl.max(absmax_bits(x), 1)), mask=rows < M)
+            tl.store(rows_ptr + rows, finite_of(absmax(x, 1)), mask=rows < M)
         tl.store(q_ptr + rows[:, None] * K + cols[None, :], to_int8(x, inverse), mask=mask)
     else:
-        best = tl.zeros((ROWS, BLOCK), dtype=tl.int32)
+        best = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
         if MODE == "token":
             for k in range(0, K, BLOCK):
                 x, _ = _load(x_ptr, m_ptr, rows, k + tl.arange(0, BLOCK), stride, M, K, ROWS, BLOCK, ROTATE, NORM)
-                best = tl.maximum(best, absmax_bits(x))
-            scale = scale_of(tl.max(best, 1))
+                best = larger(best, tl.abs(x))
+            scale = scale_of(absmax(best, 1))
             tl.store(rows_ptr + rows, scale, mask=rows < M)
             inverse = reciprocal(scale)[:, None]
         for k in range(0, K, BLOCK):
             cols = k + tl.arange(0, BLOCK)
             x, mask = _load(x_ptr, m_ptr, rows, cols, stride, M, K, ROWS, BLOCK, ROTATE, NORM)
             if MODE == "static":
-                best = tl.maximum(best, absmax_bits(x))
+                best = larger(best, tl.abs(x))
             tl.store(q_ptr + rows[:, None] * K + cols[None, :], to_int8(x, inverse), mask=mask)
         if MODE == "static":
-            tl.store(rows_ptr + rows, finite_of(tl.max(best, 1)), mask=rows < M)
+            tl.store(rows_ptr + rows, finite_of(absmax(best, 1)), mask=rows < M)
 
 
 def quantize_rows(
@@ -137,7 +138,7 @@ def quantize_rows(
     with on(x.device):
         if mode == "tensor":
             partials = _PARTIALS  # however few the rows: their number may be a symbol
-            partial = torch.empty(partials, dtype=torch.int32, device=x.device)
+            partial = torch.empty(partials, dtype=torch.float32, device=x.device)
             launchable(_absmax, x)[(partials,)](
                 rows,
                 multiplier,
