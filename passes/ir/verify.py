@@ -103,7 +103,10 @@ def _described(v: Any, sizes: dict[Any, int] | None = None) -> str:
         return str(v.node.expr.xreplace(sizes or {}))
     if not isinstance(v, Tensor):
         return str(v)
-    strides = "packed" if v.is_mkldnn else f"strides [{_described(v.stride(), sizes)}]"
+    steps = (
+        () if v.is_mkldnn else (step if size != 1 else "any" for size, step in zip(v.shape, v.stride(), strict=True))
+    )
+    strides = "packed" if v.is_mkldnn else f"strides [{_described(tuple(steps), sizes)}]"
     return f"{v.dtype} [{_described(tuple(v.shape), sizes)}], {strides}, {v.device}"
 
 

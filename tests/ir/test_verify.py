@@ -81,6 +81,15 @@ def test_numbers_that_are_read_from_values_are_each_calls_own():
     assert verify(gm, "traced") is gm
 
 
+def test_the_stride_of_a_size_of_one_says_nothing():
+    """A norm in place and its folded form write such a stride in two ways."""
+    gm = graph("%x: f32[s0, s1, 4] = input\n%y = aten.unsqueeze(%x, 1)\nreturn %y", {})
+    y = nodes_by_name(gm)["y"]
+    before = value(y).stride()
+    recorded(y, stride=[before[0], 7, *before[2:]])
+    assert value(y).stride() != before and verify(gm, "traced") is gm
+
+
 def test_only_tests_compute_values_again(monkeypatch):
     monkeypatch.delenv("SQCOMPILE_VERIFY")
     gm = graph(BODY, {"w": [4, 4]})
