@@ -69,7 +69,7 @@ STYLES = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
             "classifier_dropout": 0.0,
         },
-        lr=3e-3,
+        lr=6e-3,
     ),
 }
 
