@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from safetensors.torch import load_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 DATA = Path(__file__).parent / "data"
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -32,17 +32,15 @@ def load_tokenizer(folder: Path = DATA) -> PreTrainedTokenizerFast:
     )
 
 
-def load_lm(
-    dtype: torch.dtype = torch.float32, folder: Path = DATA
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The model in ``folder``, on the CPU in eval mode, and its tokenizer.
+def load_lm(dtype: torch.dtype = torch.float32, folder: Path = DATA) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model in ``folder``, on the CPU in eval mode, and the shipped tokenizer, which all the models share.
 
-    The model maps ``input_ids`` (int64, ``[batch, length <= 1024]``) to ``.logits`` (``dtype``,
-    ``[batch, length, 2048]``). Each sequence should start with the BOS token, as in training.
+    The model maps ``input_ids`` (int64, ``[batch, length <= config.max_position_embeddings]``) to ``.logits``
+    (``dtype``, ``[batch, length, 2048]``). Each sequence should start with the BOS token, as in training.
 
     Args:
         dtype: floating-point type of the returned weights; they are stored as float16.
-        folder: where ``config.json``, ``model.safetensors`` and ``tokenizer.json`` are.
+        folder: where ``config.json``, which names the architecture, and ``model.safetensors`` are.
 
     Raises:
         FileNotFoundError: one of these files is missing.
@@ -51,12 +49,9 @@ def load_lm(
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no model at {folder}: {name} is missing")
-    model = LlamaForCausalLM(LlamaConfig.from_pretrained(str(folder)))
-    weights = load_file(folder / "model.safetensors")
-    if "model.embed_tokens.weight" in weights:
-        # The output head shares the embedding's tensor, which the file holds once.
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model.load_state_dict(weights)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(folder)))
+    # The output head shares the embedding's tensor, which the file holds once.
+    load_model(model, folder / "model.safetensors")
     # The type stubs of transformers hide Module.to's own signature.
     torch.nn.Module.to(model, dtype)
-    return model.eval(), load_tokenizer(folder)
+    return model.eval(), load_tokenizer()

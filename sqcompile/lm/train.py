@@ -1,8 +1,11 @@
-"""Train the language model from scratch: ``python -m sqcompile.lm.train --device cuda --compile --out DIR``.
+"""Train a language model from scratch: ``python -m sqcompile.lm.train --device cuda --compile --out DIR``.
 
-Writes the tokenizer, the configuration and the float16 weights to DIR, where ``load_lm(folder=DIR)`` reads them. The
-shipped weights come from this command on a GPU, with the library of CPython 3.11.7 and no other option; their held-out
-perplexity, by which the options were chosen too, is 10.23. The CPU can run it as well, but needs hours.
+Writes the configuration and the float16 weights to DIR, where ``load_lm(folder=DIR)`` reads them. The shipped weights
+come from this command on a GPU, with the library of CPython 3.11.7 and no other option; their held-out perplexity, by
+which the options were chosen too, is 10.23. The CPU can run it as well, but needs hours.
+
+``--style`` trains a sibling of another architecture, for tests. All styles share the shipped tokenizer and the split of
+the text. A machine without that library takes its tokens from the file that ``--cache`` alone writes elsewhere.
 """
 
 from __future__ import annotations
@@ -11,81 +14,99 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sqcompile.evaluation import evaluate
 from sqcompile.windows import encode_stream, token_windows
 
 from .corpus import evaluation_texts, read_texts, training_files
-from .load import BOS, EOS, PAD, load_lm, load_tokenizer
+from .load import load_lm, load_tokenizer
 
-VOCAB = 2048
 LENGTH = 512
 
 
-def train_tokenizer(texts: list[str], path: Path) -> None:
-    """Fit a byte-level BPE tokenizer on ``texts`` and write it to ``path``."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=[PAD, BOS, EOS],
-        # Without all 256 bytes in the vocabulary, unseen characters would be lost.
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-    )
-    tokenizer.save(str(path))
+@dataclass(frozen=True)
+class Style:
+    """One of transformers' architectures.
 
-
-def prepare(out: Path, cache: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write the tokenizer to ``out``; return the training stream (int16 ``[tokens]``) and held-out windows (int64).
-
-    With ``cache``, all three are kept in that file and read from it the next time.
+    Attributes:
+        model_type: its name in transformers.
+        sizes: fields of its configuration beside those that all styles share, for about 2.7 million parameters.
+        lr: the default peak learning rate.
     """
-    if cache is not None and cache.is_file():
-        with safe_open(cache, framework="pt") as file:
-            (out / "tokenizer.json").write_text(file.metadata()["tokenizer"], encoding="utf-8")
-            return file.get_tensor("stream"), file.get_tensor("held_out")
-    texts = read_texts(training_files())
-    train_tokenizer(texts, out / "tokenizer.json")
-    tokenizer = load_tokenizer(out)
-    stream = encode_stream(texts, tokenizer).to(torch.int16)
-    held_out = token_windows(evaluation_texts(), tokenizer, LENGTH)
-    if cache is not None:
-        metadata = {"tokenizer": (out / "tokenizer.json").read_text(encoding="utf-8")}
-        save_file({"stream": stream, "held_out": held_out}, cache, metadata)
-    return stream, held_out
+
+    model_type: str
+    sizes: dict[str, Any]
+    lr: float
 
 
-def build_model(folder: Path) -> LlamaForCausalLM:
-    """A freshly initialised model whose special tokens are those of the tokenizer in ``folder``."""
-    tokenizer = load_tokenizer(folder)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
+STYLES = {
+    "llama": Style(
+        "llama",
+        {"num_hidden_layers": 6, "intermediate_size": 512, "num_key_value_heads": 2, "max_position_embeddings": 1024},
+        lr=5e-3,
+    ),
+    # Its positions are learned, so it has none that no training window reaches.
+    "opt": Style(
+        "opt",
+        {"num_hidden_layers": 5, "ffn_dim": 768, "max_position_embeddings": LENGTH, "dropout": 0.0},
+        lr=3e-3,
+    ),
+    "neox": Style(
+        "gpt_neox",
+        {
+            "num_hidden_layers": 5,
+            "intermediate_size": 768,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+            "classifier_dropout": 0.0,
+        },
+        lr=6e-3,
+    ),
+}
+
+
+def build_model(style: str) -> PreTrainedModel:
+    """A freshly initialised model of one of ``STYLES``, whose special tokens are those of the shipped tokenizer."""
+    tokenizer = load_tokenizer()
+    config = AutoConfig.for_model(
+        STYLES[style].model_type,
+        vocab_size=len(tokenizer),
         hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
         num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **STYLES[style].sizes,
     )
-    return LlamaForCausalLM(config)
+    # No style has dropout. Training mode would only have OPT draw its LayerDrop on the host, which splits the graph.
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def prepare(cache: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The training stream (int16 ``[tokens]``) and the held-out windows (int64 ``[windows, LENGTH]``).
+
+    With ``cache``, both are kept in that file and read from it the next time, where the library may be another one.
+    """
+    if cache is not None and cache.is_file():
+        kept = load_file(cache)
+        return kept["stream"], kept["held_out"]
+    tokenizer = load_tokenizer()
+    stream = encode_stream(read_texts(training_files()), tokenizer).to(torch.int16)
+    held_out = token_windows(evaluation_texts(), tokenizer, LENGTH)
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"stream": stream, "held_out": held_out}, cache)
+    return stream, held_out
 
 
 def sample_batch(stream: torch.Tensor, bos: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,12 +128,12 @@ def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.op
 
 
 def fit(
-    model: LlamaForCausalLM, stream: torch.Tensor, args: argparse.Namespace, held_out_perplexity: Callable[[], float]
+    model: PreTrainedModel, stream: torch.Tensor, args: argparse.Namespace, held_out_perplexity: Callable[[], float]
 ) -> None:
     """Train ``model`` in place on windows of ``stream``, both on ``args.device``."""
     optimizer = make_optimizer(model, args)
     bf16 = args.device.startswith("cuda")
-    bos = int(load_tokenizer(args.out).bos_token_id)
+    bos = int(model.config.bos_token_id)
 
     def loss_of(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
@@ -120,7 +141,6 @@ def fit(
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     step_loss = torch.compile(loss_of, dynamic=False) if args.compile else loss_of
-    model.train()
     bar = tqdm(total=None if args.minutes else args.steps, desc="training", unit="step", mininterval=2)
     step, progress, start = 0, 0.0, time.monotonic()
     next_report = 0.1
@@ -149,20 +169,17 @@ def fit(
             progress = step / args.steps
         if progress >= next_report:
             next_report = progress + 0.1
-            model.eval()
             bar.write(
                 f"{progress:4.0%} step {step} loss {loss.item():.3f} held-out perplexity {held_out_perplexity():.3f}"
             )
-            model.train()
     bar.close()
-    model.eval()
 
 
 def _perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
     return evaluate(model, windows, batch_size=8, progress=False).perplexity or math.nan
 
 
-def save(model: LlamaForCausalLM, out: Path) -> None:
+def save(model: PreTrainedModel, out: Path) -> None:
     """Write ``config.json`` and the float16 weights; the tied output head is left out."""
     model.config.to_json_file(str(out / "config.json"))
     weights = {name: p.detach().to("cpu", torch.float16).contiguous() for name, p in model.named_parameters()}
@@ -171,35 +188,44 @@ def save(model: LlamaForCausalLM, out: Path) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, made if missing")
+    parser.add_argument(
+        "--out", type=Path, help="folder to write, made if missing; without it, only --cache is written"
+    )
+    parser.add_argument("--style", choices=STYLES, default="llama", help="architecture")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=3500, help="number of steps")
     parser.add_argument("--minutes", type=float, help="train for this time instead of --steps; less repeatable")
     parser.add_argument("--batch", type=int, default=64, help=f"windows of {LENGTH} tokens per step")
-    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, help="peak learning rate, instead of the style's")
     parser.add_argument("--beta2", type=float, default=0.95, help="AdamW's second-moment decay")
     parser.add_argument("--weight-decay", type=float, default=1.0, help="AdamW's, on linear layers")
     parser.add_argument("--warmup", type=int, default=200, help="steps of rising learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
-    parser.add_argument("--cache", type=Path, help="file that keeps tokenizer and token ids between runs")
+    parser.add_argument("--cache", type=Path, help="file that keeps the token ids between runs")
     parser.add_argument("--compile", action="store_true", help="torch.compile the training step")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.out is None and args.cache is None:
+        parser.error("nothing to write: pass --out, --cache or both")
+    args.lr = STYLES[args.style].lr if args.lr is None else args.lr
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    stream, held_out = prepare(args.cache)
+    print(f"{len(stream):,} training tokens, {len(held_out)} held-out windows of {LENGTH}")
+    if args.out is None:
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    stream, held_out = prepare(args.out, args.cache)
-    print(f"{len(stream):,} training tokens, {len(held_out)} held-out windows of {LENGTH}")
     stream, held_out = stream.to(args.device), held_out.to(args.device)
-    model = build_model(args.out).to(args.device)
+    model = build_model(args.style).to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     fit(model, stream, args, lambda: _perplexity(model, held_out[::8]))
     save(model, args.out)
-    shipped, _ = load_lm(folder=args.out)
-    print(f"held-out perplexity of the saved model: {_perplexity(shipped.to(args.device), held_out):.3f}")
+    saved, _ = load_lm(folder=args.out)
+    print(f"held-out perplexity of the saved model: {_perplexity(saved.to(args.device), held_out):.3f}")
 
 
 if __name__ == "__main__":

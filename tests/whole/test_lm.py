@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
+from conftest import relative_error
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -23,7 +24,8 @@ from sqcompile.lm import (
     train,
     training_files,
 )
-from sqcompile.lm.load import DATA
+from sqcompile.lm.load import DATA, load_tokenizer
+from sqcompile.lm.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def test_architecture(lm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> N
 
 
 def test_training_builds_the_shipped_architecture() -> None:
-    fresh = train.build_model(DATA).config.to_dict()
+    fresh = train.build_model("llama").config.to_dict()
     shipped = json.loads((DATA / "config.json").read_text())
     for key in set(fresh) & set(shipped) - {"transformers_version"}:
         assert fresh[key] == shipped[key], key
@@ -69,7 +71,7 @@ def test_missing_or_wrong_files(tmp_path: Path) -> None:
         load_lm(folder=tmp_path)
     shutil.copyfile(DATA / "config.json", tmp_path / "config.json")
     save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(RuntimeError, match="embed_tokens"):
+    with pytest.raises(RuntimeError, match=r"layers\.5\.mlp\.up_proj(.|\n)*other"):
         load_lm(folder=tmp_path)
 
 
@@ -157,14 +159,92 @@ def test_predicts_held_out_code(lm: tuple[LlamaForCausalLM, PreTrainedTokenizerF
     assert found is not None and 5 < found < 16
 
 
-def test_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Path(corpus.__file__).read_text()
-    monkeypatch.setattr(train, "training_files", lambda: ["a"])
-    monkeypatch.setattr(train, "read_texts", lambda files: [source] * 2)
-    monkeypatch.setattr(train, "evaluation_texts", lambda: [source])
-    arguments = ["--steps", "2", "--batch", "1", "--device", "cpu", "--warmup", "1"]
-    for _ in range(2):  # the second time from the cache
-        train.main([*arguments, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache.safetensors")])
-    model, tokenizer = load_lm(folder=tmp_path / "out")
+def test_training_a_tokenizer(tmp_path: Path) -> None:
+    train_tokenizer([Path(corpus.__file__).read_text()], tmp_path / "tokenizer.json")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.convert_tokens_to_ids(["<pad>", "<bos>", "<eos>"]) == [0, 1, 2]
+    assert len(tokenizer("HELD_OUT")["input_ids"]) < len(load_tokenizer()("HELD_OUT")["input_ids"])
     assert tokenizer.decode(tokenizer("π = 3")["input_ids"], skip_special_tokens=True) == "π = 3"
-    assert torch.isfinite(model(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
+
+
+@pytest.mark.parametrize("style", train.STYLES)
+def test_styles_are_alike(style: str) -> None:
+    model = train.build_model(style)
+    assert abs(sum(p.numel() for p in model.parameters()) / 2_755_008 - 1) < 0.05
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    config = model.config.to_dict()
+    assert not any(value for name, value in config.items() if "drop" in name)
+    assert config["use_cache"] and config["vocab_size"] == 2048
+
+
+def test_what_the_siblings_have() -> None:
+    opt, neox = train.build_model("opt").model.decoder, train.build_model("neox").gpt_neox
+    assert opt.embed_positions.weight.shape == (2 + train.LENGTH, 192) and opt.project_in is None
+    assert opt.layers[0].self_attn.q_proj.bias is not None and opt.layers[0].fc1.bias is not None
+    assert isinstance(opt.layers[0].activation_fn, torch.nn.ReLU) and opt.layers[0].do_layer_norm_before
+    assert neox.layers[0].use_parallel_residual and neox.layers[0].attention.query_key_value.bias is not None
+    assert neox.rotary_emb.inv_freq.numel() == 4  # pairs that are rotated: 8 of 32 channels of a head
+    for block in (opt.layers[0].final_layer_norm, neox.layers[0].input_layernorm):
+        assert isinstance(block, torch.nn.LayerNorm)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokens of a short text, in a file as another machine would write it."""
+    file = tmp_path_factory.mktemp("tokens") / "folder" / "cache.safetensors"
+    source = Path(corpus.__file__).read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "training_files", lambda: ["a"])
+        patch.setattr(train, "read_texts", lambda files: [source] * 2)
+        patch.setattr(train, "evaluation_texts", lambda: [source])
+        train.main(["--cache", str(file)])
+    return file
+
+
+@pytest.fixture(scope="module", params=train.STYLES)
+def trained(request: pytest.FixtureRequest, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A style, and what a few steps of training write, on a machine that has no text to read."""
+    out = tmp_path_factory.mktemp(request.param) / "out"
+    arguments = ["--steps", "3", "--batch", "1", "--device", "cpu", "--warmup", "1", "--cache", str(cache)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus.sysconfig, "get_path", lambda name: str(out))
+        train.main([*arguments, "--style", request.param, "--out", str(out)])
+    return request.param, out
+
+
+def test_training_runs(trained: tuple[str, Path], cache: Path) -> None:
+    style, folder = trained
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 6_000_000
+    model, tokenizer = load_lm(folder=folder)
+    assert type(model) is type(train.build_model(style)) and not model.training
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert tokenizer.backend_tokenizer.to_str() == load_tokenizer().backend_tokenizer.to_str()
+    windows = load_file(cache)["held_out"]
+    torch.manual_seed(0)
+    before = sqcompile.evaluate(train.build_model(style), windows, progress=False).perplexity
+    after = sqcompile.evaluate(model, windows, progress=False).perplexity
+    assert before is not None and after is not None and after < 0.9 * before
+
+
+def test_what_was_trained_generates(trained: tuple[str, Path], cache: Path) -> None:
+    model, _ = load_lm(folder=trained[1])
+    ids = load_file(cache)["held_out"][:2, :9]
+    made = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    for length in range(9, 13):
+        assert torch.equal(made[:, length], model(input_ids=made[:, :length]).logits[:, -1].argmax(-1))
+
+
+@pytest.mark.parametrize("trained", ["opt", "neox"], indirect=True)
+def test_a_sibling_compiles(trained: tuple[str, Path], cache: Path) -> None:
+    model, _ = load_lm(folder=trained[1])
+    ids = load_file(cache)["held_out"][:2, :64]
+    compiled = sqcompile.compile(model, [ids], recipe="default", backend="eager", progress=False)
+    assert [layer.name for layer in compiled.plan.layers if not layer.quantized] == ["lm_head.weight"]
+    with torch.no_grad():
+        assert 0 < relative_error(compiled(input_ids=ids).logits, model(input_ids=ids).logits) < 0.02
+
+
+def test_training_without_a_place_to_write() -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--style", "opt"])
