@@ -54,7 +54,7 @@ def norm_quantize(
     scale: Tensor | None,
     multiplier: Tensor | None,
     keep: bool,
-    rotation: int,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm or LayerNorm of x [..., K] and its quantization.
 
@@ -85,10 +85,10 @@ def norm_quantize(
 
 
 def act_quantize(
-    gate: Tensor, up: Tensor | None, activation: str, scale: Tensor | None, multiplier: Tensor | None, rotation: int
+    gate: Tensor, up: Tensor | None, activation: str, scale: Tensor | None, multiplier: Tensor | None, rotation: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """int8 [..., K] and the rows' factors [..., 1] of act(gate) · up · multiplier, rotated in blocks unless 0: Δ, or `reference.finite_rows` with a
-    static ``scale``."""
+    """int8 [..., K] and the rows' factors [..., 1] of act(gate) · up · multiplier, rotated in blocks of ``rotation`` channels
+    unless 0: Δ, or `reference.finite_rows` with a static ``scale``."""
     y = ACTIVATIONS[activation](gate)
     return _quantized(_scaled(y if up is None else y * up, multiplier, rotation), scale)
 
@@ -135,17 +135,17 @@ def _norm_quantize_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from sqcompile.kernels.triton.rows.norm import norm_quantize as kernel
 
-    round_first, scale, multiplier, keep, rotation = rest
+    round_first, scale, multiplier, keep, *rotation = rest
     kind = "rms" if rms else "layer"
     _, q, out, y = kernel(
         x, weight, eps, kind=kind, bias=bias, round_first=round_first, scale=scale, multiplier=multiplier, keep=keep,
-        rotation=rotation,
+        rotation=rotation[0] if rotation else 0,
     )  # fmt: skip
     return q, out, x.new_empty(0) if y is None else y
 
 
 def _act_quantize_triton(
-    gate: Tensor, up: Tensor | None, activation: str, scale: Tensor | None, multiplier: Tensor | None, rotation: int
+    gate: Tensor, up: Tensor | None, activation: str, scale: Tensor | None, multiplier: Tensor | None, rotation: int = 0
 ) -> tuple[Tensor, Tensor]:
     from sqcompile.kernels.triton.rows.act import act_quantize as kernel
 

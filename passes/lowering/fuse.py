@@ -203,11 +203,11 @@ def _quantize(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> None:
         return
     static = _plane(gm, scale, min(q, rows)) if scale in const else None
     readers = {u for u in x.users if u is not q and u is not rows}
-    rotation: Any = 0
+    turned: list[Any] = []  # the size of the blocks
     if x.target == sqcompile_ops.rotate.default:
         if readers or not (per_token or static is not None):
             return
-        rotated, (inner, rotation) = x, x.args
+        rotated, (inner, *turned) = x, x.args
         assert isinstance(inner, fx.Node)
         x = inner
         readers = {u for u in x.users if u is not rotated}
@@ -220,12 +220,12 @@ def _quantize(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> None:
     with gm.graph.inserting_before(min(q, rows) if per_token or static is not None else q):
         if norm is not None and (per_token or static is not None) and (multiplier is None or len(x.users) <= 2):
             readers = {u for u in readers if u > q}  # who reads it earlier computes the norm by itself
-            new = add_op(gm, sqcompile_ops.norm_quantize.default, *norm, static, multiplier, bool(readers), rotation)
+            new = add_op(gm, sqcompile_ops.norm_quantize.default, *norm, static, multiplier, bool(readers), *turned)
             if readers:
                 _point(gm, base, new, 2, keep=readers)
         elif act is not None and (per_token or static is not None) and not readers:
-            new = add_op(gm, sqcompile_ops.act_quantize.default, *act, static, multiplier, rotation)
-        elif rotation:
+            new = add_op(gm, sqcompile_ops.act_quantize.default, *act, static, multiplier, *turned)
+        elif turned:
             return  # `fuse_rotations`
         elif static is None:
             granularity = "token" if per_token else "tensor"
