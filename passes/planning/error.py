@@ -15,7 +15,7 @@ from sqcompile.passes.ir.graph import Linear, effective_weight, find_linears, no
 from sqcompile.passes.labels.match import Site
 from sqcompile.passes.planning.smoothing import smoothing_scale
 from sqcompile.passes.planning.sqnr import relative, sqnr_db
-from sqcompile.passes.planning.static_scales import clipped, has_halves, margin
+from sqcompile.passes.planning.static_scales import Quantized, as_quantized, clipped, has_halves, margin
 from sqcompile.passes.planning.stay_float import float_layer
 from sqcompile.plan.entries import LayerPlan, Smoothing
 from sqcompile.plan.recipe import Recipe
@@ -143,13 +143,14 @@ class Chooser:
         """Chooses the margins of linears with the columns that they have; those that read one tensor get one."""
         if not self.static:
             return
-        together: dict[int, list[Linear]] = {}
+        together: dict[tuple[int, int | None], list[Linear]] = {}
         for l in linears:
-            together.setdefault(id(self.calibration.inputs[l.name]), []).append(l)
+            together.setdefault((id(self.calibration.inputs[l.name]), self.rotations.get(l.name)), []).append(l)
         for group in together.values():
             stats, name = self.calibration.inputs[group[0].name], group[0].name
             columns = self.halves.get(name, torch.ones_like(stats.halves))
-            room = margin(stats, columns, torch.stack([self._energy(l) for l in group]).sum(0), self.qtype)
+            weight = torch.stack([self._energy(l) for l in group]).sum(0)
+            room = margin(stats, columns, weight, self.qtype, self.rotations.get(name))
             self.margins |= {l.name: room for l in group}
 
     def _energy(self, l: Linear) -> Tensor:
@@ -165,34 +166,28 @@ class Chooser:
 
         Static scales, and s with them, are those that the half of the tokens would give in which a row is not.
         """
-        stats, weight = self.calibration.inputs[l.name], self.weight(l)
+        stats = self.calibration.inputs[l.name]
         if not self.static or not has_halves(stats):
-            return relative(*self._sums(l, weight, slice(None), self.columns.get(l.name), stats.absmax))
+            return relative(*self._sums(l, slice(None), self.columns.get(l.name), None))
         columns = self.halves.get(l.name, (None, None))
-        parts = [self._sums(l, weight, stats.half == 1 - h, columns[h], stats.halves[h]) for h in (0, 1)]
+        parts = [self._sums(l, stats.half == 1 - h, columns[h], h) for h in (0, 1)]
         noise, signal = (sum(x) for x in zip(*parts, strict=True))
-        return relative(noise + sum(self._tail(l, h) for h in (0, 1)), signal)
+        return relative(noise + sum(self._tail(l, columns[h], h) for h in (0, 1)), signal)
 
-    def _tail(self, l: Linear, h: int) -> float:
+    def _tail(self, l: Linear, columns: Tensor | None, h: int) -> float:
         """What clipping is expected to add to the noise of as many new rows as are sampled of the other half."""
-        stats = self.calibration.inputs[l.name]
-        columns = self.halves[l.name][h] if l.name in self.halves else torch.ones_like(stats.absmax)
-        limits = self._limit(l, columns, stats.halves[h]) * self.qtype.q_max * columns
-        rows = int((stats.half == 1 - h).sum())
-        return rows * float(clipped(stats, stats.halves[h], limits, self._energy(l)))
+        stats, x = self.calibration.inputs[l.name], self._quantized(l, columns, h)
+        return int((stats.half == 1 - h).sum()) * float(clipped(stats, x, self._limit(l, x) * self.qtype.q_max))
 
-    def _sums(
-        self, l: Linear, weight: Tensor, which: Tensor | slice, columns: Tensor | None, absmax: Tensor
-    ) -> tuple[float, float]:
-        """|Y_quantized - Y|² and |Y|² of some rows of the sample, with columns [K], and static scales from absmax [K]."""
-        stats = self.calibration.inputs[l.name]
+    def _sums(self, l: Linear, which: Tensor | slice, columns: Tensor | None, half: int | None) -> tuple[float, float]:
+        """|Y_quantized - Y|² and |Y|² of some rows of the sample, with columns [K], and static scales from a half, or both."""
+        stats, weight = self.calibration.inputs[l.name], self.weight(l)
         x, experts = stats.rows[which].float(), stats.experts[which]
-        smoothed = x if columns is None else x / columns
-        if block := self.rotations.get(l.name):
-            smoothed = rotate(smoothed, block)
+        quantized = self._quantized(l, columns, half)
+        rows = quantized.rows[which]
         per_token = self.recipe.activation == "per_token"
-        x_scale = token_scale(smoothed, self.qtype.q_max) if per_token else self._limit(l, columns, absmax)
-        x_int = quantize(smoothed, x_scale, dtype=self.qtype.dtype).float()
+        x_scale = token_scale(rows, self.qtype.q_max) if per_token else self._limit(l, quantized)
+        x_int = quantize(rows, x_scale, dtype=self.qtype.dtype).float()
         every: list[tuple[Any, Tensor]] = [(slice(None), weight)]
         if l.experts:
             every = [(experts == e, weight[e]) for e in experts.unique().tolist()]
@@ -202,6 +197,11 @@ class Chooser:
             more = self._products(l, matrix, columns, x[mine], x_int[mine], scale)
             noise, signal = noise + more[0], signal + more[1]
         return noise, signal
+
+    def _quantized(self, l: Linear, columns: Tensor | None, half: int | None) -> Quantized:
+        stats = self.calibration.inputs[l.name]
+        weight = self._energy(l) if self.static else torch.ones_like(stats.absmax)  # that nothing asks for
+        return as_quantized(stats, columns, self.rotations.get(l.name), half, weight)
 
     def _products(
         self, l: Linear, weight: Tensor, columns: Tensor | None, x: Tensor, x_int: Tensor, x_scale: Tensor
@@ -232,14 +232,13 @@ class Chooser:
             noise += float((y_hat - y).square().sum())
         return noise, signal
 
-    def _limit(self, l: Linear, columns: Tensor | None, absmax: Tensor) -> Tensor:
-        """Δx of the largest absmax_j / s_j, with the margin of a static scale. A dynamic one per tensor is close to it."""
-        largest = (absmax if columns is None else absmax / columns).max()
-        return absmax_scale(largest * (1 + self.margins.get(l.name, 0.0)), self.qtype.q_max)
+    def _limit(self, l: Linear, x: Quantized) -> Tensor:
+        """Δx of the largest value, with the margin of a static scale. A dynamic one per tensor is close to it."""
+        return absmax_scale(x.absmax.max() * (1 + self.margins.get(l.name, 0.0)), self.qtype.q_max)
 
     def input_scale(self, l: Linear) -> Tensor:
         """Static Δx, from all tokens."""
-        return self._limit(l, self.columns.get(l.name), self.calibration.inputs[l.name].absmax)
+        return self._limit(l, self._quantized(l, self.columns.get(l.name), None))
 
     def layer(self, l: Linear, floats: dict[str, str], notes: dict[str, Note]) -> LayerPlan:
         if l.name in floats:

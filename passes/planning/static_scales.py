@@ -13,6 +13,8 @@ the tails is added (`clipped`): of an exponential tail, the largest of n values 
 square of 2 β² exp(-(L - M) / β) / n for each new value, M being the largest one so far, and two such maxima differ by
 2 ln 2 · β in the mean, from which β is known. The margin m is the candidate with the smallest sum of both, by
 the geometric mean over the halves; `choose` compares α by the same sum, s from one half as well. Both vanish with thousands of tokens.
+
+The largest values of rotated channels are known of the sampled rows alone: of so many tokens, and no more, they tell.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sqcompile.kernels.qtypes import INT8, QType
 from sqcompile.kernels.reference import ABSMAX_FLOOR, absmax_scale
+from sqcompile.kernels.rotation import rotate
 from sqcompile.statistics.input_stats import InputStats
 
 MARGINS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)
@@ -40,7 +44,49 @@ def has_halves(stats: InputStats) -> bool:
     return stats.count > 1 and bool((stats.halves.amax(1) > 0).all())
 
 
-def margin(stats: InputStats, columns: Tensor, weight: Tensor, qtype: QType = INT8) -> float:
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """An input as it is quantized: divided by s, and rotated.
+
+    Attributes:
+        rows: float32 [R, K], the sampled ones.
+        absmax: float32 [K], of the tokens that the scale is made from.
+        tokens: how many those are.
+        cost: float32 [K], what an error of each channel costs, squared.
+    """
+
+    rows: Tensor
+    absmax: Tensor
+    tokens: float
+    cost: Tensor
+
+
+def as_quantized(
+    stats: InputStats, columns: Tensor | None, block: int | None, half: int | None, weight: Tensor
+) -> Quantized:
+    """An input whose scale is made from one half of the tokens, or from all.
+
+    Args:
+        stats: of the input, K channels.
+        columns: float32 [K], s, or None.
+        block: the size of the blocks in which it is rotated, or None.
+        half: whose absmax counts; None for both.
+        weight: float32 [K], what an error of each channel of x costs, squared.
+    """
+    s = torch.ones_like(stats.absmax) if columns is None else columns
+    rows, cost = stats.rows.float() / s, weight * s.square()
+    if block is None:
+        absmax = stats.absmax if half is None else stats.halves[half]
+        return Quantized(rows, absmax / s, stats.count / (1 if half is None else 2), cost)
+    rows = rotate(rows, block)
+    mine = rows if half is None or not bool((stats.half == half).any()) else rows[stats.half == half]
+    spread = (
+        cost.unflatten(0, (-1, block)).mean(1).repeat_interleave(block)
+    )  # what it costs is spread over a block, too
+    return Quantized(rows, mine.abs().amax(0), len(mine), spread)
+
+
+def margin(stats: InputStats, columns: Tensor, weight: Tensor, qtype: QType = INT8, block: int | None = None) -> float:
     """The margin of an input.
 
     Args:
@@ -48,20 +94,19 @@ def margin(stats: InputStats, columns: Tensor, weight: Tensor, qtype: QType = IN
         columns: float32 [2, K], what its channels are divided by, chosen from either half.
         weight: float32 [K], what an error of each channel costs, squared.
         qtype: the number format.
+        block: the size of the blocks in which it is rotated, or None.
     """
     if not has_halves(stats):
         return ONE_TOKEN
     errors = torch.zeros(len(MARGINS), dtype=torch.float32, device=columns.device)
     room = 1 + torch.tensor(MARGINS, dtype=torch.float32, device=columns.device)
     for mine, other in ((0, 1), (1, 0)):
-        rows = stats.rows[stats.half == mine].float()
-        x, cost = rows / columns[other], weight * columns[other].square()
-        limits = (stats.halves[other] / columns[other]).max() * room
-        for i, limit in enumerate(limits):
+        x = as_quantized(stats, columns[other], block, other, weight)
+        new = x.rows[stats.half == mine]
+        for i, limit in enumerate(x.absmax.max() * room):
             scale = absmax_scale(limit, qtype.q_max)
-            rounded = qtype.round((x / scale).clamp(-qtype.q_max, qtype.q_max)) * scale
-            tail = clipped(stats, stats.halves[other], limit * columns[other], weight)
-            error = ((rounded - x).square() @ cost).sum() + len(rows) * tail
+            rounded = qtype.round((new / scale).clamp(-qtype.q_max, qtype.q_max)) * scale
+            error = ((rounded - new).square() @ x.cost).sum() + len(new) * clipped(stats, x, limit)
             errors[i] += error.clamp_min(ABSMAX_FLOOR).log()  # a token like no other decides for its half alone
     return MARGINS[int(errors.argmin())]
 
@@ -71,11 +116,11 @@ def margin_of_channels(stats: InputStats) -> float:
     return _tail(stats) * min(1.0, FEW_TOKENS / stats.count) if has_halves(stats) else ONE_TOKEN
 
 
-def clipped(stats: InputStats, absmax: Tensor, limits: Tensor, weight: Tensor) -> Tensor:
-    """The expected cost of clipping a new row: absmax [K] of half of the tokens, limits [K] of channels, weight [K]."""
-    beta = _tail(stats) * absmax.clamp_min(ABSMAX_FLOOR)
-    beyond = ((limits - absmax).clamp_min(0) / beta).neg().exp()
-    return (weight * 2 * beta.square() * beyond).sum() / (stats.count / 2)
+def clipped(stats: InputStats, x: Quantized, limit: Tensor) -> Tensor:
+    """The expected cost of clipping a new row at a limit."""
+    beta = _tail(stats) * x.absmax.clamp_min(ABSMAX_FLOOR)
+    beyond = ((limit - x.absmax).clamp_min(0) / beta).neg().exp()
+    return (x.cost * 2 * beta.square() * beyond).sum() / x.tokens
 
 
 def _tail(stats: InputStats) -> float:
