@@ -101,8 +101,10 @@ def _attentions(lowered: fx.GraphModule) -> tuple[Int8Attention, ...]:
 class Report:
     """One entry per linear, in graph order; ``print(report)`` gives one line each, then the sites.
 
+    "H 32" in a line says that the linear's input is rotated in blocks of 32 channels.
+
     Attributes:
-        layers: name, kind, quantized, smoothing, reason, alpha, sqnr_db (see LayerPlan).
+        layers: name, kind, quantized, smoothing, reason, alpha, rotation, sqnr_db (see LayerPlan).
         sites: the smoothed sites as a person would write them; ``key`` is the name in the plan.
         gemms: on GPUs, the INT8 GEMMs by shape.
         attention: one entry per attention, where the recipe quantizes them (see AttentionPlan).
@@ -127,7 +129,12 @@ class Report:
 
     def __str__(self) -> str:
         width = max((len(l.name) for l in self.layers), default=0)
-        lines = [_line(l, width, self.dtype if l.quantized else "float") for l in self.layers]
+        turns = [f"H {l.rotation}" if l.rotation else "" for l in self.layers]
+        room = max(map(len, turns), default=0)
+        lines = [
+            _line(l, width, self.dtype if l.quantized else "float", f"{turn:{room}}  " if room else "")
+            for l, turn in zip(self.layers, turns, strict=True)
+        ]
         if self.attention:
             width = max(len(a.name) for a in self.attention)
             lines += ["attention:", *(f"  {_line(a, width, PRODUCTS[a.quantized])}" for a in self.attention)]
@@ -139,8 +146,10 @@ class Report:
             lines += ["INT8 attention, expected speed against bf16:", *(f"  {a}" for a in self.int8_attention)]
         done = sum(l.quantized for l in self.layers)
         folded = sum(l.smoothing == "folded" for l in self.layers)
+        rotated = sum(bool(l.rotation) for l in self.layers)
         lines.append(
             f"{done} of {len(self.layers)} linears in {self.dtype.upper()}, {folded} with smoothing folded into parameters"
+            + (f", {rotated} with rotated inputs" if rotated else "")
         )
         if self.attention:
             lines.append(
@@ -149,7 +158,7 @@ class Report:
         return "\n".join(lines)
 
 
-def _line(x: LayerPlan | AttentionPlan, width: int, kind: str) -> str:
+def _line(x: LayerPlan | AttentionPlan, width: int, kind: str, turn: str = "") -> str:
     alpha = f"α {x.alpha:.2f}" if x.alpha is not None else ""
     sqnr = f"{x.sqnr_db:5.1f} dB" if x.sqnr_db is not None else ""
-    return f"{x.name:{width}}  {kind:5}  {x.smoothing:10}  {alpha:6}  {sqnr:8}  {x.reason}".rstrip()
+    return f"{x.name:{width}}  {kind:5}  {x.smoothing:10}  {alpha:6}  {turn}{sqnr:8}  {x.reason}".rstrip()

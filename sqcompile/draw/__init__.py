@@ -99,7 +99,8 @@ def _add_attentions(roles: Roles, traced: fx.GraphModule, plan: Plan) -> None:
 
 def _add_layer(roles: Roles, layer: LayerPlan, dtype: str) -> None:
     kind = dtype if layer.quantized else "float"
-    note = ", ".join([kind, *_numbers(layer), layer.reason])
+    turn = [f"rotated in blocks of {layer.rotation}"] if layer.rotation else []
+    note = ", ".join([kind, *turn, *_numbers(layer), layer.reason])
     roles.add(layer.name, "quantized" if layer.quantized else "float", note)
     if layer.smoothing == "multiplied":
         roles.add(layer.name, "explicit", "its input is multiplied by 1/s right before quantization")

@@ -35,7 +35,8 @@ _PIECES = {
     "int8_attention": ("product", "attention"), "int8_scores": ("product", "QKᵀ"), "attend": ("product", "PV"),
     "int8_attend": ("product", "softmax, PV"), "attention_weights": ("activation", "softmax"),
     "norm_quantize": ("norm", "norm, quantize"), "act_quantize": ("activation", "activation, quantize"),
-    "quantize_rows": ("quantize", "quantize"),
+    "quantize_rows": ("quantize", "quantize"), "rotate": ("quantize", "rotate"),
+    "rotate_quantize": ("quantize", "rotate, quantize"),
 }  # fmt: skip
 _INT8_ATTENTION = {"int8_attention", "int8_attend", "attend"}  # the last node of one
 _JOINS = {"add": "+", "sub": "−", "mul": "×", "div": "÷", "cat": "concat", "where": "where"}
@@ -43,7 +44,7 @@ _JOINS = {"add": "+", "sub": "−", "mul": "×", "div": "÷", "cat": "concat", "
 # How many arguments carry activations, where the others are masks, scales and weights.
 _DATA_ARGS = {
     "scaled_dot_product_attention": 3, "attention": 3, "int8_attention": 5, "int8_scores": 3, "attention_weights": 1,
-    "mask_scores": 1, "attend": 2, "int8_attend": 2, "norm_quantize": 1, "act_quantize": 2, "quantize_rows": 1, "linear": 1, "int8_linear": 1, "int8_linear_packed": 1, "int8_linear_s8": 1, "fp8_linear": 1,
+    "mask_scores": 1, "attend": 2, "int8_attend": 2, "norm_quantize": 1, "act_quantize": 2, "quantize_rows": 1, "rotate": 1, "rotate_quantize": 1, "linear": 1, "int8_linear": 1, "int8_linear_packed": 1, "int8_linear_s8": 1, "fp8_linear": 1,
     "quantize": 1, "dequantize": 1, "grouped_linear": 1, "grouped_dequantize": 1, "int8_grouped_linear": 1,
     "int8_grouped_linear_packed": 1,
 }  # fmt: skip

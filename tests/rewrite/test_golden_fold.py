@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -63,7 +65,29 @@ after:
 return [%q, %k]
 """,
     )
-    assert untrue(fold, text + folded(graph(STREAM, {"w": [6, 4]}))[0]) == []
+    assert untrue(fold, text + folded(graph(STREAM, {"w": [6, 4]}))[0] + rotated()) == []
+
+
+def rotated() -> str:
+    gm = graph("%x: f32[2, 3, 16] = input\n%y = aten.linear(%x, %w)\nreturn %y", {"w": [6, 16]})
+    plan = planned(gm)
+    plan = dataclasses.replace(plan, layers=tuple(dataclasses.replace(l, rotation=16) for l in plan.layers))
+    text, after = before_after(lambda g: verify(fold.fold(g, [], plan), "folded"), gm)
+    assert difference(gm, after) <= 1e-5
+    return text
+
+
+def test_an_input_and_a_weight_are_rotated():
+    assert_expected_inline(
+        only_after(rotated()),
+        """\
+%x: f32[2, 3, 16] = input
+%rotate_default: f32[2, 3, 16] = sqcompile.rotate(%x, 16)
+%rotate_default_1: f32[6, 16] = sqcompile.rotate(%w, 16)
+%y: f32[2, 3, 6] = aten.linear(%rotate_default, %rotate_default_1)
+return %y
+""",
+    )
 
 
 def test_the_rows_of_a_linear_and_its_bias_are_divided():
