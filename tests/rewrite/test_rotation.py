@@ -141,3 +141,30 @@ def test_recipes_name_the_rotations_there_are(rotate):
         sqcompile.RecipeError, match="'auto', 'none', or the size of the blocks, one of 16, 32, 64, 128"
     ):
         Recipe(rotate=rotate)
+
+
+def test_the_report_and_the_drawing_say_what_is_rotated(tmp_path):
+    model = tiny_lm("llama")
+    recipe = Recipe(rotate=32)
+    compiled = sqcompile.compile(model, token_batches(2), recipe=recipe, backend="eager", progress=False)
+    lines = str(compiled.report).splitlines()
+    turned = sum(l.rotation == 32 for l in compiled.plan.layers)
+    assert turned and sum("  H 32  " in line for line in lines) == turned
+    assert lines[-1].endswith(f", {turned} with rotated inputs")
+    compiled.draw(tmp_path / "lowered.svg", stage="lowered")
+    compiled.draw(tmp_path / "folded.svg", stage="folded")
+    lowered, folded = ((tmp_path / f"{name}.svg").read_text() for name in ("lowered", "folded"))
+    assert "rotate, quantize" in lowered and "rotated in blocks of 32" in lowered and ">rotate<" in folded
+
+
+def test_a_backend_rotates_as_compile_does():
+    model, recipe = tiny_lm("llama"), Recipe(rotate=32)
+    plan = sqcompile.calibrate(model, token_batches(2), recipe=recipe, progress=False)
+    compiled = sqcompile.compile(model, plan=plan, backend="eager", progress=False)
+    torch._dynamo.reset()
+    net = torch.compile(model, backend="smoothquant", options={"plan": plan})
+    for shape in ((2, 7), (1, 12)):
+        x = token_batches(1, shape, seed=9)[0]
+        with torch.no_grad():
+            got, want = (pytree.tree_leaves(f(**x))[0] for f in (net, compiled))
+        assert relative_error(got, want) < 1e-3
