@@ -25,6 +25,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
         ("opt", "O3"),
         ("mixtral", "O1"),
         pytest.param("mixtral", replace(PRESETS["O1"], attention="none"), id="mixtral-O1-linears"),
+        pytest.param("llama", sqcompile.Recipe(rotate=32), id="llama-rotated"),
+        pytest.param("mixtral", sqcompile.Recipe(rotate=16), id="mixtral-rotated"),
+        pytest.param("opt", replace(PRESETS["O3"], rotate=16), id="opt-O3-rotated"),
     ],
 )
 def test_a_gpu_gives_the_cpus_result(family, recipe, backend):
