@@ -23,16 +23,13 @@ ABSMAX_FLOOR = tl.constexpr(reference.ABSMAX_FLOOR)
 # A float32 near it has no fraction bits left: adding it rounds, and the low byte of the sum is the integer.
 ROUND = tl.constexpr(1.5 * 2**23)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # NumPy runs the kernels, without PTX
-# Four of y as int8 in one word: to the nearest even integer, NaN to 0, and what is above 127 to 127.
-_PACK = tl.constexpr("""{
-.reg .s32 a, b, c, d;
-cvt.rni.s32.f32 a, $1;
-cvt.rni.s32.f32 b, $2;
-cvt.rni.s32.f32 c, $3;
-cvt.rni.s32.f32 d, $4;
-cvt.pack.sat.s8.s32.b32 c, d, c, 0;
-cvt.pack.sat.s8.s32.b32 $0, b, a, c;
-}""")
+# Four of y as int8 in one word: to the nearest even integer, NaN to 0, and what is above 127 to 127. In one line: Inductor
+# copies the kernels and what they name, and would break a string where it has another.
+_PACK = tl.constexpr(
+    "{ .reg .s32 a, b, c, d; "
+    "cvt.rni.s32.f32 a, $1; cvt.rni.s32.f32 b, $2; cvt.rni.s32.f32 c, $3; cvt.rni.s32.f32 d, $4; "
+    "cvt.pack.sat.s8.s32.b32 c, d, c, 0; cvt.pack.sat.s8.s32.b32 $0, b, a, c; }"
+)
 
 ONE_BLOCK = 16384  # up to this many columns a row is read once and kept in registers
 _LOOP_BLOCK = 4096  # wider rows are read in pieces of this size
