@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from sqcompile.bench import stack
 from sqcompile.bench.timing import gpu, publish
+from sqcompile.kernels.rotation import BLOCKS
 from sqcompile.pytorch.core import int_mm
 
 SHAPES = (("qkv", 4096, 6144), ("o", 4096, 4096), ("gate, up", 4096, 28672), ("down", 14336, 4096))  # K, N
@@ -159,6 +160,37 @@ def fused_table(m: int, rep_ms: float) -> list[str]:
     return lines
 
 
+def rotated_table(m: int, rep_ms: float) -> list[str]:
+    """A row per kernel of rows: microseconds without a rotation, and with blocks of each size."""
+    from sqcompile.kernels.triton.gemm import timing
+    from sqcompile.kernels.triton.rows.act import act_quantize
+    from sqcompile.kernels.triton.rows.norm import norm_quantize
+    from sqcompile.kernels.triton.rows.quantize import quantize_rows
+
+    blocks = (0, *BLOCKS)
+    lines = [
+        f"| kernel, {m} rows | columns | no rotation, us | {' | '.join(f'blocks of {b}' for b in BLOCKS)} |",
+        "|---|---|---|" + "---|" * len(BLOCKS),
+    ]
+    for k in (4096, 11008, 14336):
+        x, w = (
+            torch.randn(m, k, device="cuda", dtype=torch.bfloat16),
+            torch.ones(k, device="cuda", dtype=torch.bfloat16),
+        )
+        gate, up = torch.randn(m, 2 * k, device="cuda", dtype=torch.bfloat16).chunk(2, -1)
+        kernels: dict[str, Callable[[int], Any]] = {
+            "quantize per token": lambda b, x=x: quantize_rows(x, rotation=b),
+            "SiLU(gate) up + quantize": lambda b, gate=gate, up=up: act_quantize(gate, up, rotation=b),
+        }
+        if k == 4096:
+            kernels["RMSNorm + quantize"] = lambda b, x=x, w=w: norm_quantize(x, w, 1e-5, rotation=b)
+            kernels["add + RMSNorm + quantize"] = lambda b, x=x, w=w: norm_quantize(x, w, 1e-5, residual=x, rotation=b)
+        for name, call in kernels.items():
+            us = [timing.median_us([functools.partial(call, b)], rep_ms) for b in blocks]
+            lines.append(f"| {name} | {k} | {us[0]:.1f} | {' | '.join(f'{u:.1f}, {us[0] / u:.2f}' for u in us[1:])} |")
+    return lines
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sqcompile.bench gpu", description=__doc__)
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
@@ -174,6 +206,8 @@ def main(argv: list[str] | None = None) -> None:
         *gemm_table(tuple(args.rows), args.rep),
         "",
         *fused_table(FUSED_ROWS, args.rep),
+        "",
+        *rotated_table(FUSED_ROWS, args.rep),
         "",
         *stack.table(),
     ]
