@@ -178,15 +178,15 @@ def rotated_table(m: int, rep_ms: float) -> list[str]:
             torch.ones(k, device="cuda", dtype=torch.bfloat16),
         )
         gate, up = torch.randn(m, 2 * k, device="cuda", dtype=torch.bfloat16).chunk(2, -1)
-        kernels: dict[str, Callable[[int], Any]] = {
-            "quantize per token": lambda b, x=x: quantize_rows(x, rotation=b),
-            "SiLU(gate) up + quantize": lambda b, gate=gate, up=up: act_quantize(gate, up, rotation=b),
+        kernels: dict[str, Callable[..., Any]] = {
+            "quantize per token": functools.partial(quantize_rows, x),
+            "SiLU(gate) up + quantize": functools.partial(act_quantize, gate, up),
         }
         if k == 4096:
-            kernels["RMSNorm + quantize"] = lambda b, x=x, w=w: norm_quantize(x, w, 1e-5, rotation=b)
-            kernels["add + RMSNorm + quantize"] = lambda b, x=x, w=w: norm_quantize(x, w, 1e-5, residual=x, rotation=b)
+            kernels["RMSNorm + quantize"] = functools.partial(norm_quantize, x, w, 1e-5)
+            kernels["add + RMSNorm + quantize"] = functools.partial(norm_quantize, x, w, 1e-5, residual=x)
         for name, call in kernels.items():
-            us = [timing.median_us([functools.partial(call, b)], rep_ms) for b in blocks]
+            us = [timing.median_us([functools.partial(call, rotation=b)], rep_ms) for b in blocks]
             lines.append(f"| {name} | {k} | {us[0]:.1f} | {' | '.join(f'{u:.1f}, {us[0] / u:.2f}' for u in us[1:])} |")
     return lines
 
