@@ -11,6 +11,7 @@ from triton_cases import DEVICE, INTERPRETED, PARTS, kernels, long, run_in_the_i
 from sqcompile.kernels import reference
 from sqcompile.kernels.rotation import BLOCKS, rotate
 
+WIDE = pytest.param(64, 64 * 260, marks=pytest.mark.slow)  # so many columns are read in pieces
 DTYPES = [torch.bfloat16, long(torch.float16), torch.float32]
 
 
@@ -29,13 +30,12 @@ def nearly(q: Tensor, s: Tensor, y: Tensor, scale: Tensor) -> None:
 
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("blocks", [1, 3, long(40), long(260)])  # 260 blocks of 64 and 128 are read in pieces
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(("block", "k"), [*[(b, 3 * b) for b in BLOCKS], (16, 16), WIDE])
 @pytest.mark.parametrize("mode", ["token", "tensor", "static"])
-def test_rotated_rows_equal_the_plain_arithmetic(mode, block, blocks, dtype):
+def test_rotated_rows_equal_the_plain_arithmetic(mode, block, k, dtype):
     from sqcompile.kernels.triton.rows.quantize import quantize_rows
 
-    x = tensor(3, 2, block * blocks, dtype=dtype)
+    x = tensor(3, 2, k, dtype=dtype)
     y = rotate(x, block)
     static = torch.tensor(0.03, device=DEVICE) if mode == "static" else None
     q, s = quantize_rows(x, mode if static is None else "token", static, rotation=block)
@@ -77,13 +77,11 @@ def test_rotated_rows_that_are_not_finite_come_out_as_nan(bad):
 
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("blocks", [3, long(300)])
-@pytest.mark.parametrize("block", [32, long(128)])
+@pytest.mark.parametrize(("block", "k"), [(32, 96), pytest.param(128, 384, marks=pytest.mark.slow), WIDE])
 @pytest.mark.parametrize("multiplied", [False, True])
-def test_a_norm_and_a_rotation(multiplied, block, blocks, dtype):
+def test_a_norm_and_a_rotation(multiplied, block, k, dtype):
     from sqcompile.kernels.triton.rows.norm import norm_quantize
 
-    k = block * blocks
     x, w, b = tensor(2, 3, k, dtype=dtype), tensor(k, dtype=dtype, seed=2), tensor(k, dtype=dtype, seed=3)
     m = tensor(k, seed=4).abs() if multiplied else None
     y = F.layer_norm(x.float(), (k,), w.float(), b.float(), 1e-5).to(dtype)
@@ -94,13 +92,11 @@ def test_a_norm_and_a_rotation(multiplied, block, blocks, dtype):
 
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("blocks", [3, long(300)])
-@pytest.mark.parametrize("block", [32, long(128)])
+@pytest.mark.parametrize(("block", "k"), [(32, 96), pytest.param(128, 384, marks=pytest.mark.slow), WIDE])
 @pytest.mark.parametrize("multiplied", [False, True])
-def test_an_activation_and_a_rotation(multiplied, block, blocks, dtype):
+def test_an_activation_and_a_rotation(multiplied, block, k, dtype):
     from sqcompile.kernels.triton.rows.act import act_quantize
 
-    k = block * blocks
     gate, up = tensor(2, 3, 2 * k, dtype=dtype, spread=0.3).chunk(2, -1)
     m = tensor(k, seed=4).abs() if multiplied else None
     y = F.silu(gate.float()).to(dtype) * up
