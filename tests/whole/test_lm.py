@@ -54,9 +54,23 @@ def test_architecture(lm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> N
     )
 
 
-def test_training_builds_the_shipped_architecture() -> None:
-    fresh = train.build_model("llama").config.to_dict()
-    shipped = json.loads((DATA / "config.json").read_text())
+_SIBLINGS = Path(__file__).parents[1] / "data"
+FOLDERS = {"llama": DATA, "opt": _SIBLINGS / "opt", "neox": _SIBLINGS / "neox"}
+
+
+@pytest.mark.parametrize(("style", "most"), [("opt", 14.0), ("neox", 13.5)])
+def test_the_siblings_predict_held_out_code(style: str, most: float) -> None:
+    """Every 32nd window of 256 tokens, for which the shipped model's perplexity is 12.74."""
+    model, tokenizer = load_lm(folder=FOLDERS[style])
+    windows = token_windows(evaluation_texts(), tokenizer, 256)[::32]
+    found = sqcompile.evaluate(model, windows, progress=False).perplexity
+    assert found is not None and found <= most
+
+
+@pytest.mark.parametrize("style", FOLDERS)
+def test_training_builds_the_trained_architectures(style: str) -> None:
+    fresh = train.build_model(style).config.to_dict()
+    shipped = json.loads((FOLDERS[style] / "config.json").read_text())
     for key in set(fresh) & set(shipped) - {"transformers_version"}:
         assert fresh[key] == shipped[key], key
 
