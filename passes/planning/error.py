@@ -6,6 +6,7 @@ smallest error of its own linears, relative to what they give.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from torch import Tensor, fx
 from sqcompile.kernels.reference import absmax_scale, dequantize, quantize, token_scale, weight_scale
 from sqcompile.passes.ir.graph import Linear, effective_weight, find_linears, nodes_by_name, row_parts
 from sqcompile.passes.labels.match import Site
-from sqcompile.passes.planning.feel import Felt
+from sqcompile.passes.planning.feel import Felt, Reads
 from sqcompile.passes.planning.loss import Transform, of_input, of_weight
 from sqcompile.passes.planning.smoothing import smoothing_scale
 from sqcompile.passes.planning.sqnr import relative, sqnr_db
@@ -174,21 +175,22 @@ class Chooser:
 
     def loss(self, linears: Sequence[Linear]) -> float:
         """What the outputs lose by linears that `Felt.knows`: half of E[(gᵀδ)²]; see `feel` for its unit."""
-        per_tensor, total = self.recipe.weight == "per_tensor", 0.0
-        for reads in dict.fromkeys(self.felt.reads[l.name] for l in linears):
-            l = next(l for l in linears if self.felt.reads[l.name] is reads)
-            columns = self.columns.get(l.name)
-            per_token = self.recipe.activation == "per_token"
-            scale = None if per_token else self._limit(l, columns, self.calibration.inputs[l.name].absmax)
-            total += of_input(reads, self._transform(l, columns), scale, self.qtype)
+        total, moments = 0.0, dict[Reads, Tensor]()
         for l in linears:
-            weight, reads = self.weight(l), self.felt.reads[l.name]
-            tokens = self.calibration.inputs[l.name].tokens
+            reads, how = self.felt.reads[l.name], self._transform(l, self.columns.get(l.name))
+            if reads not in moments:
+                scale = None
+                if self.recipe.activation != "per_token":
+                    scale = self._limit(l, how.columns, self.calibration.inputs[l.name].absmax)
+                cost, moments[reads] = of_input(reads, how, scale, self.qtype)
+                total += cost
+            weight, tokens = self.weight(l), self.calibration.inputs[l.name].tokens
             shares = (tokens / tokens.sum()).tolist() if l.experts else [1.0]
             for share, w in zip(shares, weight if l.experts else [weight], strict=True):
-                how = self._transform(l, self.columns.get(l.name))
-                total += share * of_weight(w, self.felt.outputs[l.name], reads, how, per_tensor, self.qtype)
-        return total
+                per_tensor = self.recipe.weight == "per_tensor"
+                cost = of_weight(w, self.felt.outputs[l.name], moments[reads], how, per_tensor, self.qtype)
+                total += share * cost
+        return total if math.isfinite(total) else math.inf
 
     def _transform(self, l: Linear, columns: Tensor | None) -> Transform:
         return Transform(columns, self.rotations.get(l.name), self.rows.get(l.name))
