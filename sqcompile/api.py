@@ -25,6 +25,7 @@ from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.labels.match import match
 from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
+from sqcompile.passes.planning.feel import feel
 from sqcompile.passes.planning.finite import check_weights
 from sqcompile.passes.planning.stay_float import wanted
 from sqcompile.pipeline import rewrite
@@ -158,7 +159,8 @@ def analyse(
         enter("match")
         sites, refusals = match(traced)
         enter("plan")
-        plan_of = partial(choose, traced, sites, refusals, calibration, recipe, to_spec(call), attentions)
+        felt = feel(traced, sites, refusals, calibration, recipe)
+        plan_of = partial(choose, traced, sites, refusals, calibration, recipe, to_spec(call), attentions, felt=felt)
         plan = smoothed_or_not(plan_of, calibration.sample, lambda p: rewrite(traced, p, "quantized", shown=False))
         return traced, plan
 

@@ -3,8 +3,10 @@
     s_j = max|X_j|^α / max|W_:j|^(1-α)                       (SmoothQuant, arXiv 2211.10438, equation 4)
 
 max|W_:j| runs over all balance layers of the activation together. Every candidate (each α, and no smoothing) is tried
-on the calibration sample, with the very arithmetic of the quantized graph, and the one with the smallest error of the
-balance layers' outputs is taken: smoothing can hurt, and a plan never smooths a site where it does.
+on the calibration sample, with the very arithmetic of the quantized graph, and with every rotation that the recipe allows.
+The one that costs the outputs of the model least is taken, where the recipe asks for that and gradients tell it (`feel`);
+else the one with the smallest error of the balance layers' outputs: smoothing can hurt, and a plan never smooths a site
+where it does.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
 from sqcompile.passes.planning.choose_attention import choose_attention
 from sqcompile.passes.planning.error import Chooser, Note
+from sqcompile.passes.planning.feel import Felt
 from sqcompile.passes.planning.static_scales import warn_of_few
 from sqcompile.passes.planning.stay_float import check_any, stay_float
 from sqcompile.plan.entries import Smoothing
@@ -36,6 +39,7 @@ def choose(
     call: Any,
     attentions: Sequence[Attention] = (),
     unsmoothed: str | None = None,
+    felt: Felt | None = None,
 ) -> Plan:
     """Makes the plan for a traced graph.
 
@@ -46,6 +50,7 @@ def choose(
         call: spec of the captured call, kept in the plan.
         attentions: those of the graph, if the recipe quantizes them.
         unsmoothed: why nothing is smoothed, whatever the recipe says.
+        felt: what the outputs feel of the linears, for a recipe that chooses by it.
 
     Raises:
         NothingToQuantizeError: if no linear would run in INT8; the message gives the reasons.
@@ -53,7 +58,7 @@ def choose(
     again = unsmoothed is not None
     if not recipe.smooth:
         unsmoothed = "the recipe does not smooth"
-    chooser = Chooser(gm, calibration, recipe, unsmoothed)
+    chooser = Chooser(gm, calibration, recipe, unsmoothed, felt)
     linears = find_linears(gm)
     floats = stay_float(gm, linears, calibration, recipe)
     check_any(gm, linears, floats)
@@ -74,6 +79,8 @@ def choose(
         else:
             reason = unsmoothed or f"smoothing would raise the quantization error here ({site.reason})"
             note = ("none", reason, None)
+        if felt is not None and (blind := felt.blind(quantized)):
+            note = (note[0], f"{note[1]}; chosen by its own error, as {blind}", note[2])
         notes.update({l.name: note for l in quantized})
     attention, heads = choose_attention(gm, chooser, attentions, set(floats))
     if chooser.static and not again:

@@ -1,7 +1,12 @@
-"""Chooser: the error that quantization makes of linears on the calibration sample, under the smoothing chosen so far."""
+"""Chooser: what quantization costs on the calibration sample, under the smoothing and the rotations chosen so far.
+
+A site takes the candidate that costs the outputs least, as far as that is known (`feel`, `loss`); else the one with the
+smallest error of its own linears, relative to what they give.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,9 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.kernels.reference import absmax_scale, dequantize, quantize, token_scale, weight_scale
-from sqcompile.kernels.rotation import rotate
 from sqcompile.passes.ir.graph import Linear, effective_weight, find_linears, nodes_by_name, row_parts
 from sqcompile.passes.labels.match import Site
+from sqcompile.passes.planning.feel import Felt, Reads
+from sqcompile.passes.planning.loss import Transform, of_input, of_weight
 from sqcompile.passes.planning.smoothing import smoothing_scale
 from sqcompile.passes.planning.sqnr import relative, sqnr_db
 from sqcompile.passes.planning.static_scales import Quantized, as_quantized, clipped, has_halves, margin
@@ -44,16 +50,22 @@ Note = tuple[Smoothing, str, float | None]  # what was done with a linear's inpu
 # kept even without a gain: the sample holds few tokens, and the absmax it is built from saw them all. Static scales are
 # tried on tokens that they have not seen (`static_scales`), and take what is best there.
 TOLERANCE = 1.1
-# A rotation costs additions for every value: it is taken where it makes the error this much smaller.
-GAIN = 1.05
+# A rotation costs additions for every value: it is taken where it makes the error this much smaller, or the loss.
+GAIN, GAIN_OF_LOSS = 1.05, 1.2
 
 
 class Chooser:
     """Quantization error of linears on the calibration sample, under the scales chosen so far."""
 
     def __init__(
-        self, gm: fx.GraphModule, calibration: Calibration, recipe: Recipe, unsmoothed: str | None = None
+        self,
+        gm: fx.GraphModule,
+        calibration: Calibration,
+        recipe: Recipe,
+        unsmoothed: str | None = None,
+        felt: Felt | None = None,
     ) -> None:
+        self.felt = felt or Felt()
         self.gm, self.calibration, self.recipe, self.unsmoothed = gm, calibration, recipe, unsmoothed
         self.columns: dict[str, Tensor] = {}  # s of a linear's input channels, [K]
         self.halves: dict[str, Tensor] = {}  # s as chosen from either half of the tokens, [2, K]; for static scales
@@ -94,28 +106,29 @@ class Chooser:
         for alpha in () if self.unsmoothed else self.recipe.alphas:
             every = torch.stack([smoothing_scale(x, w_absmax, alpha) for x in x_absmax])
             scales[alpha] = torch.where(site.free.to(device), every, 1.0)
+        by_loss = self.felt.knows(touched)
         errors = {
-            choice: self._error_of(site, choice, touched)
+            choice: self._error_of(site, choice, touched, by_loss)
             for block in self._blocks([l for l, _ in balance])
             for choice in (Choice(None, None, block), *(Choice(s, alpha, block) for alpha, s in scales.items()))
         }
-        return min(errors, key=lambda c: errors[c] * self._handicap(c))
+        return min(errors, key=lambda c: errors[c] * self._handicap(c, by_loss))
 
     def _blocks(self, linears: list[Linear]) -> tuple[int | None, ...]:
         """The rotations to try: those of the recipe that the channels of all linears allow, and none where it is open."""
         fit = tuple(b for b in self.recipe.blocks if all(l.in_features % b == 0 for l in linears))
         return fit if fit and self.recipe.rotate != "auto" else (None, *fit)
 
-    def _handicap(self, choice: Choice) -> float:
-        smooths = choice.scales is not None
-        return (1.0 if smooths or self.static else TOLERANCE) * (1.0 if choice.block is None else GAIN)
+    def _handicap(self, choice: Choice, by_loss: bool) -> float:
+        smooths, gain = choice.scales is not None, GAIN_OF_LOSS if by_loss else GAIN
+        return (1.0 if smooths or self.static else TOLERANCE) * (1.0 if choice.block is None else gain)
 
-    def _error_of(self, site: Site, choice: Choice, touched: list[Linear]) -> float:
-        """The error of linears under a choice, which is not kept."""
+    def _error_of(self, site: Site, choice: Choice, touched: list[Linear], by_loss: bool) -> float:
+        """What linears cost under a choice, which is not kept."""
         checkpoint()
         saved = [dict(d) for d in self._chosen()]
         self.apply(site, choice)
-        error = sum(self.error(l) for l in touched)
+        error = self.loss(touched) if by_loss else sum(self.error(l) for l in touched)
         self.columns, self.halves, self.margins, self.rows, self.producers, self.rotations = saved
         return error
 
@@ -160,6 +173,28 @@ class Chooser:
             energy = torch.stack([w[p].float().square().sum(0) for p in row_parts(w)]).sum(0) / (l.experts or 1)
             self._energies[l.name] = energy
         return self._energies[l.name]
+
+    def loss(self, linears: Sequence[Linear]) -> float:
+        """What the outputs lose by linears that `Felt.knows`: half of E[(gᵀδ)²]; see `feel` for its unit."""
+        total, moments = 0.0, dict[Reads, Tensor]()
+        for l in linears:
+            reads, how = self.felt.reads[l.name], self._transform(l, self.columns.get(l.name))
+            if reads not in moments:
+                scale = None
+                if self.recipe.activation != "per_token":
+                    scale = self._limit(l, self._quantized(l, how.columns, None))
+                cost, moments[reads] = of_input(reads, how, scale, self.qtype)
+                total += cost
+            weight, tokens = self.weight(l), self.calibration.inputs[l.name].tokens
+            shares = (tokens / tokens.sum()).tolist() if l.experts else [1.0]
+            for share, w in zip(shares, weight if l.experts else [weight], strict=True):
+                per_tensor = self.recipe.weight == "per_tensor"
+                cost = of_weight(w, self.felt.outputs[l.name], moments[reads], how, per_tensor, self.qtype)
+                total += share * cost
+        return total if math.isfinite(total) else math.inf
+
+    def _transform(self, l: Linear, columns: Tensor | None) -> Transform:
+        return Transform(columns, self.rotations.get(l.name), self.rows.get(l.name))
 
     def error(self, l: Linear) -> float:
         """|Y_quantized - Y|² / |Y|² of one linear on the sample; zero where there is no signal.
@@ -207,19 +242,15 @@ class Chooser:
         self, l: Linear, weight: Tensor, columns: Tensor | None, x: Tensor, x_int: Tensor, x_scale: Tensor
     ) -> tuple[float, float]:
         """|Y_quantized - Y|² and |Y|² for one weight [N, K] and rows x [R, K]."""
-        rows, block = self.rows.get(l.name), self.rotations.get(l.name)
-
-        def folded(part: slice) -> Tensor:
-            w = weight[part].float() if columns is None else weight[part].float() * columns
-            w = w if block is None else rotate(w, block)
-            return w if rows is None else w / rows[part, None]
-
+        rows, how = self.rows.get(l.name), self._transform(l, columns)
         parts = row_parts(weight)
         per_tensor, q_max = self.recipe.weight == "per_tensor", self.qtype.q_max
-        common = torch.cat([weight_scale(folded(p), False, q_max) for p in parts]).amax() if per_tensor else None
+        common = (
+            torch.cat([weight_scale(how.weight(weight, p), False, q_max) for p in parts]).amax() if per_tensor else None
+        )
         noise = signal = 0.0
         for part in parts:  # a few rows of the weight at a time: no float copy of it
-            w = folded(part)
+            w = how.weight(weight, part)
             w_scale = weight_scale(w, True, q_max) if common is None else common.view(1, 1)
             y = x @ weight[part].float().t()
             y_hat = dequantize(

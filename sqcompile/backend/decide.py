@@ -22,6 +22,7 @@ from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.labels.match import match
 from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
+from sqcompile.passes.planning.feel import feel
 from sqcompile.passes.planning.stay_float import float_layer, names_linear, stay_float
 from sqcompile.passes.planning.uses import APART, as_used, balanced, first_use
 from sqcompile.passes.rewrite.weight_store import Shared
@@ -83,7 +84,8 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
         own, call = _for_graph(recipe, graphs, gm), to_spec(Call((), {}))
         try:
             with torch.no_grad():
-                plan_of = partial(choose, gm, sites, refusals, calibration, own, call, o.attentions)
+                felt = feel(gm, sites, refusals, calibration, own)
+                plan_of = partial(choose, gm, sites, refusals, calibration, own, call, o.attentions, felt=felt)
                 more = smoothed_or_not(plan_of, calibration.sample, partial(_quantized, gm))
         except NothingToQuantizeError as e:
             error = e

@@ -28,7 +28,8 @@ class Recipe:
     Attributes:
         alpha: migration strength in [0, 1], ``s_j = max|X_j|^alpha / max|W_:j|^(1-alpha)``. A tuple is a set of
             candidates: each site takes the one with the smallest quantization error on the calibration sample.
-            "No smoothing" is always a candidate, so that a site where smoothing hurts is left alone.
+            "auto" tries .1, .2, ... 1, and takes what the model's outputs feel least, by gradients on calibration
+            calls. "No smoothing" is always a candidate, so that a site where smoothing hurts is left alone.
         activation: ``"per_token"`` (dynamic, one scale per row, every dim but the last), ``"per_tensor"`` (dynamic,
             one scale) or ``"per_tensor_static"`` (one scale from calibration).
         weight: ``"per_channel"`` (one scale per output channel, [N, 1]) or ``"per_tensor"``.
@@ -57,7 +58,7 @@ class Recipe:
         RecipeError: if a value is of another type or out of range, or two contradict each other.
     """
 
-    alpha: float | tuple[float, ...] = 0.5
+    alpha: float | tuple[float, ...] | Literal["auto"] = 0.5
     activation: Activation = "per_token"
     weight: Weight = "per_channel"
     smooth: bool = True
@@ -105,6 +106,10 @@ class Recipe:
         if not _within(self.min_speedup, sys.float_info.max):
             raise RecipeError(f"min_speedup={self.min_speedup!r}: a factor such as 1.0, or 0 to quantize all")
         object.__setattr__(self, "min_speedup", float(self.min_speedup))
+        if isinstance(self.alpha, str):
+            if self.alpha != "auto":
+                raise RecipeError(f"alpha={self.alpha!r}: 'auto', a migration strength in [0, 1], or a tuple of them")
+            return
         several = isinstance(self.alpha, (list, tuple))
         alphas: tuple[Any, ...] = tuple(self.alpha) if several else (self.alpha,)  # type: ignore[arg-type]
         if not alphas or not all(_within(a, 1.0) for a in alphas):
@@ -120,7 +125,15 @@ class Recipe:
     @property
     def alphas(self) -> tuple[float, ...]:
         """The candidate migration strengths of a site."""
+        if isinstance(self.alpha, str):
+            return AUTO
         return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether sites choose by what the model's outputs feel."""
+        open_ = self.smooth or self.rotate == "auto"
+        return self.alpha == "auto" and open_ and self.activation != "per_tensor_static"
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -152,6 +165,7 @@ def _patterns(skip: Any) -> tuple[str, ...]:
 # Llama-style models the inputs of down projections want more than the 0.5 that the paper uses for OPT, and where one
 # scale serves a whole weight (O1), sites without outliers want less. Stronger ones win on the sample at times, but
 # lose on text unlike the calibration text.
+AUTO = tuple(i / 10 for i in range(1, 11))
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 # O1-O3 are the paper's efficiency levels, which quantize the products of attention, too; "default" is per-channel
