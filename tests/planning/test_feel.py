@@ -15,6 +15,7 @@ import sqcompile
 from sqcompile import Recipe
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
+from sqcompile.errors import RecipeError
 from sqcompile.kernels.qtypes import INT8
 from sqcompile.kernels.reference import quantize, token_scale, weight_scale
 from sqcompile.kernels.rotation import rotate
@@ -235,3 +236,13 @@ def test_a_backward_that_fails_is_a_reason(monkeypatch):
     monkeypatch.setattr("sqcompile.passes.planning.feel.gradients", fails)
     plan = sqcompile.calibrate(Idle().eval(), [(torch.randn(2, 16, 64),)], recipe=BY_LOSS, progress=False)
     assert all("the outputs have no gradients: RuntimeError: out of memory" in l.reason for l in plan.layers)
+
+
+def test_auto_is_a_recipe_s_and_kept_in_a_plan(tmp_path):
+    assert BY_LOSS.alphas == AUTO and BY_LOSS.by_loss
+    assert not dataclasses.replace(BY_LOSS, activation="per_tensor_static").by_loss
+    with pytest.raises(RecipeError, match="alpha='best': 'auto', a migration strength"):
+        Recipe(alpha="best")
+    plan = sqcompile.calibrate(Idle().eval(), [(torch.randn(2, 16, 64),)], recipe=BY_LOSS, progress=False)
+    plan.save(tmp_path / "plan")
+    assert sqcompile.Plan.load(tmp_path / "plan").recipe == BY_LOSS
