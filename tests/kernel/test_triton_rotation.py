@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
-from triton_cases import DEVICE, INTERPRETED, PARTS, kernels, long, run_in_the_interpreter, same, tensor
+from triton_cases import DEVICE, INTERPRETED, PARTS, kernels, long, nearly, run_in_the_interpreter, same, tensor
 
 from sqcompile.kernels import reference
 from sqcompile.kernels.rotation import BLOCKS, rotate
@@ -19,13 +18,6 @@ DTYPES = [torch.bfloat16, long(torch.float16), torch.float32]
 @pytest.mark.parametrize("part", PARTS)
 def test_these_kernels_in_the_interpreter(part):
     run_in_the_interpreter(__file__, part)
-
-
-def nearly(q: Tensor, s: Tensor, y: Tensor, scale: Tensor) -> None:
-    """Values differ by one, where the norm or the activation before was rounded otherwise: a block feels each of its values."""
-    torch.testing.assert_close(s, scale, rtol=1e-2, atol=0)
-    difference = (q.int() - reference.quantize(y, s).int()).abs()
-    assert int(difference.max()) <= 1 and float(difference.float().mean()) < 2e-2
 
 
 @kernels
@@ -87,7 +79,7 @@ def test_a_norm_and_a_rotation(multiplied, block, k, dtype):
     y = F.layer_norm(x.float(), (k,), w.float(), b.float(), 1e-5).to(dtype)
     q, s = norm_quantize(x, w, 1e-5, kind="layer", bias=b, multiplier=m, rotation=block)[1:3]
     y = rotate(y if m is None else y.float() * m, block)
-    nearly(q, s, y, reference.token_scale(y))
+    nearly(q, s, y, reference.token_scale(y), 1e-2)
 
 
 @kernels
@@ -102,4 +94,4 @@ def test_an_activation_and_a_rotation(multiplied, block, k, dtype):
     y = F.silu(gate.float()).to(dtype) * up
     q, s = act_quantize(gate, up, multiplier=m, rotation=block)
     y = rotate(y if m is None else y.float() * m, block)
-    nearly(q, s, y, reference.token_scale(y))
+    nearly(q, s, y, reference.token_scale(y), 1e-2)
