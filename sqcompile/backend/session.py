@@ -21,7 +21,6 @@ from sqcompile.backend.find_model import all_tensors, find_model
 from sqcompile.backend.floats import Floats
 from sqcompile.backend.options import Options
 from sqcompile.backend.weights import Blocks, check_not_freed, touch
-from sqcompile.capture.trace import aliases
 from sqcompile.errors import PlanError, RecipeError
 from sqcompile.passes.rewrite.weight_store import Shared
 from sqcompile.plan.plan import Plan
@@ -89,9 +88,8 @@ class Session:
         return tuple(sorted(found, key=lambda name: name not in planned))
 
     def aliases(self) -> dict[str, tuple[str, ...]]:
-        """All names of each parameter and buffer, see `trace`."""
-        root = self._root()
-        return {} if root is None else aliases(root)
+        """All names of each parameter and buffer, as of the last tensor that was looked up."""
+        return {name: names for names in list(self._names.values()) for name in names}
 
     def warn_of_uncounted(self, tensors: Sequence[Tensor]) -> None:
         """Says once that writes to tensors of inference mode cannot be seen."""
