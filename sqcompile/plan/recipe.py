@@ -172,7 +172,7 @@ ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 # weights with per-token activations, the combination that keeps Llama-class models intact, and leaves attention float;
 # "fp8" is the same in another number format.
 PRESETS: dict[str, Recipe] = {
-    "default": Recipe(alpha=ALPHAS),
+    "default": Recipe(alpha="auto", rotate="auto"),
     "O1": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_token", attention="qk_pv"),
     "O2": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_tensor", attention="qk_pv"),
     "O3": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_tensor_static", attention="qk_pv"),

@@ -182,7 +182,7 @@ def test_numbers_of_tensors(plan, static, tmp_path):
 
 def test_a_scale_that_takes_a_norm_out_of_float16_is_refused():
     model, x = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16)).eval().half(), torch.randn(2, 5, 16).half()
-    plan = sqcompile.calibrate(model, [x], progress=False)
+    plan = sqcompile.calibrate(model, [x], recipe=sqcompile.Recipe(), progress=False)
     small = {name: torch.full_like(s, 2.0**-20) for name, s in plan.scales.items()}
     with pytest.raises(PlanError, match=r"take '0.weight' out of torch.float16"):
         sqcompile.compile(model, plan=dataclasses.replace(plan, scales=small), backend="eager")
