@@ -4,9 +4,9 @@
     %y = add(%h, %x)          ->     %h = linear(%x', %w)
                                      %y = add(%h, %x)
 
-The gradient of %x' is that of an error which the linears alone see. The graph is run forwards once, and what lives at a
-few cuts is kept. Then one piece after the other, from the end, is run again and backwards: memory holds the operations
-of one piece, and what lives at the cuts, as with activation checkpointing (arXiv 1604.06174).
+The gradient of %x' is that of an error which the linears alone see. The graph is run forwards once up to its last cut,
+and what lives at the few cuts is kept. Then one piece after the other, from the end, is run again and backwards: memory
+holds the operations of one piece, and what lives at the cuts, as with activation checkpointing (arXiv 1604.06174).
 """
 
 from __future__ import annotations
@@ -106,7 +106,10 @@ class _Backward:
             for i, piece in enumerate(self.pieces):
                 piece.values = {a: env[a] for a in piece.reads}
                 for n in piece.nodes:
-                    env[n] = next(given) if n.op == "placeholder" else self._node(n, env)
+                    if n.op == "placeholder":
+                        env[n] = next(given)
+                    elif piece is not self.pieces[-1]:  # which no other reads
+                        env[n] = self._node(n, env)
                 own = {n: env[n] for n in piece.nodes if n.op == "placeholder"}
                 piece.values |= own
                 env = {n: x for n, x in env.items() if last.get(n, -1) > i}  # only what a later piece reads

@@ -78,10 +78,10 @@ class Sample:
             self.rows += max(len(which) for which, _ in kept.values())
             self.bytes += size + sum(4 * rows.numel() for _, rows in kept.values())
 
-    def noise(self, quantized: fx.GraphModule) -> list[Tensor]:
-        """Energy of the error of each kept row of each call, relative to the row's: float64 [R], of all outputs."""
+    def noise(self, quantized: fx.GraphModule, calls: slice = slice(None)) -> list[Tensor]:
+        """Energy of the error of each kept row of some calls, relative to the row's: float64 [R], of all outputs."""
         found = []
-        for call in self.calls:
+        for call in self.calls[calls]:
             with contextlib.ExitStack() as stack:
                 for kind in {which.device.type for which, _ in call.rows.values()}:
                     stack.enter_context(torch.autocast(kind, enabled=False))  # a user's: INT8 values need float32

@@ -16,7 +16,7 @@ import sqcompile
 from sqcompile import Recipe
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
-from sqcompile.passes.planning.end_to_end import WHY, at_worst
+from sqcompile.passes.planning.end_to_end import FEW, WHY, at_worst
 from sqcompile.statistics.observe import Observer
 from sqcompile.statistics.sample import CALLS, LARGEST, ROWS, Sample
 
@@ -213,14 +213,29 @@ def test_what_cannot_be_compared_stays_smoothed(monkeypatch):
     assert [l.smoothing for l in plan.layers] == ["folded"]
 
 
+@pytest.mark.parametrize(("model", "runs"), [(Outliers, [FEW] * 2), (Massive, [FEW] * 2 + [CALLS - FEW] * 2)])
+def test_few_calls_are_enough_where_the_gain_is_clear(model, runs, monkeypatch):
+    """Of either plan: its first calls, and the others where those do not tell."""
+    found = []
+
+    def noise(self, quantized, calls):
+        found.append(len(self.calls[calls]))
+        return run(self, quantized, calls)
+
+    run = Sample.noise
+    monkeypatch.setattr(Sample, "noise", noise)
+    plan_of(model().eval(), batches(range(CALLS)), Recipe(), "compile")
+    assert found == runs
+
+
 def test_one_quantized_stage_at_a_time(monkeypatch):
     """The second is made when nothing is left of the first, without a garbage collection."""
     stages: list[weakref.ref[Any]] = []
 
-    def noise(self, quantized):
+    def noise(self, quantized, calls):
         assert all(ref() is None for ref in stages)
         stages.append(weakref.ref(quantized))
-        return run(self, quantized)
+        return run(self, quantized, calls)
 
     run = Sample.noise
     monkeypatch.setattr(Sample, "noise", noise)
