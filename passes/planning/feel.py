@@ -15,6 +15,7 @@ error's relative energy.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +35,7 @@ from sqcompile.statistics.observe import Calibration
 from sqcompile.statistics.sample import LEAST
 
 ROWS, LEAST_ROWS = 256, 32  # kept of each input: over all calls, and of one
+TOKENS = 2048  # as many calls are run as have so many
 
 
 @dataclass(eq=False)
@@ -97,7 +99,8 @@ def feel(
         for l in dict.fromkeys(l for l, _ in site.balance):
             if l.name not in floats:
                 groups.setdefault((site.name, l.x, l.offsets), []).append(l)
-    calls, logits = calibration.sample.calls, _logits(gm)
+    each = max((stats.count for stats in calibration.inputs.values()), default=0) / max(1, calibration.batches)
+    calls, logits = calibration.sample.calls[: math.ceil(TOKENS / max(1, each))], _logits(gm)
     if not calls:
         return Felt(why="no call can be run again")
     found = _Found(max(LEAST_ROWS, ROWS // len(calls)))
