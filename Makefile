@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow gpu lint bench docs clean
+.PHONY: demo test slow gpu lint bench compare docs clean
 
 # torch first: the rest of the requirements must not choose another build of it. setuptools tells of every editable
 # installation that folders of the working directory may be imported in its place, which is meant here.
@@ -35,6 +35,20 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python -m sqcompile.bench cpu
 
+# Other tools want other versions of what we use, so they have an environment of their own.
+TOOLS := .venv-tools
+OTHERS := torchao==0.18.0 llmcompressor==0.14.0.1 compressed-tensors==0.19.0 transformers==5.17.0
+
+$(TOOLS)/ready: Makefile pyproject.toml
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --upgrade pip
+	$(TOOLS)/bin/pip install --quiet torch==2.13.0
+	PYTHONWARNINGS='ignore:Editable installation' $(TOOLS)/bin/pip install --quiet torch==2.13.0 $(OTHERS) -e '.[lm]'
+	touch $@
+
+compare: $(TOOLS)/ready
+	$(TOOLS)/bin/python -m sqcompile.bench tools --models sqcompile/lm/data tests/data/neox tests/data/opt
+
 $(VENV)/docs: $(VENV)/ready
 	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
@@ -44,4 +58,4 @@ docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

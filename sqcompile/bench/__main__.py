@@ -1,8 +1,8 @@
-"""``python -m sqcompile.bench cpu``, ``gpu``, ``attention``, ``generate`` or ``speedup``."""
+"""``python -m sqcompile.bench cpu``, ``gpu``, ``attention``, ``generate``, ``speedup`` or ``tools``."""
 
 import sys
 
-from sqcompile.bench import attention, cpu, generate, gpu, speedup
+from sqcompile.bench import attention, cpu, generate, gpu, speedup, tools
 
 BENCHMARKS = {
     "cpu": cpu.main,
@@ -10,6 +10,7 @@ BENCHMARKS = {
     "attention": attention.main,
     "generate": generate.main,
     "speedup": speedup.main,
+    "tools": tools.main,
 }
 
 
