@@ -27,6 +27,7 @@ from sqcompile.passes.ir.explain import first_line
 from sqcompile.passes.ir.graph import Linear, aten, find_linears, value
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
 from sqcompile.passes.planning.gradients import Group, Seed, gradients
+from sqcompile.passes.planning.overrides import recipe_of
 from sqcompile.passes.planning.stay_float import stay_float
 from sqcompile.plan.recipe import Recipe
 from sqcompile.pytorch.core import pytree
@@ -88,9 +89,9 @@ def feel(
 
     Whatever stands in the way is a reason, and no error: `choose` goes by the linears' own errors then.
     """
-    if not recipe.by_loss:
-        return None
     linears = find_linears(gm)
+    if not any(recipe_of(gm, l, recipe).by_loss for l in linears):
+        return None
     floats = stay_float(gm, linears, calibration, recipe)
     groups: dict[tuple[str, str, str | None], list[Linear]] = {}
     for site in sites + input_sites(refusals, {l.name for l in linears} - set(floats)):
