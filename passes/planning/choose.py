@@ -11,6 +11,7 @@ where it does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -85,15 +86,19 @@ def choose(
             note = (note[0], f"{note[1]}; chosen by its own error, as {blind}", note[2])
         notes.update({l.name: note for l in quantized})
     attention, heads = choose_attention(gm, chooser, attentions, set(floats))
-    static = [l for l in linears if l.name not in floats and chooser.static(l)]
+    open_ = [l for l in linears if l.name not in floats]
+    static = [l for l in open_ if chooser.static(l)]
     if static and unsmoothed is None:
         warn_of_few(calibration.inputs[l.name].count for l in static)
-    layers = tuple(_layer(chooser, l, floats, notes) for l in linears)
+    losses = chooser.losses([l for l in open_ if chooser.felt.knows([l])])
+    layers = tuple(_layer(chooser, l, floats, notes, losses.get(l.name)) for l in linears)
     columns = {name: s for name, s in chooser.columns.items() if name not in floats}
     return Plan(recipe, call, scales, layers, attention, heads, columns)
 
 
-def _layer(chooser: Chooser, l: Linear, floats: dict[str, str], notes: dict[str, Note]) -> LayerPlan:
+def _layer(
+    chooser: Chooser, l: Linear, floats: dict[str, str], notes: dict[str, Note], loss: float | None
+) -> LayerPlan:
     if l.name in floats:
         return float_layer(l, floats[l.name])
     kind: Literal["linear", "experts"] = "experts" if l.experts else "linear"
@@ -119,4 +124,5 @@ def _layer(chooser: Chooser, l: Linear, floats: dict[str, str], notes: dict[str,
         chooser.rotations.get(l.name),
         own.activation if own.activation != common.activation else None,
         own.weight if own.weight != common.weight else None,
+        loss if loss is None or loss >= 0 else math.inf,  # of a NaN
     )

@@ -7,6 +7,7 @@ smallest error of its own linears, relative to what they give.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -191,22 +192,29 @@ class Chooser:
 
     def loss(self, linears: Sequence[Linear]) -> float:
         """What the outputs lose by linears that `Felt.knows`: half of E[(gᵀδ)²]; see `feel` for its unit."""
-        total, moments = 0.0, dict[Reads, Tensor]()
+        total = sum(self.losses(linears).values())
+        return total if math.isfinite(total) else math.inf
+
+    def losses(self, linears: Sequence[Linear]) -> dict[str, float]:
+        """Of each linear by name: what its weight costs, and its share of what the input costs that it reads with others."""
+        found, moments = dict.fromkeys((l.name for l in linears), 0.0), dict[Reads, Tensor]()
+        readers = Counter(self.felt.reads[l.name] for l in linears)
+        shared: dict[Reads, float] = {}
         for l in linears:
             reads, how = self.felt.reads[l.name], self._transform(l, self.columns.get(l.name))
             if reads not in moments:
                 scale = None
                 if self.own[l.name].activation != "per_token":
                     scale = self._limit(l, self._quantized(l, how.columns, None))
-                cost, moments[reads] = of_input(reads, how, scale, self.qtype)
-                total += cost
+                shared[reads], moments[reads] = of_input(reads, how, scale, self.qtype)
+            found[l.name] += shared[reads] / readers[reads]
             weight, tokens = self.weight(l), self.calibration.inputs[l.name].tokens
             shares = (tokens / tokens.sum()).tolist() if l.experts else [1.0]
             for share, w in zip(shares, weight if l.experts else [weight], strict=True):
                 per_tensor = self.own[l.name].weight == "per_tensor"
                 cost = of_weight(w, self.felt.outputs[l.name], moments[reads], how, per_tensor, self.qtype)
-                total += share * cost
-        return total if math.isfinite(total) else math.inf
+                found[l.name] += share * cost
+        return found
 
     def _transform(self, l: Linear, columns: Tensor | None) -> Transform:
         return Transform(columns, self.rotations.get(l.name), self.rows.get(l.name))

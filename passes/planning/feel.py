@@ -90,7 +90,7 @@ def feel(
     Whatever stands in the way is a reason, and no error: `choose` goes by the linears' own errors then.
     """
     linears = find_linears(gm)
-    if not any(recipe_of(gm, l, recipe).by_loss for l in linears):
+    if recipe.max_degradation is None and not any(recipe_of(gm, l, recipe).by_loss for l in linears):
         return None
     floats = stay_float(gm, linears, calibration, recipe)
     groups: dict[tuple[str, str, str | None], list[Linear]] = {}
@@ -98,7 +98,7 @@ def feel(
         for l in dict.fromkeys(l for l, _ in site.balance):
             if l.name not in floats:
                 groups.setdefault((site.name, l.x, l.offsets), []).append(l)
-    calls, logits = calibration.sample.calls, _logits(gm)
+    calls, logits = calibration.sample.calls, logits_of(gm)
     if not calls:
         return Felt(why="no call can be run again")
     found = _Found(max(LEAST_ROWS, ROWS // len(calls)))
@@ -192,7 +192,7 @@ def _place(y: Tensor, which: Tensor, gradient: Tensor) -> Tensor:
     return out.reshape(y.shape)
 
 
-def _logits(gm: fx.GraphModule) -> set[int]:
+def logits_of(gm: fx.GraphModule) -> set[int]:
     """The positions of outputs that are logits: called so, or as wide as the vocabulary of the token embedding."""
     nodes = pytree.tree_leaves(next(iter(gm.graph.find_nodes(op="output"))).args)
     spec = about(gm).out_spec

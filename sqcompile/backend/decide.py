@@ -20,6 +20,7 @@ from sqcompile.errors import NothingToQuantizeError
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.labels.match import match
+from sqcompile.passes.planning.budget import by_divergence, within_budget
 from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
 from sqcompile.passes.planning.feel import feel
@@ -88,10 +89,13 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
                 felt = feel(gm, sites, refusals, calibration, own)
                 plan_of = partial(choose, gm, sites, refusals, calibration, own, call, o.attentions, felt=felt)
                 more = smoothed_or_not(plan_of, calibration.sample, partial(_quantized, gm))
+                if recipe.max_degradation is not None:
+                    loses = by_divergence(gm, calibration.sample, partial(_quantized, gm))
+                    more = within_budget(gm, more, calibration, loses)
         except NothingToQuantizeError as e:
             error = e
             reasons = stay_float(gm, o.linears, calibration, own)
-            floats += [float_layer(l, reasons[l.name]) for l in o.linears]
+            floats += [float_layer(l, reasons.get(l.name, "left in float by max_degradation")) for l in o.linears]
             continue
         plan = more if plan is None else _joined(plan, more)
     if plan is None:

@@ -107,6 +107,8 @@ def _check_layer(l: LayerPlan, what: str, recipe: Recipe) -> None:
         if (own := getattr(l, name)) is not None:
             _choice(own, choices, f"{what}: {name}")
             _need(bool(recipe.overrides), f"{what}: {name} is {own!r}, and its recipe overrides nothing")
+    if l.loss is not None:
+        _number(l.loss, f"{what}: loss", 0.0, math.inf)
     if l.quantized:
         static = (l.activation or recipe.activation) == "per_tensor_static"
         how = "an input_scale, as its recipe is static" if static else "no input_scale, as its recipe is dynamic"

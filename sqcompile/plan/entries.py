@@ -27,6 +27,8 @@ class LayerPlan:
         rotation: the size of the blocks in which its input is rotated before it is quantized; None without rotation.
         activation: how its input is scaled, where that is not what the recipe says of all; else None.
         weight: how its weight is scaled, likewise.
+        loss: what its roundings cost the outputs: nats of KL divergence for every row of logits, else half of the relative
+            energy of the error; None where that is not known. Linears that read one input share what that costs.
     """
 
     name: str
@@ -41,6 +43,7 @@ class LayerPlan:
     rotation: int | None = None
     activation: Activation | None = None
     weight: Weight | None = None
+    loss: float | None = None
 
 
 @dataclass(frozen=True)

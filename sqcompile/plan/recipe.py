@@ -58,6 +58,9 @@ class Recipe:
             ``"skip": True`` for those that stay in float: a dict of such dicts by patterns, which name linears as those
             of ``skip`` do. Of two that name one linear, the later wins. Linears that read one input share its
             activation, rotation and α.
+        max_degradation: percent of perplexity that the model may lose, as far as the calibration sample tells (its KL
+            divergence and one standard error), or of the value of an ``evaluate`` that is passed to `compile`. The linears
+            that cost most for their share of the INT8 work stay in float, as few as will do. None for no limit.
 
     Raises:
         RecipeError: if a value is of another type or out of range, or two contradict each other.
@@ -75,6 +78,7 @@ class Recipe:
     dtype: Format = "int8"
     rotate: Literal["auto", "none"] | int = "none"
     overrides: Mapping[str, Mapping[str, Any]] | Overrides = ()
+    max_degradation: float | None = None
 
     def __post_init__(self) -> None:
         if self.activation not in get_args(Activation):
@@ -112,6 +116,12 @@ class Recipe:
         if not _within(self.min_speedup, sys.float_info.max):
             raise RecipeError(f"min_speedup={self.min_speedup!r}: a factor such as 1.0, or 0 to quantize all")
         object.__setattr__(self, "min_speedup", float(self.min_speedup))
+        if self.max_degradation is not None:
+            if not _within(self.max_degradation, sys.float_info.max):
+                raise RecipeError(
+                    f"max_degradation={self.max_degradation!r}: a percentage such as 0.05, or None for no limit"
+                )
+            object.__setattr__(self, "max_degradation", float(self.max_degradation))
         self._check_alpha()
         object.__setattr__(self, "overrides", canonical(self, self.overrides))
 
