@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,14 +16,16 @@ from sqcompile.capture.call_spec import from_spec, to_spec
 from sqcompile.capture.captured import unread
 from sqcompile.capture.inputs import Call, Forward, Reader, length
 from sqcompile.capture.trace import trace
+from sqcompile.compiled.degradation import by_value
 from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
 from sqcompile.compiled.stages import Stages
-from sqcompile.errors import CalibrationError, RecipeError
+from sqcompile.errors import CalibrationError, PlanError, RecipeError
 from sqcompile.kernels.targets import Target
 from sqcompile.models import check_model
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.labels.match import match
+from sqcompile.passes.planning.budget import by_divergence, within_budget
 from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
 from sqcompile.passes.planning.feel import feel
@@ -52,6 +55,7 @@ def compile(
     regional: bool = False,
     progress: bool = True,
     target: str | Target | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
 ) -> CompiledModel:
     """Compiles a float model to W8A8 INT8 with SmoothQuant. The model itself is never changed.
 
@@ -71,6 +75,9 @@ def compile(
         progress: whether to show progress bars: the stage that runs, and the calibration batches.
         target: another machine to lower for, such as "cuda-sm90" or "arm64" (see `Target.named`), to look at what would run
             there; the compiled model runs here as well, but not by that machine's kernels. None for the devices of the model.
+        evaluate: what ``Recipe.max_degradation`` is percent of, instead of perplexity: a function of a model that gives a
+            number, lower being better (return the negative of a score). It is called with the float model and, a few
+            times, with quantized ones.
 
     Returns:
         A CompiledModel: call it as the model.
@@ -84,10 +91,13 @@ def compile(
         raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
     check_model(model)
     target = target_for(model, target)
+    if plan is not None and evaluate is not None:
+        raise PlanError("plan and evaluate: a plan needs no calibration, leave one of them out")
     with deferred(), stages((*_ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES), progress) as enter:
         if plan is None:
             how = resolve_recipe(recipe)
-            traced, plan = analyse(model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter)
+            args = model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter, evaluate, target
+            traced, plan = analyse(*args)
         else:
             plan = given_plan(plan, recipe, None if calib_loader is None else "calib_loader")
             call = _example(model, example_inputs) or from_spec(plan.call, _device(model))
@@ -109,6 +119,7 @@ def calibrate(
     example_inputs: Any = None,
     dynamic_shapes: Any = "auto",
     progress: bool = True,
+    evaluate: Callable[[nn.Module], float] | None = None,
 ) -> Plan:
     """Makes the Plan that `compile` would make; ``compile(model, plan=plan)`` then needs no data.
 
@@ -119,6 +130,7 @@ def calibrate(
         example_inputs: as for `compile`.
         dynamic_shapes: as for `compile`.
         progress: as for `compile`.
+        evaluate: as for `compile`.
 
     Returns:
         A Plan, which `Plan.save` writes to a file.
@@ -130,13 +142,25 @@ def calibrate(
     check_model(model)
     how = resolve_recipe(recipe)
     with deferred(), stages(_ANALYSES, progress) as enter:
-        return analyse(model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter)[1]
+        return analyse(model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter, evaluate)[1]
 
 
 def analyse(
-    model: nn.Module, loader: Any, recipe: Recipe, example: Any, dynamic_shapes: Any, progress: bool, enter: Enter
+    model: nn.Module,
+    loader: Any,
+    recipe: Recipe,
+    example: Any,
+    dynamic_shapes: Any,
+    progress: bool,
+    enter: Enter,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    target: Target | None = None,
 ) -> tuple[fx.GraphModule, Plan]:
     """The traced graph, and the plan made from the data."""
+    if evaluate is not None and recipe.max_degradation is None:
+        raise RecipeError("evaluate without a limit: pass Recipe(max_degradation=...), in percent of what it gives")
+    if evaluate is not None and not callable(evaluate):
+        raise RecipeError(f"evaluate={evaluate!r}: pass a function of a model that gives a number, lower being better")
     if loader is None:
         raise CalibrationError("pass calib_loader (an iterable of real batches, or a callable), or a plan")
     given = _example(model, example)
@@ -161,7 +185,14 @@ def analyse(
         enter("plan")
         felt = feel(traced, sites, refusals, calibration, recipe)
         plan_of = partial(choose, traced, sites, refusals, calibration, recipe, to_spec(call), attentions, felt=felt)
-        plan = smoothed_or_not(plan_of, calibration.sample, lambda p: rewrite(traced, p, "quantized", shown=False))
+        quantized = partial(rewrite, traced, until="quantized", shown=False)
+        plan = smoothed_or_not(plan_of, calibration.sample, quantized)
+        if recipe.max_degradation is not None:
+            if evaluate is None:
+                loses = by_divergence(traced, calibration.sample, quantized)
+            else:
+                loses = by_value(model, traced, evaluate, target)
+            plan = within_budget(traced, plan, calibration, loses)
         return traced, plan
 
 

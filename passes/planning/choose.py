@@ -11,20 +11,23 @@ where it does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, fx
 
 from sqcompile.passes.attention.chains import Attention
-from sqcompile.passes.ir.graph import find_linears
+from sqcompile.passes.ir.graph import Linear, find_linears
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
 from sqcompile.passes.planning.choose_attention import choose_attention
 from sqcompile.passes.planning.error import Chooser, Note
 from sqcompile.passes.planning.feel import Felt
+from sqcompile.passes.planning.overrides import check_agreement, said
+from sqcompile.passes.planning.sqnr import sqnr_db
 from sqcompile.passes.planning.static_scales import warn_of_few
-from sqcompile.passes.planning.stay_float import check_any, stay_float
-from sqcompile.plan.entries import Smoothing
+from sqcompile.passes.planning.stay_float import check_any, float_layer, stay_float
+from sqcompile.plan.entries import LayerPlan, Smoothing
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Recipe
 from sqcompile.statistics.observe import Calibration
@@ -55,16 +58,15 @@ def choose(
     Raises:
         NothingToQuantizeError: if no linear would run in INT8; the message gives the reasons.
     """
-    again = unsmoothed is not None
-    if not recipe.smooth:
-        unsmoothed = "the recipe does not smooth"
     chooser = Chooser(gm, calibration, recipe, unsmoothed, felt)
     linears = find_linears(gm)
     floats = stay_float(gm, linears, calibration, recipe)
     check_any(gm, linears, floats)
     scales: dict[str, Tensor] = {}
     notes: dict[str, Note] = {}
-    for site in sites + input_sites(refusals, {l.name for l in linears} - set(floats)):
+    every = sites + input_sites(refusals, {l.name for l in linears} - set(floats))
+    check_agreement(every, chooser.own, floats)
+    for site in every:
         quantized = [l for l, _ in site.balance if l.name not in floats]
         if not quantized:
             continue
@@ -77,14 +79,50 @@ def choose(
             reason = site.reason if how == "folded" else f"x·(1/s) before quantization: {site.reason}"
             note: Note = (how, reason, choice.alpha)
         else:
-            reason = unsmoothed or f"smoothing would raise the quantization error here ({site.reason})"
+            why = chooser.why_unsmoothed(quantized)
+            reason = why or f"smoothing would raise the quantization error here ({site.reason})"
             note = ("none", reason, None)
-        if felt is not None and (blind := felt.blind(quantized)):
+        if felt is not None and chooser.by_loss(quantized) and (blind := felt.blind(quantized)):
             note = (note[0], f"{note[1]}; chosen by its own error, as {blind}", note[2])
         notes.update({l.name: note for l in quantized})
     attention, heads = choose_attention(gm, chooser, attentions, set(floats))
-    if chooser.static and not again:
-        warn_of_few(calibration.inputs[l.name].count for l in linears if l.name not in floats)
-    layers = tuple(chooser.layer(l, floats, notes) for l in linears)
+    open_ = [l for l in linears if l.name not in floats]
+    static = [l for l in open_ if chooser.static(l)]
+    if static and unsmoothed is None:
+        warn_of_few(calibration.inputs[l.name].count for l in static)
+    losses = chooser.losses([l for l in open_ if chooser.felt.knows([l])])
+    layers = tuple(_layer(chooser, l, floats, notes, losses.get(l.name)) for l in linears)
     columns = {name: s for name, s in chooser.columns.items() if name not in floats}
     return Plan(recipe, call, scales, layers, attention, heads, columns)
+
+
+def _layer(
+    chooser: Chooser, l: Linear, floats: dict[str, str], notes: dict[str, Note], loss: float | None
+) -> LayerPlan:
+    if l.name in floats:
+        return float_layer(l, floats[l.name])
+    kind: Literal["linear", "experts"] = "experts" if l.experts else "linear"
+    how, reason, alpha = notes[l.name]
+    stats, own, common = chooser.calibration.inputs[l.name], chooser.own[l.name], chooser.recipe
+    idle = (stats.tokens == 0).nonzero().flatten().tolist() if l.experts else []
+    if idle:
+        which = f"{', '.join(map(str, idle))} of {l.experts} experts"
+        reason += f"; no calibration token reached {which}, whose scales come from the other experts' tokens"
+    sqnr: float | None = sqnr_db(chooser.error(l), f"the outputs of {l.name}")
+    if not bool(stats.absmax.any()):  # exact, which says nothing
+        reason, sqnr = f"{reason}; its input was {stats.unvarying()}", None
+    return LayerPlan(
+        l.name,
+        kind,
+        True,
+        how,
+        reason + said(chooser.gm, l, common),
+        alpha,
+        sqnr,
+        float(chooser.input_scale(l)) if chooser.static(l) else None,
+        l.shape,
+        chooser.rotations.get(l.name),
+        own.activation if own.activation != common.activation else None,
+        own.weight if own.weight != common.weight else None,
+        loss if loss is None or loss >= 0 else math.inf,  # of a NaN
+    )

@@ -26,11 +26,12 @@ from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.attention.head_sites import HeadSite, match_heads
 from sqcompile.passes.attention.value_sites import value_labels
 from sqcompile.passes.planning.error import Chooser
+from sqcompile.passes.planning.overrides import names, recipe_of_attention
 from sqcompile.passes.planning.smoothing import awake, smoothing_scale
 from sqcompile.passes.planning.sqnr import relative, sqnr_db
 from sqcompile.passes.planning.static_scales import margin, margin_of_channels
-from sqcompile.passes.planning.stay_float import names
 from sqcompile.plan.entries import AttentionPlan, Smoothing
+from sqcompile.plan.recipe import Recipe
 from sqcompile.statistics.input_stats import InputStats
 
 # Scales that no parameter absorbs are multiplied explicitly only if they cut the error of the scores to this part.
@@ -142,7 +143,8 @@ def _static(stats: InputStats, columns: Tensor) -> float:
 def _stays_float(chooser: Chooser, a: Attention) -> str | None:
     if a.refused:
         return a.refused
-    for pattern in chooser.recipe.skip:
+    own = recipe_of_attention(a, chooser.recipe)
+    for pattern in own.skip:
         if names(pattern, a.name):
             return f"skipped by the recipe ({pattern!r})"
     if any(node not in chooser.calibration.heads for node in a.operands.values()):
@@ -153,12 +155,11 @@ def _stays_float(chooser: Chooser, a: Attention) -> str | None:
                 what != "values" or chooser.recipe.attention == "qk_pv"
             ):
                 return f"its {what} were {how}: no static scale can be chosen"
-    return _slow(chooser, a)
+    return _slow(chooser, a, own)
 
 
-def _slow(chooser: Chooser, a: Attention) -> str | None:
+def _slow(chooser: Chooser, a: Attention, recipe: Recipe) -> str | None:
     """Why an attention stays in float that is not expected to be fast enough on this device."""
-    recipe = chooser.recipe
     if not recipe.min_speedup:
         return None
     device = chooser.calibration.heads[a.q].absmax.device
@@ -186,7 +187,9 @@ def _best(
             largest.scatter_reduce_(0, classes.to(device)[here], absmax[here], "amax")
     producers = {x.producer for x, _ in (*site.queries, *site.keys) if x.kind == "linear"}
     rows = [l for l in (chooser.linears[p] for p in producers) if l.name not in floats]
-    touched = rows if chooser.recipe.weight == "per_tensor" else []  # one scale for all rows feels their scales
+    touched = [
+        l for l in rows if chooser.own[l.name].weight == "per_tensor"
+    ]  # one scale for all rows feels their scales
     best: tuple[float, Tensor | None, float | None, dict[str, _Choice]] = (math.inf, None, None, {})
     for alpha in (None, *chooser.recipe.alphas):
         one = torch.ones(site.classes, dtype=torch.float32, device=device)

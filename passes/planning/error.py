@@ -7,9 +7,10 @@ smallest error of its own linears, relative to what they give.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,11 +20,11 @@ from sqcompile.passes.ir.graph import Linear, effective_weight, find_linears, no
 from sqcompile.passes.labels.match import Site
 from sqcompile.passes.planning.feel import Felt, Reads
 from sqcompile.passes.planning.loss import Transform, of_input, of_weight
+from sqcompile.passes.planning.overrides import recipe_of
 from sqcompile.passes.planning.smoothing import smoothing_scale
-from sqcompile.passes.planning.sqnr import relative, sqnr_db
+from sqcompile.passes.planning.sqnr import relative
 from sqcompile.passes.planning.static_scales import Quantized, as_quantized, clipped, has_halves, margin
-from sqcompile.passes.planning.stay_float import float_layer
-from sqcompile.plan.entries import LayerPlan, Smoothing
+from sqcompile.plan.entries import Smoothing
 from sqcompile.plan.recipe import Recipe
 from sqcompile.process.interrupts import checkpoint
 from sqcompile.statistics.observe import Calibration
@@ -53,6 +54,8 @@ TOLERANCE = 1.1
 # A rotation costs additions for every value: it is taken where it makes the error this much smaller, or the loss.
 GAIN, GAIN_OF_LOSS = 1.05, 1.2
 
+NO_SMOOTHING = "the recipe does not smooth"
+
 
 class Chooser:
     """Quantization error of linears on the calibration sample, under the scales chosen so far."""
@@ -66,7 +69,8 @@ class Chooser:
         felt: Felt | None = None,
     ) -> None:
         self.felt = felt or Felt()
-        self.gm, self.calibration, self.recipe, self.unsmoothed = gm, calibration, recipe, unsmoothed
+        self.gm, self.calibration, self.recipe, self.forced = gm, calibration, recipe, unsmoothed
+        self.unsmoothed = unsmoothed or (None if recipe.smooth else NO_SMOOTHING)  # attentions
         self.columns: dict[str, Tensor] = {}  # s of a linear's input channels, [K]
         self.halves: dict[str, Tensor] = {}  # s as chosen from either half of the tokens, [2, K]; for static scales
         self.margins: dict[str, float] = {}  # of a linear's static scale
@@ -76,7 +80,7 @@ class Chooser:
         self.linears = {l.node: l for l in find_linears(gm)}
         self.nodes = nodes_by_name(gm)
         self.qtype = recipe.qtype
-        self.static = recipe.activation == "per_tensor_static"
+        self.own = {l.name: recipe_of(gm, l, recipe) for l in self.linears.values()}  # recipes, by linear
         self._energies: dict[str, Tensor] = {}
 
     def weight(self, l: Linear) -> Tensor:
@@ -85,7 +89,8 @@ class Chooser:
     def best(self, site: Site, floats: dict[str, str]) -> Choice:
         """The smoothing and the rotation with the smallest error."""
         balance = [(l, m) for l, m in site.balance if l.name not in floats]
-        device = self.weight(balance[0][0]).device
+        linears = [l for l, _ in balance]
+        device = self.weight(linears[0]).device
         x_absmax = torch.zeros(3, site.channels, dtype=torch.float32, device=device)  # all tokens, either half
         w_absmax = torch.zeros(site.channels, dtype=torch.float32, device=device)
         for l, m in balance:
@@ -93,35 +98,48 @@ class Chooser:
             for largest, absmax in zip(x_absmax, (stats.absmax, *stats.halves), strict=True):
                 largest.scatter_reduce_(0, index, absmax, "amax")
             w_absmax.scatter_reduce_(0, index, _column_absmax(self.weight(l)), "amax")
-        touched = [l for l, _ in balance]
+        touched = [*linears]
         producer = self.linears.get(site.producer)
         if (
             site.kind == "linear"
             and producer is not None
-            and self.recipe.weight == "per_tensor"
+            and self.own[producer.name].weight == "per_tensor"
             and producer.name not in floats
         ):
             touched.append(producer)  # its rows are divided by s, which one scale for all rows feels
         scales = {}
-        for alpha in () if self.unsmoothed else self.recipe.alphas:
+        for alpha in () if self.why_unsmoothed(linears) else self.own[linears[0].name].alphas:
             every = torch.stack([smoothing_scale(x, w_absmax, alpha) for x in x_absmax])
             scales[alpha] = torch.where(site.free.to(device), every, 1.0)
-        by_loss = self.felt.knows(touched)
+        by_loss = self.by_loss(linears) and self.felt.knows(touched)
         errors = {
             choice: self._error_of(site, choice, touched, by_loss)
-            for block in self._blocks([l for l, _ in balance])
+            for block in self._blocks(linears)
             for choice in (Choice(None, None, block), *(Choice(s, alpha, block) for alpha, s in scales.items()))
         }
-        return min(errors, key=lambda c: errors[c] * self._handicap(c, by_loss))
+        static = any(self.static(l) for l in linears)
+        return min(errors, key=lambda c: errors[c] * self._handicap(c, by_loss, static))
+
+    def why_unsmoothed(self, linears: Sequence[Linear]) -> str | None:
+        """Why linears of one site are not smoothed, whatever α; None where they may be."""
+        return self.forced or (None if self.own[linears[0].name].smooth else NO_SMOOTHING)
+
+    def static(self, l: Linear) -> bool:
+        return self.own[l.name].activation == "per_tensor_static"
+
+    def by_loss(self, linears: Sequence[Linear]) -> bool:
+        """Whether linears of one site choose by what the outputs feel."""
+        return all(self.own[l.name].by_loss for l in linears)
 
     def _blocks(self, linears: list[Linear]) -> tuple[int | None, ...]:
         """The rotations to try: those of the recipe that the channels of all linears allow, and none where it is open."""
-        fit = tuple(b for b in self.recipe.blocks if all(l.in_features % b == 0 for l in linears))
-        return fit if fit and self.recipe.rotate != "auto" else (None, *fit)
+        recipe = self.own[linears[0].name]
+        fit = tuple(b for b in recipe.blocks if all(l.in_features % b == 0 for l in linears))
+        return fit if fit and recipe.rotate != "auto" else (None, *fit)
 
-    def _handicap(self, choice: Choice, by_loss: bool) -> float:
+    def _handicap(self, choice: Choice, by_loss: bool, static: bool) -> float:
         smooths, gain = choice.scales is not None, GAIN_OF_LOSS if by_loss else GAIN
-        return (1.0 if smooths or self.static else TOLERANCE) * (1.0 if choice.block is None else gain)
+        return (1.0 if smooths or static else TOLERANCE) * (1.0 if choice.block is None else gain)
 
     def _error_of(self, site: Site, choice: Choice, touched: list[Linear], by_loss: bool) -> float:
         """What linears cost under a choice, which is not kept."""
@@ -154,10 +172,8 @@ class Chooser:
 
     def leave(self, linears: Sequence[Linear]) -> None:
         """Chooses the margins of linears with the columns that they have; those that read one tensor get one."""
-        if not self.static:
-            return
         together: dict[tuple[int, int | None], list[Linear]] = {}
-        for l in linears:
+        for l in filter(self.static, linears):
             together.setdefault((id(self.calibration.inputs[l.name]), self.rotations.get(l.name)), []).append(l)
         for group in together.values():
             stats, name = self.calibration.inputs[group[0].name], group[0].name
@@ -176,22 +192,29 @@ class Chooser:
 
     def loss(self, linears: Sequence[Linear]) -> float:
         """What the outputs lose by linears that `Felt.knows`: half of E[(gᵀδ)²]; see `feel` for its unit."""
-        total, moments = 0.0, dict[Reads, Tensor]()
+        total = sum(self.losses(linears).values())
+        return total if math.isfinite(total) else math.inf
+
+    def losses(self, linears: Sequence[Linear]) -> dict[str, float]:
+        """Of each linear by name: what its weight costs, and its share of what the input costs that it reads with others."""
+        found, moments = dict.fromkeys((l.name for l in linears), 0.0), dict[Reads, Tensor]()
+        readers = Counter(self.felt.reads[l.name] for l in linears)
+        shared: dict[Reads, float] = {}
         for l in linears:
             reads, how = self.felt.reads[l.name], self._transform(l, self.columns.get(l.name))
             if reads not in moments:
                 scale = None
-                if self.recipe.activation != "per_token":
+                if self.own[l.name].activation != "per_token":
                     scale = self._limit(l, self._quantized(l, how.columns, None))
-                cost, moments[reads] = of_input(reads, how, scale, self.qtype)
-                total += cost
+                shared[reads], moments[reads] = of_input(reads, how, scale, self.qtype)
+            found[l.name] += shared[reads] / readers[reads]
             weight, tokens = self.weight(l), self.calibration.inputs[l.name].tokens
             shares = (tokens / tokens.sum()).tolist() if l.experts else [1.0]
             for share, w in zip(shares, weight if l.experts else [weight], strict=True):
-                per_tensor = self.recipe.weight == "per_tensor"
+                per_tensor = self.own[l.name].weight == "per_tensor"
                 cost = of_weight(w, self.felt.outputs[l.name], moments[reads], how, per_tensor, self.qtype)
-                total += share * cost
-        return total if math.isfinite(total) else math.inf
+                found[l.name] += share * cost
+        return found
 
     def _transform(self, l: Linear, columns: Tensor | None) -> Transform:
         return Transform(columns, self.rotations.get(l.name), self.rows.get(l.name))
@@ -202,7 +225,7 @@ class Chooser:
         Static scales, and s with them, are those that the half of the tokens would give in which a row is not.
         """
         stats = self.calibration.inputs[l.name]
-        if not self.static or not has_halves(stats):
+        if not self.static(l) or not has_halves(stats):
             return relative(*self._sums(l, slice(None), self.columns.get(l.name), None))
         columns = self.halves.get(l.name, (None, None))
         parts = [self._sums(l, stats.half == 1 - h, columns[h], h) for h in (0, 1)]
@@ -220,7 +243,7 @@ class Chooser:
         x, experts = stats.rows[which].float(), stats.experts[which]
         quantized = self._quantized(l, columns, half)
         rows = quantized.rows[which]
-        per_token = self.recipe.activation == "per_token"
+        per_token = self.own[l.name].activation == "per_token"
         x_scale = token_scale(rows, self.qtype.q_max) if per_token else self._limit(l, quantized)
         x_int = quantize(rows, x_scale, dtype=self.qtype.dtype).float()
         every: list[tuple[Any, Tensor]] = [(slice(None), weight)]
@@ -235,7 +258,7 @@ class Chooser:
 
     def _quantized(self, l: Linear, columns: Tensor | None, half: int | None) -> Quantized:
         stats = self.calibration.inputs[l.name]
-        weight = self._energy(l) if self.static else torch.ones_like(stats.absmax)  # that nothing asks for
+        weight = self._energy(l) if self.static(l) else torch.ones_like(stats.absmax)  # that nothing asks for
         return as_quantized(stats, columns, self.rotations.get(l.name), half, weight)
 
     def _products(
@@ -244,7 +267,7 @@ class Chooser:
         """|Y_quantized - Y|² and |Y|² for one weight [N, K] and rows x [R, K]."""
         rows, how = self.rows.get(l.name), self._transform(l, columns)
         parts = row_parts(weight)
-        per_tensor, q_max = self.recipe.weight == "per_tensor", self.qtype.q_max
+        per_tensor, q_max = self.own[l.name].weight == "per_tensor", self.qtype.q_max
         common = (
             torch.cat([weight_scale(how.weight(weight, p), False, q_max) for p in parts]).amax() if per_tensor else None
         )
@@ -270,21 +293,6 @@ class Chooser:
     def input_scale(self, l: Linear) -> Tensor:
         """Static Δx, from all tokens."""
         return self._limit(l, self._quantized(l, self.columns.get(l.name), None))
-
-    def layer(self, l: Linear, floats: dict[str, str], notes: dict[str, Note]) -> LayerPlan:
-        if l.name in floats:
-            return float_layer(l, floats[l.name])
-        kind: Literal["linear", "experts"] = "experts" if l.experts else "linear"
-        how, reason, alpha = notes[l.name]
-        idle = (self.calibration.inputs[l.name].tokens == 0).nonzero().flatten().tolist() if l.experts else []
-        if idle:
-            which = f"{', '.join(map(str, idle))} of {l.experts} experts"
-            reason += f"; no calibration token reached {which}, whose scales come from the other experts' tokens"
-        sqnr: float | None = sqnr_db(self.error(l), f"the outputs of {l.name}")
-        if not bool(self.calibration.inputs[l.name].absmax.any()):  # exact, which says nothing
-            reason, sqnr = f"{reason}; its input was {self.calibration.inputs[l.name].unvarying()}", None
-        static = float(self.input_scale(l)) if self.static else None
-        return LayerPlan(l.name, kind, True, how, reason, alpha, sqnr, static, l.shape, self.rotations.get(l.name))
 
 
 def _column_absmax(w: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from sqcompile.passes.ir.explain import first_line
 from sqcompile.passes.ir.graph import Linear, aten, find_linears, value
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
 from sqcompile.passes.planning.gradients import Group, Seed, gradients
+from sqcompile.passes.planning.overrides import recipe_of
 from sqcompile.passes.planning.stay_float import stay_float
 from sqcompile.plan.recipe import Recipe
 from sqcompile.pytorch.core import pytree
@@ -90,9 +91,9 @@ def feel(
 
     Whatever stands in the way is a reason, and no error: `choose` goes by the linears' own errors then.
     """
-    if not recipe.by_loss:
-        return None
     linears = find_linears(gm)
+    if recipe.max_degradation is None and not any(recipe_of(gm, l, recipe).by_loss for l in linears):
+        return None
     floats = stay_float(gm, linears, calibration, recipe)
     groups: dict[tuple[str, str, str | None], list[Linear]] = {}
     for site in sites + input_sites(refusals, {l.name for l in linears} - set(floats)):
@@ -100,7 +101,7 @@ def feel(
             if l.name not in floats:
                 groups.setdefault((site.name, l.x, l.offsets), []).append(l)
     each = max((stats.count for stats in calibration.inputs.values()), default=0) / max(1, calibration.batches)
-    calls, logits = calibration.sample.calls[: math.ceil(TOKENS / max(1, each))], _logits(gm)
+    calls, logits = calibration.sample.calls[: math.ceil(TOKENS / max(1, each))], logits_of(gm)
     if not calls:
         return Felt(why="no call can be run again")
     found = _Found(max(LEAST_ROWS, ROWS // len(calls)))
@@ -194,7 +195,7 @@ def _place(y: Tensor, which: Tensor, gradient: Tensor) -> Tensor:
     return out.reshape(y.shape)
 
 
-def _logits(gm: fx.GraphModule) -> set[int]:
+def logits_of(gm: fx.GraphModule) -> set[int]:
     """The positions of outputs that are logits: called so, or as wide as the vocabulary of the token embedding."""
     nodes = pytree.tree_leaves(next(iter(gm.graph.find_nodes(op="output"))).args)
     spec = about(gm).out_spec

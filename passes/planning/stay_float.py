@@ -17,38 +17,34 @@
 
 from __future__ import annotations
 
-import fnmatch
 from typing import Literal
 
-import torch
 from torch import fx
 
-from sqcompile.errors import NothingToQuantizeError, RecipeError
+from sqcompile.errors import NothingToQuantizeError
 from sqcompile.kernels import speedup
-from sqcompile.passes.ir.about import about
-from sqcompile.passes.ir.graph import Linear, aten, find_linears, first_leaf, nodes_by_name, value
-from sqcompile.passes.ir.operators import LAYOUT, Fact, having
+from sqcompile.passes.ir.graph import Linear, aten, first_leaf, nodes_by_name, value
 from sqcompile.passes.planning.adapters import find_adapters
+from sqcompile.passes.planning.lm_head import is_lm_head
+from sqcompile.passes.planning.overrides import check_patterns, names_linear, recipe_of
 from sqcompile.passes.planning.routers import find_routers
 from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.recipe import LM_HEAD, Recipe
 from sqcompile.statistics.observe import Calibration
-
-# Ids are still ids afterwards, in another dtype or some of them replaced.
-_EDITS = having(Fact.COPY, Fact.CAST, Fact.MOVE, Fact.PATCH)
 
 
 def stay_float(gm: fx.GraphModule, linears: list[Linear], calibration: Calibration, recipe: Recipe) -> dict[str, str]:
     """The reason for each linear of a traced graph that stays in float, by name.
 
     Raises:
-        RecipeError: if the recipe skips a name that no linear has.
+        RecipeError: if the recipe skips or overrides a name that no linear has.
     """
-    _check_skip(gm, linears, recipe)
+    check_patterns(gm, linears, recipe)
     routers = find_routers(gm, linears)
-    floats = {l.name: reason for l in linears if (reason := _reason(gm, l, routers, calibration, recipe))}
+    own = {l.name: recipe_of(gm, l, recipe) for l in linears}
+    floats = {l.name: reason for l in linears if (reason := _reason(gm, l, routers, calibration, own[l.name]))}
     floats = find_adapters(gm, linears) | floats
-    return floats | _slow(gm, [l for l in linears if l.name not in floats], recipe.min_speedup)
+    return floats | _slow(gm, [l for l in linears if l.name not in floats], own)
 
 
 def check_any(gm: fx.GraphModule, linears: list[Linear], floats: dict[str, str]) -> None:
@@ -64,7 +60,7 @@ def float_layer(l: Linear, reason: str) -> LayerPlan:
 
 
 def _reason(gm: fx.GraphModule, l: Linear, routers: set[str], calibration: Calibration, recipe: Recipe) -> str | None:
-    """Why a linear stays in float, or None."""
+    """Why a linear stays in float by its own recipe, or None."""
     if reason := _unasked(gm, l, routers, recipe):
         return reason
     if l.experts and recipe.dtype != "int8":
@@ -76,13 +72,13 @@ def _reason(gm: fx.GraphModule, l: Linear, routers: set[str], calibration: Calib
 
 
 def _unasked(gm: fx.GraphModule, l: Linear, routers: set[str], recipe: Recipe) -> str | None:
-    """Why a linear stays in float whatever the data, or None."""
+    """Why a linear stays in float by its own recipe, whatever the data; or None."""
     if l.node in routers:
         return "routes tokens to experts, and a rounding there would change the expert"
     for pattern in recipe.skip:
         if names_linear(gm, l, pattern):
             return f"skipped by the recipe ({pattern!r})"
-    if not recipe.lm_head and (names_linear(gm, l, LM_HEAD) or _is_lm_head(gm, l)):
+    if not recipe.lm_head and (names_linear(gm, l, LM_HEAD) or is_lm_head(gm, l)):
         return "the projection back to the vocabulary, which Recipe(lm_head=True) quantizes"
     return None
 
@@ -90,91 +86,21 @@ def _unasked(gm: fx.GraphModule, l: Linear, routers: set[str], recipe: Recipe) -
 def wanted(gm: fx.GraphModule, linears: list[Linear], recipe: Recipe) -> list[Linear]:
     """The linears that are to be quantized, if there is data for them."""
     routers = find_routers(gm, linears)
-    return [l for l in linears if _unasked(gm, l, routers, recipe) is None]
+    return [l for l in linears if _unasked(gm, l, routers, recipe_of(gm, l, recipe)) is None]
 
 
-def _slow(gm: fx.GraphModule, linears: list[Linear], least: float) -> dict[str, str]:
+def _slow(gm: fx.GraphModule, linears: list[Linear], own: dict[str, Recipe]) -> dict[str, str]:
     """Why linears stay in float whose INT8 GEMM is not fast enough; those that read one input become one GEMM."""
     nodes, slow = nodes_by_name(gm), {}
-    for l in linears if least > 0 else ():
+    for l in linears:
+        if (least := own[l.name].min_speedup) == 0:
+            continue
         device, n = value(nodes[l.weight]).device, sum(o.out_features for o in linears if o.x == l.x)
         for rows in speedup.ROWS:
             factor = speedup.expected(device, rows, n, l.in_features)
             if factor is not None and factor < least:
                 slow[l.name] = f"INT8 is expected to be {factor:.2f}x of bf16 with {rows} rows, less than {least}x"
     return slow
-
-
-def names_linear(gm: fx.GraphModule, l: Linear, pattern: str) -> bool:
-    """Whether a pattern names a linear: its module or its weight, by any of the names of a tied weight."""
-    for name in about(gm).aliases.get(l.name.partition("#")[0], (l.name,)):
-        module = name.rpartition(".")[0] or name
-        if fnmatch.fnmatch(module, pattern) or names(pattern, name):
-            return True
-    return False
-
-
-def names(pattern: str, name: str) -> bool:
-    """Whether a pattern of ``Recipe.skip`` names something: as a glob, or as dotted parts of its name."""
-    return fnmatch.fnmatch(name, pattern) or f".{pattern}." in f".{name}."
-
-
-def _check_skip(gm: fx.GraphModule, linears: list[Linear], recipe: Recipe) -> None:
-    for pattern in recipe.skip:
-        if pattern != LM_HEAD and not any(names_linear(gm, l, pattern) for l in linears):
-            names = ", ".join(l.name for l in linears[:4])
-            raise RecipeError(f"skip={pattern!r} names no linear of this model; its linears are {names}, ...")
-
-
-def _is_lm_head(gm: fx.GraphModule, l: Linear) -> bool:
-    """Whether a linear has the shape of a token embedding and no other linear reads what it makes."""
-    embeddings = gm.graph.find_nodes(op="call_function", target=aten.embedding.default)
-    if not any(_rows(n) == l.shape[0] and value(n).shape[-1] == l.shape[1] and _is_vocabulary(n) for n in embeddings):
-        return False
-    others = {k.node for k in find_linears(gm)} - {l.node}
-    todo, seen = [nodes_by_name(gm)[l.node]], set()
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.name in others:
-            return False
-        todo.extend(node.users)
-    return True
-
-
-def _is_vocabulary(embedding: fx.Node) -> bool:
-    """Whether an embedding is that of the model's tokens: types of tokens are added to it, and have the smaller table."""
-    if not _is_input(embedding.args[1]):  # type: ignore[arg-type]
-        return False
-    top = embedding
-    while added := next((u for u in top.users if u.target == aten.add.Tensor), None):
-        top = added
-    todo, found = [top], []
-    while todo:
-        node = todo.pop()
-        found += [node] if node.target == aten.embedding.default and _is_input(node.args[1]) else []  # type: ignore[arg-type]
-        todo += node.all_input_nodes if node.target == aten.add.Tensor else []
-    return all(_rows(n) <= _rows(embedding) for n in found)
-
-
-def _rows(embedding: fx.Node) -> int:
-    return int(value(embedding.args[0]).shape[0])  # type: ignore[arg-type]
-
-
-def _is_input(node: fx.Node) -> bool:
-    """Whether a node is an input of the model, edited or not: token ids, not positions, which a model counts itself."""
-    todo = [node]
-    while todo:
-        node = todo.pop()
-        if node.op == "placeholder":
-            return True
-        if node.target in LAYOUT:
-            todo += node.args[:1]  # type: ignore[arg-type]
-        elif node.target in _EDITS:
-            todo += [a for a in node.all_input_nodes if getattr(value(a), "dtype", torch.bool) != torch.bool]
-    return False
 
 
 def _nothing(gm: fx.GraphModule, linears: list[Linear], floats: dict[str, str]) -> str:

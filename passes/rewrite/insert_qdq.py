@@ -96,15 +96,16 @@ class _Inserter:
         self.gm, self.plan, self.folded, self.shared = gm, plan, folded, shared
         self.nodes, self.folded_nodes = nodes_by_name(gm), nodes_by_name(folded)
         self.qtype = plan.recipe.qtype
-        self.inputs: dict[tuple[str, float | None], tuple[fx.Node, fx.Node, fx.Node | None]] = {}
+        self.inputs: dict[tuple[str, str, float | None], tuple[fx.Node, fx.Node, fx.Node | None]] = {}
 
     def linear(self, linear: Linear, layer: LayerPlan) -> None:
         node = self.nodes[linear.node]
         x, _, bias = linear_operands(node)
         x_float, x_scale, static = self._input(x, layer)
         name = linear.name.replace("#", "_use")
+        per_channel = (layer.weight or self.plan.recipe.weight) == "per_channel"
         with self.gm.graph.inserting_before(node):
-            w_int8, w_scale = self._operands(linear, name)
+            w_int8, w_scale = self._operands(linear, name, per_channel)
             if static is not None:
                 w_scale = add_op(self.gm, aten.mul.Tensor, w_scale, static)
             w_float = add_op(self.gm, aten.to.dtype, w_int8, torch.float32)
@@ -119,23 +120,23 @@ class _Inserter:
         substitute(self.gm, node, y)
         self.gm.graph.erase_node(node)
 
-    def _operands(self, linear: Linear, name: str) -> tuple[fx.Node, fx.Node]:
+    def _operands(self, linear: Linear, name: str, per_channel: bool) -> tuple[fx.Node, fx.Node]:
         if self.shared is None:
-            q, scale = self._weight(linear)
+            q, scale = self._weight(linear, per_channel)
             return add_tensor(self.gm, f"{name}_{self.qtype.name}", q), add_tensor(self.gm, f"{name}_scale", scale)
         weight = self.nodes[linear.weight]
-        per_channel = self.plan.recipe.weight == "per_channel"
         rows = (*linear.shape[:-2], linear.out_features if per_channel else 1)
         w_int8 = _stand_in(self.gm, f"{name}_{self.qtype.name}", linear.shape, self.qtype.dtype, value(weight).device)
         w_scale = _stand_in(self.gm, f"{name}_scale", rows, torch.float32, value(weight).device)
         key = self.qtype.name, per_channel, self.shared.key(self.gm, weight)
-        about(self.gm).lazy[str(w_int8.target)] = Lazy(key, lambda: self._weight(linear), str(w_scale.target))
+        about(self.gm).lazy[str(w_int8.target)] = Lazy(
+            key, lambda: self._weight(linear, per_channel), str(w_scale.target)
+        )
         return w_int8, w_scale
 
-    def _weight(self, linear: Linear) -> tuple[Tensor, Tensor]:
+    def _weight(self, linear: Linear, per_channel: bool) -> tuple[Tensor, Tensor]:
         """int8 [N, K] and float32 [N], or [1] per tensor; for experts, each a tensor of its own, with a leading [E]."""
         w = effective_weight(self.folded, linear, self.folded_nodes)
-        per_channel = self.plan.recipe.weight == "per_channel"
         if not linear.experts:
             q, scale = _quantize_weight(w, per_channel, self.qtype)
         else:
@@ -154,7 +155,8 @@ class _Inserter:
         if x.meta.get(FOLD_CAST):  # quantize the float32 product x·(1/s), not its rounding to the model's dtype
             assert isinstance(x.args[0], fx.Node)
             x = x.args[0]
-        key = (x.name, layer.input_scale)
+        activation = layer.activation or self.plan.recipe.activation
+        key = (x.name, activation, layer.input_scale)
         if key not in self.inputs:
             after = x.next
             while after.op == "placeholder":
@@ -167,7 +169,7 @@ class _Inserter:
                     constant = torch.tensor(layer.input_scale, dtype=torch.float32, device=value(x).device)
                     static = add_tensor(self.gm, f"{layer.name}_input_scale", constant)
                     scale = add_op(self.gm, sqcompile_ops.finite_rows.default, x)
-                elif self.plan.recipe.activation == "per_token":
+                elif activation == "per_token":
                     scale = add_op(self.gm, sqcompile_ops.token_scale.default, x, *q_max)
                 else:
                     scale = add_op(self.gm, sqcompile_ops.tensor_scale.default, x, *q_max)

@@ -20,10 +20,12 @@ from sqcompile.errors import NothingToQuantizeError
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.labels.match import match
+from sqcompile.passes.planning.budget import by_divergence, within_budget
 from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
 from sqcompile.passes.planning.feel import feel
-from sqcompile.passes.planning.stay_float import float_layer, names_linear, stay_float
+from sqcompile.passes.planning.overrides import names_linear
+from sqcompile.passes.planning.stay_float import float_layer, stay_float, wanted
 from sqcompile.passes.planning.uses import APART, as_used, balanced, first_use
 from sqcompile.passes.rewrite.weight_store import Shared
 from sqcompile.pipeline import rewrite
@@ -87,16 +89,21 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
                 felt = feel(gm, sites, refusals, calibration, own)
                 plan_of = partial(choose, gm, sites, refusals, calibration, own, call, o.attentions, felt=felt)
                 more = smoothed_or_not(plan_of, calibration.sample, partial(_quantized, gm))
+                if recipe.max_degradation is not None:
+                    loses = by_divergence(gm, calibration.sample, partial(_quantized, gm))
+                    more = within_budget(gm, more, calibration, loses)
         except NothingToQuantizeError as e:
             error = e
             reasons = stay_float(gm, o.linears, calibration, own)
-            floats += [float_layer(l, reasons[l.name]) for l in o.linears]
+            floats += [float_layer(l, reasons.get(l.name, "left in float by max_degradation")) for l in o.linears]
             continue
         plan = more if plan is None else _joined(plan, more)
     if plan is None:
         raise error or NothingToQuantizeError("nothing to quantize: the observed graphs have no linear")
     known = {l.name for l in plan.layers}
-    return replace(plan, layers=plan.layers + tuple({l.name: l for l in floats if l.name not in known}.values()))
+    return replace(
+        plan, recipe=recipe, layers=plan.layers + tuple({l.name: l for l in floats if l.name not in known}.values())
+    )
 
 
 def _quantized(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -134,20 +141,22 @@ def completed(plan: Plan, gm: fx.GraphModule) -> tuple[Plan, list[str]]:
     layers = [l for l in plan.layers if l.name not in new]
     layers += [float_layer(l, "no call reached it while the model calibrated itself") for l in new.values()]
     known = {a.name for a in plan.attention}
-    skip = (*plan.recipe.skip, *([] if plan.recipe.lm_head else [LM_HEAD]))
-    unseen = [l.name for l in new.values() if not any(names_linear(gm, l, p) for p in skip)]
+    unseen = [l.name for l in wanted(gm, linears, plan.recipe) if l.name in new]
     unseen += [a.name for a in attentions if not a.refused and a.name not in known]
     return replace(plan, layers=tuple(layers)), unseen
 
 
 def _for_graph(recipe: Recipe, graphs: list[fx.GraphModule], gm: fx.GraphModule) -> Recipe:
-    """The recipe with what it skips in this graph; a name that no graph has is left for `choose` to refuse."""
+    """The recipe with the patterns that name linears of this graph; one that no graph has is left for `choose` to refuse."""
 
     def named(pattern: str, where: fx.GraphModule) -> bool:
         return any(names_linear(where, l, pattern) for l in find_linears(where))
 
-    skip = tuple(p for p in recipe.skip if p == LM_HEAD or named(p, gm) or not any(named(p, g) for g in graphs))
-    return replace(recipe, skip=skip)
+    def stays(p: str) -> bool:
+        return p == LM_HEAD or named(p, gm) or not any(named(p, g) for g in graphs)
+
+    skip, overrides = filter(stays, recipe.skip), (o for o in recipe.by_pattern if stays(o[0]))
+    return replace(recipe, skip=tuple(skip), overrides=tuple(overrides))
 
 
 def _joined(plan: Plan, more: Plan) -> Plan:

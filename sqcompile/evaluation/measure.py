@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sqcompile.errors import EvaluationError
 from sqcompile.evaluation.compared import Signs, Tokens, in_words, kind_of, logits_of, tensors_of
-from sqcompile.evaluation.scores import add_to, divergence, parts, vectors
+from sqcompile.evaluation.scores import add_to, parts, vectors
+from sqcompile.statistics.divergence import divergence
 
 MODELS = ("the model", "the float model")
 

@@ -17,7 +17,7 @@ from sqcompile.capture.call_spec import check_spec
 from sqcompile.errors import PlanError
 from sqcompile.kernels.rotation import blocks_of
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
-from sqcompile.plan.recipe import AttentionProducts, Recipe
+from sqcompile.plan.recipe import Activation, AttentionProducts, Recipe, Weight
 
 _LONGEST_NAME = 1000
 _LARGEST_SIZE = 2**31 - 1
@@ -72,7 +72,7 @@ def check_values(plan: Contents) -> None:
     _need(len(layers) == len(plan.layers), "it names a linear twice")
     _need(len(attention) == len(plan.attention), "it names an attention twice")
     for l in plan.layers:
-        _check_layer(l, f"linear {l.name!r}", plan.recipe.activation == "per_tensor_static")
+        _check_layer(l, f"linear {l.name!r}", plan.recipe)
     for a in plan.attention:
         _check_attention(a, f"attention {a.name!r}", plan)
     _need(any(l.quantized for l in plan.layers), "it quantizes no linear")
@@ -90,7 +90,7 @@ def check_values(plan: Contents) -> None:
     _check_sites(plan, layers)
 
 
-def _check_layer(l: LayerPlan, what: str, static: bool) -> None:
+def _check_layer(l: LayerPlan, what: str, recipe: Recipe) -> None:
     _choice(l.kind, ("linear", "experts"), f"{what}: kind")
     _need(isinstance(l.quantized, bool), f"{what}: quantized is {_said(l.quantized)}, not True or False")
     _sizes(l.shape, what, 3 if l.kind == "experts" else 2)
@@ -103,7 +103,14 @@ def _check_layer(l: LayerPlan, what: str, static: bool) -> None:
             known, f"{what}: rotation is {_said(l.rotation)}, no size of blocks that divides its {l.shape[-1]} channels"
         )
         _need(l.quantized, f"{what} is rotated, and stays in float")
+    for name, choices in (("activation", get_args(Activation)), ("weight", get_args(Weight))):
+        if (own := getattr(l, name)) is not None:
+            _choice(own, choices, f"{what}: {name}")
+            _need(bool(recipe.overrides), f"{what}: {name} is {own!r}, and its recipe overrides nothing")
+    if l.loss is not None:
+        _number(l.loss, f"{what}: loss", 0.0, math.inf)
     if l.quantized:
+        static = (l.activation or recipe.activation) == "per_tensor_static"
         how = "an input_scale, as its recipe is static" if static else "no input_scale, as its recipe is dynamic"
         _need((l.input_scale is not None) == static, f"{what} needs {how}")
 

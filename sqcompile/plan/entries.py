@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sqcompile.plan.recipe import AttentionProducts
+from sqcompile.plan.recipe import Activation, AttentionProducts, Weight
 
 Smoothing = Literal["folded", "multiplied", "none"]
 
@@ -25,6 +25,10 @@ class LayerPlan:
         input_scale: Δx where activations are static, else None.
         shape: of the weight, (N, K) or (E, N, K).
         rotation: the size of the blocks in which its input is rotated before it is quantized; None without rotation.
+        activation: how its input is scaled, where that is not what the recipe says of all; else None.
+        weight: how its weight is scaled, likewise.
+        loss: what its roundings cost the outputs: nats of KL divergence for every row of logits, else half of the relative
+            energy of the error; None where that is not known. Linears that read one input share what that costs.
     """
 
     name: str
@@ -37,6 +41,9 @@ class LayerPlan:
     input_scale: float | None = None
     shape: tuple[int, ...] = (0, 0)
     rotation: int | None = None
+    activation: Activation | None = None
+    weight: Weight | None = None
+    loss: float | None = None
 
 
 @dataclass(frozen=True)

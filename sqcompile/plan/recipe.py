@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numbers
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from sqcompile.errors import RecipeError
 from sqcompile.kernels.qtypes import QTYPES, QType
 from sqcompile.kernels.rotation import BLOCKS
+from sqcompile.plan.overrides import Overrides, canonical
 
 Activation = Literal["per_token", "per_tensor", "per_tensor_static"]
 Weight = Literal["per_channel", "per_tensor"]
@@ -53,6 +54,13 @@ class Recipe:
             spreads outliers over a block (weights are rotated beforehand; `sqcompile.kernels.rotation`): "none", "auto"
             (each input's block of 16, 32, 64 or 128, or none, by the error on the calibration sample), or the size of the
             blocks, for every input whose channels it divides.
+        overrides: other values of alpha, activation, weight, smooth, rotate, min_speedup and lm_head for some linears, and
+            ``"skip": True`` for those that stay in float: a dict of such dicts by patterns, which name linears as those
+            of ``skip`` do. Of two that name one linear, the later wins. Linears that read one input share its
+            activation, rotation and α.
+        max_degradation: percent of perplexity that the model may lose, as far as the calibration sample tells (its KL
+            divergence and one standard error), or of the value of an ``evaluate`` that is passed to `compile`. The linears
+            that cost most for their share of the INT8 work stay in float, as few as will do. None for no limit.
 
     Raises:
         RecipeError: if a value is of another type or out of range, or two contradict each other.
@@ -69,6 +77,8 @@ class Recipe:
     lm_head: bool = False
     dtype: Format = "int8"
     rotate: Literal["auto", "none"] | int = "none"
+    overrides: Mapping[str, Mapping[str, Any]] | Overrides = ()
+    max_degradation: float | None = None
 
     def __post_init__(self) -> None:
         if self.activation not in get_args(Activation):
@@ -106,6 +116,16 @@ class Recipe:
         if not _within(self.min_speedup, sys.float_info.max):
             raise RecipeError(f"min_speedup={self.min_speedup!r}: a factor such as 1.0, or 0 to quantize all")
         object.__setattr__(self, "min_speedup", float(self.min_speedup))
+        if self.max_degradation is not None:
+            if not _within(self.max_degradation, sys.float_info.max):
+                raise RecipeError(
+                    f"max_degradation={self.max_degradation!r}: a percentage such as 0.05, or None for no limit"
+                )
+            object.__setattr__(self, "max_degradation", float(self.max_degradation))
+        self._check_alpha()
+        object.__setattr__(self, "overrides", canonical(self, self.overrides))
+
+    def _check_alpha(self) -> None:
         if isinstance(self.alpha, str):
             if self.alpha != "auto":
                 raise RecipeError(f"alpha={self.alpha!r}: 'auto', a migration strength in [0, 1], or a tuple of them")
@@ -139,6 +159,11 @@ class Recipe:
     def blocks(self) -> tuple[int, ...]:
         """The candidate sizes of the blocks in which inputs of linears are rotated."""
         return () if self.rotate == "none" else BLOCKS if isinstance(self.rotate, str) else (self.rotate,)
+
+    @property
+    def by_pattern(self) -> Overrides:
+        """``overrides`` as they are kept: patterns in order, with their fields."""
+        return cast(Overrides, self.overrides)
 
     @property
     def granularity(self) -> Granularity:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from sqcompile.passes.ir.graph import arguments
 from sqcompile.process.interrupts import checkpoint
 from sqcompile.pytorch.core import pytree
+from sqcompile.statistics.divergence import divergence
 
 CALLS, ROWS = 8, 1024  # no call is added to as many calls, or rows of an output
 LARGEST = 2**26  # bytes of all that is kept of a graph
@@ -81,18 +82,35 @@ class Sample:
     def noise(self, quantized: fx.GraphModule, calls: slice = slice(None)) -> list[Tensor]:
         """Energy of the error of each kept row of some calls, relative to the row's: float64 [R], of all outputs."""
         found = []
+        for pairs in self._again(quantized, calls):
+            parts = []
+            for want, got in pairs.values():
+                signal = want.double().square().sum(-1)
+                error = (got.double() - want.double()).square().sum(-1)
+                parts.append((error / signal.clamp_min(LEAST * signal.mean()).clamp_min(1e-300)).cpu())
+            found.append(torch.cat(parts))
+        return found
+
+    def divergence(self, quantized: fx.GraphModule, logits: Collection[int]) -> list[Tensor]:
+        """KL divergence of each kept row of each call from the float one, in nats: float32 [R], of the outputs at positions."""
+        found = []
+        for pairs in self._again(quantized):
+            rows = [
+                divergence(w.log_softmax(-1), g.float().log_softmax(-1)) for i, (w, g) in pairs.items() if i in logits
+            ]
+            found += [torch.cat([r.cpu() for r in rows])] if rows else []
+        return found
+
+    def _again(
+        self, quantized: fx.GraphModule, calls: slice = slice(None)
+    ) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+        """For each of some calls, by the position of an output, its kept rows [R, C] in float and those of another graph."""
         for call in self.calls[calls]:
             with contextlib.ExitStack() as stack:
                 for kind in {which.device.type for which, _ in call.rows.values()}:
                     stack.enter_context(torch.autocast(kind, enabled=False))  # a user's: INT8 values need float32
                 outputs = pytree.tree_leaves(_Run(quantized).run(*call.arguments, enable_io_processing=False))
-            parts = []
-            for i, (which, want) in call.rows.items():
-                signal = want.double().square().sum(-1)
-                error = (_rows(outputs[i])[which].double() - want.double()).square().sum(-1)
-                parts.append((error / signal.clamp_min(LEAST * signal.mean()).clamp_min(1e-300)).cpu())
-            found.append(torch.cat(parts))
-        return found
+            yield {i: (want, _rows(outputs[i])[which]) for i, (which, want) in call.rows.items()}
 
 
 def _compared(outputs: Any) -> dict[int, Tensor]:

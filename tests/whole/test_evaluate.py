@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sqcompile import Evaluation, EvaluationError
-from sqcompile.evaluation import scores
+from sqcompile.statistics.divergence import divergence
 from sqcompile.windows import token_windows
 
 NAMES = [f.name for f in dataclasses.fields(Evaluation) if f.type == "float | None" and "second" not in f.name]
@@ -85,7 +85,7 @@ def test_divergence_keeps_its_digits_however_small(scale: float) -> None:
     log_r, log_p = reference.log_softmax(-1), table.log_softmax(-1)
     r, p = reference.double().log_softmax(-1), table.double().log_softmax(-1)
     want = (r.exp() * (r - p)).sum(-1)
-    found = scores.divergence(log_r, log_p).double()
+    found = divergence(log_r, log_p).double()
     assert float((found - want).norm() / want.norm()) < 1e-3
     assert float(found.min()) >= 0
 

@@ -1,0 +1,185 @@
+"""budget: the fewest linears in float, by their INT8 work, with which a model keeps ``Recipe.max_degradation``.
+
+    a: loss 3e-4, work 1        Recipe(max_degradation=0.02)        a: float
+    b: loss 1e-4, work 1                  ->                        b: quantized
+    c: loss 1e-4, work 4                                            c: quantized
+
+Linears that read one tensor share its rounding: they are one unit. Units are ranked by what they cost (`loss`, from gradients)
+for each multiplication that INT8 makes cheaper. Leaving the first k of them in float leaves a cost that the formula tells to
+some percent. The quantized model itself decides: it is run, the formula corrected by what it gives, and k looked for again,
+until one unit less in float would be too few.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from sqcompile.errors import CalibrationError, NothingToQuantizeError
+from sqcompile.passes.ir.graph import find_linears
+from sqcompile.passes.planning.feel import logits_of
+from sqcompile.passes.planning.uses import balanced
+from sqcompile.plan.entries import LayerPlan
+from sqcompile.plan.plan import Plan
+from sqcompile.statistics.observe import Calibration
+from sqcompile.statistics.sample import Sample
+
+GUESSES = 4  # by the corrected formula; then the middle of what is left
+
+_PASS = "pass evaluate=, a function of a model that gives a number (lower is better), to sqcompile.compile or calibrate"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Quantized linears that read one tensor.
+
+    Attributes:
+        names: of the linears.
+        loss: what they cost the outputs, as `LayerPlan.loss` of all.
+        work: multiplications that run in INT8, in all calibration calls.
+    """
+
+    names: tuple[str, ...]
+    loss: float
+    work: float
+
+
+def within_budget(
+    gm: fx.GraphModule, plan: Plan, calibration: Calibration, degradation: Callable[[Plan], float]
+) -> Plan:
+    """The plan with as few linears left in float as keep ``Recipe.max_degradation``.
+
+    Args:
+        gm: a traced graph.
+        plan: of the graph.
+        calibration: its statistics.
+        degradation: what the model loses with a plan, in percent.
+
+    Raises:
+        NothingToQuantizeError: if every linear would be left in float.
+    """
+    most = plan.recipe.max_degradation
+    assert most is not None
+    units = ranked(gm, plan, calibration)
+    logits = bool(logits_of(gm))
+
+    def left(chosen: Sequence[Unit]) -> Plan:
+        return without(plan, {n for u in chosen for n in u.names}, most, logits)
+
+    def told(chosen: Sequence[Unit]) -> float:
+        return 100 * _grown(sum(u.loss for u in units if u not in chosen))
+
+    low, high, factor, runs = -1, len(units), 1.0, 0  # low units are too few, high are enough
+    while high - low > 1:
+        enough = (k for k in range(low + 1, high) if factor * told(units[:k]) <= most)
+        k = next(enough, high - 1) if runs < GUESSES else (low + high) // 2
+        found, runs = degradation(left(units[:k])), runs + 1
+        low, high = (low, k) if found <= most else (k, high)
+        by_formula = told(units[:k])
+        factor = found / by_formula if 0 < by_formula < math.inf and 0 < found < math.inf else factor
+    if high == len(units):
+        attended = any(a.quantized != "none" for a in plan.attention)
+        hint = ", or leave attention in float, which costs something, too" if attended else ""
+        raise NothingToQuantizeError(
+            f"nothing to quantize: with max_degradation={most} every linear stays in float, as those that cost least in "
+            f"{plan.recipe.dtype.upper()} cost more. Raise it{hint}"
+        )
+    chosen = units[:high]
+    # with the last of them, one before it that is larger may be more than is needed
+    for u in sorted(chosen[:-1], key=lambda u: -u.work):
+        if factor * told(rest := [x for x in chosen if x is not u]) <= most:
+            return left(rest if degradation(left(rest)) <= most else chosen)
+    return left(chosen)
+
+
+def ranked(gm: fx.GraphModule, plan: Plan, calibration: Calibration) -> list[Unit]:
+    """The quantized linears of a plan, those first that cost most for their work.
+
+    Where nothing is known of what the outputs feel, a linear's own relative error stands for it.
+    """
+    layers = {l.name: l for l in plan.layers if l.quantized}
+    known = any(l.loss is not None for l in layers.values())
+    groups: dict[tuple[str, str | None], list[str]] = {}
+    work: dict[str, float] = {}
+    for l in find_linears(gm):
+        if l.name in layers:
+            groups.setdefault((l.x, l.offsets), []).append(l.name)
+            work[l.name] = float(calibration.inputs[l.name].count) * l.out_features * l.in_features
+    losses = {n: (l.loss or 0.0) if known else 10 ** (-(l.sqnr_db or math.inf) / 10) for n, l in layers.items()}
+    units = [Unit(tuple(g), sum(losses[n] for n in g), sum(work[n] for n in g)) for g in groups.values()]
+    return sorted(units, key=lambda u: u.loss / max(u.work, 1.0), reverse=True)
+
+
+def without(plan: Plan, names: set[str], most: float, logits: bool) -> Plan:
+    """The plan with some linears in float: scales of sites that none is quantized of are dropped, others stay.
+
+    Static Δ of attentions' values count on the scales folded into what makes them: with these, folded sites stay.
+    """
+    layers = tuple(_left(l, most, logits) if l.name in names else l for l in plan.layers)
+    quantized = {l.name for l in layers if l.quantized}
+    folded = any(name.endswith("/value_scale") for name in plan.heads)
+    scales = {
+        site: s
+        for site, s in plan.scales.items()
+        if (folded and not site.startswith("input -> ")) or not quantized.isdisjoint(balanced(site))
+    }
+    columns = {n: s for n, s in plan.columns.items() if n not in names}
+    return replace(plan, layers=layers, scales=scales, columns=columns)
+
+
+def _left(l: LayerPlan, most: float, logits: bool) -> LayerPlan:
+    if l.loss is None:
+        cost = "" if l.sqnr_db is None else f"its own relative error is {100 * 10 ** (-l.sqnr_db / 20):.2g} %, and "
+    else:
+        cost = f"costs {100 * _grown(l.loss):.2g} % of {'perplexity' if logits else 'the outputs'}, and "
+    reason = f"left in float: {cost}max_degradation={most}"
+    return LayerPlan(l.name, l.kind, False, "none", reason, shape=l.shape, loss=l.loss)
+
+
+def _grown(loss: float) -> float:
+    return math.expm1(loss) if loss < 700 else math.inf
+
+
+def by_divergence(
+    gm: fx.GraphModule, sample: Sample, quantize: Callable[[Plan], fx.GraphModule]
+) -> Callable[[Plan], float]:
+    """What perplexity grows by on a graph's sampled calls, exp(KL) - 1 in percent, with one standard error added.
+
+    Args:
+        gm: a traced graph.
+        sample: of its calls.
+        quantize: gives the quantized stage of a plan.
+
+    Raises:
+        CalibrationError: if the graph has no logits, or no call that can be run again.
+    """
+    logits = logits_of(gm)
+    if not logits:
+        raise CalibrationError(f"max_degradation is percent of perplexity, and the model gives no logits: {_PASS}")
+    if not any(i in logits for call in sample.calls for i in call.rows):
+        raise CalibrationError(f"max_degradation: no calibration call can be run again to see its logits: {_PASS}")
+
+    def degradation(plan: Plan) -> float:
+        quantized = quantize(plan)
+        try:
+            with torch.no_grad():
+                calls = sample.divergence(quantized, logits)
+        finally:
+            quantized.graph.owning_module = None  # a cycle, which would keep the weights until garbage is collected
+        return 100 * _grown(at_most(calls))
+
+    return degradation
+
+
+def at_most(calls: Sequence[Tensor]) -> float:
+    """The mean over rows, and one standard error of it: between calls, whose rows depend on each other; else of the rows."""
+    rows = torch.cat(list(calls)).double()
+    if not bool(rows.isfinite().all()):
+        return math.inf
+    means = torch.stack([c.double().mean() for c in calls]) if len(calls) > 1 else rows
+    error = float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else 0.0
+    return float(rows.mean()) + error
