@@ -204,9 +204,13 @@ def logits_of(gm: fx.GraphModule) -> set[int]:
     if isinstance(named, int):
         return {named}
     tables = [value(n.args[0]) for n in gm.graph.find_nodes(op="call_function", target=aten.embedding.default)]
-    sizes = {int(t.shape[0]) for t in tables} - {int(t.shape[1]) for t in tables}
+    rows, widths = ({size for t in tables if isinstance(size := t.shape[dim], int)} for dim in (0, 1))
     return {
         i
         for i, n in enumerate(nodes)
-        if isinstance(n, fx.Node) and isinstance(y := value(n), Tensor) and y.dim() > 1 and y.shape[-1] in sizes
+        if isinstance(n, fx.Node)
+        and isinstance(y := value(n), Tensor)
+        and y.dim() > 1
+        and isinstance(width := y.shape[-1], int)  # a symbolic one is no vocabulary
+        and width in rows - widths
     }
