@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
+from sqcompile.passes.planning.candidates import best
 from sqcompile.passes.planning.choose_attention import choose_attention
 from sqcompile.passes.planning.error import Chooser, Note
 from sqcompile.passes.planning.feel import Felt
@@ -70,7 +71,7 @@ def choose(
             continue
         how: Smoothing = "multiplied" if site.kind == "input" else "folded"
         chooser.leave(quantized)
-        choice = chooser.best(site, floats)
+        choice = best(chooser, site, floats)
         chooser.apply(site, choice)
         if choice.scales is not None:
             scales[site.name] = choice.scales[0]

@@ -167,10 +167,10 @@ class _Inserter:
                     constant = torch.tensor(layer.input_scale, dtype=torch.float32, device=value(x).device)
                     static = add_tensor(self.gm, f"{layer.name}_input_scale", constant)
                     scale = add_op(self.gm, sqcompile_ops.finite_rows.default, x)
-                elif self.plan.recipe.activation == "per_token":
-                    scale = add_op(self.gm, sqcompile_ops.token_scale.default, x, *q_max)
-                else:
+                elif self.plan.recipe.activation == "per_tensor":
                     scale = add_op(self.gm, sqcompile_ops.tensor_scale.default, x, *q_max)
+                else:  # of a static recipe, too, where a layer has no static scale
+                    scale = add_op(self.gm, sqcompile_ops.token_scale.default, x, *q_max)
                 q = add_op(self.gm, sqcompile_ops.quantize.default, x, scale if static is None else static, *dtype)
                 self.inputs[key] = add_op(self.gm, aten.to.dtype, q, torch.float32), scale, static
         return self.inputs[key]

@@ -95,6 +95,8 @@ def _check_layer(l: LayerPlan, what: str, static: bool) -> None:
     _need(isinstance(l.quantized, bool), f"{what}: quantized is {_said(l.quantized)}, not True or False")
     _sizes(l.shape, what, 3 if l.kind == "experts" else 2)
     _check_decision(l, what)
+    known = isinstance(l.dynamic, bool) and (static or not l.dynamic)
+    _need(known, f"{what}: dynamic is {_said(l.dynamic)}, not {'True or False' if static else 'False'}")
     if l.input_scale is not None:
         _number(l.input_scale, f"{what}: input_scale", *_STEP)
     if l.rotation is not None:
@@ -105,7 +107,8 @@ def _check_layer(l: LayerPlan, what: str, static: bool) -> None:
         _need(l.quantized, f"{what} is rotated, and stays in float")
     if l.quantized:
         how = "an input_scale, as its recipe is static" if static else "no input_scale, as its recipe is dynamic"
-        _need((l.input_scale is not None) == static, f"{what} needs {how}")
+        how = "no input_scale, as it is dynamic" if l.dynamic else how
+        _need((l.input_scale is not None) == (static and not l.dynamic), f"{what} needs {how}")
 
 
 def _check_attention(a: AttentionPlan, what: str, plan: Contents) -> None:

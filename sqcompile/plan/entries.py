@@ -22,9 +22,10 @@ class LayerPlan:
         reason: in words.
         alpha: migration strength of its site, None without smoothing.
         sqnr_db: signal to quantization noise ratio of its output on the calibration sample, in dB; None in float.
-        input_scale: Δx where activations are static, else None.
+        input_scale: Δx where it is static, else None.
         shape: of the weight, (N, K) or (E, N, K).
         rotation: the size of the blocks in which its input is rotated before it is quantized; None without rotation.
+        dynamic: whether a static recipe leaves its input dynamic, with a scale for each token.
     """
 
     name: str
@@ -37,6 +38,7 @@ class LayerPlan:
     input_scale: float | None = None
     shape: tuple[int, ...] = (0, 0)
     rotation: int | None = None
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
