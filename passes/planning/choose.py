@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.ir.graph import Linear, find_linears
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
+from sqcompile.passes.planning.candidates import best
 from sqcompile.passes.planning.choose_attention import choose_attention
 from sqcompile.passes.planning.error import Chooser, Note
 from sqcompile.passes.planning.feel import Felt
@@ -29,7 +30,7 @@ from sqcompile.passes.planning.static_scales import warn_of_few
 from sqcompile.passes.planning.stay_float import check_any, float_layer, stay_float
 from sqcompile.plan.entries import LayerPlan, Smoothing
 from sqcompile.plan.plan import Plan
-from sqcompile.plan.recipe import Recipe
+from sqcompile.plan.recipe import Activation, Recipe
 from sqcompile.statistics.observe import Calibration
 
 
@@ -72,7 +73,7 @@ def choose(
             continue
         how: Smoothing = "multiplied" if site.kind == "input" else "folded"
         chooser.leave(quantized)
-        choice = chooser.best(site, floats)
+        choice = best(chooser, site, floats)
         chooser.apply(site, choice)
         if choice.scales is not None:
             scales[site.name] = choice.scales[0]
@@ -109,6 +110,7 @@ def _layer(
         which = f"{', '.join(map(str, idle))} of {l.experts} experts"
         reason += f"; no calibration token reached {which}, whose scales come from the other experts' tokens"
     sqnr: float | None = sqnr_db(chooser.error(l), f"the outputs of {l.name}")
+    activation: Activation = "per_token" if l.name in chooser.dynamic else own.activation
     if not bool(stats.absmax.any()):  # exact, which says nothing
         reason, sqnr = f"{reason}; its input was {stats.unvarying()}", None
     return LayerPlan(
@@ -116,13 +118,13 @@ def _layer(
         kind,
         True,
         how,
-        reason + said(chooser.gm, l, common),
+        reason + chooser.about_scale(l) + said(chooser.gm, l, common),
         alpha,
         sqnr,
         float(chooser.input_scale(l)) if chooser.static(l) else None,
         l.shape,
         chooser.rotations.get(l.name),
-        own.activation if own.activation != common.activation else None,
+        activation if activation != common.activation else None,
         own.weight if own.weight != common.weight else None,
         loss if loss is None or loss >= 0 else math.inf,  # of a NaN
     )

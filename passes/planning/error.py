@@ -1,7 +1,6 @@
 """Chooser: what quantization costs on the calibration sample, under the smoothing and the rotations chosen so far.
 
-A site takes the candidate that costs the outputs least, as far as that is known (`feel`, `loss`); else the one with the
-smallest error of its own linears, relative to what they give.
+What it costs the outputs, as far as that is known (`feel`, `loss`); or the error of a linear relative to what it gives.
 """
 
 from __future__ import annotations
@@ -15,18 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sqcompile.kernels.reference import absmax_scale, dequantize, quantize, token_scale, weight_scale
-from sqcompile.passes.ir.graph import Linear, effective_weight, find_linears, nodes_by_name, row_parts
+from sqcompile.kernels.reference import absmax_scale, quantize, token_scale
+from sqcompile.passes.ir.graph import Linear, effective_weight, find_linears, nodes_by_name
 from sqcompile.passes.labels.match import Site
 from sqcompile.passes.planning.feel import Felt, Reads
-from sqcompile.passes.planning.loss import Transform, of_input, of_weight
+from sqcompile.passes.planning.limits import Way, choose_way, limit_of
+from sqcompile.passes.planning.loss import Transform, moments_of, of_input, of_weight
 from sqcompile.passes.planning.overrides import recipe_of
-from sqcompile.passes.planning.smoothing import smoothing_scale
+from sqcompile.passes.planning.products import column_energy, noise_and_signal
+from sqcompile.passes.planning.spikes import spikes
 from sqcompile.passes.planning.sqnr import relative
 from sqcompile.passes.planning.static_scales import Quantized, as_quantized, clipped, has_halves, margin
 from sqcompile.plan.entries import Smoothing
 from sqcompile.plan.recipe import Recipe
-from sqcompile.process.interrupts import checkpoint
 from sqcompile.statistics.observe import Calibration
 
 
@@ -38,21 +38,19 @@ class Choice:
         scales: float32 [3, C], s, and what either half of the tokens would have chosen; None without smoothing.
         alpha: the migration strength that they come from.
         block: the size of the blocks in which the inputs are rotated; None without rotation.
+        dynamic: whether the inputs of a static recipe have scales of their tokens after all.
     """
 
     scales: Tensor | None = None
     alpha: float | None = None
     block: int | None = None
+    dynamic: bool = False
 
 
 Note = tuple[Smoothing, str, float | None]  # what was done with a linear's input, why, and the site's alpha
 
-# A site is left unsmoothed only where smoothing makes its error on the sample this much worse. Below that, smoothing is
-# kept even without a gain: the sample holds few tokens, and the absmax it is built from saw them all. Static scales are
-# tried on tokens that they have not seen (`static_scales`), and take what is best there.
-TOLERANCE = 1.1
-# A rotation costs additions for every value: it is taken where it makes the error this much smaller, or the loss.
-GAIN, GAIN_OF_LOSS = 1.05, 1.2
+# what `Chooser.apply` adds to
+_CHOSEN = ("columns", "halves", "margins", "scales", "dynamic", "rotations", "rows", "producers")
 
 NO_SMOOTHING = "the recipe does not smooth"
 
@@ -74,6 +72,8 @@ class Chooser:
         self.columns: dict[str, Tensor] = {}  # s of a linear's input channels, [K]
         self.halves: dict[str, Tensor] = {}  # s as chosen from either half of the tokens, [2, K]; for static scales
         self.margins: dict[str, float] = {}  # of a linear's static scale
+        self.scales: dict[str, Way] = {}  # how its static scale is made, where the loss decides
+        self.dynamic: dict[str, bool] = {}  # of a static recipe: linears whose input has a scale for each token
         self.rotations: dict[str, int] = {}  # the blocks in which a linear's input is rotated
         self.rows: dict[str, Tensor] = {}  # s of its output channels, [N]
         self.producers: dict[str, Tensor] = {}  # s that a producer's output is divided by, [C], by node
@@ -86,75 +86,31 @@ class Chooser:
     def weight(self, l: Linear) -> Tensor:
         return effective_weight(self.gm, l, self.nodes)
 
-    def best(self, site: Site, floats: dict[str, str]) -> Choice:
-        """The smoothing and the rotation with the smallest error."""
-        balance = [(l, m) for l, m in site.balance if l.name not in floats]
-        linears = [l for l, _ in balance]
-        device = self.weight(linears[0]).device
-        x_absmax = torch.zeros(3, site.channels, dtype=torch.float32, device=device)  # all tokens, either half
-        w_absmax = torch.zeros(site.channels, dtype=torch.float32, device=device)
-        for l, m in balance:
-            index, stats = m.to(device), self.calibration.inputs[l.name]
-            for largest, absmax in zip(x_absmax, (stats.absmax, *stats.halves), strict=True):
-                largest.scatter_reduce_(0, index, absmax, "amax")
-            w_absmax.scatter_reduce_(0, index, _column_absmax(self.weight(l)), "amax")
-        touched = [*linears]
-        producer = self.linears.get(site.producer)
-        if (
-            site.kind == "linear"
-            and producer is not None
-            and self.own[producer.name].weight == "per_tensor"
-            and producer.name not in floats
-        ):
-            touched.append(producer)  # its rows are divided by s, which one scale for all rows feels
-        scales = {}
-        for alpha in () if self.why_unsmoothed(linears) else self.own[linears[0].name].alphas:
-            every = torch.stack([smoothing_scale(x, w_absmax, alpha) for x in x_absmax])
-            scales[alpha] = torch.where(site.free.to(device), every, 1.0)
-        by_loss = self.by_loss(linears) and self.felt.knows(touched)
-        errors = {
-            choice: self._error_of(site, choice, touched, by_loss)
-            for block in self._blocks(linears)
-            for choice in (Choice(None, None, block), *(Choice(s, alpha, block) for alpha, s in scales.items()))
-        }
-        static = any(self.static(l) for l in linears)
-        return min(errors, key=lambda c: errors[c] * self._handicap(c, by_loss, static))
-
     def why_unsmoothed(self, linears: Sequence[Linear]) -> str | None:
         """Why linears of one site are not smoothed, whatever α; None where they may be."""
         return self.forced or (None if self.own[linears[0].name].smooth else NO_SMOOTHING)
 
     def static(self, l: Linear) -> bool:
-        return self.own[l.name].activation == "per_tensor_static"
+        """Whether its input has a static scale."""
+        return self.own[l.name].activation == "per_tensor_static" and l.name not in self.dynamic
 
     def by_loss(self, linears: Sequence[Linear]) -> bool:
         """Whether linears of one site choose by what the outputs feel."""
         return all(self.own[l.name].by_loss for l in linears)
 
-    def _blocks(self, linears: list[Linear]) -> tuple[int | None, ...]:
-        """The rotations to try: those of the recipe that the channels of all linears allow, and none where it is open."""
-        recipe = self.own[linears[0].name]
-        fit = tuple(b for b in recipe.blocks if all(l.in_features % b == 0 for l in linears))
-        return fit if fit and recipe.rotate != "auto" else (None, *fit)
-
-    def _handicap(self, choice: Choice, by_loss: bool, static: bool) -> float:
-        smooths, gain = choice.scales is not None, GAIN_OF_LOSS if by_loss else GAIN
-        return (1.0 if smooths or static else TOLERANCE) * (1.0 if choice.block is None else gain)
-
-    def _error_of(self, site: Site, choice: Choice, touched: list[Linear], by_loss: bool) -> float:
+    def tried(self, site: Site, choice: Choice, touched: list[Linear], by_loss: bool) -> float:
         """What linears cost under a choice, which is not kept."""
-        checkpoint()
-        saved = [dict(d) for d in self._chosen()]
+        saved = [(name, dict(getattr(self, name))) for name in _CHOSEN]
         self.apply(site, choice)
         error = self.loss(touched) if by_loss else sum(self.error(l) for l in touched)
-        self.columns, self.halves, self.margins, self.rows, self.producers, self.rotations = saved
+        for name, value in saved:
+            setattr(self, name, value)
         return error
-
-    def _chosen(self) -> tuple[dict[str, Any], ...]:
-        return self.columns, self.halves, self.margins, self.rows, self.producers, self.rotations
 
     def apply(self, site: Site, choice: Choice) -> None:
         """Smooths a site, and rotates its inputs."""
+        if choice.dynamic:
+            self.dynamic |= {l.name: True for l, _ in site.balance}
         if choice.block is not None:
             self.rotations |= {l.name: choice.block for l, _ in site.balance}
         if choice.scales is None:
@@ -171,12 +127,17 @@ class Chooser:
             self.rows[self.linears[site.producer].name] = s
 
     def leave(self, linears: Sequence[Linear]) -> None:
-        """Chooses the margins of linears with the columns that they have; those that read one tensor get one."""
+        """Chooses static scales of linears with the columns that they have; those that read one tensor get one."""
         together: dict[tuple[int, int | None], list[Linear]] = {}
         for l in filter(self.static, linears):
             together.setdefault((id(self.calibration.inputs[l.name]), self.rotations.get(l.name)), []).append(l)
         for group in together.values():
             stats, name = self.calibration.inputs[group[0].name], group[0].name
+            if self.by_loss(group) and self.felt.knows(group):
+                block = self.rotations.get(name)
+                way = choose_way(self.felt.reads[name], stats, self.halves.get(name), block, self.qtype)
+                self.scales |= {l.name: way for l in group}
+                continue
             columns = self.halves.get(name, torch.ones_like(stats.halves))
             weight = torch.stack([self._energy(l) for l in group]).sum(0)
             room = margin(stats, columns, weight, self.qtype, self.rotations.get(name))
@@ -185,9 +146,7 @@ class Chooser:
     def _energy(self, l: Linear) -> Tensor:
         """|W_:j|² of a linear's columns, float32 [K]; of experts, the mean one's."""
         if l.name not in self._energies:
-            w = self.weight(l).flatten(0, -2)
-            energy = torch.stack([w[p].float().square().sum(0) for p in row_parts(w)]).sum(0) / (l.experts or 1)
-            self._energies[l.name] = energy
+            self._energies[l.name] = column_energy(self.weight(l), l.experts)
         return self._energies[l.name]
 
     def loss(self, linears: Sequence[Linear]) -> float:
@@ -203,10 +162,11 @@ class Chooser:
         for l in linears:
             reads, how = self.felt.reads[l.name], self._transform(l, self.columns.get(l.name))
             if reads not in moments:
-                scale = None
-                if self.own[l.name].activation != "per_token":
-                    scale = self._limit(l, self._quantized(l, how.columns, None))
-                shared[reads], moments[reads] = of_input(reads, how, scale, self.qtype)
+                if l.name in self.scales and self.static(l):
+                    shared[reads], moments[reads] = self.scales[l.name].cost, moments_of(reads, how)
+                else:
+                    scale = None if self._per_token(l) else self._limit(l, self._quantized(l, how.columns, None))
+                    shared[reads], moments[reads] = of_input(reads, how, scale, self.qtype)
             found[l.name] += shared[reads] / readers[reads]
             weight, tokens = self.weight(l), self.calibration.inputs[l.name].tokens
             shares = (tokens / tokens.sum()).tolist() if l.experts else [1.0]
@@ -243,59 +203,52 @@ class Chooser:
         x, experts = stats.rows[which].float(), stats.experts[which]
         quantized = self._quantized(l, columns, half)
         rows = quantized.rows[which]
-        per_token = self.own[l.name].activation == "per_token"
-        x_scale = token_scale(rows, self.qtype.q_max) if per_token else self._limit(l, quantized)
+        x_scale = token_scale(rows, self.qtype.q_max) if self._per_token(l) else self._limit(l, quantized)
         x_int = quantize(rows, x_scale, dtype=self.qtype.dtype).float()
         every: list[tuple[Any, Tensor]] = [(slice(None), weight)]
         if l.experts:
             every = [(experts == e, weight[e]) for e in experts.unique().tolist()]
+        how, per_tensor = self._transform(l, columns), self.own[l.name].weight == "per_tensor"
         noise = signal = 0.0
         for mine, matrix in every:
             scale = x_scale[mine] if x_scale.dim() else x_scale
-            more = self._products(l, matrix, columns, x[mine], x_int[mine], scale)
+            more = noise_and_signal(matrix, how, x[mine], x_int[mine], scale, per_tensor, self.qtype)
             noise, signal = noise + more[0], signal + more[1]
         return noise, signal
+
+    def _per_token(self, l: Linear) -> bool:
+        return self.own[l.name].activation == "per_token" or l.name in self.dynamic
 
     def _quantized(self, l: Linear, columns: Tensor | None, half: int | None) -> Quantized:
         stats = self.calibration.inputs[l.name]
         weight = self._energy(l) if self.static(l) else torch.ones_like(stats.absmax)  # that nothing asks for
         return as_quantized(stats, columns, self.rotations.get(l.name), half, weight)
 
-    def _products(
-        self, l: Linear, weight: Tensor, columns: Tensor | None, x: Tensor, x_int: Tensor, x_scale: Tensor
-    ) -> tuple[float, float]:
-        """|Y_quantized - Y|² and |Y|² for one weight [N, K] and rows x [R, K]."""
-        rows, how = self.rows.get(l.name), self._transform(l, columns)
-        parts = row_parts(weight)
-        per_tensor, q_max = self.own[l.name].weight == "per_tensor", self.qtype.q_max
-        common = (
-            torch.cat([weight_scale(how.weight(weight, p), False, q_max) for p in parts]).amax() if per_tensor else None
-        )
-        noise = signal = 0.0
-        for part in parts:  # a few rows of the weight at a time: no float copy of it
-            w = how.weight(weight, part)
-            w_scale = weight_scale(w, True, q_max) if common is None else common.view(1, 1)
-            y = x @ weight[part].float().t()
-            y_hat = dequantize(
-                x_int @ quantize(w, w_scale, dtype=self.qtype.dtype).float().t(), x_scale, w_scale.flatten()
-            )
-            if rows is not None:
-                y_hat = y_hat * rows[part]
-            y = y.double()  # squares overflow float32 where the values do not
-            signal += float(y.square().sum())
-            noise += float((y_hat - y).square().sum())
-        return noise, signal
-
     def _limit(self, l: Linear, x: Quantized) -> Tensor:
         """Δx of the largest value, with the margin of a static scale. A dynamic one per tensor is close to it."""
+        if l.name in self.scales:
+            return absmax_scale(torch.full_like(x.absmax[0], self._made(l)[0]), self.qtype.q_max)
         return absmax_scale(x.absmax.max() * (1 + self.margins.get(l.name, 0.0)), self.qtype.q_max)
+
+    def _made(self, l: Linear) -> tuple[float, float]:
+        """`limit_of` a linear in ``scales``."""
+        reads, stats, columns = self.felt.reads[l.name], self.calibration.inputs[l.name], self.columns.get(l.name)
+        return limit_of(self.scales[l.name], reads, stats, columns, self.rotations.get(l.name), self.qtype)
 
     def input_scale(self, l: Linear) -> Tensor:
         """Static Δx, from all tokens."""
         return self._limit(l, self._quantized(l, self.columns.get(l.name), None))
 
-
-def _column_absmax(w: Tensor) -> Tensor:
-    """max|W_:j| of w [N, K] or [E, N, K]: float32 [K]; a few rows at a time, no copy of w."""
-    rows = w.flatten(0, -2)
-    return torch.stack([rows[p].abs().amax(0).float() for p in row_parts(rows)]).amax(0)
+    def about_scale(self, l: Linear) -> str:
+        """How a static scale was made, and why there is none; "" of a dynamic recipe."""
+        if self.own[l.name].activation != "per_tensor_static":
+            return ""
+        found = spikes(self.calibration.inputs[l.name])
+        if l.name in self.dynamic:
+            return f"; a scale for each token at run time, as {found}"
+        way = ""
+        if l.name in self.scales:
+            way = f"; Δ from {self.scales[l.name]}"
+            clips = self._made(l)[1]
+            way += f", which clips at {clips:.2f} of the largest" if clips < 1 else ""
+        return way + (f"; {found}" if found else "")

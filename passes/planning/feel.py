@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import torch
@@ -47,15 +47,17 @@ class Reads:
         rows: [R, K] in the input's dtype: those whose error costs most, and a uniform sample of the others.
         gradients: like rows.
         weights: float32 [R], how many rows of the calls each stands for, for every row of the outputs.
+        half: int64 [R], the half of the calibration tokens that each is of, as `InputStats.half` has it.
     """
 
     rows: Tensor
     gradients: Tensor
     weights: Tensor
+    half: Tensor
 
     def joined(self, other: Reads) -> Reads:
-        pairs = ((self.rows, other.rows), (self.gradients, other.gradients), (self.weights, other.weights))
-        return Reads(*(torch.cat(pair) for pair in pairs))
+        parts = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return Reads(*(torch.cat(pair) for pair in parts))
 
 
 @dataclass(eq=False)
@@ -114,7 +116,7 @@ def feel(
                 gradients(gm, call.arguments, seeds, [tuple(g) for g in groups.values()], found.see)
     except Exception as e:  # no derivative, no memory: the linears' own errors are known all the same
         return Felt(why=f"{type(e).__name__}: {first_line(e)}")
-    return found.felt()
+    return found.felt(calibration)
 
 
 class _Found:
@@ -122,7 +124,7 @@ class _Found:
 
     def __init__(self, share: int) -> None:
         """``share``: rows that are kept of an input in each call."""
-        self.share, self.count = share, 0  # rows of the outputs
+        self.share, self.count, self.calls = share, 0, 0  # rows of the outputs, and calls, so far
         self.reads: dict[Group, Reads] = {}
         self.outputs: dict[str, Tensor] = {}
         self.generator = torch.Generator().manual_seed(0)
@@ -132,6 +134,7 @@ class _Found:
         nodes = pytree.tree_leaves(next(iter(gm.graph.find_nodes(op="output"))).args)
         chosen = {i: r for i, r in rows.items() if i in logits} or rows
         self.count += sum(len(which) for which, _ in chosen.values())
+        self.calls += 1
         return {
             nodes[i].name: partial(_place, which=which, gradient=(self._drawn if i in logits else self._probe)(y))
             for i, (which, y) in chosen.items()
@@ -156,14 +159,20 @@ class _Found:
         size, slope = x.abs().amax(-1).double(), of_x.double().square().sum(-1)
         cost = size.square() * slope  # but for a constant, what rounding costs without smoothing
         kept, weights = _picked(cost, slope > 0, self.share, self.generator)
-        reads = Reads(x[kept], of_x[kept], weights)
+        reads = Reads(
+            x[kept], of_x[kept], weights, _half(len(x), group[0].experts, self.calls - 1)[kept.cpu()].to(x.device)
+        )
         self.reads[group] = self.reads[group].joined(reads) if group in self.reads else reads
         for l, g in zip(group, of_outputs, strict=True):
             squares = g.flatten(0, -2).float().square().sum(0)
             self.outputs[l.name] = self.outputs[l.name] + squares if l.name in self.outputs else squares
 
-    def felt(self) -> Felt:
-        every = {g: Reads(r.rows, r.gradients, r.weights / self.count) for g, r in self.reads.items()}
+    def felt(self, calibration: Calibration) -> Felt:
+        every = {}
+        for group, r in self.reads.items():
+            largest = calibration.inputs[group[0].name].halves
+            other = (r.rows.abs() > largest[r.half]).any(-1)  # padding was counted here, and not there
+            every[group] = replace(r, weights=r.weights / self.count, half=r.half ^ other)
         reads = {l.name: r for group, r in every.items() for l in group}
         return Felt(reads, {name: squares / self.count for name, squares in self.outputs.items()})
 
@@ -186,6 +195,12 @@ def _picked(cost: Tensor, may: Tensor, share: int, generator: torch.Generator) -
     weights = torch.ones(share, dtype=torch.float32, device=cost.device)
     weights[len(first) :] = len(others) / len(drawn)
     return torch.cat([first, drawn]), weights
+
+
+def _half(rows: int, experts: int | None, call: int) -> Tensor:
+    """Which half of the tokens `InputStats.update` takes each row of a call for, but for padding: int64 [T]."""
+    row = torch.arange(rows)
+    return (row % 2 if experts else (row >= rows // 2).long()) ^ (call % 2)
 
 
 def _place(y: Tensor, which: Tensor, gradient: Tensor) -> Tensor:

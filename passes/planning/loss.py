@@ -73,7 +73,16 @@ def of_input(reads: Reads, transform: Transform, scale: Tensor | None, qtype: QT
     by = token_scale(x, qtype.q_max) if scale is None else scale
     error = _rounded(x, by, qtype) - x
     cost = float(((error * g).square().sum(-1).double() * reads.weights).sum()) / 2
-    return cost, reads.weights @ x.square() / reads.weights.sum()
+    return cost, _moments(reads, x)
+
+
+def moments_of(reads: Reads, transform: Transform) -> Tensor:
+    """The mean of an input's squares, float32 [K]."""
+    return _moments(reads, transform.input(reads.rows))
+
+
+def _moments(reads: Reads, x: Tensor) -> Tensor:
+    return reads.weights @ x.square() / reads.weights.sum()
 
 
 def of_weight(

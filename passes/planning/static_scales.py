@@ -113,17 +113,17 @@ def margin(stats: InputStats, columns: Tensor, weight: Tensor, qtype: QType = IN
 
 def margin_of_channels(stats: InputStats) -> float:
     """The margin of an input whose channels have a static scale each: one β of the mean channel, times what is unseen."""
-    return _tail(stats) * min(1.0, FEW_TOKENS / stats.count) if has_halves(stats) else ONE_TOKEN
+    return tail(stats) * min(1.0, FEW_TOKENS / stats.count) if has_halves(stats) else ONE_TOKEN
 
 
 def clipped(stats: InputStats, x: Quantized, limit: Tensor) -> Tensor:
     """The expected cost of clipping a new row at a limit."""
-    beta = _tail(stats) * x.absmax.clamp_min(ABSMAX_FLOOR)
+    beta = tail(stats) * x.absmax.clamp_min(ABSMAX_FLOOR)
     beyond = ((limit - x.absmax).clamp_min(0) / beta).neg().exp()
     return (x.cost * 2 * beta.square() * beyond).sum() / x.tokens
 
 
-def _tail(stats: InputStats) -> float:
+def tail(stats: InputStats) -> float:
     """β relative to the largest value, for the mean channel: by how much the halves' maxima differ, over 2 ln 2."""
     absmax = stats.absmax
     relative = (stats.halves[0] - stats.halves[1]).abs()[absmax > 0] / absmax[absmax > 0]

@@ -89,6 +89,7 @@ def _joint(name: str, uses: list[LayerPlan], columns: list[Tensor | None]) -> tu
         smoothing="multiplied" if smoothed else "none",
         reason=_WHY,
         input_scale=max(deltas) if static else None,
+        activation=uses[0].activation if static or not deltas else "per_token",
     )
     return layer, torch.stack(known).amax(0) if smoothed else None
 

@@ -119,7 +119,11 @@ def measured(plan: Plan, observers: Sequence[Observer], torn: Collection[str]) -
         torn: first uses of the weights that several graphs of one call read.
     """
     apart = {name for name in torn if _apart(name, observers)}
-    layers = (replace(l, input_scale=None) if first_use(l.name) in apart else l for l in plan.layers)
+    static = (l.input_scale is not None and first_use(l.name) in apart for l in plan.layers)
+    layers = (
+        replace(l, input_scale=None, activation="per_token") if s else l
+        for l, s in zip(plan.layers, static, strict=True)
+    )
     return replace(plan, layers=tuple(layers))
 
 

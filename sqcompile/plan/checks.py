@@ -106,7 +106,8 @@ def _check_layer(l: LayerPlan, what: str, recipe: Recipe) -> None:
     for name, choices in (("activation", get_args(Activation)), ("weight", get_args(Weight))):
         if (own := getattr(l, name)) is not None:
             _choice(own, choices, f"{what}: {name}")
-            _need(bool(recipe.overrides), f"{what}: {name} is {own!r}, and its recipe overrides nothing")
+            left = name == "activation" and own == "per_token" and recipe.activation == "per_tensor_static"
+            _need(bool(recipe.overrides) or left, f"{what}: {name} is {own!r}, and its recipe overrides nothing")
     if l.loss is not None:
         _number(l.loss, f"{what}: loss", 0.0, math.inf)
     if l.quantized:

@@ -22,7 +22,7 @@ class LayerPlan:
         reason: in words.
         alpha: migration strength of its site, None without smoothing.
         sqnr_db: signal to quantization noise ratio of its output on the calibration sample, in dB; None in float.
-        input_scale: Δx where activations are static, else None.
+        input_scale: Δx where it is static, else None.
         shape: of the weight, (N, K) or (E, N, K).
         rotation: the size of the blocks in which its input is rotated before it is quantized; None without rotation.
         activation: how its input is scaled, where that is not what the recipe says of all; else None.

@@ -17,6 +17,7 @@ Activation = Literal["per_token", "per_tensor", "per_tensor_static"]
 Weight = Literal["per_channel", "per_tensor"]
 AttentionProducts = Literal["none", "qk", "qk_pv"]
 Format = Literal["int8", "fp8"]
+Spikes = Literal["dynamic", "static"]
 Granularity = Literal["per_token", "per_head", "per_tensor", "per_tensor_static"]
 
 LM_HEAD = "lm_head"  # in ``Recipe.skip``: the projection back to the vocabulary, there or not, whatever its name
@@ -54,13 +55,16 @@ class Recipe:
             spreads outliers over a block (weights are rotated beforehand; `sqcompile.kernels.rotation`): "none", "auto"
             (each input's block of 16, 32, 64 or 128, or none, by the error on the calibration sample), or the size of the
             blocks, for every input whose channels it divides.
-        overrides: other values of alpha, activation, weight, smooth, rotate, min_speedup and lm_head for some linears, and
-            ``"skip": True`` for those that stay in float: a dict of such dicts by patterns, which name linears as those
+        overrides: other values of alpha, activation, weight, smooth, rotate, spikes, min_speedup and lm_head for some linears,
+            and ``"skip": True`` for those that stay in float: a dict of such dicts by patterns, which name linears as those
             of ``skip`` do. Of two that name one linear, the later wins. Linears that read one input share its
             activation, rotation and α.
         max_degradation: percent of perplexity that the model may lose, as far as the calibration sample tells (its KL
             divergence and one standard error), or of the value of an ``evaluate`` that is passed to `compile`. The linears
             that cost most for their share of the INT8 work stay in float, as few as will do. None for no limit.
+        spikes: what static scales do where a few calibration tokens are many times as large as the others: "dynamic"
+            leaves such an input a scale for each token at run time, if that makes its error a quarter or less; "static"
+            never does.
 
     Raises:
         RecipeError: if a value is of another type or out of range, or two contradict each other.
@@ -79,6 +83,7 @@ class Recipe:
     rotate: Literal["auto", "none"] | int = "none"
     overrides: Mapping[str, Mapping[str, Any]] | Overrides = ()
     max_degradation: float | None = None
+    spikes: Spikes = "dynamic"
 
     def __post_init__(self) -> None:
         if self.activation not in get_args(Activation):
@@ -87,6 +92,8 @@ class Recipe:
             raise RecipeError(f"weight={self.weight!r}: choose one of {', '.join(get_args(Weight))}")
         if self.attention not in get_args(AttentionProducts):
             raise RecipeError(f"attention={self.attention!r}: choose one of {', '.join(get_args(AttentionProducts))}")
+        if self.spikes not in get_args(Spikes):
+            raise RecipeError(f"spikes={self.spikes!r}: choose one of {', '.join(get_args(Spikes))}")
         if self.dtype not in get_args(Format):
             raise RecipeError(f"dtype={self.dtype!r}: choose one of {', '.join(get_args(Format))}")
         if self.dtype != "int8" and self.attention != "none":
@@ -152,8 +159,7 @@ class Recipe:
     @property
     def by_loss(self) -> bool:
         """Whether sites choose by what the model's outputs feel."""
-        open_ = self.smooth or self.rotate == "auto"
-        return self.alpha == "auto" and open_ and self.activation != "per_tensor_static"
+        return self.alpha == "auto" and (self.smooth or self.rotate == "auto" or self.activation == "per_tensor_static")
 
     @property
     def blocks(self) -> tuple[int, ...]:

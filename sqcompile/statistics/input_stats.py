@@ -10,6 +10,8 @@ from torch import Tensor
 from sqcompile.kernels.reference import ABSMAX_FLOOR
 
 SAMPLE_ROWS = 128
+SMALLEST, PER_OCTAVE = -150, 4  # the exponent of float32's least number, and bins
+SIZES = (128 - SMALLEST) * PER_OCTAVE
 SAME = 1e-5  # of the largest value: rows that differ by no more are equal
 
 
@@ -25,6 +27,7 @@ class InputStats:
         count: number of tokens seen.
         experts: int64 [R], the expert of each sampled row; zeros where there are no experts.
         tokens: int64 [E], tokens seen by each expert; [1] where there are no experts.
+        sizes: int64 [B], how many tokens have their largest value in each quarter of an octave, from 2^-150 on.
     """
 
     halves: Tensor
@@ -32,6 +35,7 @@ class InputStats:
     half: Tensor
     experts: Tensor
     tokens: Tensor
+    sizes: Tensor
     count: int = 0
     updates: int = 0
     keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32), repr=False)
@@ -47,6 +51,7 @@ class InputStats:
             counts[:0],
             counts[:0],
             counts,
+            torch.zeros(SIZES, dtype=torch.int64, device=like.device),
         )
 
     @property
@@ -87,6 +92,7 @@ class InputStats:
         self.halves = halves
         half = half.long() ^ flip
         self.updates += 1
+        self.sizes = self.sizes + _sizes(x)
         self.tokens = self.tokens + experts.bincount(minlength=len(self.tokens))
         self.count += n
         keys = torch.cat([self.keys, torch.rand(n, dtype=torch.float32, generator=generator)])
@@ -113,4 +119,11 @@ class InputStats:
         )
         halves, tokens = torch.maximum(self.halves, other.halves), self.tokens + other.tokens
         count, updates = self.count + other.count, self.updates + other.updates
-        return InputStats(halves, rows, half, experts, tokens, count, updates, keys)
+        sizes = self.sizes + other.sizes
+        return InputStats(halves, rows, half, experts, tokens, sizes, count, updates, keys)
+
+
+def _sizes(x: Tensor) -> Tensor:
+    """`InputStats.sizes` of tokens [T, K]."""
+    exponent = x.abs().amax(-1).float().log2()
+    return ((exponent - SMALLEST) * PER_OCTAVE).clamp(0, SIZES - 1).long().bincount(minlength=SIZES)

@@ -197,7 +197,7 @@ def test_uses_whose_static_scales_are_far_apart_have_a_dynamic_one():
     layers = layer("w", smoothing="none", input_scale=0.25), layer("w#2", smoothing="none", input_scale=0.625)
     assert_expected_inline(
         said(uses.as_used(Plan(Recipe(), None, {}, layers), find_linears(gm), []).layers),
-        """[LayerPlan(name=w, kind=linear, quantized=True, smoothing=none, reason=this graph does not tell it from its other uses, shape=[4, 4])]""",
+        """[LayerPlan(name=w, kind=linear, quantized=True, smoothing=none, reason=this graph does not tell it from its other uses, shape=[4, 4], activation=per_token)]""",
     )
 
 

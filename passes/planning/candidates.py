@@ -1,0 +1,78 @@
+"""candidates: of what may be done with a site, smoothing by every α and rotations of every size, what costs least.
+
+By what the outputs lose, as far as that is known (`feel`, `loss`); else by the error of the site's own linears.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sqcompile.passes.ir.graph import Linear
+from sqcompile.passes.labels.match import Site
+from sqcompile.passes.planning.error import Choice, Chooser
+from sqcompile.passes.planning.products import column_absmax
+from sqcompile.passes.planning.smoothing import smoothing_scale
+from sqcompile.passes.planning.spikes import spikes
+from sqcompile.plan.recipe import Recipe
+from sqcompile.process.interrupts import checkpoint
+
+# A site is left unsmoothed only where smoothing makes its error on the sample this much worse. Below that, smoothing is
+# kept even without a gain: the sample holds few tokens, and the absmax it is built from saw them all. Static scales are
+# tried on tokens that they have not seen (`static_scales`), and take what is best there.
+TOLERANCE = 1.1
+# A rotation costs additions for every value: it is taken where it makes the error this much smaller, or the loss.
+GAIN, GAIN_OF_LOSS = 1.05, 1.2
+# A static recipe leaves an input dynamic that spikes where it makes the error so much smaller.
+GAIN_OF_DYNAMIC = 4.0
+
+
+def best(chooser: Chooser, site: Site, floats: dict[str, str]) -> Choice:
+    """The smoothing and the rotation with the smallest error. ``floats``: linears that stay in float, by name."""
+    balance = [(l, m) for l, m in site.balance if l.name not in floats]
+    linears = [l for l, _ in balance]
+    device, own = chooser.weight(linears[0]).device, chooser.own[linears[0].name]
+    x_absmax = torch.zeros(3, site.channels, dtype=torch.float32, device=device)  # all tokens, either half
+    w_absmax = torch.zeros(site.channels, dtype=torch.float32, device=device)
+    for l, m in balance:
+        index, stats = m.to(device), chooser.calibration.inputs[l.name]
+        for largest, absmax in zip(x_absmax, (stats.absmax, *stats.halves), strict=True):
+            largest.scatter_reduce_(0, index, absmax, "amax")
+        w_absmax.scatter_reduce_(0, index, column_absmax(chooser.weight(l)), "amax")
+    touched, producer = list(linears), chooser.linears.get(site.producer)
+    absorbs = producer is not None and site.kind == "linear" and producer.name not in floats
+    if producer and absorbs and chooser.own[producer.name].weight == "per_tensor":
+        touched.append(producer)  # its rows are divided by s, which one scale for all rows feels
+    scales: dict[float | None, Tensor | None] = {None: None}
+    for candidate in () if chooser.why_unsmoothed(linears) else own.alphas:
+        every = torch.stack([smoothing_scale(x, w_absmax, candidate) for x in x_absmax])
+        scales[candidate] = torch.where(site.free.to(device), every, 1.0)
+    by_loss = chooser.by_loss(linears) and chooser.felt.knows(touched)
+    errors = {}
+    for block in _blocks(own, linears):
+        for dynamic in _ways(chooser, linears):
+            for alpha, s in scales.items():
+                checkpoint()
+                choice = Choice(s, alpha, block, dynamic)
+                errors[choice] = chooser.tried(site, choice, touched, by_loss) * _handicap(own, choice, by_loss)
+    return min(errors, key=lambda c: errors[c])
+
+
+def _blocks(recipe: Recipe, linears: list[Linear]) -> tuple[int | None, ...]:
+    """The rotations to try: those of the recipe that the channels of all linears allow, and none where it is open."""
+    fit = tuple(b for b in recipe.blocks if all(l.in_features % b == 0 for l in linears))
+    return fit if fit and recipe.rotate != "auto" else (None, *fit)
+
+
+def _ways(chooser: Chooser, linears: list[Linear]) -> tuple[bool, ...]:
+    """Whether inputs may be dynamic: those of a static recipe that spike may be either."""
+    recipes = [chooser.own[l.name] for l in linears]
+    may = all(r.activation == "per_tensor_static" and r.spikes == "dynamic" for r in recipes)
+    return (False, True) if may and any(spikes(chooser.calibration.inputs[l.name]) for l in linears) else (False,)
+
+
+def _handicap(recipe: Recipe, choice: Choice, by_loss: bool) -> float:
+    gain = 1.0 if choice.block is None else GAIN_OF_LOSS if by_loss else GAIN
+    gain *= GAIN_OF_DYNAMIC if choice.dynamic else 1.0
+    static = recipe.activation == "per_tensor_static"
+    return gain * (1.0 if choice.scales is not None or static else TOLERANCE)

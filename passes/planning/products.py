@@ -1,0 +1,54 @@
+"""products: the error of a linear's outputs on sampled rows, by the very arithmetic of the quantized graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sqcompile.kernels.qtypes import QType
+from sqcompile.kernels.reference import dequantize, quantize, weight_scale
+from sqcompile.passes.ir.graph import row_parts
+from sqcompile.passes.planning.loss import Transform
+
+
+def noise_and_signal(
+    weight: Tensor, how: Transform, x: Tensor, x_int: Tensor, x_scale: Tensor, per_tensor: bool, qtype: QType
+) -> tuple[float, float]:
+    """|Y_quantized - Y|² and |Y|².
+
+    Args:
+        weight: any float dtype [N, K].
+        how: how it is changed before it is quantized.
+        x: float32 [R, K].
+        x_int: what x is quantized to, changed likewise, as float32 [R, K].
+        x_scale: float32 [R, 1] or [], Δx.
+        per_tensor: whether there is one Δ for all rows of the weight.
+        qtype: the number format.
+    """
+    parts, common = row_parts(weight), None
+    if per_tensor:
+        common = torch.cat([weight_scale(how.weight(weight, p), False, qtype.q_max) for p in parts]).amax().view(1, 1)
+    noise = signal = 0.0
+    for part in parts:  # a few rows of the weight at a time: no float copy of it
+        w = how.weight(weight, part)
+        w_scale = weight_scale(w, True, qtype.q_max) if common is None else common
+        y = x @ weight[part].float().t()
+        y_hat = dequantize(x_int @ quantize(w, w_scale, dtype=qtype.dtype).float().t(), x_scale, w_scale.flatten())
+        if how.rows is not None:
+            y_hat = y_hat * how.rows[part]
+        y = y.double()  # squares overflow float32 where the values do not
+        signal += float(y.square().sum())
+        noise += float((y_hat - y).square().sum())
+    return noise, signal
+
+
+def column_absmax(w: Tensor) -> Tensor:
+    """max|W_:j| of w [N, K] or [E, N, K]: float32 [K]; a few rows at a time, no copy of w."""
+    rows = w.flatten(0, -2)
+    return torch.stack([rows[p].abs().amax(0).float() for p in row_parts(rows)]).amax(0)
+
+
+def column_energy(w: Tensor, experts: int | None) -> Tensor:
+    """|W_:j|² of w [N, K] or [E, N, K]: float32 [K]; of experts, the mean one's."""
+    rows = w.flatten(0, -2)
+    return torch.stack([rows[p].float().square().sum(0) for p in row_parts(rows)]).sum(0) / (experts or 1)
