@@ -22,6 +22,9 @@ from sqcompile.statistics.sample import Sample
 # outliers than it holds: so it needs no gain.
 TOLERANCE_DB = 0.5
 
+# Linears that only smoothing keeps from losing their weight stay in float where the outputs are better by so much.
+FLOAT_DB = 6.0
+
 WHY = "smoothing would make the outputs worse, if not of this layer alone"
 
 EXACT = 1e-12  # relative energy of an error that is none: float32's own
@@ -43,6 +46,13 @@ def smoothed_or_not(choose: Callable[..., Plan], sample: Sample, quantize: Calla
         return plan
     try:
         plain: Plan = choose(unsmoothed=WHY)
+        quantized = {l.name for l in plan.layers if l.quantized}
+        lost = {l.name: l.reason for l in plain.layers if not l.quantized and l.name in quantized}
+        if lost:  # without smoothing, outliers of their weights leave nothing of them (`weight_outliers`)
+            kept: Plan = choose(lost=lost)
+            with torch.no_grad():
+                smoothed, without = (_noise(sample, quantize(p)) for p in (plan, kept))
+            return kept if at_worst(smoothed, without) > FLOAT_DB else plan
         with torch.no_grad():
             smoothed, unsmoothed = (_noise(sample, quantize(p)) for p in (plan, plain))
     except Exception as e:  # memory, say; neither plan is wrong for it
