@@ -12,7 +12,8 @@ where it does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import Tensor, fx
@@ -20,6 +21,7 @@ from torch import Tensor, fx
 from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.ir.graph import Linear, find_linears
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
+from sqcompile.passes.planning import weight_outliers
 from sqcompile.passes.planning.candidates import best
 from sqcompile.passes.planning.choose_attention import choose_attention
 from sqcompile.passes.planning.error import Chooser, Note
@@ -44,6 +46,7 @@ def choose(
     attentions: Sequence[Attention] = (),
     unsmoothed: str | None = None,
     felt: Felt | None = None,
+    lost: Mapping[str, str] = MappingProxyType({}),
 ) -> Plan:
     """Makes the plan for a traced graph.
 
@@ -55,13 +58,14 @@ def choose(
         attentions: those of the graph, if the recipe quantizes them.
         unsmoothed: why nothing is smoothed, whatever the recipe says.
         felt: what the outputs feel of the linears, for a recipe that chooses by it.
+        lost: linears that stay in float, and why, besides those that `stay_float` finds.
 
     Raises:
         NothingToQuantizeError: if no linear would run in INT8; the message gives the reasons.
     """
     chooser = Chooser(gm, calibration, recipe, unsmoothed, felt)
     linears = find_linears(gm)
-    floats = stay_float(gm, linears, calibration, recipe)
+    floats = {**stay_float(gm, linears, calibration, recipe), **lost}
     check_any(gm, linears, floats)
     scales: dict[str, Tensor] = {}
     notes: dict[str, Note] = {}
@@ -86,6 +90,10 @@ def choose(
         if felt is not None and chooser.by_loss(quantized) and (blind := felt.blind(quantized)):
             note = (note[0], f"{note[1]}; chosen by its own error, as {blind}", note[2])
         notes.update({l.name: note for l in quantized})
+    found = {l.name: why for l in linears if l.name not in floats and (why := weight_outliers.lost(chooser, l))}
+    if found:  # their sites are others without them
+        lost = {**lost, **found}
+        return choose(gm, sites, refusals, calibration, recipe, call, attentions, unsmoothed, felt, lost)
     attention, heads = choose_attention(gm, chooser, attentions, set(floats))
     open_ = [l for l in linears if l.name not in floats]
     static = [l for l in open_ if chooser.static(l)]

@@ -26,6 +26,9 @@ TOLERANCE_DB = 0.5
 FEW = 3
 TOLD = 2.0
 
+# Linears that only smoothing keeps from losing their weight stay in float where the outputs are better by so much.
+FLOAT_DB = 6.0
+
 WHY = "smoothing would make the outputs worse, if not of this layer alone"
 
 EXACT = 1e-12  # relative energy of an error that is none: float32's own
@@ -51,6 +54,11 @@ def smoothed_or_not(
         return plan
     try:
         plain: Plan = choose(unsmoothed=WHY)
+        quantized = {l.name for l in plan.layers if l.quantized}
+        lost = {l.name: l.reason for l in plain.layers if not l.quantized and l.name in quantized}
+        if lost:  # without smoothing, outliers of their weights leave nothing of them (`weight_outliers`)
+            kept: Plan = choose(lost=lost)
+            return kept if _at_worst(sample, quantize, plan, kept) > FLOAT_DB else plan
         if nats and TOLD * _loss(plan) < _loss(plain):
             return plan
         worst = _at_worst(sample, quantize, plan, plain)

@@ -71,7 +71,7 @@ def of_input(reads: Reads, transform: Transform, scale: Tensor | None, qtype: QT
     """
     x, g = transform.input(reads.rows), transform.gradient(reads.gradients)
     by = token_scale(x, qtype.q_max) if scale is None else scale
-    error = _rounded(x, by, qtype) - x
+    error = rounded(x, by, qtype) - x
     cost = float(((error * g).square().sum(-1).double() * reads.weights).sum()) / 2
     return cost, _moments(reads, x)
 
@@ -107,12 +107,12 @@ def of_weight(
     for part in parts:
         each = transform.weight(w, part)
         by = weight_scale(each, True, q_max) if common is None else common
-        error = _rounded(each, by, qtype) - each
+        error = rounded(each, by, qtype) - each
         rows = outputs[part] if transform.rows is None else outputs[part] * transform.rows[part].square()
         cost += float((error.square() @ moments).double() @ rows.double())
     return cost * len(w) / kept / 2
 
 
-def _rounded(x: Tensor, scale: Tensor, qtype: QType) -> Tensor:
+def rounded(x: Tensor, scale: Tensor, qtype: QType) -> Tensor:
     """What `quantize` makes of x, times the scale again; NaN stays NaN."""
     return qtype.round((x * scale.reciprocal()).clamp(-qtype.q_max, qtype.q_max)) * scale
