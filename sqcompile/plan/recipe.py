@@ -179,9 +179,9 @@ ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 # "fp8" is the same in another number format.
 PRESETS: dict[str, Recipe] = {
     "default": Recipe(alpha=ALPHAS),
-    "O1": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_token", attention="qk_pv"),
-    "O2": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_tensor", attention="qk_pv"),
-    "O3": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_tensor_static", attention="qk_pv"),
+    "O1": Recipe("auto", weight="per_tensor", activation="per_token", attention="qk_pv", rotate="auto"),
+    "O2": Recipe("auto", weight="per_tensor", activation="per_tensor", attention="qk_pv", rotate="auto"),
+    "O3": Recipe("auto", weight="per_tensor", activation="per_tensor_static", attention="qk_pv", rotate="auto"),
     "fp8": Recipe(alpha=ALPHAS, dtype="fp8"),
 }
 
