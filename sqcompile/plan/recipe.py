@@ -203,10 +203,10 @@ ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 # weights with per-token activations, the combination that keeps Llama-class models intact, and leaves attention float;
 # "fp8" is the same in another number format.
 PRESETS: dict[str, Recipe] = {
-    "default": Recipe(alpha="auto", rotate="auto"),
-    "O1": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_token", attention="qk_pv"),
-    "O2": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_tensor", attention="qk_pv"),
-    "O3": Recipe(alpha=ALPHAS, weight="per_tensor", activation="per_tensor_static", attention="qk_pv"),
+    "default": Recipe("auto", rotate="auto"),
+    "O1": Recipe("auto", weight="per_tensor", activation="per_token", attention="qk_pv", rotate="auto"),
+    "O2": Recipe("auto", weight="per_tensor", activation="per_tensor", attention="qk_pv", rotate="auto"),
+    "O3": Recipe("auto", weight="per_tensor", activation="per_tensor_static", attention="qk_pv", rotate="auto"),
     "fp8": Recipe(alpha=ALPHAS, dtype="fp8"),
 }
 
