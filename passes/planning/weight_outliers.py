@@ -2,8 +2,9 @@
 
 A step is 1/127 of a row's largest value (of the whole weight's, per tensor). One value a hundred times as large as any other
 leaves nothing of these, and the error of the product tells little of it, which that value dominates, too. So the signal to noise
-ratio is that of the other values alone: those of at most `ORDINARY` medians of their row, as they are quantized, smoothed
-and rotated. It is 40 dB for normal weights per channel, 30 dB for FP8, and does not depend on the data.
+ratio is that of the other values alone: those of at most `ORDINARY` medians of their row, smoothed, and the error that they
+have when they have been rotated, quantized and rotated back. It is 40 dB for normal weights per channel, 30 dB for FP8, and does
+not depend on the data.
 
 Outliers in single input channels are taken out by smoothing and spread by rotation, which were tried before. What is still
 lost stays in float; so does what is lost without smoothing, where the outputs are much better for it (`end_to_end`).
@@ -12,7 +13,7 @@ lost stays in float; so does what is lost without smoothing, where the outputs a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class _Sums:
     Attributes:
         signal: energy of ordinary values.
         noise: energy of their errors.
-        largest: what the scale is made for, in medians of the row.
+        largest: the largest value that a scale is made for, in medians of the row.
     """
 
     signal: float = 0.0
@@ -43,7 +44,10 @@ class _Sums:
     largest: float = 0.0
 
     def add(self, w: Tensor, error: Tensor, limit: Tensor) -> None:
-        """Adds rows w [R, K], their errors and their limits [R, 1] or [1, 1]; zeros, as of pruned weights, are no values."""
+        """Adds rows w [R, K], their errors, and the largest values that have their scales, [R, 1] or [1, 1].
+
+        Zeros, as of pruned weights, are no values.
+        """
         size = w.abs()
         median = torch.where(size > 0, size, math.nan).nanmedian(-1, keepdim=True).values.nan_to_num(0.0)
         ordinary = size <= ORDINARY * median
@@ -73,13 +77,17 @@ def lost(chooser: Chooser, l: Linear) -> str | None:
 def _add(sums: _Sums, w: Tensor, how: Transform, per_tensor: bool, chooser: Chooser) -> None:
     """Adds one matrix [N, K]; of a large one, some rows."""
     parts, common, q_max = row_parts(w), None, chooser.qtype.q_max
+    plain = replace(how, block=None)
     if per_tensor:
         common = torch.stack([weight_scale(how.weight(w, p), False, q_max) for p in parts]).amax().view(1, 1)
+        largest = torch.stack([plain.weight(w, p).abs().amax() for p in parts]).amax().view(1, 1)
     step = max(1, w.numel() // LARGEST)
     for part in parts if step == 1 else [slice(0, None, step)]:
-        each = how.weight(w, part)
-        by = weight_scale(each, True, q_max) if common is None else common
-        sums.add(each, rounded(each, by, chooser.qtype) - each, by * q_max)
+        each = plain.weight(w, part)
+        rotated = how.rotated(each)
+        by = weight_scale(rotated, True, q_max) if common is None else common
+        error = how.rotated(rounded(rotated, by, chooser.qtype) - rotated)  # a rotation is its own inverse
+        sums.add(each, error, each.abs().amax(-1, keepdim=True) if common is None else largest)
 
 
 def _transform(chooser: Chooser, l: Linear) -> Transform:

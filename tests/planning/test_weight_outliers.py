@@ -48,9 +48,13 @@ def up_of(net: sqcompile.CompiledModel) -> sqcompile.LayerPlan:
 
 
 @pytest.mark.parametrize("kind", ["values", "columns"])
-@pytest.mark.parametrize("recipe", ["default", "O1", Recipe(smooth=False)], ids=["default", "per tensor", "plain"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["default", "O1", Recipe(smooth=False), Recipe(smooth=False, rotate=64)],
+    ids=["default", "per tensor", "plain", "rotated"],
+)
 def test_planted_outliers_are_found_and_said(kind, recipe, monkeypatch):
-    model, x = Block(kind, 300.0).eval(), batches(range(9, 10))[0]
+    model, x = Block(kind, 3000.0).eval(), batches(range(9, 10))[0]
     net = compiled(model, recipe)
     layer = up_of(net)
     assert not layer.quantized and layer.reason.startswith("its weight has outliers, up to ")

@@ -150,7 +150,7 @@ return [%add]""",
 
 
 def test_one_quantization_for_linears_that_share_an_input():
-    compiled = sqcompile.compile(tiny_lm("llama"), token_batches(), backend="eager", progress=False)
+    compiled = sqcompile.compile(tiny_lm("llama"), token_batches(), recipe=Recipe(), backend="eager", progress=False)
     targets = [str(n.target) for n in compiled.lowered.graph.nodes]
     assert targets.count("sqcompile.quantize.default") == 2 * 4  # per layer: q/k/v, o, gate/up, down
     assert sum("int8_linear" in t for t in targets) == 2 * 4  # and one GEMM for each
