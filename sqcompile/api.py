@@ -96,8 +96,9 @@ def compile(
     with deferred(), stages((*_ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES), progress) as enter:
         if plan is None:
             how = resolve_recipe(recipe)
-            args = model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter, evaluate, target
-            traced, plan = analyse(*args)
+            traced, plan = analyse(
+                model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter, evaluate, target
+            )
         else:
             plan = given_plan(plan, recipe, None if calib_loader is None else "calib_loader")
             call = _example(model, example_inputs) or from_spec(plan.call, _device(model))

@@ -192,10 +192,8 @@ def _patterns(skip: Any) -> tuple[str, ...]:
     return found
 
 
-# Candidates of the presets: each site takes the best on the calibration sample. No single alpha suits every site: on
-# Llama-style models the inputs of down projections want more than the 0.5 that the paper uses for OPT, and where one
-# scale serves a whole weight (O1), sites without outliers want less. Stronger ones win on the sample at times, but
-# lose on text unlike the calibration text.
+# "auto" tries all; stronger ones of the others win on the sample at times, by the linears' own errors, but lose on text
+# unlike the calibration text.
 AUTO = tuple(i / 10 for i in range(1, 11))
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
