@@ -5,6 +5,9 @@ By what the outputs lose, as far as that is known (`feel`, `loss`); else by the 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -14,7 +17,7 @@ from sqcompile.passes.planning.error import Choice, Chooser
 from sqcompile.passes.planning.products import column_absmax
 from sqcompile.passes.planning.smoothing import smoothing_scale
 from sqcompile.passes.planning.spikes import spikes
-from sqcompile.plan.recipe import Recipe
+from sqcompile.plan.recipe import AUTO, Recipe
 from sqcompile.process.interrupts import checkpoint
 
 # A site is left unsmoothed only where smoothing makes its error on the sample this much worse. Below that, smoothing is
@@ -48,14 +51,27 @@ def best(chooser: Chooser, site: Site, floats: dict[str, str]) -> Choice:
         every = torch.stack([smoothing_scale(x, w_absmax, candidate) for x in x_absmax])
         scales[candidate] = torch.where(site.free.to(device), every, 1.0)
     by_loss = chooser.by_loss(linears) and chooser.felt.knows(touched)
-    errors = {}
-    for block in _blocks(own, linears):
-        for dynamic in _ways(chooser, linears):
-            for alpha, s in scales.items():
+    errors: dict[tuple[float | None, int | None, bool], tuple[float, Choice]] = {}
+
+    def try_all(alphas: Iterable[float | None], blocks: Iterable[int | None], ways: Iterable[bool]) -> Choice:
+        for key in itertools.product(alphas, blocks, ways):
+            if key not in errors:
                 checkpoint()
-                choice = Choice(s, alpha, block, dynamic)
-                errors[choice] = chooser.tried(site, choice, touched, by_loss) * _handicap(own, choice, by_loss)
-    return min(errors, key=lambda c: errors[c])
+                choice = Choice(scales[key[0]], *key)
+                error = chooser.tried(site, choice, touched, by_loss)
+                errors[key] = error * _handicap(own, choice, by_loss), choice
+        return min(errors.values(), key=lambda found: found[0])[1]
+
+    alphas = [a for a in scales if a is not None]
+    # what α costs changes slowly: every third of many, and then up or down from the best, as long as that gains
+    chosen = try_all(
+        [None, *(alphas[1::3] if alphas == [*AUTO] else alphas)], _blocks(own, linears), _ways(chooser, linears)
+    )
+    before = None
+    while chosen is not before and chosen.alpha is not None:
+        i = alphas.index(chosen.alpha)
+        before, chosen = chosen, try_all(alphas[max(0, i - 1) : i + 2], [chosen.block], [chosen.dynamic])
+    return chosen
 
 
 def _blocks(recipe: Recipe, linears: list[Linear]) -> tuple[int | None, ...]:

@@ -23,7 +23,7 @@ from sqcompile.statistics.sample import Sample
 TOLERANCE_DB = 0.5
 
 # A gain of so much that a few calls show, or that is told by what logits feel of each linear, is enough.
-FEW = 3
+FEW = 2
 TOLD = 2.0
 
 # Linears that only smoothing keeps from losing their weight stay in float where the outputs are better by so much.

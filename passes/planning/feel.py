@@ -36,7 +36,7 @@ from sqcompile.statistics.observe import Calibration
 from sqcompile.statistics.sample import LEAST
 
 ROWS, LEAST_ROWS = 256, 32  # kept of each input: over all calls, and of one
-TOKENS = 2048  # as many calls are run as have so many
+TOKENS = 1024  # as many calls are run as have so many
 
 
 @dataclass(eq=False)

@@ -68,12 +68,13 @@ def degradation(style: str, recipe: Recipe, outliers: float = 1.0) -> sqcompile.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("outliers", [1.0, 30.0])
-@pytest.mark.parametrize("style", FOLDERS)
+@pytest.mark.parametrize(("style", "most"), [("llama", 7e-4), ("neox", 6e-4), ("opt", 18e-4)])
 @torch.no_grad()
-def test_the_default(style: str, outliers: float) -> None:
+def test_the_default(style: str, most: float, outliers: float) -> None:
+    """KL resolves it: between plans of equal KL, perplexity moves by some 0.05 %, by what roundings of weights happen to do."""
     found, half = (degradation(style, recipe, outliers) for recipe in (PRESETS["default"], Recipe()))
-    assert found.increase <= 0.06 + 2 * found.increase_error
-    assert found.kl < 0.6 * half.kl + 2 * found.kl_error and found.kl < 0.002
+    assert found.increase <= 0.06 + 3 * found.increase_error
+    assert found.kl <= most and found.kl < 0.6 * half.kl
 
 
 @pytest.mark.slow
