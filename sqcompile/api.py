@@ -28,7 +28,7 @@ from sqcompile.passes.labels.match import match
 from sqcompile.passes.planning.budget import by_divergence, within_budget
 from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
-from sqcompile.passes.planning.feel import feel, logits_of
+from sqcompile.passes.planning.feel import feel
 from sqcompile.passes.planning.finite import check_weights
 from sqcompile.passes.planning.stay_float import wanted
 from sqcompile.pipeline import rewrite
@@ -187,7 +187,7 @@ def analyse(
         felt = feel(traced, sites, refusals, calibration, recipe)
         plan_of = partial(choose, traced, sites, refusals, calibration, recipe, to_spec(call), attentions, felt=felt)
         quantized = partial(rewrite, traced, until="quantized", shown=False)
-        plan = smoothed_or_not(plan_of, calibration.sample, quantized, nats=bool(logits_of(traced)))
+        plan = smoothed_or_not(plan_of, calibration.sample, quantized)
         if recipe.max_degradation is not None:
             if evaluate is None:
                 loses = by_divergence(traced, calibration.sample, quantized)

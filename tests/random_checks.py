@@ -27,7 +27,7 @@ from sqcompile.passes.labels.match import match
 from sqcompile.passes.lowering.lower import lower
 from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
-from sqcompile.passes.planning.feel import feel, logits_of
+from sqcompile.passes.planning.feel import feel
 from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import PRESETS
@@ -133,7 +133,7 @@ def _examine(c: Capture, r: random.Random, found: Found) -> None:
         plan_of = functools.partial(
             choose, gm, sites, refusals, calibration, recipe, to_spec(c.call), attentions, felt=felt
         )
-        plan = smoothed_or_not(plan_of, calibration.sample, quantize, bool(logits_of(gm)))
+        plan = smoothed_or_not(plan_of, calibration.sample, quantize)
         return plan, quantize(plan)
 
     plan, quantized = quantized_by(recipe)

@@ -26,6 +26,8 @@ from sqcompile.process.interrupts import checkpoint
 TOLERANCE = 1.1
 # A rotation costs additions for every value: it is taken where it makes the error this much smaller, or the loss.
 GAIN, GAIN_OF_LOSS = 1.05, 1.2
+# Of strong α that cost alike, the weakest is taken, down to .5: stronger ones win on the sample, and lose on unlike tokens.
+ALIKE = 1.05
 # A static recipe leaves an input dynamic that spikes where it makes the error so much smaller.
 GAIN_OF_DYNAMIC = 4.0
 
@@ -71,7 +73,11 @@ def best(chooser: Chooser, site: Site, floats: dict[str, str]) -> Choice:
     while chosen is not before and chosen.alpha is not None:
         i = alphas.index(chosen.alpha)
         before, chosen = chosen, try_all(alphas[max(0, i - 1) : i + 2], [chosen.block], [chosen.dynamic])
-    return chosen
+    if not by_loss or chosen.alpha is None:
+        return chosen
+    most = ALIKE * errors[chosen.alpha, chosen.block, chosen.dynamic][0]
+    beside = (errors.get((a, chosen.block, chosen.dynamic)) for a in alphas if 0.5 <= a < chosen.alpha)
+    return next((choice for error, choice in filter(None, beside) if error <= most), chosen)
 
 
 def _blocks(recipe: Recipe, linears: list[Linear]) -> tuple[int | None, ...]:

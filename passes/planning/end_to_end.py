@@ -22,9 +22,8 @@ from sqcompile.statistics.sample import Sample
 # outliers than it holds: so it needs no gain.
 TOLERANCE_DB = 0.5
 
-# A gain of so much that a few calls show, or that is told by what logits feel of each linear, is enough.
+# Calls after which a gain of so much is sure are enough.
 FEW = 2
-TOLD = 2.0
 
 # Linears that only smoothing keeps from losing their weight stay in float where the outputs are better by so much.
 FLOAT_DB = 6.0
@@ -35,9 +34,7 @@ EXACT = 1e-12  # relative energy of an error that is none: float32's own
 MOST_DB = 20.0  # that a row says: where a threshold is crossed, or a value met by luck, it would say anything
 
 
-def smoothed_or_not(
-    choose: Callable[..., Plan], sample: Sample, quantize: Callable[[Plan], fx.GraphModule], nats: bool = False
-) -> Plan:
+def smoothed_or_not(choose: Callable[..., Plan], sample: Sample, quantize: Callable[[Plan], fx.GraphModule]) -> Plan:
     """The plan that `choose` makes, or the one without any smoothing where the model's outputs are better for it.
 
     What cannot be compared stays smoothed, with a warning.
@@ -46,8 +43,6 @@ def smoothed_or_not(
         choose: takes why nothing is smoothed, None for the recipe's own choice.
         sample: of the graph's calls.
         quantize: gives the quantized stage of a plan. It is asked for one plan at a time, as each has its own weights.
-        nats: whether what linears cost is the divergence of logits, where each row counts as much; no energy, which may all
-            be one row's.
     """
     plan: Plan = choose()
     if not sample.calls or not (plan.scales or any(a.smoothing != "none" for a in plan.attention)):
@@ -59,8 +54,6 @@ def smoothed_or_not(
         if lost:  # without smoothing, outliers of their weights leave nothing of them (`weight_outliers`)
             kept: Plan = choose(lost=lost)
             return kept if _at_worst(sample, quantize, plan, kept) > FLOAT_DB else plan
-        if nats and TOLD * _loss(plan) < _loss(plain):
-            return plan
         worst = _at_worst(sample, quantize, plan, plain)
     except Exception as e:  # memory, say; neither plan is wrong for it
         warnings.warn(
@@ -68,13 +61,6 @@ def smoothed_or_not(
         )
         return plan
     return plain if worst > TOLERANCE_DB else plan
-
-
-def _loss(plan: Plan) -> float:
-    """What the linears of a plan cost by gradients; NaN where that is not known of each, or where attention is quantized."""
-    losses = [l.loss for l in plan.layers if l.quantized]
-    known = all(a.quantized == "none" for a in plan.attention)
-    return sum(math.nan if x is None else x for x in losses) if known else math.nan
 
 
 def _at_worst(sample: Sample, quantize: Callable[[Plan], fx.GraphModule], plan: Plan, plain: Plan) -> float:

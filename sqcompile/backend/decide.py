@@ -23,7 +23,7 @@ from sqcompile.passes.labels.match import match
 from sqcompile.passes.planning.budget import by_divergence, within_budget
 from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
-from sqcompile.passes.planning.feel import feel, logits_of
+from sqcompile.passes.planning.feel import feel
 from sqcompile.passes.planning.overrides import names_linear
 from sqcompile.passes.planning.stay_float import float_layer, stay_float, wanted
 from sqcompile.passes.planning.uses import APART, as_used, balanced, first_use
@@ -88,7 +88,7 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
             with torch.no_grad():
                 felt = feel(gm, sites, refusals, calibration, own)
                 plan_of = partial(choose, gm, sites, refusals, calibration, own, call, o.attentions, felt=felt)
-                more = smoothed_or_not(plan_of, calibration.sample, partial(_quantized, gm), bool(logits_of(gm)))
+                more = smoothed_or_not(plan_of, calibration.sample, partial(_quantized, gm))
                 if recipe.max_degradation is not None:
                     loses = by_divergence(gm, calibration.sample, partial(_quantized, gm))
                     more = within_budget(gm, more, calibration, loses)
