@@ -65,8 +65,8 @@ def minilm_cosines(backend: str = "eager") -> tuple[Tensor, sqcompile.CompiledMo
 
 
 def accuracy(model: nn.Module, calibration: Tensor, evaluation: Tensor) -> None:
-    """Prints perplexity of the float model and of every preset with and without smoothing, a row when it is known."""
-    print("\n| recipe | W8A8 without smoothing | SmoothQuant |\n|---|---|---|", flush=True)
+    """Prints perplexity of the float model and of every preset, and of it without smoothing or rotation, a row when it is known."""
+    print("\n| recipe | plain W8A8 | smoothed and rotated |\n|---|---|---|", flush=True)
     with tqdm(total=1 + 2 * len(sqcompile.PRESETS), unit="model") as bar:
         bar.set_description("float")
         reference = sqcompile.evaluate(model, evaluation)
@@ -74,9 +74,10 @@ def accuracy(model: nn.Module, calibration: Tensor, evaluation: Tensor) -> None:
         bar.write(f"| float | {reference.perplexity:.3f} | {reference.perplexity:.3f} |")
         for name, recipe in sqcompile.PRESETS.items():
             cells = []
-            for smooth in (False, True):
-                bar.set_description(f"{name}, {'smoothed' if smooth else 'plain'}")
-                compiled = _compile(model, calibration, dataclasses.replace(recipe, smooth=smooth), "eager")
+            plain = dataclasses.replace(recipe, smooth=False, rotate="none", alpha=0.5)
+            for how, kind in ((plain, "plain"), (recipe, "smoothed")):
+                bar.set_description(f"{name}, {kind}")
+                compiled = _compile(model, calibration, how, "eager")
                 # the float model is run once, and its losses of the same windows are what each recipe's are compared with
                 found = sqcompile.evaluate(compiled, evaluation, against=reference)
                 cells.append(f"{found.perplexity:.3f} ({found.increase:+.2f} ± {found.increase_error:.2f} %)")
