@@ -6,7 +6,11 @@ By what the outputs lose, as far as that is known (`feel`, `loss`); else by the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +36,40 @@ ALIKE = 1.05
 GAIN_OF_DYNAMIC = 4.0
 
 
-def best(chooser: Chooser, site: Site, floats: dict[str, str]) -> Choice:
-    """The smoothing and the rotation with the smallest error. ``floats``: linears that stay in float, by name."""
+def common_rotations(chooser: Chooser, sites: Sequence[Site], floats: dict[str, str]) -> dict[str, int | None]:
+    """The rotation of each site, the same in all layers that a model repeats: what costs least in all of them together.
+
+    So they stay alike, and are compiled once where a compiler makes one of them for all. Sites are of repeated layers where
+    nothing but numbers in their names differs.
+
+    Args:
+        chooser: it is left with each site's own choice.
+        sites: of the graph.
+        floats: linears that stay in float, by name.
+    """
+    costs: dict[Any, Counter[int | None]] = {}
+    keys = {}
+    for site in sites:
+        linears = [l for l, _ in site.balance if l.name not in floats]
+        if not linears:
+            continue
+        chooser.leave(linears)
+        choice, found = best(chooser, site, floats)
+        chooser.apply(site, choice)
+        shapes = tuple(l.shape for l in linears)
+        keys[site.name] = re.sub(r"(?<=\.)\d+(?=\.)", "N", site.name), shapes, chooser.own[linears[0].name]
+        costs.setdefault(keys[site.name], Counter()).update(found)
+    least = {key: min(total, key=lambda block: total[block]) for key, total in costs.items()}
+    return {name: least[key] for name, key in keys.items()}
+
+
+def best(
+    chooser: Chooser, site: Site, floats: dict[str, str], blocks: Sequence[int | None] | None = None
+) -> tuple[Choice, dict[int | None, float]]:
+    """The smoothing and the rotation with the smallest error, and the smallest error with each rotation.
+
+    ``floats``: linears that stay in float, by name. ``blocks``: the rotations to try; None for those of the recipe.
+    """
     balance = [(l, m) for l, m in site.balance if l.name not in floats]
     linears = [l for l, _ in balance]
     device, own = chooser.weight(linears[0]).device, chooser.own[linears[0].name]
@@ -66,18 +102,20 @@ def best(chooser: Chooser, site: Site, floats: dict[str, str]) -> Choice:
 
     alphas = [a for a in scales if a is not None]
     # what α costs changes slowly: every third of many, and then up or down from the best, as long as that gains
-    chosen = try_all(
-        [None, *(alphas[1::3] if alphas == [*AUTO] else alphas)], _blocks(own, linears), _ways(chooser, linears)
-    )
+    some = [None, *(alphas[1::3] if alphas == [*AUTO] else alphas)]
+    chosen = try_all(some, _blocks(own, linears) if blocks is None else blocks, _ways(chooser, linears))
     before = None
     while chosen is not before and chosen.alpha is not None:
         i = alphas.index(chosen.alpha)
         before, chosen = chosen, try_all(alphas[max(0, i - 1) : i + 2], [chosen.block], [chosen.dynamic])
+    costs: dict[int | None, float] = {}
+    for (_, block, _), (error, _) in errors.items():
+        costs[block] = min(error, costs.get(block, math.inf))
     if not by_loss or chosen.alpha is None:
-        return chosen
+        return chosen, costs
     most = ALIKE * errors[chosen.alpha, chosen.block, chosen.dynamic][0]
     beside = (errors.get((a, chosen.block, chosen.dynamic)) for a in alphas if 0.5 <= a < chosen.alpha)
-    return next((choice for error, choice in filter(None, beside) if error <= most), chosen)
+    return next((choice for error, choice in filter(None, beside) if error <= most), chosen), costs
 
 
 def _blocks(recipe: Recipe, linears: list[Linear]) -> tuple[int | None, ...]:

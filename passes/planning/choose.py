@@ -22,7 +22,7 @@ from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.ir.graph import Linear, find_linears
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
 from sqcompile.passes.planning import weight_outliers
-from sqcompile.passes.planning.candidates import best
+from sqcompile.passes.planning.candidates import best, common_rotations
 from sqcompile.passes.planning.choose_attention import choose_attention
 from sqcompile.passes.planning.error import Chooser, Note
 from sqcompile.passes.planning.feel import Felt
@@ -71,13 +71,14 @@ def choose(
     notes: dict[str, Note] = {}
     every = sites + input_sites(refusals, {l.name for l in linears} - set(floats))
     check_agreement(every, chooser.own, floats)
+    rotations = common_rotations(Chooser(gm, calibration, recipe, unsmoothed, felt), every, floats)
     for site in every:
         quantized = [l for l, _ in site.balance if l.name not in floats]
         if not quantized:
             continue
         how: Smoothing = "multiplied" if site.kind == "input" else "folded"
         chooser.leave(quantized)
-        choice = best(chooser, site, floats)
+        choice, _ = best(chooser, site, floats, [rotations[site.name]])
         chooser.apply(site, choice)
         if choice.scales is not None:
             scales[site.name] = choice.scales[0]
