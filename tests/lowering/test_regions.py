@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import sqcompile
 import sqcompile.compiled.inductor
+from sqcompile import Recipe
 from sqcompile.backend import smoothquant
 from sqcompile.compiled.inductor import flatten
 from sqcompile.passes.ir.about import about
@@ -193,7 +194,7 @@ def test_thirty_two_layers_compiled_alone_take_about_as_long_as_two(fresh_dynamo
     for layers in (2, 32):
         torch._dynamo.reset()
         model, x = tiny_lm("llama", num_hidden_layers=layers), token_batches()[0]["input_ids"]
-        plan = sqcompile.calibrate(model, token_batches(), progress=False)
+        plan = sqcompile.calibrate(model, token_batches(), recipe=Recipe(), progress=False)
         for layer in model.model.layers:
             layer.compile(backend=smoothquant, options={"plan": plan})
         start = time.perf_counter()
