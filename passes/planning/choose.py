@@ -71,14 +71,16 @@ def choose(
     notes: dict[str, Note] = {}
     every = sites + input_sites(refusals, {l.name for l in linears} - set(floats))
     check_agreement(every, chooser.own, floats)
-    rotations = common_rotations(Chooser(gm, calibration, recipe, unsmoothed, felt), every, floats)
+    rotations: dict[str, int | None] = {}
+    if any(own.rotate == "auto" for own in chooser.own.values()):
+        rotations = common_rotations(Chooser(gm, calibration, recipe, unsmoothed, felt), every, floats)
     for site in every:
         quantized = [l for l, _ in site.balance if l.name not in floats]
         if not quantized:
             continue
         how: Smoothing = "multiplied" if site.kind == "input" else "folded"
         chooser.leave(quantized)
-        choice, _ = best(chooser, site, floats, [rotations[site.name]])
+        choice, _ = best(chooser, site, floats, [rotations[site.name]] if rotations else None)
         chooser.apply(site, choice)
         if choice.scales is not None:
             scales[site.name] = choice.scales[0]

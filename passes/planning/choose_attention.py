@@ -187,9 +187,8 @@ def _best(
             largest.scatter_reduce_(0, classes.to(device)[here], absmax[here], "amax")
     producers = {x.producer for x, _ in (*site.queries, *site.keys) if x.kind == "linear"}
     rows = [l for l in (chooser.linears[p] for p in producers) if l.name not in floats]
-    touched = [
-        l for l in rows if chooser.own[l.name].weight == "per_tensor"
-    ]  # one scale for all rows feels their scales
+    # one scale for all rows feels their scales
+    touched = [l for l in rows if chooser.own[l.name].weight == "per_tensor"]
     best: tuple[float, Tensor | None, float | None, dict[str, _Choice]] = (math.inf, None, None, {})
     for alpha in (None, *chooser.recipe.alphas):
         one = torch.ones(site.classes, dtype=torch.float32, device=device)

@@ -160,7 +160,7 @@ class Chooser:
         readers = Counter(self.felt.reads[l.name] for l in linears)
         shared: dict[Reads, float] = {}
         for l in linears:
-            reads, how = self.felt.reads[l.name], self._transform(l, self.columns.get(l.name))
+            reads, how = self.felt.reads[l.name], self.transform(l, self.columns.get(l.name))
             if reads not in moments:
                 if l.name in self.scales and self.static(l):
                     shared[reads], moments[reads] = self.scales[l.name].cost, moments_of(reads, how)
@@ -176,7 +176,8 @@ class Chooser:
                 found[l.name] += share * cost
         return found
 
-    def _transform(self, l: Linear, columns: Tensor | None) -> Transform:
+    def transform(self, l: Linear, columns: Tensor | None) -> Transform:
+        """How a linear is changed before it is quantized; ``columns``: s of its input channels, float32 [K], or None."""
         return Transform(columns, self.rotations.get(l.name), self.rows.get(l.name))
 
     def error(self, l: Linear) -> float:
@@ -208,7 +209,7 @@ class Chooser:
         every: list[tuple[Any, Tensor]] = [(slice(None), weight)]
         if l.experts:
             every = [(experts == e, weight[e]) for e in experts.unique().tolist()]
-        how, per_tensor = self._transform(l, columns), self.own[l.name].weight == "per_tensor"
+        how, per_tensor = self.transform(l, columns), self.own[l.name].weight == "per_tensor"
         noise = signal = 0.0
         for mine, matrix in every:
             scale = x_scale[mine] if x_scale.dim() else x_scale

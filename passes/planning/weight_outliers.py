@@ -58,7 +58,7 @@ class _Sums:
 
 def lost(chooser: Chooser, l: Linear) -> str | None:
     """In words, why too little is left of a linear's weight under the scales that were chosen for it, or None."""
-    weight, how = chooser.weight(l), _transform(chooser, l)
+    weight, how = chooser.weight(l), chooser.transform(l, chooser.columns.get(l.name))
     per_tensor, sums = chooser.own[l.name].weight == "per_tensor", _Sums()
     for w in weight if l.experts else [weight]:
         _add(sums, w, how, per_tensor, chooser)
@@ -88,7 +88,3 @@ def _add(sums: _Sums, w: Tensor, how: Transform, per_tensor: bool, chooser: Choo
         by = weight_scale(rotated, True, q_max) if common is None else common
         error = how.rotated(rounded(rotated, by, chooser.qtype) - rotated)  # a rotation is its own inverse
         sums.add(each, error, each.abs().amax(-1, keepdim=True) if common is None else largest)
-
-
-def _transform(chooser: Chooser, l: Linear) -> Transform:
-    return Transform(chooser.columns.get(l.name), chooser.rotations.get(l.name), chooser.rows.get(l.name))
