@@ -20,17 +20,23 @@ from sqcompile.evaluation.scores import mean_and_error
 PRESETS = {name: dataclasses.replace(recipe, attention="none") for name, recipe in ALL.items()}
 
 
+def neither(recipe: str | sqcompile.Recipe) -> sqcompile.Recipe:
+    """The recipe without smoothing and without rotation."""
+    return dataclasses.replace(ALL[recipe] if isinstance(recipe, str) else recipe, smooth=False, rotate="none", alpha=0.5)
+
+
 def quantize(model, windows, recipe):
     return sqcompile.compile(model, list(windows.split(4)), recipe=recipe, backend="eager", progress=False)
 
 
 @pytest.fixture(scope="module")
 def degradation(lm, lm_windows):
-    """The Evaluation of a preset with or without smoothing, beside the float model."""
+    """The Evaluation of a preset, or of it with neither smoothing nor rotation, beside the float model."""
 
     @functools.cache
     def measured(name, smooth):
-        compiled = quantize(lm[0], lm_windows[0], dataclasses.replace(PRESETS[name], smooth=smooth))
+        recipe = PRESETS[name] if smooth else neither(PRESETS[name])
+        compiled = quantize(lm[0], lm_windows[0], recipe)
         return sqcompile.evaluate(compiled, lm_windows[1], against=lm[0], layers=False, progress=False)
 
     return measured
@@ -120,7 +126,7 @@ def test_function_preserving_outliers_are_smoothed_away(lm, lm_windows):
         assert relative_error(model(lm_windows[1][:2]).logits, lm[0](lm_windows[1][:2]).logits) < 1e-4
     smooth, plain = (
         sqcompile.evaluate(quantize(model, lm_windows[0], r), lm_windows[1], against=reference, progress=False).increase
-        for r in ("default", dataclasses.replace(PRESETS["default"], smooth=False))
+        for r in ("default", neither("default"))
     )
     assert plain > 5 and smooth < 0.5
 
@@ -153,7 +159,7 @@ def test_channels_silent_in_calibration_and_active_later_do_not_hurt(preset):
         want = model(x, open_) - x
     errors = {}
     for smooth in (True, False):
-        recipe = dataclasses.replace(PRESETS[preset], smooth=smooth)
+        recipe = PRESETS[preset] if smooth else neither(PRESETS[preset])
         compiled = sqcompile.compile(model, batches, recipe=recipe, backend="eager", progress=False)
         errors[smooth] = relative_error(compiled(x, open_) - x, want)
     assert errors[True] <= errors[False] * 1.1 and errors[True] < 0.05
@@ -171,7 +177,7 @@ def test_channels_silent_in_calibration_do_not_hurt_the_shipped_lm(lm, lm_window
             layer.self_attn.v_proj.weight[::6] = 0
     found = {}
     for smooth in (True, False):
-        recipe = dataclasses.replace(PRESETS[preset], smooth=smooth)
+        recipe = PRESETS[preset] if smooth else neither(PRESETS[preset])
         plan = sqcompile.calibrate(dead, list(lm_windows[0].split(4)), recipe=recipe, progress=False)
         compiled = sqcompile.compile(model, plan=plan, backend="eager")
         found[smooth] = sqcompile.evaluate(compiled, windows, against=model, layers=False, progress=False)
