@@ -11,6 +11,7 @@ from sqcompile.api import calibrate, compile
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.compiled.report import Report
 from sqcompile.errors import (
+    ArtifactError,
     CalibrationError,
     CaptureError,
     DrawError,
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "ArtifactError",
     "AttentionPlan",
     "CalibrationError",
     "CaptureError",

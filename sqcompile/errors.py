@@ -37,6 +37,10 @@ class PlanError(SQCompileError):
     """A plan that is wrong, does not belong to the model or what is passed beside it, or cannot be read or written."""
 
 
+class ArtifactError(SQCompileError):
+    """A saved model or a checkpoint that cannot be read or written, is damaged, or holds what sqcompile does not run."""
+
+
 class StageError(SQCompileError):
     """A stage of the pipeline cannot be shown or left the graph language."""
 

@@ -18,7 +18,7 @@ from plan_cases import KEY, dynamic_plan, parts, static_plan, write
 from safetensors.torch import save_file
 
 from sqcompile import Plan, PlanError, Recipe
-from sqcompile.plan import file as plan_file
+from sqcompile.files import regular
 from sqcompile.plan.entries import LayerPlan
 
 plan, static = pytest.fixture(dynamic_plan), pytest.fixture(static_plan)
@@ -133,8 +133,8 @@ def test_nothing_but_a_regular_file_is_read_or_replaced(plan, tmp_path):
 def test_devices_are_not_opened(kind, plan, tmp_path, monkeypatch):
     plan.save(tmp_path / "p")
     before, opened = (tmp_path / "p").read_bytes(), []
-    monkeypatch.setattr(plan_file.os, "stat", lambda path: SimpleNamespace(st_mode=kind | 0o666, st_size=0))
-    monkeypatch.setattr(plan_file.os, "open", lambda *args: opened.append(args))
+    monkeypatch.setattr(regular.os, "stat", lambda path: SimpleNamespace(st_mode=kind | 0o666, st_size=0))
+    monkeypatch.setattr(regular.os, "open", lambda *args: opened.append(args))
     for use in (Plan.load, plan.save):
         with pytest.raises(PlanError, match="not a regular file"):
             use(tmp_path / "p")
@@ -172,7 +172,7 @@ def test_a_save_that_fails_leaves_the_old_file(what, error, plan, static, tmp_pa
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(plan_file.os, what, fail)
+    monkeypatch.setattr(regular.os, what, fail)
     with pytest.raises(PlanError if isinstance(error, OSError) else KeyboardInterrupt) as found:
         static.save(tmp_path / "p")
     monkeypatch.undo()

@@ -22,7 +22,9 @@ PRESETS = {name: dataclasses.replace(recipe, attention="none") for name, recipe 
 
 def neither(recipe: str | sqcompile.Recipe) -> sqcompile.Recipe:
     """The recipe without smoothing and without rotation."""
-    return dataclasses.replace(ALL[recipe] if isinstance(recipe, str) else recipe, smooth=False, rotate="none", alpha=0.5)
+    return dataclasses.replace(
+        ALL[recipe] if isinstance(recipe, str) else recipe, smooth=False, rotate="none", alpha=0.5
+    )
 
 
 def quantize(model, windows, recipe):

@@ -1,0 +1,1 @@
+"""checkpoints: directories of weights that other tools read and write."""

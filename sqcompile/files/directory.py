@@ -1,0 +1,110 @@
+"""directory: a directory that appears whole, or not at all.
+
+with new_directory("out", ours=("sqcompile.json",)) as temporary:
+    ...                               # write files into it; an error leaves nothing behind
+# "out" is the new directory; killed at any moment, it is the old one or the new one
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+
+_AT_FDCWD, _EXCHANGE = -100, 2  # of renameat2(2)
+
+
+@contextlib.contextmanager
+def new_directory(path: str, ours: Sequence[str]) -> Iterator[str]:
+    """A temporary directory beside ``path``, which takes its place when the block ends without an error.
+
+    Files and directory are flushed to the disk first. An old directory is exchanged with the new one in one step where the
+    system can do that (Linux), and then removed.
+
+    Args:
+        path: where to. What is there may be an empty directory, or one that has one of the files ``ours``.
+        ours: names of files by which a directory is known to be one that may be replaced.
+
+    Raises:
+        OSError: if it cannot be written, or if what is there is something else.
+    """
+    target = os.path.realpath(path)
+    check_replaceable(target, ours)
+    parent = os.path.dirname(target)
+    temporary = os.path.join(parent, f".{os.path.basename(target)[:100]}-{secrets.token_hex(8)}.tmp")
+    os.mkdir(temporary)
+    try:
+        yield temporary
+        for folder, _, files in os.walk(temporary):
+            for file in files:
+                _flush(os.path.join(folder, file))
+            _flush(folder)
+        check_replaceable(target, ours)
+        _put(temporary, target)
+        _flush(parent)
+    finally:  # the old directory, or what was written before an error
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(path: str, ours: Sequence[str]) -> None:
+    """Refuses to replace what no `new_directory` has written.
+
+    Raises:
+        OSError: if there is something at the path, other than an empty directory or one with a file of ``ours``.
+    """
+    if not os.path.lexists(path):
+        if not os.path.isdir(os.path.dirname(path)):
+            raise FileNotFoundError(f"there is no directory {os.path.dirname(path)}: make it first")
+        return
+    if not os.path.isdir(path):
+        raise NotADirectoryError(f"{path} is there, and is no directory: pass the path of a new one")
+    files = os.listdir(path)
+    if files and not any(name in files for name in ours):
+        raise FileExistsError(
+            f"{path} has other files in it, which would be removed: pass the path of a new directory, or empty this one"
+        )
+
+
+def _put(new: str, target: str) -> None:
+    """Renames ``new`` to ``target``; what was there is then at ``new``, or gone."""
+    if not os.path.lexists(target):
+        os.rename(new, target)
+    elif not os.listdir(target):
+        os.rename(new, target)  # over an empty directory, in one step
+    elif not _exchanged(new, target):
+        old = f"{new}.old"
+        os.rename(target, old)
+        try:
+            os.rename(new, target)
+        except BaseException:
+            os.rename(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(a: str, b: str) -> bool:
+    """Exchanges two directories in one step; False where the system, or this file system, cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), b)
+
+
+def _flush(path: str) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    if os.name != "posix" and os.path.isdir(path):
+        return  # not to be opened there
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
