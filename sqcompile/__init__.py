@@ -26,6 +26,7 @@ from sqcompile.errors import (
     WeightError,
 )
 from sqcompile.evaluation import Evaluation, LayerError, evaluate
+from sqcompile.loading import load
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import PRESETS, Recipe
@@ -64,6 +65,7 @@ __all__ = [
     "compile",
     "debug",
     "evaluate",
+    "load",
     "plan_of",
     "refresh",
     "report_of",

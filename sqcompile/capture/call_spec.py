@@ -12,8 +12,8 @@ from torch import Tensor
 from sqcompile.capture.inputs import Call
 from sqcompile.errors import CaptureError, PlanError
 
-# Those that an argument of a model has, by their names in a plan.
-_DTYPES = {
+# Those that a tensor of a model has, by their names in files.
+DTYPES = {
     str(d).removeprefix("torch."): d
     for d in (
         torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
@@ -67,7 +67,7 @@ def check_spec(spec: Any) -> None:
                 and all(type(n) is int and 0 <= n <= _MOST_ELEMENTS for n in inner)
             )
             elements += math.prod(inner) if good else 0
-            return good and isinstance(x["dtype"], str) and x["dtype"] in _DTYPES
+            return good and isinstance(x["dtype"], str) and x["dtype"] in DTYPES
         if not isinstance(x, dict) or len(x) != 1 or depth > _MOST_NESTING:
             return False
         if kind == "const":
@@ -97,7 +97,7 @@ def from_spec(spec: Any, device: torch.device) -> Call:
 
     def leaf(x: Any) -> Any:
         if "shape" in x:
-            return torch.zeros(x["shape"], dtype=_DTYPES[x["dtype"]], device=device)
+            return torch.zeros(x["shape"], dtype=DTYPES[x["dtype"]], device=device)
         if "dict" in x:
             return {k: leaf(v) for k, v in x["dict"].items()}
         if "tuple" in x:

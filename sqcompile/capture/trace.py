@@ -60,7 +60,7 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
         CaptureError: if the model cannot be exported (names the operation, the line and what to try), or if it
             is in training mode with dropout or batch statistics.
     """
-    _register_kv_cache_pytree()
+    register_kv_cache_pytree()
     refuse_names(model)
     if any(isinstance(x, Tensor) and not x.is_contiguous() for x in pytree.tree_leaves((call.args, call.kwargs))):
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (call.args, call.kwargs))
@@ -280,7 +280,7 @@ def _refuse_training(graph: fx.Graph) -> None:
             raise CaptureError(f"the model is in training mode ({name} at {source(n)}): call model.eval() first")
 
 
-def _register_kv_cache_pytree() -> None:
+def register_kv_cache_pytree() -> None:
     """Lets a model return transformers' DynamicCache, where transformers is loaded at all."""
     import sys
 

@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 
+from sqcompile.artifact.directory import save
+from sqcompile.artifact.tensors import SHARD
 from sqcompile.capture.captured import contiguous, flatten_like
 from sqcompile.capture.inputs import Forward
 from sqcompile.compiled.inductor import compile_regions, flatten, inductor
@@ -23,8 +25,8 @@ from sqcompile.pytorch.core import pytree
 BACKENDS = ("inductor", "eager")
 
 _UNSAVED = (
-    "a compiled model is neither saved, loaded nor copied, since its INT8 weights are packed for this machine: save "
-    "compiled.plan and the float weights, then sqcompile.compile(model, plan=...), which needs no data"
+    "a compiled model is neither pickled nor copied, since its INT8 weights are packed for this machine: save it with "
+    "compiled.save(directory), and load it with sqcompile.load(directory)"
 )
 
 
@@ -86,6 +88,22 @@ class CompiledModel(nn.Module):
         from sqcompile.draw import draw
 
         draw(path, self.stages["traced"], self.plan, self.stages[stage], full)
+
+    def save(self, path: str | os.PathLike[str], *, shard_bytes: int = SHARD) -> None:
+        """Writes a directory that `sqcompile.load` makes a compiled model of, without this model's class and its data.
+
+        It holds the graph, the INT8 weights before they are packed for this machine, what stays in float, and the plan: as
+        safetensors and JSON. The directory appears whole or not at all; one that `save` wrote before is replaced.
+
+        Args:
+            path: of the directory.
+            shard_bytes: how large a file of weights may be, unless a single tensor is larger.
+
+        Raises:
+            ArtifactError: if something of the model cannot be saved, or the directory cannot be written.
+            StageError: if the float model is gone, from which the INT8 weights are made, or its parameters changed.
+        """
+        save(self.stages["quantized"], self.plan, self.call, path, shard_bytes)
 
     def weight_bytes(self) -> int:
         """Bytes of all tensors the compiled model holds; a packed weight counts as its int8 values."""

@@ -10,6 +10,9 @@ TorchDispatchMode            sees each operator that a capture runs on real tens
 disable_current_modes        computes on real tensors, under whatever mode                           2.11, 2.13
 is_wrapper_subclass          tells quantized and sharded tensors from plain ones                     2.11, 2.13
 pytree                       the leaves of a call, and the call of leaves                            2.11, 2.13
+leaf_spec, spec_of, parts_of  a structure of its parts, and its parts                                2.11, 2.13
+namedtuple_of                what a structure says the class of all named tuples is                  2.11, 2.13
+tree_codegen                 the code of a graph that takes a call apart, and puts its result together  2.11, 2.13
 OpOverload                   what a node calls if it is an operator                                  2.11, 2.13
 HigherOrderOperator          what it calls if it is a nested graph                                   2.11, 2.13
 schema                       names and defaults of an operator's arguments, and which it writes to   2.11, 2.13
@@ -36,7 +39,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -75,16 +78,21 @@ __all__ = [
     "int_mm",
     "is_same_element_twice",
     "is_wrapper_subclass",
+    "leaf_spec",
+    "namedtuple_of",
     "overload_name",
     "own_names",
+    "parts_of",
     "pytree",
     "scaled_mm",
     "schema",
     "set_compiled_call",
+    "spec_of",
     "storage_expired",
     "storage_id",
     "storage_of_ref",
     "tracing",
+    "tree_codegen",
     "version",
     "writes_to_arguments",
 ]
@@ -110,6 +118,11 @@ int_mm = torch._int_mm
 scaled_mm = torch._scaled_mm
 
 
+class _Pair(NamedTuple):
+    first: int
+    second: int
+
+
 def schema(target: Any) -> torch.FunctionSchema:
     """The schema of an OpOverload: ``arguments`` with name, default_value and alias_info, ``returns``, ``is_mutable``."""
     return target._schema
@@ -128,6 +141,32 @@ def overload_name(target: Any) -> str:
 def codegen(graph: fx.Graph) -> Any:
     """What ``fx.Graph.set_codegen`` has set; of an exported module's graph with ``pytree_info``: in_spec and out_spec."""
     return graph._codegen
+
+
+def leaf_spec() -> pytree.TreeSpec:
+    """The structure of a value that is not looked into."""
+    return pytree.tree_structure(0)
+
+
+def spec_of(kind: Any, context: Any, parts: list[pytree.TreeSpec]) -> pytree.TreeSpec:
+    """The structure of a container: its class, what that class keeps beside its parts, and theirs."""
+    return pytree.TreeSpec(kind, context, parts)
+
+
+def parts_of(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
+    """The structures of a container's parts."""
+    parts = getattr(spec, "children", None)  # a method since 2.12
+    return list(parts() if callable(parts) else spec.children_specs)
+
+
+def namedtuple_of() -> Any:
+    """The class that the structure of every named tuple has."""
+    return pytree.tree_structure(_Pair(0, 0)).type
+
+
+def tree_codegen(arguments: list[str], in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec) -> Any:
+    """For ``fx.Graph.set_codegen``: takes a call apart by ``in_spec``, and puts the result together by ``out_spec``."""
+    return fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(arguments, in_spec, out_spec))
 
 
 def storage_id(tensor: Tensor) -> Hashable:

@@ -6,19 +6,63 @@ statically_known_true     whether a condition of sizes holds always, without a g
 free_unbacked_symbols     sizes that depend on values                                                2.11, 2.13
 PythonPrinter             a condition of sizes as Python                                             2.11, 2.13
 own_expression            a size as it was before guards made it equal to another                    2.11, 2.13
+symbols_of, new_symbols   the symbols of sizes, to be saved and made again                           2.11, 2.13
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols, statically_known_true
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols, statically_known_true
+from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 
-__all__ = ["PythonPrinter", "ShapeEnv", "free_unbacked_symbols", "own_expression", "statically_known_true"]
+__all__ = [
+    "PythonPrinter",
+    "ShapeEnv",
+    "free_unbacked_symbols",
+    "new_symbols",
+    "own_expression",
+    "statically_known_true",
+    "symbols_of",
+]
 
 
 def own_expression(size: torch.SymInt) -> Any:
     """The sympy expression of a size without what its ShapeEnv has learned, which ``size.node.expr`` has."""
     return size.node._expr
+
+
+def symbols_of(env: ShapeEnv, inputs: Iterable[Any]) -> dict[str, tuple[int, int, int | None]]:
+    """By name, the symbols of tensors' sizes: the example that stands for each, its least and its largest value."""
+    import sympy
+
+    sizes: list[Any] = [
+        s for v in inputs if isinstance(v, torch.Tensor) for s in v.shape if isinstance(s, torch.SymInt)
+    ]
+    found = sorted({symbol for s in sizes for symbol in s.node.expr.free_symbols}, key=str)
+    hints = getattr(env, "backed_var_to_val", None) or env.var_to_val
+    ranges = {symbol: env.var_to_range[symbol] for symbol in found}
+    return {
+        str(symbol): (
+            int(hints[symbol]),
+            max(0, int(r.lower)),
+            int(r.upper) if isinstance(r.upper, (int, sympy.Integer)) and r.upper < 2**48 else None,
+        )
+        for symbol, r in ranges.items()
+    }
+
+
+def new_symbols(env: ShapeEnv, known: Mapping[str, tuple[int, int, int | None]]) -> dict[str, Any]:
+    """Symbols of a new ShapeEnv by their former names: see `symbols_of`."""
+    from torch._dynamo.source import ConstantSource  # here, as Dynamo imports triton
+
+    found: dict[str, Any] = {}
+    for name, (example, least, largest) in known.items():
+        source = ConstantSource(name)
+        symbol = env.create_symbol(example, source, DimDynamic.DYNAMIC, None, do_not_specialize_zero_one=True)
+        env.constrain_symbol_range(symbol, least, int_oo if largest is None else largest)
+        found[name] = env.create_symintnode(symbol, hint=example, source=source)
+    return found

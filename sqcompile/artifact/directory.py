@@ -1,0 +1,190 @@
+"""directory: a compiled model as a directory, written whole or not at all, and read with every field checked.
+
+out/
+    sqcompile.json                      signature, calls, graph of the quantized stage, index of tensors, SHA-256 of it all
+    plan.safetensors                    the plan, as `Plan.save` writes it
+    model-00001-of-00001.safetensors    int8 weights, scales, and what stays in float
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sqcompile.artifact import calls, graphs, structures
+from sqcompile.artifact.tensors import SHARD, Tensors, write_tensors
+from sqcompile.capture.inputs import Forward
+from sqcompile.errors import ArtifactError, PlanError, SQCompileError
+from sqcompile.files.bounded_json import read_object
+from sqcompile.files.directory import new_directory
+from sqcompile.files.regular import read_regular, said
+from sqcompile.passes.ir.about import about
+from sqcompile.passes.ir.graph import constants, get_tensor, value
+from sqcompile.plan.plan import Plan
+
+FORMAT = 1
+MANIFEST, PLAN = "sqcompile.json", "plan.safetensors"
+_MOST_BYTES = 2**29  # of the manifest
+_FIELDS = {"format", "versions", "forward", "calls", "returns", "graph", "tensors"}
+
+
+def save(quantized: fx.GraphModule, plan: Plan, call: Forward, path: str | os.PathLike[str], most: int = SHARD) -> None:
+    """Writes a directory.
+
+    Args:
+        quantized: the graph of the quantized stage.
+        plan: what was decided.
+        call: how the model is called.
+        path: where to; an artifact that is there is replaced when the new one is whole.
+        most: bytes of a file.
+
+    Raises:
+        ArtifactError: if something of the model cannot be saved, or the directory cannot be written.
+    """
+    name = path_name(path)
+    meta: dict[str, Any] = {
+        "format": FORMAT,
+        "versions": versions(),
+        "forward": calls.forward_to_json(call),
+        "calls": calls.captured_to_json(about(quantized).calls),
+        "returns": structures.to_json(about(quantized).out_spec),
+        "graph": graphs.to_json(quantized),
+    }
+    tensors = {str(n.target): get_tensor(quantized, str(n.target)) for n in quantized.graph.find_nodes(op="get_attr")}
+    try:
+        with new_directory(name, ours=(MANIFEST,)) as folder:
+            meta["tensors"] = write_tensors(folder, tensors, most)
+            plan.save(os.path.join(folder, PLAN))
+            text = json.dumps({**meta, "sha256": _sha256(meta)})
+            with open(os.path.join(folder, MANIFEST), "w", encoding="utf-8") as f:
+                f.write(text)
+    except SQCompileError:
+        raise
+    except Exception as e:  # whatever the system has to say of it
+        raise ArtifactError(f"the model cannot be saved to {name} ({said(e)})") from e
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a directory holds.
+
+    Attributes:
+        graph: of the quantized stage, with recorded values, over tensors without data.
+        tensors: those of the graph, by name.
+        plan, call: as of the model that was saved.
+    """
+
+    graph: fx.GraphModule
+    tensors: Tensors
+    plan: Plan
+    call: Forward
+
+
+def read(path: str | os.PathLike[str], device: torch.device | None) -> Saved:
+    """Reads a directory.
+
+    Args:
+        path: what `save` was given.
+        device: where the model is to run; None for where it ran.
+
+    Raises:
+        ArtifactError: if it is no artifact, is damaged, of a newer format, or does not fit this machine.
+    """
+    name = path_name(path)
+    try:
+        return _read(name, device)
+    except PlanError as e:
+        raise ArtifactError(f"{name} cannot be loaded: {e}") from e
+    except ArtifactError as e:
+        raise ArtifactError(f"{name} cannot be loaded: {e}") from e
+    except Exception as e:  # of whatever a field that is not what it should be leads to
+        raise ArtifactError(f"{name} cannot be loaded ({said(e)}): save the model again") from e
+
+
+def _read(name: str, device: torch.device | None) -> Saved:
+    meta = _manifest(name)
+    here = _devices(meta["graph"], device)
+    tensors = Tensors(name, meta["tensors"])
+    plan = Plan.load(os.path.join(name, PLAN))
+    served, returns = calls.captured_from_json(meta["calls"], here), structures.from_json(meta["returns"])
+    gm = graphs.from_json(meta["graph"], tensors.like(), served, returns, here)
+    if unused := tensors.index.keys() - {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}:
+        raise ArtifactError(f"its graph does not read the tensor {next(iter(unused))[:100]!r}")
+    _check_constants(gm, tensors.nbytes)
+    return Saved(gm, tensors, plan, calls.forward_from_json(meta["forward"]))
+
+
+def _manifest(name: str) -> dict[str, Any]:
+    path = os.path.join(name, MANIFEST)
+    if not os.path.isdir(name):
+        raise ArtifactError("there is no such directory: pass what CompiledModel.save was given")
+    if not os.path.lexists(path):
+        raise ArtifactError(f"it has no {MANIFEST}: pass what CompiledModel.save was given")
+    if os.path.islink(path):
+        raise ArtifactError(f"{MANIFEST} is a link: copy the directory with the files themselves in it")
+    meta = read_object(read_regular(path, _MOST_BYTES, "a manifest").decode("utf-8"), MANIFEST)
+    version = meta.get("format")
+    if type(version) is not int or version != FORMAT:
+        raise ArtifactError(
+            f"it has the format {str(version)[:20]!r}, and this version of sqcompile reads {FORMAT}: load it with the version "
+            "that saved it, or save it again"
+        )
+    sha256 = meta.pop("sha256", None)
+    if meta.keys() != _FIELDS or sha256 != _sha256(meta):
+        raise ArtifactError(f"{MANIFEST} is damaged or was edited: copy the directory again, or save the model again")
+    return meta
+
+
+def _sha256(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _devices(graph: Any, given: torch.device | None) -> Callable[[str], torch.device]:
+    """What a device of the file is here."""
+    known = {n["device"] for n in graph["nodes"] if "device" in n}
+    if given is not None and len(known) > 1:
+        raise ArtifactError(f"it runs on {', '.join(sorted(known))}, and cannot be moved to {given}: leave device out")
+
+    def here(text: str) -> torch.device:
+        found = torch.device(text) if given is None else given
+        if found.type == "meta":
+            raise ArtifactError("its graph has tensors on the meta device, which have no values")
+        if found.type == "cuda" and not torch.cuda.is_available():
+            raise ArtifactError(f"it runs on {found}, which this machine does not have: pass device='cpu'")
+        return found
+
+    return here
+
+
+def _check_constants(gm: fx.GraphModule, nbytes: int) -> None:
+    """Refuses a graph whose constant expressions, which are computed while loading, would fill the memory."""
+    for n in constants(gm):
+        v = value(n)
+        if isinstance(v, Tensor) and v.numel() * v.element_size() > 16 * nbytes + 2**26:
+            raise ArtifactError(f"%{n.name} of its graph would take {v.numel() * v.element_size()} bytes")
+
+
+def versions() -> dict[str, str]:
+    """The versions that a model was saved with."""
+    from importlib.metadata import version
+
+    return {"sqcompile": version("sqcompile"), "torch": torch.__version__}
+
+
+def path_name(path: Any) -> str:
+    """A path as text.
+
+    Raises:
+        ArtifactError: for what is none.
+    """
+    try:
+        return os.path.abspath(os.fsdecode(path))
+    except (TypeError, ValueError) as e:
+        raise ArtifactError(f"the path of a saved model is {path!r}: pass a string or a pathlib.Path") from e

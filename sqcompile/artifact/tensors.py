@@ -1,0 +1,211 @@
+"""tensors: safetensors files of bounded size, and an index that says where each tensor is and what its SHA-256 is.
+
+    {"fc.weight_int8": {"file": "model-00001-of-00001.safetensors", "key": "fc.weight_int8", "dtype": "int8",
+                        "shape": [8, 4], "sha256": "..."}}
+
+Reading maps the files into memory. Nothing in them is taken on trust: names are those of files in the directory itself,
+the files have what the index says and no more, and a tensor is hashed before it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import re
+import stat
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sqcompile.capture.call_spec import DTYPES
+from sqcompile.errors import ArtifactError
+from sqcompile.files.regular import said
+
+SHARD = 4_000_000_000  # bytes of a file, unless one tensor has more
+_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MOST_DIMS = 16
+
+
+def write_tensors(folder: str, tensors: Mapping[str, Tensor], most: int = SHARD) -> dict[str, Any]:
+    """Writes tensors into files of a directory; tensors that are one in memory are written once.
+
+    Args:
+        folder: the directory.
+        tensors: by name; on any device, of any layout.
+        most: bytes of a file.
+
+    Returns:
+        The index.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    first: dict[Hashable, str] = {}
+    index: dict[str, Any] = {}
+    shards: list[list[str]] = [[]]
+    room = most
+    for name, t in tensors.items():
+        same = t.data_ptr(), t.dtype, t.device, tuple(t.shape), t.stride()
+        key = first.setdefault(same if t.numel() else name, name)
+        index[name] = {"key": key, "dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
+        order = _order(t)
+        if order != list(range(t.dim())):
+            index[name]["order"] = order
+        if key != name:
+            continue
+        if shards[-1] and t.nbytes > room:
+            shards.append([])
+            room = most
+        shards[-1].append(name)
+        room -= t.nbytes
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        dense = {n: tensors[n].detach().permute(_order(tensors[n])).cpu().contiguous() for n in names}
+        # tensors that lie in one memory are told apart by copies
+        seen: set[int] = set()
+        for n, t in dense.items():
+            if (address := t.untyped_storage().data_ptr()) in seen:
+                dense[n] = t.clone()
+            seen.add(address)
+        safetensors.torch.save_file(dense, os.path.join(folder, file))
+        sums = {n: _sha256(t) for n, t in dense.items()}
+        for entry in index.values():
+            if entry["key"] in sums:
+                entry |= {"file": file, "sha256": sums[entry["key"]]}
+    return index
+
+
+def _order(t: Tensor) -> list[int]:
+    """The dims from the one with the largest steps in memory to the one with the smallest."""
+    steps = t.stride()
+    return list(range(t.dim())) if t.is_contiguous() else sorted(range(t.dim()), key=lambda d: (-steps[d], d))
+
+
+def _sha256(t: Tensor) -> str:
+    return hashlib.sha256(t.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+class Tensors:
+    """The tensors of a directory."""
+
+    def __init__(self, folder: str, index: Any) -> None:
+        """Looks at the index and at the headers of the files.
+
+        Raises:
+            ArtifactError: if the index is none, or a file is missing, damaged, or has other tensors.
+        """
+        self.folder, self.index = folder, _checked(index)
+        files: dict[str, dict[str, Any]] = {}
+        for entry in self.index.values():
+            files.setdefault(entry["file"], {}).setdefault(entry["key"], entry)
+        for file, entries in files.items():
+            with self._open(file) as f:
+                if {*f.keys()} != entries.keys():
+                    raise ArtifactError(
+                        f"{file} has other tensors than the index says: copy the directory again, whole"
+                    )
+                for key, entry in entries.items():
+                    part = f.get_slice(key)
+                    want = _stored_shape(entry)
+                    if list(part.get_shape()) != want or _DTYPE_CODES.get(part.get_dtype()) != entry["dtype"]:
+                        raise ArtifactError(
+                            f"{key} of {file} is {part.get_dtype()} {list(part.get_shape())}, and the index says "
+                            f"{entry['dtype']} {want}: copy the directory again, whole"
+                        )
+        self.nbytes = sum(
+            math.prod(e["shape"]) * DTYPES[e["dtype"]].itemsize for of in files.values() for e in of.values()
+        )
+        self._mapped: dict[str, Tensor] = {}
+
+    def like(self) -> dict[str, Tensor]:
+        """By name, tensors of the same sizes, steps in memory and dtypes on the meta device."""
+        return {
+            name: _laid_out(torch.empty(_stored_shape(e), dtype=DTYPES[e["dtype"]], device="meta"), e)
+            for name, e in self.index.items()
+        }
+
+    def map(self, name: str) -> Tensor:
+        """A tensor whose memory is the file's, as long as it lives; the same one each time.
+
+        Raises:
+            ArtifactError: if its values are not those that were saved.
+        """
+        key = self.index[name]["key"]
+        if key not in self._mapped:
+            self._mapped[key] = self.read(name)
+        return self._mapped[key]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that nothing else holds: its memory is given back with it.
+
+        Raises:
+            ArtifactError: as `map`.
+        """
+        entry = self.index[name]
+        with self._open(entry["file"]) as f:
+            t: Tensor = f.get_tensor(entry["key"])
+        if _sha256(t) != entry["sha256"]:
+            raise ArtifactError(
+                f"{name} in {entry['file']} is damaged: its SHA-256 is another than was saved. Copy the file again"
+            )
+        return _laid_out(t, entry)
+
+    @contextlib.contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        path = os.path.join(self.folder, file)
+        try:
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                raise ArtifactError(f"{file} is a link, or no file: copy the directory with the files themselves in it")
+            with safetensors.safe_open(path, "pt") as f:
+                yield f
+        except ArtifactError:
+            raise
+        except Exception as e:  # of the system, or of the parser
+            raise ArtifactError(f"{file} cannot be read ({said(e)}): copy the directory again, whole") from e
+
+
+_DTYPE_CODES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "F16": "float16",
+    "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+
+
+def _checked(index: Any) -> dict[str, Any]:
+    """An index of which every field is what it should be."""
+    if not isinstance(index, dict):
+        raise ArtifactError("it has no index of tensors")
+    for name, e in index.items():
+        good = (
+            isinstance(e, dict)
+            and e.keys() - {"order"} == {"key", "dtype", "shape", "file", "sha256"}
+            and all(isinstance(e[k], str) for k in ("key", "dtype", "file", "sha256"))
+            and _FILE.fullmatch(e["file"])
+            and _SHA256.fullmatch(e["sha256"])
+            and e["dtype"] in DTYPES
+            and isinstance(e["shape"], list)
+            and len(e["shape"]) <= _MOST_DIMS
+            and all(type(s) is int and 0 <= s < 2**48 for s in e["shape"])
+            and sorted(e.get("order", range(len(e["shape"])))) == list(range(len(e["shape"])))
+        )
+        if not good:
+            raise ArtifactError(f"its index has the entry {name[:100]!r}: {str(e)[:100]}, which is none")
+    return index
+
+
+def _stored_shape(entry: Mapping[str, Any]) -> list[int]:
+    """The sizes as a file has them: in the order of their steps in memory."""
+    return [entry["shape"][d] for d in entry.get("order", range(len(entry["shape"])))]
+
+
+def _laid_out(stored: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    """A tensor as it was, of one as a file has it."""
+    order = entry.get("order")
+    return stored if order is None else stored.permute([order.index(d) for d in range(len(order))])

@@ -1,0 +1,144 @@
+"""load: a saved model, compiled for this machine. No float weights, no source of the model, and nothing is executed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import fx
+
+from sqcompile.artifact.directory import Saved, read
+from sqcompile.capture.trace import register_kv_cache_pytree
+from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
+from sqcompile.compiled.stages import Stages
+from sqcompile.errors import ArtifactError, RecipeError, SQCompileError, StageError
+from sqcompile.files.regular import said
+from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.kernels.targets import Target
+from sqcompile.passes.ir.about import about
+from sqcompile.passes.ir.graph import set_tensor, value
+from sqcompile.passes.ir.verify import STAGES, verify
+from sqcompile.passes.lowering.lower import lower
+from sqcompile.passes.rewrite.weight_store import Lazy, Shared
+from sqcompile.process.interrupts import deferred
+from sqcompile.process.lock import compiling
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    backend: str = "inductor",
+    regional: bool = False,
+    target: str | Target | None = None,
+) -> CompiledModel:
+    """Loads what `CompiledModel.save` wrote, and compiles it for this machine.
+
+    Neither the model's class nor its source is needed. Every tensor's SHA-256 is looked at. Weights are packed one at a
+    time, and what is not packed stays in the file, mapped into memory: keep the file as long as the model.
+
+    Args:
+        path: the directory.
+        device: where the model is to run, such as "cpu" or "cuda"; None for where it ran when it was saved.
+        backend, regional, target: as for `compile`.
+
+    Returns:
+        A CompiledModel. It has the stages "quantized" and "lowered". A result of a class that is not known here, such as a
+        dataclass of the model's source, comes as `Outputs`: the same names, as keys and as attributes.
+
+    Raises:
+        ArtifactError: if the directory is none, is damaged or of a newer format, or does not fit this machine.
+        RecipeError: for an unknown backend or target.
+        KeyboardInterrupt: as `compile`.
+    """
+    if backend not in BACKENDS:
+        raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+    where, on = _device(device), Target.given(target)
+    with deferred(), compiling(), torch.no_grad():
+        register_kv_cache_pytree()
+        saved = read(path, where)
+        try:
+            history = SavedStages(path, where, on)
+            return emit(_lowered(saved, on), saved.call, saved.plan, history, backend, regional)
+        except SQCompileError:
+            raise
+        except Exception as e:  # of a graph that no version has saved
+            raise ArtifactError(f"{os.fsdecode(path)} cannot be loaded ({said(e)}): save the model again") from e
+
+
+class SavedStages(Stages):
+    """The stages of a loaded model, read again when looked at.
+
+    Raises:
+        StageError: for a stage that is made of float weights.
+        ArtifactError: if the directory is gone.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], device: torch.device | None, target: Target | None) -> None:
+        self._path, self._device, self._target = os.path.abspath(os.fsdecode(path)), device, target
+        self.original = frozenset()  # nothing is shared with a model
+
+    def __getitem__(self, name: str) -> fx.GraphModule:
+        if name not in STAGES:
+            raise KeyError(f"no stage {name!r}: the stages are {', '.join(STAGES)}")
+        if name in ("traced", "folded"):
+            raise StageError(
+                f"a saved model has no stage {name!r}, which holds the float weights: compile the float model with its plan"
+            )
+        with compiling(), torch.no_grad():
+            saved = read(self._path, self._device)
+            if name == "lowered":
+                return _lowered(saved, self._target)
+            return _filled(saved, {})
+
+
+def _device(device: Any) -> torch.device | None:
+    try:
+        return None if device is None else torch.empty(0, device=device).device
+    except Exception as e:
+        raise ArtifactError(f"device={device!r} is none of this machine ({said(e)})") from e
+
+
+def _lowered(saved: Saved, target: Target | None) -> fx.GraphModule:
+    lazy = _weights(saved)
+    gm = _filled(saved, lazy)
+    about(gm).lazy = lazy
+    store = Shared(lambda tensor: None, lambda key: None)
+    return verify(lower(gm, store, target), "lowered")
+
+
+def _filled(saved: Saved, lazy: dict[str, Lazy]) -> fx.GraphModule:
+    """The graph over its tensors, less those that are read when they are packed."""
+    gm = saved.graph
+    later = lazy.keys() | {l.scale for l in lazy.values()}
+    about(gm).lazy = lazy
+    for n in gm.graph.find_nodes(op="get_attr"):
+        if n.target not in later:
+            set_tensor(gm, str(n.target), saved.tensors.map(str(n.target)).to(value(n).device))
+    return verify(gm, "quantized")
+
+
+def _weights(saved: Saved) -> dict[str, Lazy]:
+    """By name, the int8 weights of linears: each is read from its file as it is packed, so no other node may read it."""
+    found = {}
+    for n in saved.graph.graph.nodes:
+        if n.target not in (sqcompile_ops.dequantize.default, sqcompile_ops.grouped_dequantize.default):
+            continue
+        acc, scale = n.args[0], n.args[2]
+        cast = acc.args[1]
+        weight = cast.args[0]
+        scale = scale.args[0] if scale.op == "call_function" else scale
+        alone = len(weight.users) == len(cast.users) == len(scale.users) == 1
+        if not alone or not weight.op == scale.op == "get_attr":
+            raise ArtifactError(f"%{n.name} of its graph is no linear of int8 values")
+        found[str(weight.target)] = _lazy(saved, weight, scale)
+    return found
+
+
+def _lazy(saved: Saved, weight: fx.Node, scale: fx.Node) -> Lazy:
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        w, s = (saved.tensors.read(str(n.target)).to(value(n).device) for n in (weight, scale))
+        return w, s
+
+    return Lazy(("saved", str(weight.target)), make, str(scale.target))
