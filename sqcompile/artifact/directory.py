@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from sqcompile.artifact import calls, graphs, structures
 from sqcompile.artifact.tensors import SHARD, Tensors, write_tensors
 from sqcompile.capture.inputs import Forward
-from sqcompile.errors import ArtifactError, PlanError, SQCompileError
+from sqcompile.errors import ArtifactError, PlanError
 from sqcompile.files.bounded_json import read_object
 from sqcompile.files.directory import new_directory
 from sqcompile.files.regular import read_regular, said
@@ -65,8 +65,8 @@ def save(quantized: fx.GraphModule, plan: Plan, call: Forward, path: str | os.Pa
             text = json.dumps({**meta, "sha256": _sha256(meta)})
             with open(os.path.join(folder, MANIFEST), "w", encoding="utf-8") as f:
                 f.write(text)
-    except SQCompileError:
-        raise
+    except PlanError as e:
+        raise ArtifactError(f"the model cannot be saved to {name}: {e}") from e
     except Exception as e:  # whatever the system has to say of it
         raise ArtifactError(f"the model cannot be saved to {name} ({said(e)})") from e
 

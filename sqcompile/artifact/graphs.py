@@ -26,6 +26,7 @@ from sqcompile.artifact.operators import name_of, operator_of
 from sqcompile.capture.call_spec import DTYPES
 from sqcompile.capture.captured import Captured
 from sqcompile.errors import ArtifactError
+from sqcompile.files.regular import said
 from sqcompile.passes.ir.about import About, about, describe_as
 from sqcompile.passes.ir.graph import FOLD_CAST, finish, set_tensor, value
 from sqcompile.passes.ir.origin import PLANNED
@@ -43,17 +44,10 @@ def to_json(gm: fx.GraphModule) -> dict[str, Any]:
     """A graph as JSON: its nodes, and the symbols of its inputs' sizes.
 
     Raises:
-        ArtifactError: for an operator or an argument that cannot be saved, or sizes that depend on values.
+        ArtifactError: for an operator or an argument that cannot be saved.
     """
-    from sqcompile.passes.ir.symbols import unbacked
     from sqcompile.pytorch.symbolic import symbols_of
 
-    for n in gm.graph.nodes:
-        if any(unbacked(v) for v in pytree.tree_leaves(value(n)) if isinstance(v, (Tensor, torch.SymInt))):
-            raise ArtifactError(
-                f"the size of %{n.name} depends on values, which a saved graph cannot have: save compiled.plan instead, and "
-                "compile the model with it"
-            )
     inputs = [value(n) for n in gm.graph.find_nodes(op="placeholder")]
     env = about(gm).fake_mode.shape_env
     symbols = {} if env is None else symbols_of(env, inputs)
@@ -219,7 +213,5 @@ def _call(gm: fx.GraphModule, n: Any, nodes: Mapping[str, fx.Node], device: Call
     except ArtifactError:
         raise
     except Exception as e:
-        raise ArtifactError(
-            f"%{n['name']} = {n['target']} of its graph cannot be computed ({type(e).__name__}: {e})"
-        ) from e
+        raise ArtifactError(f"%{n['name']} = {n['target']} of its graph cannot be computed ({said(e)})") from e
     return new

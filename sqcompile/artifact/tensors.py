@@ -75,6 +75,9 @@ def write_tensors(folder: str, tensors: Mapping[str, Tensor], most: int = SHARD)
                 dense[n] = t.clone()
             seen.add(address)
         safetensors.torch.save_file(dense, os.path.join(folder, file))
+        os.chmod(
+            os.path.join(folder, file), os.stat(folder).st_mode & 0o666
+        )  # which the library gives to the owner alone
         sums = {n: _sha256(t) for n, t in dense.items()}
         for entry in index.values():
             if entry["key"] in sums:

@@ -94,13 +94,15 @@ class Names:
 
 
 def site_labels(keys: Iterable[str], linears: Iterable[str]) -> tuple[SiteLabel, ...]:
-    """A label for each site.
+    """A label for each site, in the order of their linears: a plan that was read has them in that of its file.
 
     Args:
         keys: names of sites, "producer -> balance layers", as in ``plan.scales``.
-        linears: the names of all the model's linears, which short names must tell apart.
+        linears: the names of all the model's linears in graph order, which short names must tell apart.
     """
-    keys = list(keys)
+    linears = list(linears)
+    at = {name: i for i, name in enumerate(linears)}
+    keys = sorted(keys, key=lambda key: min(at.get(n, len(at)) for n in key.partition(" -> ")[2].split(", ")))
     producers = {key.partition(" -> ")[0] for key in keys}
     named = {p for p in producers if p != "input" and not _OPERATION.fullmatch(p)}
     names = Names({*linears, *named})
