@@ -47,7 +47,10 @@ def pack(w: Tensor) -> Tensor:
 
 def row_sum(w: Tensor, packed: Tensor) -> Tensor:
     """int32 [N], the sum of each row of w, int8 [N, K]; empty if ``packed`` has a layout our kernels cannot read."""
-    return w.sum(dim=1, dtype=torch.int32) if _readable(packed, w) else torch.empty(0, dtype=torch.int32)
+    if not _readable(packed, w):
+        return torch.empty(0, dtype=torch.int32)
+    rows = max(1, 2**20 // max(1, w.shape[1]))  # at a time: PyTorch makes a copy in the dtype of the sum
+    return torch.cat([part.sum(dim=1, dtype=torch.int32) for part in w.split(rows)])
 
 
 def pack_with_sums(w: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ SHARD = 4_000_000_000  # bytes of a file, unless one tensor has more
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MOST_DIMS = 16
+_SMALL = 2**20  # bytes
 
 
 def write_tensors(folder: str, tensors: Mapping[str, Tensor], most: int = SHARD) -> dict[str, Any]:
@@ -135,14 +136,15 @@ class Tensors:
         }
 
     def map(self, name: str) -> Tensor:
-        """A tensor whose memory is the file's, as long as it lives; the same one each time.
+        """A tensor whose memory is the file's, as long as it lives; a small one is copied. The same one each time.
 
         Raises:
             ArtifactError: if its values are not those that were saved.
         """
         key = self.index[name]["key"]
         if key not in self._mapped:
-            self._mapped[key] = self.read(name)
+            t = self.read(name)
+            self._mapped[key] = t if t.nbytes >= _SMALL else t.clone()  # each mapping takes pages around its own
         return self._mapped[key]
 
     def read(self, name: str) -> Tensor:

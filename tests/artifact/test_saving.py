@@ -195,7 +195,7 @@ class Wide(nn.Module):
     def __init__(self):
         super().__init__()
         self.table = nn.Embedding(4000, 2048)
-        self.layers = nn.ModuleList(nn.Linear(2048, 2048) for _ in range(24))
+        self.layers = nn.ModuleList(nn.Linear(2048, 2048) for _ in range(48))
     def forward(self, ids):
         x = self.table(ids)
         for layer in self.layers:
@@ -220,7 +220,7 @@ print(peak() - start)
 @pytest.mark.slow
 def test_loading_takes_the_memory_of_the_artifact(tmp_path):
     compiled().save(tmp_path / "small")
-    done, error = run(MEMORY + SAVE_WIDE, tmp_path).communicate(timeout=600)
+    _, error = run(MEMORY + SAVE_WIDE, tmp_path).communicate(timeout=600)
     size = sum(p.stat().st_size for p in (tmp_path / "net").iterdir())
     assert size > 100e6, error[-2000:]
     out, error = run(MEMORY + LOAD_WIDE, tmp_path).communicate(timeout=600)
