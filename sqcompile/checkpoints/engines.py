@@ -28,6 +28,7 @@ _HEAD = "stays in float, as engines compute the projection to the vocabulary in 
 _NO_LINEAR = "stays in float, as its weight is not that of an nn.Linear"
 _SHARED = "stays in float, as its weight is also read where nothing is quantized"
 _EXPERTS = "stays in float, as a checkpoint does not hold its experts one by one"
+_OTHER_INPUT = "gets a scale for each token in the place of a static one, which was for another input"
 _STATIC = "gets a scale for each token in the place of a static one, as engines have no static scales of experts"
 
 
@@ -49,18 +50,23 @@ def refuse(plan: Plan) -> None:
         )
 
 
-def for_engines(traced: fx.GraphModule, plan: Plan, names: CheckpointNames) -> tuple[Plan, list[Changed]]:
+def for_engines(traced: fx.GraphModule, given: Plan, plan: Plan, names: CheckpointNames) -> tuple[Plan, list[Changed]]:
     """The nearest plan that an engine runs, and what was changed.
 
     Args:
         traced: the graph of the model.
-        plan: one that a checkpoint can express (`representable`).
+        given: the plan that was asked for.
+        plan: what a checkpoint can express of it (`representable`).
         names: of the model.
 
     Raises:
         ArtifactError: if nothing is quantized then.
     """
     editor = _Editor(traced, plan, names)
+    static = {l.name for l in given.layers if l.input_scale is not None}
+    editor.changed += [
+        Changed(l.name, _OTHER_INPUT) for l in plan.layers if l.name in static and l.quantized and l.input_scale is None
+    ]
     editor.weights()
     editor.experts()
     editor.fused()

@@ -29,7 +29,7 @@ from sqcompile.files.directory import check_replaceable, new_directory
 from sqcompile.files.regular import said
 from sqcompile.passes.ir.about import about
 from sqcompile.plan.plan import Plan, given_plan
-from sqcompile.process.interrupts import checkpoint
+from sqcompile.process.interrupts import checkpoint, deferred
 from sqcompile.process.lock import analysing, compiling
 
 FORMATS = ("compressed-tensors", "smoothed")
@@ -87,44 +87,49 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
     """
     if format not in FORMATS:
         raise ArtifactError(f"there is no format {format!r}: choose one of {', '.join(FORMATS)}")
-    plan = given_plan(plan, None, None)
+    given = given_plan(plan, None, None)
     target = _target(path)
     names = CheckpointNames(model)
     if format == "compressed-tensors":
-        refuse(plan)
+        refuse(given)
     beside = _source(model, source)
-    with analysing(model), compiling(), torch.no_grad():
-        traced = trace(model, from_spec(plan.call, next(iter(model.parameters())).device))
-        plan, parameters, changed = representable(traced, plan, set(names.saved))
+    with deferred(), analysing(model), compiling(), torch.no_grad():
+        traced = trace(model, from_spec(given.call, next(iter(model.parameters())).device))
+        plan, parameters, changed = representable(traced, given, set(names.saved))
         quantized = None
         if format == "compressed-tensors":
-            plan, more = for_engines(traced, plan, names)
+            plan, more = for_engines(traced, given, plan, names)
             changed += more
             quantized = Quantized(traced, parameters.folded, plan, names)
+        blocks = _blocks(names, traced, parameters, quantized)
         try:
             with new_directory(target, (MARK,)) as folder:
-                weights, notes = Weights(folder), []
-                for block in _blocks(names, traced, parameters, quantized):
-                    weights.add(block)
-                    checkpoint()
-                weights.finish()
-                copied = copy_beside(beside, folder) if beside else []
-                if not any(name.startswith("tokenizer") for name in copied):
-                    where = f"{beside} has none" if beside else "the model was not loaded from a directory, pass source"
-                    notes.append(f"no tokenizer is beside the weights: {where}")
-                write_config(model, folder, quantized.config() if quantized else None)
-                done = Exported(format, target, plan, tuple(changed), tuple(notes), weights.bytes)
+                size, notes = _write(folder, model, blocks, quantized, beside)
+                done = Exported(format, target, plan, tuple(changed), notes, size)
                 write_json(os.path.join(folder, MARK), {"format": format, "summary": str(done).splitlines()[1:]})
         except SQCompileError:
             raise
-        except OverflowError as e:
-            raise ArtifactError(
-                f"{e}: load the model in bfloat16 or float32, or calibrate it with a smaller alpha"
-            ) from e
         except Exception as e:  # of the system, of safetensors, of a configuration that cannot be written
             hint = "pass a path in a directory that exists and may be written to, on a disk with room"
             raise ArtifactError(f"the checkpoint cannot be written to {target} ({said(e)}): {hint}") from e
     return done
+
+
+def _write(
+    folder: str, model: Any, blocks: Iterator[dict[str, Tensor]], quantized: Quantized | None, beside: str | None
+) -> tuple[int, tuple[str, ...]]:
+    """Writes all but the mark, and gives the bytes of the weights and what there is to know."""
+    weights = Weights(folder)
+    for block in blocks:
+        weights.add(block)
+        checkpoint()
+    weights.finish()
+    copied = copy_beside(beside, folder) if beside else []
+    write_config(model, folder, quantized.config() if quantized else None)
+    if any(name.startswith("tokenizer") for name in copied):
+        return weights.bytes, ()
+    where = f"{beside} has none" if beside else "the model was not loaded from a directory, pass source"
+    return weights.bytes, (f"no tokenizer is beside the weights: {where}",)
 
 
 def _blocks(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sqcompile.errors import ArtifactError
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import aten, constants, evaluate, get_tensor, leaves, nodes_by_name, value
 from sqcompile.passes.ir.operators import Fact, having
@@ -72,7 +73,7 @@ class Parameters:
         """The new value of a changed parameter, in its own shape and dtype.
 
         Raises:
-            OverflowError: if the parameter is finite, and its new value is not.
+            ArtifactError: if the parameter is finite, and its new value is not.
         """
         return _value(self.folded, self.changes[leaf], get_tensor(self.folded, leaf))
 
@@ -206,7 +207,10 @@ def _value(folded: fx.GraphModule, change: Change, like: Tensor) -> Tensor:
     assert change.undo is not None
     new = change.undo(evaluate(folded, change.after)).to(like.dtype)
     if not bool(new.isfinite().all()) and bool(like.isfinite().all()):
-        raise OverflowError(f"{change.leaf} does not fit {like.dtype} once it is smoothed")
+        raise ArtifactError(
+            f"{change.leaf} does not fit {like.dtype} once it is smoothed: load the model in bfloat16 or float32, or "
+            "calibrate it with a smaller alpha"
+        )
     return new
 
 

@@ -93,22 +93,20 @@ class Quantized:
 
     def config(self) -> dict[str, Any]:
         """``quantization_config``."""
-        static = [name for name, l in self.layers.items() if l.input_scale is not None]
         dynamic = [name for name, l in self.layers.items() if l.input_scale is None]
-        # experts are found by their class alone, and are dynamic
-        experts = any(self._linears[name][0].experts for name in dynamic)
-        most_first = [dynamic, static] if experts or len(dynamic) >= len(static) else [static, dynamic]
-        groups = {}
-        for i, members in enumerate(m for m in most_first if m):
-            modules = sorted({m for name in members for m in self.names.modules_of(name)})
-            groups[f"group_{i}"] = {
-                "targets": modules if i else ["Linear"],
-                "weights": _int8(self.strategy, dynamic=False),
-                "input_activations": _int8("tensor", dynamic=False)
-                if members is static
-                else _int8("token", dynamic=True),
-                "output_activations": None,
-            }
+        static = [name for name, l in self.layers.items() if l.input_scale is not None]
+        kinds = [(dynamic, _int8("token", dynamic=True)), (static, _int8("tensor", dynamic=False))]
+        groups: dict[str, Any] = {}
+        for members, activations in kinds:
+            if members:
+                # a class is looked for before the parts of what an engine fuses, so that of two groups neither names one
+                targets = self._targets(members) if dynamic and static else ["Linear"]
+                groups[f"group_{len(groups)}"] = {
+                    "targets": targets,
+                    "weights": _int8(self.strategy, dynamic=False),
+                    "input_activations": activations,
+                    "output_activations": None,
+                }
         return {
             "quant_method": "compressed-tensors",
             "format": "int-quantized",
@@ -127,13 +125,25 @@ class Quantized:
             matrix = isinstance(weight, Tensor) and weight.dim() > 1 and not isinstance(module, nn.Embedding)
             if matrix and key not in self.layers and key in self.names.every:
                 found.update(dict.fromkeys(self.names.modules_of(key)))
-            for leaf, p in module.named_parameters(recurse=False):
-                key = f"{name}.{leaf}"
-                if p.dim() == 3 and key not in self.layers:  # experts one by one, whatever an engine calls their parts
-                    apart = [n for n in self.names.of(key) if n != key and n.endswith(".weight")]
-                    parents = {n.rsplit(".", 3)[0] for n in apart}
-                    found.update(dict.fromkeys(f"re:{re.escape(parent)}[.].*" for parent in sorted(parents)))
+            for leaf, _ in module.named_parameters(recurse=False):
+                if (key := f"{name}.{leaf}") not in self.layers:
+                    found.update(dict.fromkeys(self._experts(key)))
         return list(found)
+
+    def _targets(self, members: list[str]) -> list[str]:
+        """Modules by name, and experts by the module around them."""
+        found: dict[str, None] = {}
+        for name in members:
+            found.update(dict.fromkeys(self._experts(name) or self.names.modules_of(name)))
+        return list(found)
+
+    def _experts(self, name: str) -> list[str]:
+        """Patterns of experts that a checkpoint has one by one, whatever an engine calls their parts; else none."""
+        held = self.names.of(name)
+        if name not in self.names.every or self.names.every[name].dim() != 3 or name in held:
+            return []
+        parents = {n.rsplit(".", 3)[0] for n in held if n.endswith(".weight")}
+        return [f"re:{re.escape(parent)}[.].*" for parent in sorted(parents)]
 
     def _only(self, name: str) -> str:
         """The one name that a checkpoint has for a weight."""
