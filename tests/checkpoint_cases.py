@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -33,6 +34,15 @@ def exported(family: str, format: str, path: Path, recipe: Recipe = PLAIN) -> Ex
     done = export(model, plan, format, path)
     done.plan.check()
     return done
+
+
+def with_layers(plan: Plan, recipe: Recipe | None = None, **changes: dict[str, Any]) -> Plan:
+    """The plan with other fields for some linears, by a part of their names, and of another recipe."""
+    layers = tuple(
+        dataclasses.replace(l, **{k: v for part, c in changes.items() if part in l.name for k, v in c.items()})
+        for l in plan.layers
+    )
+    return dataclasses.replace(plan, layers=layers, recipe=recipe or plan.recipe)
 
 
 def logits(model: nn.Module, call: dict[str, Tensor]) -> Tensor:

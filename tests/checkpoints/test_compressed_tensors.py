@@ -8,42 +8,53 @@ import re
 
 import pytest
 import torch
-from checkpoint_cases import PLAIN, STATIC, exported, logits, planned, quantization, quantized_stage, weights
+from checkpoint_cases import (
+    PLAIN,
+    STATIC,
+    exported,
+    logits,
+    planned,
+    quantization,
+    quantized_stage,
+    weights,
+    with_layers,
+)
 from conftest import relative_error, tiny_lm
 
 import sqcompile
 from sqcompile import Recipe
 from sqcompile.checkpoints.export import export
 from sqcompile.passes.ir.graph import get_tensor
+from sqcompile.plan.entries import AttentionPlan
 
 Q, K, V, O = (f"model.layers.0.self_attn.{n}_proj.weight" for n in "qkvo")
-
-
-def with_layers(plan, **changes):
-    """The plan with other fields for some linears, by the last part of their names."""
-    layers = tuple(
-        next((dataclasses.replace(l, **c) for n, c in changes.items() if f".{n}." in l.name), l) for l in plan.layers
-    )
-    return dataclasses.replace(plan, layers=layers)
 
 
 def float_in(done):
     return [l.name for l in done.plan.layers if not l.quantized]
 
 
+ATTENTION = AttentionPlan("model.layers.0.self_attn", "qk", "none", "", shape=(4, 2, 16))
+
+
 @pytest.mark.parametrize(
-    ("recipe", "message"),
+    ("changes", "message"),
     [
-        (Recipe(0.5, activation="per_tensor"), "one dynamic scale for each input (activation='per_tensor')"),
-        (Recipe(0.5, dtype="fp8"), "the plan is of dtype='fp8', and this export of INT8"),
-        (Recipe(0.5, attention="qk"), "the plan has INT8 attention, for which compressed-tensors has no format"),
-        (Recipe(0.5, overrides={"o_proj": {"activation": "per_tensor"}}), "one dynamic scale for each input"),
+        ({"recipe": Recipe(activation="per_tensor")}, "one dynamic scale for each input (activation='per_tensor')"),
+        ({"recipe": Recipe(dtype="fp8")}, "the plan is of dtype='fp8', and this export of INT8"),
+        (
+            {"recipe": Recipe(attention="qk"), "attention": (ATTENTION,)},
+            "the plan has INT8 attention, for which compressed-tensors has no format",
+        ),
+        ({"recipe": Recipe(overrides={"o_proj": {"activation": "per_tensor"}})}, "one dynamic scale for each input"),
     ],
 )
-def test_recipes_that_no_engine_runs_are_refused(recipe, message, tmp_path):
-    model, _, plan = planned("llama", recipe)
+def test_recipes_that_no_engine_runs_are_refused(changes, message, tmp_path):
+    model, _, plan = planned("llama")
+    if "one dynamic scale" in message and changes["recipe"].overrides:
+        plan = with_layers(plan, o_proj={"activation": "per_tensor"})
     with pytest.raises(sqcompile.ArtifactError, match=re.escape(message)) as e:
-        export(model, plan, "compressed-tensors", tmp_path / "out")
+        export(model, dataclasses.replace(plan, **changes), "compressed-tensors", tmp_path / "out")
     assert "calibrate with Recipe(activation='per_token', rotate='none')" in str(e.value)
     assert os.listdir(tmp_path) == []
 
@@ -79,14 +90,18 @@ def test_they_have_one_static_scale_the_largest(tmp_path):
 
 
 def test_scales_for_each_token_beside_static_ones(tmp_path):
-    recipe = Recipe(0.5, activation="per_tensor_static", overrides={"q_proj": {"rotate": 16}})
-    done = exported("llama", "compressed-tensors", tmp_path / "out", recipe)
+    model, _, plan = planned("llama", STATIC)
+    rotated = {"rotation": 16}
+    plan = with_layers(plan, q_proj=rotated, k_proj=rotated, v_proj=rotated)
+    done = export(model, plan, "compressed-tensors", tmp_path / "out")
     tokens = [l.name for l in done.plan.layers if l.quantized and l.input_scale is None]
     assert tokens == [f"model.layers.{i}.self_attn.{n}_proj.weight" for i in (0, 1) for n in "qkv"]
+    said = str(done).splitlines()
+    assert "  model.layers.{0..1}: q_proj, k_proj, v_proj: is not rotated, as no parameter can do that" in said
     assert (
         "  model.layers.{0..1}: q_proj, k_proj, v_proj: gets a scale for each token in the place of a static one, which "
-        "was for another input" in str(done).splitlines()
-    )
+        "was for another input"
+    ) in said
     groups = quantization(tmp_path / "out")["config_groups"]
     by_kind = {g["input_activations"]["strategy"]: g["targets"] for g in groups.values()}
     assert by_kind["token"] == [n.removesuffix(".weight") for n in tokens]
@@ -96,9 +111,10 @@ def test_scales_for_each_token_beside_static_ones(tmp_path):
 
 
 def test_a_tensor_s_scale_is_that_of_each_of_its_channels(tmp_path):
+    model, _, plan = planned("llama")
     recipe = Recipe(0.5, overrides={"o_proj": {"weight": "per_tensor"}})
-    model, _, _ = planned("llama", recipe)
-    done = exported("llama", "compressed-tensors", tmp_path / "out", recipe)
+    plan = with_layers(plan, recipe, o_proj={"weight": "per_tensor"})
+    done = export(model, plan, "compressed-tensors", tmp_path / "out")
     stage, found = quantized_stage(model, done.plan), weights(tmp_path / "out")
     assert get_tensor(stage, f"{O}_scale").shape == (1,)
     assert torch.equal(found[f"{O}_scale"], get_tensor(stage, f"{O}_scale").expand(64, 1))
@@ -128,7 +144,8 @@ def experts_of(family, found, stage, e):
     return dict(zip(names, parts, strict=True))
 
 
-@pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen2_moe", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_experts_are_written_one_by_one(family, tmp_path):
     model, _, _ = planned(family)
     done = exported(family, "compressed-tensors", tmp_path / "out")
@@ -144,25 +161,30 @@ def test_experts_are_written_one_by_one(family, tmp_path):
     assert {f"model.layers.{i}.{gate}" for i in (0, 1)} <= {*ignore} and "lm_head" in ignore
 
 
+@pytest.mark.slow
 def test_static_experts_get_a_scale_for_each_token(tmp_path):
-    plan = planned("mixtral", STATIC)[2]
-    assert all(l.input_scale is not None for l in plan.layers if l.kind == "experts")
-    done = exported("mixtral", "compressed-tensors", tmp_path / "out", STATIC)
+    model, _, plan = planned("mixtral")
+    step = {"input_scale": 0.1}
+    plan = with_layers(plan, STATIC, self_attn=step, experts=step)
+    done = export(model, plan, "compressed-tensors", tmp_path / "out")
     assert {l.activation for l in done.plan.layers if l.kind == "experts"} == {"per_token"}
-    assert (
-        "  model.layers.{0..1}.mlp: gate_up_proj, down_proj: gets a scale for each token in the place of a static one, as "
-        "engines have no static scales of experts"
-        in str(done).replace("experts.gate", "gate").replace("experts.down", "down")
-    )
+    experts = [l.name for l in plan.layers if l.kind == "experts"]
+    what = "gets a scale for each token in the place of a static one, as engines have no static scales of experts"
+    assert sorted((c.name, c.what) for c in done.changed) == sorted((name, what) for name in experts)
     groups = quantization(tmp_path / "out")["config_groups"]
     token, static = groups["group_0"], groups["group_1"]
     assert token["targets"] == [rf"re:model\.layers\.{i}\.block_sparse_moe\.experts[.].*" for i in (0, 1)]
     assert len(static["targets"]) == 8 and "model.layers.0.self_attn.q_proj" in static["targets"]
 
 
+@pytest.mark.slow
 def test_experts_that_stay_in_float_are_ignored_whatever_their_names(tmp_path):
-    recipe = Recipe(0.5, skip=("experts",))
-    done = exported("mixtral", "compressed-tensors", tmp_path / "out", recipe)
+    model, _, plan = planned("mixtral")
+    plan = with_layers(plan, gate_up_proj={"quantized": False, "smoothing": "none", "alpha": None})
+    done = export(model, plan, "compressed-tensors", tmp_path / "out")
+    assert {c.what for c in done.changed} == {
+        "stays in float, as linears that are experts of one block need one scheme"
+    }
     assert sum(l.quantized for l in done.plan.layers) == 8
     patterns = [i.removeprefix("re:") for i in quantization(tmp_path / "out")["ignore"] if i.startswith("re:")]
     for name in ("experts.0.w1", "experts.3.gate_proj"):
@@ -170,6 +192,7 @@ def test_experts_that_stay_in_float_are_ignored_whatever_their_names(tmp_path):
     assert not any(re.match(p, "model.layers.1.self_attn.q_proj") for p in patterns)
 
 
+@pytest.mark.slow
 def test_what_is_no_module_of_linears_stays_in_float(tmp_path):
     model, _, plan = planned("gpt2")
     with pytest.raises(
@@ -179,6 +202,7 @@ def test_what_is_no_module_of_linears_stays_in_float(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_scales_in_float32(tmp_path):
     model, call = tiny_lm("llama", torch.bfloat16), planned("llama")[1]
     plan = sqcompile.calibrate(model, [call], recipe=PLAIN, progress=False)
