@@ -23,6 +23,7 @@ def loaded(model, path):
     return type(model).from_pretrained(path).eval()
 
 
+@pytest.mark.slow
 def test_the_files_have_the_names_that_transformers_writes(tmp_path):
     for family in ("mixtral", "opt"):
         model, _, _ = planned(family)
