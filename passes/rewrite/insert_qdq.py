@@ -26,6 +26,8 @@ and a kernel that sums in int32 gives the same result to the bit, not one that r
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, fx
 
@@ -121,34 +123,17 @@ class _Inserter:
         self.gm.graph.erase_node(node)
 
     def _operands(self, linear: Linear, name: str, per_channel: bool) -> tuple[fx.Node, fx.Node]:
+        make = partial(quantized_weight, self.folded, linear, self.folded_nodes, per_channel, self.qtype)
         if self.shared is None:
-            q, scale = self._weight(linear, per_channel)
+            q, scale = make()
             return add_tensor(self.gm, f"{name}_{self.qtype.name}", q), add_tensor(self.gm, f"{name}_scale", scale)
         weight = self.nodes[linear.weight]
         rows = (*linear.shape[:-2], linear.out_features if per_channel else 1)
         w_int8 = _stand_in(self.gm, f"{name}_{self.qtype.name}", linear.shape, self.qtype.dtype, value(weight).device)
         w_scale = _stand_in(self.gm, f"{name}_scale", rows, torch.float32, value(weight).device)
         key = self.qtype.name, per_channel, self.shared.key(self.gm, weight)
-        about(self.gm).lazy[str(w_int8.target)] = Lazy(
-            key, lambda: self._weight(linear, per_channel), str(w_scale.target)
-        )
+        about(self.gm).lazy[str(w_int8.target)] = Lazy(key, make, str(w_scale.target))
         return w_int8, w_scale
-
-    def _weight(self, linear: Linear, per_channel: bool) -> tuple[Tensor, Tensor]:
-        """int8 [N, K] and float32 [N], or [1] per tensor; for experts, each a tensor of its own, with a leading [E]."""
-        w = effective_weight(self.folded, linear, self.folded_nodes)
-        if not linear.experts:
-            q, scale = _quantize_weight(w, per_channel, self.qtype)
-        else:
-            q, scales = torch.empty(w.shape, dtype=self.qtype.dtype, device=w.device), []
-            for out, matrix in zip(q, w, strict=True):
-                values, scale = _quantize_weight(matrix, per_channel, self.qtype)
-                out.copy_(values)
-                scales.append(scale)
-            scale = torch.stack(scales)
-        if not bool(scale.isfinite().all()):
-            check_tensor(w, linear.name.partition("#")[0])
-        return q, scale
 
     def _input(self, x: fx.Node, layer: LayerPlan) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         """The quantized input as float32 integers, the factor of its rows, and Δ where it is static; made once for each."""
@@ -186,6 +171,35 @@ def _stand_in(
     with about(gm).fake_mode:
         node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
     return node
+
+
+def quantized_weight(
+    folded: fx.GraphModule, linear: Linear, nodes: dict[str, fx.Node], per_channel: bool, qtype: QType
+) -> tuple[Tensor, Tensor]:
+    """int8 [N, K] and float32 [N], or [1] per tensor; for experts, each a tensor of its own, with a leading [E].
+
+    Args:
+        folded: the graph before quantization; ``nodes`` are its nodes by name.
+        linear: one of its linears.
+        per_channel: whether each row has a scale of its own.
+        qtype: the number format.
+
+    Raises:
+        WeightError: for a weight that is not finite.
+    """
+    w = effective_weight(folded, linear, nodes)
+    if not linear.experts:
+        q, scale = _quantize_weight(w, per_channel, qtype)
+    else:
+        q, scales = torch.empty(w.shape, dtype=qtype.dtype, device=w.device), []
+        for out, matrix in zip(q, w, strict=True):
+            values, scale = _quantize_weight(matrix, per_channel, qtype)
+            out.copy_(values)
+            scales.append(scale)
+        scale = torch.stack(scales)
+    if not bool(scale.isfinite().all()):
+        check_tensor(w, linear.name.partition("#")[0])
+    return q, scale
 
 
 def _quantize_weight(w: Tensor, per_channel: bool, qtype: QType) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,113 @@
+"""directory: a checkpoint as transformers lays it out: configuration, tokenizer, and weights in one file or several.
+
+config.json  generation_config.json  tokenizer.json  model-00001-of-00002.safetensors  model.safetensors.index.json
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+# What is copied of the directory that a model was loaded from; of anything else in it, nothing is known.
+_COPIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken", "*.spm",
+    "spiece.model", "sentencepiece*", "chat_template*", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "*.py", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+_MOST_BYTES = 2**30  # of a file that is copied
+_SHARD = 5 * 10**9  # bytes of a file of weights, which is in memory as a whole
+
+
+class Weights:
+    """The weights of a checkpoint, written as they come, in files of a bounded size."""
+
+    def __init__(self, folder: str, most: int = _SHARD) -> None:
+        self.folder, self.most = folder, most
+        self.bytes = 0
+        self._files: list[list[str]] = []
+        self._held: dict[str, Tensor] = {}
+        self._size = 0
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes tensors by their names; what they share memory with is copied."""
+        for name, t in tensors.items():
+            size = t.numel() * t.element_size()
+            if self._held and self._size + size > self.most:
+                self._write()
+            self._held[name] = t.detach()
+            self._size += size
+            self.bytes += size
+
+    def finish(self) -> None:
+        """Writes what is left, and where there are several files, which tensor is in which."""
+        if self._held or not self._files:
+            self._write()
+        count, where = len(self._files), {}
+        for i, names in enumerate(self._files):
+            final = "model.safetensors" if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
+            os.rename(self._path(i), os.path.join(self.folder, final))
+            where.update(dict.fromkeys(names, final))
+        if count > 1:
+            index = {"metadata": {"total_size": self.bytes}, "weight_map": where}
+            write_json(os.path.join(self.folder, "model.safetensors.index.json"), index)
+
+    def _write(self) -> None:
+        whole: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, t in self._held.items():
+            t = t.cpu().contiguous()
+            storage = t.untyped_storage()
+            if storage.data_ptr() in seen or storage.nbytes() != t.numel() * t.element_size():
+                t = t.clone()
+            seen.add(t.untyped_storage().data_ptr())
+            whole[name] = t
+        safetensors.torch.save_file(whole, self._path(len(self._files)), {"format": "pt"})
+        self._files.append(list(whole))
+        self._held, self._size = {}, 0
+
+    def _path(self, i: int) -> str:
+        return os.path.join(self.folder, f"weights-{i}.tmp")
+
+
+def write_config(model: Any, folder: str, quantization: Mapping[str, Any] | None) -> None:
+    """Writes config.json, and generation_config.json where there is none: of the model as it is, which stays as it is."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    path = os.path.join(folder, "config.json")
+    with open(path, encoding="utf-8") as f:
+        written = json.load(f)
+    written.pop("quantization_config", None)
+    if quantization is not None:
+        written["quantization_config"] = quantization
+    write_json(path, written)
+    generation = os.path.join(folder, "generation_config.json")
+    if not os.path.exists(generation) and model.can_generate() and model.generation_config is not None:
+        model.generation_config.to_json_file(generation)
+
+
+def copy_beside(source: str, folder: str) -> list[str]:
+    """Copies what belongs to a model beside its weights, and gives the names."""
+    copied = []
+    for name in sorted(os.listdir(source)):
+        path = os.path.join(source, name)
+        wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in _COPIED)
+        if wanted and os.path.isfile(path) and os.path.getsize(path) <= _MOST_BYTES:
+            shutil.copyfile(path, os.path.join(folder, name))
+            copied.append(name)
+    return copied
+
+
+def write_json(path: str, found: Any) -> None:
+    """Writes JSON that a person can read."""
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(json.dumps(found, indent=2) + "\n")

@@ -1,0 +1,173 @@
+"""export: a model and its plan as a checkpoint that other tools read.
+
+    "smoothed"            the float model, with the scales of smoothing in its parameters
+    "compressed-tensors"  the same with INT8 weights, as vLLM and transformers read them
+
+The directory is one of transformers, under the names that its checkpoints have. It appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sqcompile.capture.call_spec import from_spec
+from sqcompile.capture.trace import trace
+from sqcompile.checkpoints.directory import Weights, copy_beside, write_config, write_json
+from sqcompile.checkpoints.engines import for_engines, refuse
+from sqcompile.checkpoints.names import CheckpointNames
+from sqcompile.checkpoints.parameters import Parameters
+from sqcompile.checkpoints.replan import Changed, lines_of, representable
+from sqcompile.checkpoints.w8a8 import Quantized
+from sqcompile.errors import ArtifactError, SQCompileError
+from sqcompile.files.directory import check_replaceable, new_directory
+from sqcompile.files.regular import said
+from sqcompile.passes.ir.about import about
+from sqcompile.plan.plan import Plan, given_plan
+from sqcompile.process.interrupts import checkpoint, deferred
+from sqcompile.process.lock import analysing, compiling
+
+FORMATS = ("compressed-tensors", "smoothed")
+
+# A file that no other tool writes: by it a directory is known to be one that a new export may replace.
+MARK = "sqcompile_export.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        format: "smoothed" or "compressed-tensors".
+        path: of the directory.
+        plan: what the checkpoint says: ``sqcompile.compile(model, plan=...)`` gives the same numbers.
+        changed: what is other in it than in the plan that was passed, and why, by linear or attention.
+        notes: what else there is to know, in words.
+        bytes: of the weights.
+    """
+
+    format: str
+    path: str
+    plan: Plan
+    changed: tuple[Changed, ...]
+    notes: tuple[str, ...]
+    bytes: int
+
+    def __str__(self) -> str:
+        count, smoothed = len(self.plan.layers), sum(l.smoothing != "none" for l in self.plan.layers)
+        what = f"{smoothed} of {count} linears smoothed"
+        if self.format == "compressed-tensors":
+            what = f"{sum(l.quantized for l in self.plan.layers)} of {count} linears in INT8, {smoothed} smoothed"
+        lines = [f"{self.path}: {self.format}, {what}, {self.bytes / 1e6:.1f} MB"]
+        return "\n  ".join([*lines, *lines_of(self.changed, self.plan), *self.notes])
+
+
+def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[str], source: Any = None) -> Exported:
+    """Writes a checkpoint directory. The model itself is never changed.
+
+    Args:
+        model: of transformers, the one that the plan was made for.
+        plan: from `calibrate` or a compilation, or the path of a saved one.
+        format: "smoothed" or "compressed-tensors".
+        path: of the directory. What is there may be an empty directory, or one of an earlier export, which is replaced.
+        source: the directory that has the tokenizer; the one that the model was loaded from by default.
+
+    Returns:
+        What was written, and what of the plan a checkpoint cannot say; it prints well.
+
+    Raises:
+        ArtifactError: for another format, a model that is none of transformers, a plan that the format cannot express, or
+            a path that cannot be written; nothing is written then.
+        SQCompileError: as `compile` of a plan.
+    """
+    if format not in FORMATS:
+        raise ArtifactError(f"there is no format {format!r}: choose one of {', '.join(FORMATS)}")
+    given = given_plan(plan, None, None)
+    target = _target(path)
+    names = CheckpointNames(model)
+    if format == "compressed-tensors":
+        refuse(given)
+    beside = _source(model, source)
+    with deferred(), analysing(model), compiling(), torch.no_grad():
+        traced = trace(model, from_spec(given.call, next(iter(model.parameters())).device))
+        plan, parameters, changed = representable(traced, given, set(names.saved))
+        quantized = None
+        if format == "compressed-tensors":
+            plan, more = for_engines(traced, given, plan, names)
+            changed += more
+            quantized = Quantized(traced, parameters.folded, plan, names)
+        blocks = _blocks(names, traced, parameters, quantized)
+        try:
+            with new_directory(target, (MARK,)) as folder:
+                size, notes = _write(folder, model, blocks, quantized, beside)
+                done = Exported(format, target, plan, tuple(changed), notes, size)
+                write_json(os.path.join(folder, MARK), {"format": format, "summary": str(done).splitlines()[1:]})
+        except SQCompileError:
+            raise
+        except Exception as e:  # of the system, of safetensors, of a configuration that cannot be written
+            hint = "pass a path in a directory that exists and may be written to, on a disk with room"
+            raise ArtifactError(f"the checkpoint cannot be written to {target} ({said(e)}): {hint}") from e
+    return done
+
+
+def _write(
+    folder: str, model: Any, blocks: Iterator[dict[str, Tensor]], quantized: Quantized | None, beside: str | None
+) -> tuple[int, tuple[str, ...]]:
+    """Writes all but the mark, and gives the bytes of the weights and what there is to know."""
+    weights = Weights(folder)
+    for block in blocks:
+        weights.add(block)
+        checkpoint()
+    weights.finish()
+    copied = copy_beside(beside, folder) if beside else []
+    write_config(model, folder, quantized.config() if quantized else None)
+    if any(name.startswith("tokenizer") for name in copied):
+        return weights.bytes, ()
+    where = f"{beside} has none" if beside else "the model was not loaded from a directory, pass source"
+    return weights.bytes, (f"no tokenizer is beside the weights: {where}",)
+
+
+def _blocks(
+    names: CheckpointNames, traced: fx.GraphModule, parameters: Parameters, quantized: Quantized | None
+) -> Iterator[dict[str, Tensor]]:
+    """The tensors of the checkpoint, block by block, so that not all are in memory at once."""
+    read = {name: leaf for leaf in parameters.changes for name in about(traced).aliases[leaf]}
+    for block in names.blocks():
+        weights, scales = {}, {}
+        for name in block:
+            if quantized is not None and name in quantized.layers:
+                weights[name], scales[name] = quantized.tensors(name)
+            else:
+                weights[name] = parameters.new(read[name]) if name in read else names.every[name]
+        yield quantized.renamed(weights, scales) if quantized is not None else names.convert(weights)
+
+
+def _target(path: Any) -> str:
+    try:
+        target = os.path.realpath(os.fsdecode(path))
+    except (TypeError, ValueError) as e:
+        raise ArtifactError(f"the path is {path!r}: pass a string or a pathlib.Path of a directory") from e
+    try:
+        check_replaceable(target, (MARK,))
+    except OSError as e:
+        raise ArtifactError(f"the checkpoint cannot be written: {e}") from e
+    return target
+
+
+def _source(model: Any, source: Any) -> str | None:
+    """The directory with the tokenizer."""
+    if source is None:
+        name = getattr(model.config, "name_or_path", None)
+        return name if isinstance(name, str) and os.path.isdir(name) else None
+    try:
+        found = os.fsdecode(source)
+    except TypeError as e:
+        raise ArtifactError(f"source is {source!r}: pass the path of a directory that has the tokenizer") from e
+    if not os.path.isdir(found):
+        raise ArtifactError(f"source is {found!r}, and there is no such directory: pass one that has the tokenizer")
+    return found
