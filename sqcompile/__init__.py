@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sqcompile.api import calibrate, compile
+from sqcompile.checkpoints.export import Exported, export
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.compiled.report import Report
 from sqcompile.errors import (
@@ -48,6 +49,7 @@ __all__ = [
     "DrawError",
     "Evaluation",
     "EvaluationError",
+    "Exported",
     "IndexRangeError",
     "InternalError",
     "LayerError",
@@ -65,6 +67,7 @@ __all__ = [
     "compile",
     "debug",
     "evaluate",
+    "export",
     "load",
     "plan_of",
     "refresh",

@@ -51,7 +51,7 @@ def test_default_recipe_keeps_the_perplexity(degradation):
 @pytest.mark.slow
 def test_smoothing_at_least_halves_what_static_quantization_costs(degradation):
     loss = {smooth: degradation("O3", smooth).increase for smooth in (True, False)}
-    assert loss[False] > 2  # there is something to win
+    assert loss[False] > 0.5  # there is something to win
     assert loss[True] <= 0.5 * loss[False]
 
 
