@@ -101,9 +101,7 @@ def _device(device: Any) -> torch.device | None:
 
 
 def _lowered(saved: Saved, target: Target | None) -> fx.GraphModule:
-    lazy = _weights(saved)
-    gm = _filled(saved, lazy)
-    about(gm).lazy = lazy
+    gm = _filled(saved, _weights(saved))
     store = Shared(lambda tensor: None, lambda key: None)
     return verify(lower(gm, store, target), "lowered")
 

@@ -14,7 +14,7 @@ import torch
 
 from sqcompile.artifact import structures
 from sqcompile.artifact.expressions import checked
-from sqcompile.capture.call_spec import DTYPES
+from sqcompile.capture.call_spec import DTYPES, MOST_DIMS
 from sqcompile.capture.captured import Captured, Input
 from sqcompile.capture.inputs import Forward
 from sqcompile.errors import ArtifactError
@@ -26,7 +26,7 @@ _KINDS = {
         inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD,
     )
 }  # fmt: skip
-_MOST_PARAMETERS, _MOST_LEAVES, _MOST_CONDITIONS, _MOST_DIMS = 1000, 10_000, 10_000, 16
+_MOST_PARAMETERS, _MOST_LEAVES, _MOST_CONDITIONS = 1000, 10_000, 10_000
 
 
 class _Kept:
@@ -117,7 +117,7 @@ def captured_from_json(found: Any, device: Callable[[str], torch.device]) -> Cap
 def _leaf(x: Any, device: Callable[[str], torch.device]) -> Any:
     if "constant" in x:
         return _value(x["constant"])
-    if len(x["shape"]) > _MOST_DIMS:
+    if len(x["shape"]) > MOST_DIMS:
         raise ValueError("an argument of too many dimensions")
     return Input(DTYPES[x["dtype"]], device(x["device"]), tuple(_size(s) for s in x["shape"]))
 

@@ -100,9 +100,7 @@ def read(path: str | os.PathLike[str], device: torch.device | None) -> Saved:
     name = path_name(path)
     try:
         return _read(name, device)
-    except PlanError as e:
-        raise ArtifactError(f"{name} cannot be loaded: {e}") from e
-    except ArtifactError as e:
+    except (ArtifactError, PlanError) as e:
         raise ArtifactError(f"{name} cannot be loaded: {e}") from e
     except Exception as e:  # of whatever a field that is not what it should be leads to
         raise ArtifactError(f"{name} cannot be loaded ({said(e)}): save the model again") from e

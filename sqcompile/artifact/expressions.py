@@ -6,10 +6,10 @@ They are evaluated at each call, so one from a file must be nothing but arithmet
 from __future__ import annotations
 
 import ast
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from sqcompile.capture.captured import NAMESPACE
 from sqcompile.errors import ArtifactError
 
 _LONGEST = 2000  # characters
@@ -49,9 +49,7 @@ def checked(text: Any, symbols: Mapping[str, Any]) -> str:
 
 def evaluated(text: str, symbols: Mapping[str, Any]) -> Any:
     """The value of an expression that was `checked`, of sizes or symbolic ones."""
-    import torch
-
-    return eval(text, {"math": math, "torch": torch}, dict(symbols))
+    return eval(text, NAMESPACE, dict(symbols))
 
 
 def _walk(tree: ast.AST) -> list[ast.AST]:

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from sqcompile.artifact import arguments
 from sqcompile.artifact.expressions import checked, evaluated
 from sqcompile.artifact.operators import name_of, operator_of
-from sqcompile.capture.call_spec import DTYPES
+from sqcompile.capture.call_spec import DTYPES, MOST_DIMS
 from sqcompile.capture.captured import Captured
 from sqcompile.errors import ArtifactError
 from sqcompile.files.regular import said
@@ -179,7 +179,12 @@ def _ranges(found: Any) -> dict[str, tuple[int, int, int | None]]:
 
 def _input(n: Any, mode: Any, symbols: Mapping[str, Any], device: Callable[[str], torch.device]) -> Tensor:
     sizes, dtype = n.get("size"), n.get("dtype")
-    if not isinstance(sizes, list) or len(sizes) > 16 or dtype not in DTYPES or not isinstance(n.get("device"), str):
+    if (
+        not isinstance(sizes, list)
+        or len(sizes) > MOST_DIMS
+        or dtype not in DTYPES
+        or not isinstance(n.get("device"), str)
+    ):
         raise ArtifactError(f"its graph has the input {str(n)[:100]}, which is none")
     shape = [evaluated(checked(s, symbols), symbols) if isinstance(s, str) else s for s in sizes]
     if not all(isinstance(s, torch.SymInt) or (type(s) is int and 0 <= s < 2**48) for s in shape):

@@ -2,7 +2,7 @@
 
     CausalLMOutputWithPast(logits=...)
 ->
-    {"class": "transformers.modeling_outputs.CausalLMOutputWithPast", "context": ["logits"], "parts": [null]}
+    {"class": "transformers.modeling_outputs.CausalLMOutputWithPast", "parts": [null], "names": ["logits"]}
 
 No class of the model's own source is imported. Of transformers, whose classes are known by name, results keep theirs; what
 else has names becomes `Outputs`.

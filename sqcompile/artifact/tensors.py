@@ -19,18 +19,17 @@ from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from sqcompile.capture.call_spec import DTYPES
+from sqcompile.capture.call_spec import DTYPES, MOST_DIMS
 from sqcompile.errors import ArtifactError
 from sqcompile.files.regular import said
+from sqcompile.files.weights import write_weights
 
 SHARD = 4_000_000_000  # bytes of a file, unless one tensor has more
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MOST_DIMS = 16
 _SMALL = 2**20  # bytes
 
 
@@ -68,18 +67,8 @@ def write_tensors(folder: str, tensors: Mapping[str, Tensor], most: int = SHARD)
         room -= t.nbytes
     for i, names in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        dense = {n: tensors[n].detach().permute(_order(tensors[n])).cpu().contiguous() for n in names}
-        # tensors that lie in one memory are told apart by copies
-        seen: set[int] = set()
-        for n, t in dense.items():
-            if (address := t.untyped_storage().data_ptr()) in seen:
-                dense[n] = t.clone()
-            seen.add(address)
-        safetensors.torch.save_file(dense, os.path.join(folder, file))
-        os.chmod(
-            os.path.join(folder, file), os.stat(folder).st_mode & 0o666
-        )  # which the library gives to the owner alone
-        sums = {n: _sha256(t) for n, t in dense.items()}
+        dense = {n: tensors[n].permute(_order(tensors[n])) for n in names}
+        sums = {n: _sha256(t) for n, t in write_weights(os.path.join(folder, file), dense).items()}
         for entry in index.values():
             if entry["key"] in sums:
                 entry |= {"file": file, "sha256": sums[entry["key"]]}
@@ -196,7 +185,7 @@ def _checked(index: Any) -> dict[str, Any]:
             and _SHA256.fullmatch(e["sha256"])
             and e["dtype"] in DTYPES
             and isinstance(e["shape"], list)
-            and len(e["shape"]) <= _MOST_DIMS
+            and len(e["shape"]) <= MOST_DIMS
             and all(type(s) is int and 0 <= s < 2**48 for s in e["shape"])
             and sorted(e.get("order", range(len(e["shape"])))) == list(range(len(e["shape"])))
         )

@@ -22,7 +22,7 @@ DTYPES = {
 }  # fmt: skip
 _NAMES = {"positional", "ignored"}  # of a call's arguments
 _MOST_ELEMENTS = 2**31  # of a call's tensors together, which are made again as zeros
-_MOST_DIMS = 16
+MOST_DIMS = 16
 _MOST_NESTING = 16  # of a call's tuples, lists and dicts
 
 
@@ -63,7 +63,7 @@ def check_spec(spec: Any) -> None:
         if kind == "shape" and x.keys() == {"shape", "dtype"}:
             good = (
                 isinstance(inner, list)
-                and len(inner) <= _MOST_DIMS
+                and len(inner) <= MOST_DIMS
                 and all(type(n) is int and 0 <= n <= _MOST_ELEMENTS for n in inner)
             )
             elements += math.prod(inner) if good else 0

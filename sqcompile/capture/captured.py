@@ -23,7 +23,7 @@ from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import value
 from sqcompile.pytorch.core import pytree
 
-_NAMESPACE = {"math": math, "torch": torch}  # of conditions as PythonPrinter writes them
+NAMESPACE = {"math": math, "torch": torch}  # of conditions as PythonPrinter writes them
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def flatten_like(call: Call, like: Captured) -> list[Any]:
         if not _fits(have, want, sizes):
             raise CaptureError(_misfit(i, leaves, like))
     try:
-        holds = like.code is None or eval(like.code, _NAMESPACE, sizes)
+        holds = like.code is None or eval(like.code, NAMESPACE, sizes)
     except ZeroDivisionError:  # of a condition about parts of an empty tensor
         holds = False
     if not holds:
@@ -205,7 +205,7 @@ def _misfit(i: int, leaves: list[Any], like: Captured) -> str:
 def _broken(sizes: dict[str, int], like: Captured) -> str:
     def holds(condition: str) -> bool:
         try:
-            return bool(eval(condition, _NAMESPACE, sizes))
+            return bool(eval(condition, NAMESPACE, sizes))
         except ZeroDivisionError:
             return False
 

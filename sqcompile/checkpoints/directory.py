@@ -13,8 +13,9 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
+
+from sqcompile.files.weights import write_weights
 
 # What is copied of the directory that a model was loaded from; of anything else in it, nothing is known.
 _COPIED = (
@@ -60,17 +61,8 @@ class Weights:
             write_json(os.path.join(self.folder, "model.safetensors.index.json"), index)
 
     def _write(self) -> None:
-        whole: dict[str, Tensor] = {}
-        seen: set[int] = set()
-        for name, t in self._held.items():
-            t = t.cpu().contiguous()
-            storage = t.untyped_storage()
-            if storage.data_ptr() in seen or storage.nbytes() != t.numel() * t.element_size():
-                t = t.clone()
-            seen.add(t.untyped_storage().data_ptr())
-            whole[name] = t
-        safetensors.torch.save_file(whole, self._path(len(self._files)), {"format": "pt"})
-        self._files.append(list(whole))
+        write_weights(self._path(len(self._files)), self._held, {"format": "pt"})
+        self._files.append(list(self._held))
         self._held, self._size = {}, 0
 
     def _path(self, i: int) -> str:

@@ -211,8 +211,7 @@ def test_weights_that_were_edited_are_refused(saved, tmp_path):
     assert "up.weight_int8" in refused(path, "SHA-256")
 
 
-def test_values_that_are_not_finite_and_scales_of_no_size(saved, tmp_path):
-    """They are what the file says they are: a hash of its own would fit. The graph computes with them as with any."""
+def test_a_file_with_a_tensor_more_is_refused(saved, tmp_path):
     path, meta = copy(saved, tmp_path / "net"), manifest(saved)
     tensors = load_file(path / WEIGHTS) | {"more": torch.zeros(3)}
     save_file(tensors, path / WEIGHTS)
