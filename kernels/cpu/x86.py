@@ -49,7 +49,7 @@ def row_sum(w: Tensor, packed: Tensor) -> Tensor:
     """int32 [N], the sum of each row of w, int8 [N, K]; empty if ``packed`` has a layout our kernels cannot read."""
     if not _readable(packed, w):
         return torch.empty(0, dtype=torch.int32)
-    rows = max(1, 2**20 // max(1, w.shape[1]))  # at a time: PyTorch makes a copy in the dtype of the sum
+    rows = max(1, 2**16 // max(1, w.shape[1]))  # at a time: PyTorch makes a copy in the dtype of the sum
     return torch.cat([part.sum(dim=1, dtype=torch.int32) for part in w.split(rows)])
 
 
@@ -148,8 +148,11 @@ def _readable(packed: Tensor, w: Tensor) -> bool:
         return False
     raw = (ctypes.c_int8 * (rows * depth)).from_address(torch.ops.mkldnn.data_ptr(packed))
     blocks = torch.frombuffer(raw, dtype=torch.int8).view(rows // BLOCK, depth // 4, BLOCK, 4)
-    plain = blocks.permute(0, 2, 1, 3).reshape(rows, depth)
-    return bool(torch.equal(plain[:n, :k], w)) and not plain[n:].any() and not plain[:, k:].any()
+    for i, block in enumerate(blocks):  # one at a time: a copy of a whole weight is memory
+        plain, want = block.permute(1, 0, 2).reshape(BLOCK, depth), w[i * BLOCK : (i + 1) * BLOCK]
+        if not torch.equal(plain[: len(want), :k], want) or plain[len(want) :].any() or plain[:, k:].any():
+            return False
+    return True
 
 
 def _use_huge_pages(address: int, size: int) -> None:

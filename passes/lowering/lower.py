@@ -139,7 +139,7 @@ def _weights(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | None,
 
 
 def _merge(parts: list[tuple[torch.Tensor, torch.Tensor]], target: Target) -> Merged:
-    w_int8 = torch.cat([w for w, _ in parts])
+    w_int8 = parts[0][0] if len(parts) == 1 else torch.cat([w for w, _ in parts])  # no copy of a large one
     scale = torch.cat([scale.expand(len(w)) for w, scale in parts])
     if target.pack is None:
         return Merged(w_int8, scale)
