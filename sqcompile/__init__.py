@@ -33,11 +33,12 @@ from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import PRESETS, Recipe
 from sqcompile.refresh import refresh
 from sqcompile.results import plan_of, report_of
+from sqcompile.version import VERSION
 
 if TYPE_CHECKING:
     from sqcompile import debug
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "PRESETS",

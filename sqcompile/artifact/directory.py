@@ -28,6 +28,7 @@ from sqcompile.files.regular import read_regular, said
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import constants, get_tensor, value
 from sqcompile.plan.plan import Plan
+from sqcompile.version import VERSION
 
 FORMAT = 1
 MANIFEST, PLAN = "sqcompile.json", "plan.safetensors"
@@ -171,9 +172,7 @@ def _check_constants(gm: fx.GraphModule, nbytes: int) -> None:
 
 def versions() -> dict[str, str]:
     """The versions that a model was saved with."""
-    from importlib.metadata import version
-
-    return {"sqcompile": version("sqcompile"), "torch": torch.__version__}
+    return {"sqcompile": VERSION, "torch": torch.__version__}
 
 
 def path_name(path: Any) -> str:
