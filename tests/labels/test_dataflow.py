@@ -151,7 +151,7 @@ def test_random_modules_fold_exactly(seed):
 
 @pytest.mark.slow
 @given(st.integers(0, 2**31))
-@settings(max_examples=700, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 def test_hundreds_of_random_modules_fold_exactly(seed):
     error = wrong_fold(seed)
     assert error is None or error <= 1e-5
