@@ -118,7 +118,7 @@ def fused_table(m: int, rep_ms: float) -> list[str]:
     kernels: list[tuple[str, Callable[[], Any], Tensor, int]] = [
         ("quantize per token", lambda: quantize_rows(x), xs, 3 * d),
         ("quantize per tensor", lambda: quantize_rows(x, "tensor"), xs, 5 * d),
-        ("quantize static", lambda: quantize_rows(x, scale=static), xs, 3 * d),
+        ("quantize static", lambda: (quantize_rows(x, scale=static)[0], static), xs, 3 * d),
         ("RMSNorm + quantize", lambda: norm_quantize(x, w, 1e-5)[1:3], _rms_norm(xs, ws), 3 * d),
         ("add + RMSNorm + quantize", lambda: norm_quantize(x, w, 1e-5, residual=r)[1:3], _rms_norm(hs, ws), 7 * d),
         (
