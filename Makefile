@@ -64,7 +64,7 @@ $(SERVE)/ready: Makefile
 
 serve-test: $(VENV)/ready
 	@if $(MAKE) --quiet $(SERVE)/ready; then \
-	  SQCOMPILE_VLLM_PYTHON=$(abspath $(SERVE))/bin/python $(BIN)/python -m pytest -n 0 -m serve tests/serving; \
+	  SQCOMPILE_VLLM_PYTHON=$(abspath $(SERVE))/bin/python $(BIN)/python -m pytest -n 0 -m 'serve and not slow' tests/serving; \
 	else \
 	  echo "$(VLLM) cannot be installed here: the tests of serving are left out"; \
 	fi

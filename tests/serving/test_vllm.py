@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 import socket
 import statistics
 import subprocess
@@ -17,26 +16,16 @@ from typing import Any
 
 import pytest
 import torch
+from serving_cases import KERNEL, PYTHON, RECIPES, environment, needs_vllm, run_engine
 
 import sqcompile
-from sqcompile import Recipe
 from sqcompile.checkpoints.export import export
 from sqcompile.lm.corpus import calibration_texts, evaluation_texts
 from sqcompile.lm.load import load_lm
 
-PYTHON = os.environ.get("SQCOMPILE_VLLM_PYTHON")
-pytestmark = [
-    pytest.mark.serve,
-    pytest.mark.skipif(PYTHON is None, reason="SQCOMPILE_VLLM_PYTHON names no environment with vLLM: make serve-test"),
-    pytest.mark.skipif(
-        not torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
-        reason="vLLM's INT8 kernel wants a CPU with AVX512",
-    ),
-]
-RECIPES = {"per token": Recipe(0.5), "static": Recipe(0.5, activation="per_tensor_static")}
+pytestmark = needs_vllm
 PROMPTS, PROMPT, TOKENS = 8, 64, 24
 ROUNDING = 1e-6  # of float32 arithmetic in another order: it moves values over the edges of INT8 steps
-KERNEL = "CPUInt8ScaledMMLinearKernel for CompressedTensorsW8A8Int8"
 
 
 def _blocks(texts: list[str], tokenizer: Any, count: int, length: int) -> list[list[int]]:
@@ -81,17 +70,6 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder / "net", ours
 
 
-def _environment() -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    return clean | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-
-
 def _agree(name: str, ours: dict[str, Any], tokens: list[list[int]], logprobs: list[list[float]]) -> None:
     """The same tokens and probabilities, but for what roundings do.
 
@@ -120,13 +98,7 @@ def _agree(name: str, ours: dict[str, Any], tokens: list[list[int]], logprobs: l
 @pytest.mark.parametrize("served", ["per token"], indirect=True)
 def test_the_engine_gives_our_tokens(served, tmp_path):
     directory, ours = served
-    (tmp_path / "prompts.json").write_text(json.dumps(ours))
-    script = Path(__file__).parent / "vllm_engine.py"
-    command = [PYTHON, str(script), str(directory), str(tmp_path / "prompts.json")]
-    done = subprocess.run(command, env=_environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert KERNEL in done.stderr + done.stdout
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"tokens"')))
+    found = run_engine(directory, ours["prompts"], ours["tokens"], tmp_path)
     ranks = [rank for row in found["forced"] for _, rank in row]
     assert sum(r == 1 for r in ranks) / len(ranks) >= 0.98  # whatever came before
     _agree("LLM", ours, found["tokens"], [[p for p, _ in row] for row in found["forced"]])
@@ -164,7 +136,7 @@ def _server(directory: Path, folder: Path) -> Iterator[str]:
     ]  # fmt: skip
     log = folder / "log"
     with log.open("w") as out:
-        process = subprocess.Popen(command, env=_environment(), cwd=folder, stdout=out, stderr=out)
+        process = subprocess.Popen(command, env=environment(), cwd=folder, stdout=out, stderr=out)
     try:
         end = time.monotonic() + 240
         while not _healthy(f"http://127.0.0.1:{port}/health"):
