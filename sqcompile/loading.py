@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
 from torch import fx
 
+from sqcompile.artifact.code import taken
 from sqcompile.artifact.directory import Saved, read
 from sqcompile.capture.trace import register_kv_cache_pytree
 from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
@@ -32,6 +34,7 @@ def load(
     backend: str = "inductor",
     regional: bool = False,
     target: str | Target | None = None,
+    code: bool = False,
 ) -> CompiledModel:
     """Loads what `CompiledModel.save` wrote, and compiles it for this machine.
 
@@ -42,6 +45,9 @@ def load(
         path: the directory.
         device: where the model is to run, such as "cpu" or "cuda"; None for where it ran when it was saved.
         backend, regional, target: as for `compile`.
+        code: uses the code that ``save(path, code=True)`` kept, for the backend "inductor" and whole models. That is running
+            what is in the directory: pass True for what you or somebody you trust saved. Where versions, processor or GPU are
+            others, a warning says so, and the model is compiled here.
 
     Returns:
         A CompiledModel. It has the stages "quantized" and "lowered". A result of a class that is not known here, such as a
@@ -54,13 +60,33 @@ def load(
     """
     if backend not in BACKENDS:
         raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+    if code and (backend != "inductor" or regional):
+        raise RecipeError("code=True is Inductor's code of a whole model: leave out backend and regional, or code")
+    return loaded(path, device, backend, regional, target, code)
+
+
+def loaded(
+    path: str | os.PathLike[str],
+    device: Any = None,
+    backend: str = "inductor",
+    regional: bool = False,
+    target: Any = None,
+    code: bool = False,
+    constants: bool = True,
+) -> CompiledModel:
+    """As `load`. Without ``constants`` the compiled code is one that other processes can use, as that of ``code`` is."""
     where, on = _device(device), Target.given(target)
     with deferred(), compiling(), torch.no_grad():
         register_kv_cache_pytree()
         saved = read(path, where)
+        if code and (why := taken(path, saved.code)):
+            warnings.warn(
+                f"the code of {os.fsdecode(path)} is not used, and the model is compiled: {why}", stacklevel=3
+            )
         try:
             history = SavedStages(path, where, on)
-            return emit(_lowered(saved, on), saved.call, saved.plan, history, backend, regional)
+            whole = constants and not code
+            return emit(_lowered(saved, on), saved.call, saved.plan, history, backend, regional, whole)
         except SQCompileError:
             raise
         except Exception as e:  # of a graph that no version has saved

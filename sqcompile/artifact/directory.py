@@ -4,6 +4,7 @@ out/
     sqcompile.json                      signature, calls, graph of the quantized stage, index of tensors, SHA-256 of it all
     plan.safetensors                    the plan, as `Plan.save` writes it
     model-00001-of-00001.safetensors    int8 weights, scales, and what stays in float
+    code.zip                            if asked for: see `code`
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.artifact import calls, graphs, structures
+from sqcompile.artifact.code import write_code
 from sqcompile.artifact.tensors import SHARD, Tensors, write_tensors
 from sqcompile.capture.inputs import Forward
 from sqcompile.errors import ArtifactError, PlanError
@@ -33,10 +35,18 @@ from sqcompile.version import VERSION
 FORMAT = 1
 MANIFEST, PLAN = "sqcompile.json", "plan.safetensors"
 _MOST_BYTES = 2**29  # of the manifest
-_FIELDS = {"format", "versions", "forward", "calls", "returns", "graph", "tensors"}
+_FIELDS = {"format", "versions", "forward", "calls", "returns", "graph", "tensors", "code"}
 
 
-def save(quantized: fx.GraphModule, plan: Plan, call: Forward, path: str | os.PathLike[str], most: int = SHARD) -> None:
+def save(
+    quantized: fx.GraphModule,
+    plan: Plan,
+    call: Forward,
+    path: str | os.PathLike[str],
+    most: int = SHARD,
+    code: bool = False,
+    target: str | None = None,
+) -> None:
     """Writes a directory.
 
     Args:
@@ -45,6 +55,7 @@ def save(quantized: fx.GraphModule, plan: Plan, call: Forward, path: str | os.Pa
         call: how the model is called.
         path: where to; an artifact that is there is replaced when the new one is whole.
         most: bytes of a file.
+        code: whether to compile it, and to write the code, too; for the ``target`` that `load` would be given.
 
     Raises:
         ArtifactError: if something of the model cannot be saved, or the directory cannot be written.
@@ -57,19 +68,26 @@ def save(quantized: fx.GraphModule, plan: Plan, call: Forward, path: str | os.Pa
         "calls": calls.captured_to_json(about(quantized).calls),
         "returns": structures.to_json(about(quantized).out_spec),
         "graph": graphs.to_json(quantized),
+        "code": None,
     }
     tensors = {str(n.target): get_tensor(quantized, str(n.target)) for n in quantized.graph.find_nodes(op="get_attr")}
     try:
         with new_directory(name, ours=(MANIFEST,)) as folder:
             meta["tensors"] = write_tensors(folder, tensors, most)
             plan.save(os.path.join(folder, PLAN))
-            text = json.dumps({**meta, "sha256": _sha256(meta)})
-            with open(os.path.join(folder, MANIFEST), "w", encoding="utf-8") as f:
-                f.write(text)
-    except PlanError as e:
+            _write_manifest(folder, meta)
+            if code:
+                meta["code"] = write_code(folder, target)
+                _write_manifest(folder, meta)
+    except (ArtifactError, PlanError) as e:
         raise ArtifactError(f"the model cannot be saved to {name}: {e}") from e
     except Exception as e:  # whatever the system has to say of it
         raise ArtifactError(f"the model cannot be saved to {name} ({said(e)})") from e
+
+
+def _write_manifest(folder: str, meta: dict[str, Any]) -> None:
+    with open(os.path.join(folder, MANIFEST), "w", encoding="utf-8") as f:
+        f.write(json.dumps({**meta, "sha256": _sha256(meta)}))
 
 
 @dataclass(frozen=True)
@@ -80,12 +98,14 @@ class Saved:
         graph: of the quantized stage, with recorded values, over tensors without data.
         tensors: those of the graph, by name.
         plan, call: as of the model that was saved.
+        code: what is said of its code; None without.
     """
 
     graph: fx.GraphModule
     tensors: Tensors
     plan: Plan
     call: Forward
+    code: Any
 
 
 def read(path: str | os.PathLike[str], device: torch.device | None) -> Saved:
@@ -117,7 +137,7 @@ def _read(name: str, device: torch.device | None) -> Saved:
     if unused := tensors.index.keys() - {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}:
         raise ArtifactError(f"its graph does not read the tensor {next(iter(unused))[:100]!r}")
     _check_constants(gm, tensors.nbytes)
-    return Saved(gm, tensors, plan, calls.forward_from_json(meta["forward"]))
+    return Saved(gm, tensors, plan, calls.forward_from_json(meta["forward"]), meta["code"])
 
 
 def _manifest(name: str) -> dict[str, Any]:

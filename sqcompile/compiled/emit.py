@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +14,7 @@ from sqcompile.artifact.directory import save
 from sqcompile.artifact.tensors import SHARD
 from sqcompile.capture.captured import contiguous, flatten_like
 from sqcompile.capture.inputs import Forward
-from sqcompile.compiled.inductor import compile_regions, flatten, inductor
+from sqcompile.compiled.inductor import compile_regions, compile_without_constants, flatten, inductor
 from sqcompile.compiled.report import Report
 from sqcompile.compiled.stages import Stages
 from sqcompile.errors import CaptureError, StageError
@@ -89,7 +90,7 @@ class CompiledModel(nn.Module):
 
         draw(path, self.stages["traced"], self.plan, self.stages[stage], full)
 
-    def save(self, path: str | os.PathLike[str], *, shard_bytes: int = SHARD) -> None:
+    def save(self, path: str | os.PathLike[str], *, shard_bytes: int = SHARD, code: bool = False) -> None:
         """Writes a directory that `sqcompile.load` makes a compiled model of, without this model's class and its data.
 
         It holds the graph, the INT8 weights before they are packed for this machine, what stays in float, and the plan: as
@@ -98,12 +99,16 @@ class CompiledModel(nn.Module):
         Args:
             path: of the directory.
             shard_bytes: how large a file of weights may be, unless a single tensor is larger.
+            code: also keeps what Inductor compiles for the model, which takes another compilation, in a process of its own.
+                `load(path, code=True)` uses it where versions and machine are the same.
 
         Raises:
             ArtifactError: if something of the model cannot be saved, or the directory cannot be written.
             StageError: if the float model is gone, from which the INT8 weights are made, or its parameters changed.
         """
-        save(self.stages["quantized"], self.plan, self.call, path, shard_bytes)
+        target = about(self.lowered).target
+        name = None if target is None else target.name
+        save(self.stages["quantized"], self.plan, self.call, path, shard_bytes, code, name)
 
     def weight_bytes(self) -> int:
         """Bytes of all tensors the compiled model holds; a packed weight counts as its int8 values."""
@@ -140,7 +145,13 @@ class CompiledModel(nn.Module):
 
 
 def emit(
-    lowered: fx.GraphModule, call: Forward, plan: Plan, stages: Stages, backend: str, regional: bool
+    lowered: fx.GraphModule,
+    call: Forward,
+    plan: Plan,
+    stages: Stages,
+    backend: str,
+    regional: bool,
+    constants: bool = True,
 ) -> CompiledModel:
     """Makes the module.
 
@@ -150,6 +161,7 @@ def emit(
         plan, stages: for the user.
         backend: "inductor" compiles the graph once for all shapes; "eager" runs it as it is.
         regional: see `compile_regions`.
+        constants: whether tensors may be constants of Inductor's code, which is then of no use to another process.
     """
     copies: dict[Hashable, Tensor] = {}  # a tied tensor is copied once
     for n in lowered.graph.find_nodes(op="get_attr"):
@@ -157,7 +169,10 @@ def emit(
         if name in stages.original:
             tensor = get_tensor(lowered, name)
             set_tensor(lowered, name, _copy(tensor, copies))
-    how = {"inductor": compile_regions if regional else inductor, "eager": lambda flat: flat}
+    compiler = compile_regions if regional else inductor
+    if not constants:
+        compiler = partial(compile_without_constants, code={}, guarded=False)
+    how = {"inductor": compiler, "eager": lambda flat: flat}
     return CompiledModel(lowered, call, plan, stages, how[backend])
 
 

@@ -4,6 +4,7 @@ name            what for                                                        
 config          freezing, and the checks that compiled code makes                                    2.11, 2.13
 compile_fx      a graph and its fake inputs to a function, without Dynamo                            2.11, 2.13
 PyCodeCache     the list of all modules made so, which would keep weights                            2.11, 2.13
+cache_dir       where Inductor keeps what it compiled                                                 2.11, 2.13
 CppCodeCache    builds our C++ kernels with the compiler and the flags that Inductor uses            2.11, 2.13
 """
 
@@ -15,8 +16,9 @@ from typing import Any
 import torch._inductor.config as config
 from torch import fx
 from torch._inductor.codecache import CppCodeCache, PyCodeCache
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-__all__ = ["CppCodeCache", "PyCodeCache", "compile_fx", "config"]
+__all__ = ["CppCodeCache", "PyCodeCache", "cache_dir", "compile_fx", "config"]
 
 
 def compile_fx(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
