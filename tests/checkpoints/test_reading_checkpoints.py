@@ -37,8 +37,8 @@ def test_an_export_is_loaded_with_the_numbers_of_the_quantized_stage(family, rec
     int8 = [t for t in held.values() if t.dtype == torch.int8]
     assert len(files) == len(int8) > 0
     assert all(any(torch.equal(a, b) for b in files) for a in int8)
-    plan = {l.name: l.input_scale for l in loaded.plan.layers if l.quantized}
-    want = {l.name: l.input_scale for l in done.plan.layers if l.quantized}
+    plan = {l.name: l.input_scale or 0.0 for l in loaded.plan.layers if l.quantized}
+    want = {l.name: l.input_scale or 0.0 for l in done.plan.layers if l.quantized}
     assert plan == pytest.approx(want, rel=1e-6)
 
 
