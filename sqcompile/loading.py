@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from sqcompile.artifact.code import taken
-from sqcompile.artifact.directory import Saved, read
+from sqcompile.artifact.directory import MANIFEST, Saved, path_name, read
 from sqcompile.capture.trace import register_kv_cache_pytree
+from sqcompile.checkpoints.read_model import is_checkpoint, read_model
 from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
 from sqcompile.compiled.stages import Stages
 from sqcompile.errors import ArtifactError, RecipeError, SQCompileError, StageError
@@ -22,6 +23,7 @@ from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import set_tensor, value
 from sqcompile.passes.ir.verify import STAGES, verify
 from sqcompile.passes.lowering.lower import lower
+from sqcompile.passes.rewrite.insert_qdq import quantize_weights
 from sqcompile.passes.rewrite.weight_store import Lazy, Shared
 from sqcompile.process.interrupts import deferred
 from sqcompile.process.lock import compiling
@@ -36,14 +38,19 @@ def load(
     target: str | Target | None = None,
     code: bool = False,
 ) -> CompiledModel:
-    """Loads what `CompiledModel.save` wrote, and compiles it for this machine.
+    """Loads what `CompiledModel.save` wrote, or an INT8 checkpoint, and compiles it for this machine.
 
     Neither the model's class nor its source is needed. Every tensor's SHA-256 is looked at. Weights are packed one at a
     time, and what is not packed stays in the file, mapped into memory: keep the file as long as the model.
 
+    A checkpoint is a directory of transformers with INT8 W8A8 weights in the format of compressed-tensors, as llm-compressor
+    and `export` write it: a causal language model, called with ``input_ids`` and ``attention_mask``, int64 [batch, seq]. Its
+    int8 weights are used as they are. The model's source is transformers', and no code of the directory is run.
+
     Args:
         path: the directory.
-        device: where the model is to run, such as "cpu" or "cuda"; None for where it ran when it was saved.
+        device: where the model is to run, such as "cpu" or "cuda"; None for where it ran when it was saved. A checkpoint
+            is loaded for the CPU; save the result, and load that for another device.
         backend, regional, target: as for `compile`.
         code: uses the code that ``save(path, code=True)`` kept, for the backend "inductor" and whole models. That is running
             what is in the directory: pass True for what you or somebody you trust saved. Where versions, processor or GPU are
@@ -78,6 +85,10 @@ def loaded(
     where, on = _device(device), Target.given(target)
     with deferred(), compiling(), torch.no_grad():
         register_kv_cache_pytree()
+        if _is_checkpoint(path):
+            if code:
+                raise ArtifactError(f"{os.fsdecode(path)} is a checkpoint, which has no code: leave code out")
+            return _checkpoint(path_name(path), where, backend, regional, on)
         saved = read(path, where)
         if code and (why := taken(path, saved.code)):
             warnings.warn(
@@ -91,6 +102,31 @@ def loaded(
             raise
         except Exception as e:  # of a graph that no version has saved
             raise ArtifactError(f"{os.fsdecode(path)} cannot be loaded ({said(e)}): save the model again") from e
+
+
+def _is_checkpoint(path: Any) -> bool:
+    name = path_name(path)
+    try:
+        return not os.path.lexists(os.path.join(name, MANIFEST)) and is_checkpoint(name)
+    except ArtifactError as e:
+        raise ArtifactError(f"{name} cannot be loaded: {e}") from e
+
+
+def _checkpoint(
+    name: str, where: torch.device | None, backend: str, regional: bool, target: Target | None
+) -> CompiledModel:
+    if where is not None and where.type != "cpu":
+        raise ArtifactError(
+            f"a checkpoint is loaded for the CPU, not for {where}: load it, save the result, and load that with device="
+        )
+    found = read_model(name)
+    try:
+        lowered = _lower(found.graph, target)
+        return emit(lowered, found.call, found.plan, CheckpointStages(name, None, target), backend, regional)
+    except SQCompileError:
+        raise
+    except Exception as e:  # of a graph that no version has made
+        raise ArtifactError(f"{name} cannot be loaded ({said(e)}): export it again") from e
 
 
 class SavedStages(Stages):
@@ -119,6 +155,17 @@ class SavedStages(Stages):
             return _filled(saved, {})
 
 
+class CheckpointStages(SavedStages):
+    """The stages of a loaded checkpoint, read again when looked at; errors as of `SavedStages`."""
+
+    def __getitem__(self, name: str) -> fx.GraphModule:
+        if name not in ("quantized", "lowered"):
+            return super().__getitem__(name)  # which refuses it
+        with compiling(), torch.no_grad():
+            gm = read_model(self._path).graph
+            return _lower(gm, self._target) if name == "lowered" else quantize_weights(gm)
+
+
 def _device(device: Any) -> torch.device | None:
     try:
         return None if device is None else torch.empty(0, device=device).device
@@ -127,7 +174,10 @@ def _device(device: Any) -> torch.device | None:
 
 
 def _lowered(saved: Saved, target: Target | None) -> fx.GraphModule:
-    gm = _filled(saved, _weights(saved))
+    return _lower(_filled(saved, _weights(saved)), target)
+
+
+def _lower(gm: fx.GraphModule, target: Target | None) -> fx.GraphModule:
     store = Shared(lambda tensor: None, lambda key: None)
     return verify(lower(gm, store, target), "lowered")
 

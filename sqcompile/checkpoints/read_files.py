@@ -1,0 +1,137 @@
+"""read_files: the safetensors files of a checkpoint, mapped into memory; every tensor is checked before it is used."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from sqcompile.errors import ArtifactError
+from sqcompile.files.bounded_json import read_object
+from sqcompile.files.regular import read_regular, said
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_MOST_BYTES = 2**28
+_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\.safetensors")
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def read_json(folder: str, file: str) -> dict[str, Any]:
+    """A JSON file of the directory.
+
+    Raises:
+        ArtifactError: if it is a link, cannot be read, or is no object.
+    """
+    path = os.path.join(folder, file)
+    _no_link(path, file)
+    try:
+        return read_object(read_regular(path, _MOST_BYTES, "a configuration").decode("utf-8"), file)
+    except Exception as e:
+        raise ArtifactError(f"{file} cannot be read ({said(e)}): copy the directory again, whole") from e
+
+
+class Files:
+    """The tensors of a directory.
+
+    Attributes:
+        found: the file of each tensor, by name.
+    """
+
+    def __init__(self, folder: str) -> None:
+        """Looks at the index and at the headers of the files.
+
+        Raises:
+            ArtifactError: if a file is missing, damaged, a link, or not where the directory is.
+        """
+        self.folder = folder
+        self.found: dict[str, str] = {}
+        index = None
+        if os.path.lexists(os.path.join(folder, INDEX)):
+            index = read_json(folder, INDEX).get("weight_map")
+            if not isinstance(index, dict) or not index:
+                raise ArtifactError(f"{INDEX} has no weight_map: copy the directory again, whole")
+            for file in index.values():
+                if not isinstance(file, str) or not _FILE.fullmatch(file):
+                    raise ArtifactError(f"{INDEX} names {str(file)[:100]!r}, which is no file of the directory")
+        elif not os.path.lexists(os.path.join(folder, SINGLE)):
+            raise ArtifactError(f"it has no {SINGLE} and no {INDEX}: only weights in safetensors are read")
+        for file in sorted({SINGLE} if index is None else {*index.values()}):
+            with self._open(file) as f:
+                for name in f.keys():  # noqa: SIM118  (no mapping)
+                    if name in self.found or (index is not None and index.get(name) != file):
+                        raise ArtifactError(f"{file} has {name[:100]!r}, which the index has elsewhere or twice")
+                    self.found[name] = file
+        for name in index or ():
+            if name not in self.found:
+                raise ArtifactError(f"{name[:100]!r} is in {INDEX} and in no file: copy the directory again, whole")
+
+    def int8(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A weight, int8 of that shape, mapped.
+
+        Raises:
+            ArtifactError: if it is missing or another.
+        """
+        return self._read(name, [list(shape)], ("I8",))
+
+    def floats(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A float tensor in ``dtype``, mapped where the file has that dtype.
+
+        Raises:
+            ArtifactError: if it is missing, another, or not finite.
+        """
+        t = self._read(name, [list(shape)], tuple(_FLOATS)).to(dtype)
+        if not all(bool(part.isfinite().all()) for part in t.reshape(-1).split(2**22)):
+            raise ArtifactError(f"{name} has values that are not finite: export it again")
+        return t
+
+    def scale(self, name: str, shapes: Sequence[Sequence[int]]) -> Tensor:
+        """Scales, float32 and flat, of a tensor that has one of the shapes.
+
+        Raises:
+            ArtifactError: if it is missing, another, or not positive and finite.
+        """
+        t = self._read(name, [list(s) for s in shapes], tuple(_FLOATS)).float().flatten()
+        if not bool((t.isfinite() & (t > 0)).all()):
+            raise ArtifactError(f"{name} has scales that are not positive and finite: export it again")
+        return t
+
+    def _read(self, name: str, shapes: list[list[int]], dtypes: tuple[str, ...]) -> Tensor:
+        if name not in self.found:
+            raise ArtifactError(f"there is no tensor {name!r} in its files: export it again")
+        with self._open(self.found[name]) as f:
+            part = f.get_slice(name)
+            shape, dtype = list(part.get_shape()), part.get_dtype()
+            if shape not in shapes or dtype not in dtypes:
+                raise ArtifactError(
+                    f"{name} is {dtype} {shape}, and {' or '.join(dtypes)} {' or '.join(map(str, shapes))} is wanted"
+                )
+            t: Tensor = f.get_tensor(name)
+            return t
+
+    @contextlib.contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        path = os.path.join(self.folder, file)
+        _no_link(path, file)
+        try:
+            with safetensors.safe_open(path, "pt") as f:
+                yield f
+        except ArtifactError:
+            raise
+        except Exception as e:  # of the system, or of the parser
+            raise ArtifactError(f"{file} cannot be read ({said(e)}): copy the directory again, whole") from e
+
+
+def _no_link(path: str, file: str) -> None:
+    try:
+        regular = stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError as e:
+        raise ArtifactError(f"{file} cannot be read ({said(e)}): copy the directory again, whole") from e
+    if not regular:
+        raise ArtifactError(f"{file} is a link, or no file: copy the directory with the files themselves in it")

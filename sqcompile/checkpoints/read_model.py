@@ -1,0 +1,240 @@
+"""read_model: a directory of INT8 weights -> the quantized graph. No int8 weight ever has a float copy.
+
+    config.json + q_proj.weight int8 [N, K], q_proj.weight_scale [N, 1]
+->
+    model without weights -> trace -> plan -> insert_qdq, with weights that are read as they are packed
+
+A weight that is int8 in the files has a float parameter only for the trace: memory of the system that is never touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sqcompile.capture.call_spec import to_spec
+from sqcompile.capture.inputs import Call, Forward
+from sqcompile.capture.trace import trace
+from sqcompile.checkpoints.names import CheckpointNames
+from sqcompile.checkpoints.parameters import undo_layout
+from sqcompile.checkpoints.read_files import CONFIG, Files, read_json
+from sqcompile.checkpoints.read_scheme import Scheme, Schemes
+from sqcompile.errors import ArtifactError, SQCompileError
+from sqcompile.files.regular import said
+from sqcompile.passes.ir.about import about
+from sqcompile.passes.ir.graph import find_linears, nodes_by_name
+from sqcompile.passes.ir.verify import verify
+from sqcompile.passes.rewrite.insert_qdq import insert_qdq
+from sqcompile.passes.rewrite.weight_store import Lazy, Shared
+from sqcompile.plan.entries import LayerPlan
+from sqcompile.plan.plan import Plan
+from sqcompile.plan.recipe import Recipe
+
+_MOST_LAYERS, _MOST_SIZE = 1024, 2**24
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ReadModel:
+    """What a directory holds.
+
+    Attributes:
+        graph: of the quantized stage; its int8 weights are lazy (``About.lazy``), read from the files.
+        plan, call: as of a compiled model.
+    """
+
+    graph: fx.GraphModule
+    plan: Plan
+    call: Forward
+
+
+def is_checkpoint(folder: str) -> bool:
+    """Whether a directory is one of transformers with quantized weights.
+
+    Raises:
+        ArtifactError: if its config.json cannot be read.
+    """
+    return os.path.lexists(os.path.join(folder, CONFIG)) and "quantization_config" in read_json(folder, CONFIG)
+
+
+def read_model(folder: str) -> ReadModel:
+    """Reads a directory of compressed-tensors INT8 weights.
+
+    Raises:
+        ArtifactError: if it is another format, is damaged, or is a model that is not read.
+    """
+    try:
+        return _read(folder)
+    except SQCompileError as e:
+        raise ArtifactError(f"{folder} cannot be loaded: {e}") from e
+    except Exception as e:  # of whatever a configuration that fits no model leads to
+        raise ArtifactError(f"{folder} cannot be loaded ({said(e)}): copy the directory again, whole") from e
+
+
+def _read(folder: str) -> ReadModel:
+    config = read_json(folder, CONFIG)
+    schemes = Schemes(config.pop("quantization_config", None))
+    files = Files(folder)
+    model = _skeleton(config)
+    names = CheckpointNames(model)
+    filled = _Filled(model, names, files, schemes)
+    filled.fill()
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    call = Call((), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    traced = trace(model, call)
+    layers = filled.layers(traced)
+    plan = Plan(Recipe(smooth=False), to_spec(call), {}, layers)
+    gm = insert_qdq(traced, plan, Shared(_memory, lambda key: None))
+    by_scale = {f"{name.replace('#', '_use')}_scale": leaf for name, leaf in filled.read.items()}
+    lazy = about(gm).lazy
+    for name, old in lazy.items():
+        leaf = by_scale[old.scale]
+        lazy[name] = Lazy(("file", leaf), functools.partial(filled.weight, leaf), old.scale)
+    return ReadModel(verify(gm, "quantized"), plan, Forward.of(model))
+
+
+def _skeleton(config: dict[str, Any]) -> Any:
+    """The model, with real buffers and parameters over memory that nothing has touched."""
+    try:
+        import transformers
+        from transformers.initialization import no_init_weights
+    except ImportError as e:
+        raise ArtifactError("it is a checkpoint of transformers: pip install 'transformers>=5'") from e
+    _check_sizes(config)
+    for key in ("auto_map", "name_or_path", "_name_or_path"):
+        config.pop(key, None)
+    kind, dtype = config.pop("model_type", None), config.pop("dtype", None) or config.pop("torch_dtype", "float32")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        raise ArtifactError(f"transformers has no model_type {str(kind)[:50]!r}, and code of a checkpoint is never run")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ArtifactError(f"its dtype is {str(dtype)[:50]!r}, and one of {', '.join(_DTYPES)} is read")
+    known = transformers.CONFIG_MAPPING[kind].from_dict(config)
+    classes = config.get("architectures")
+    if type(known) not in transformers.AutoModelForCausalLM._model_mapping or (
+        classes and not str(classes[0]).endswith(("ForCausalLM", "LMHeadModel"))
+    ):
+        raise ArtifactError(f"it is {str(classes or kind)[:80]}, and only causal language models are read")
+    with no_init_weights():
+        model = transformers.AutoModelForCausalLM.from_config(known, dtype=_DTYPES[dtype], trust_remote_code=False)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def _check_sizes(config: dict[str, Any]) -> None:
+    """Refuses sizes that would keep the machine busy before they are found not to be those of the files."""
+    for key, x in config.items():
+        if isinstance(x, dict):
+            _check_sizes(x)
+        elif type(x) is int and x > (_MOST_LAYERS if "layer" in key else _MOST_SIZE):
+            raise ArtifactError(f"its {CONFIG} has {key[:100]}={x}, more than any model has")
+
+
+class _Filled:
+    """A model whose float tensors are the files'.
+
+    Attributes:
+        schemes: of the int8 weights, by their names in memory.
+        read: which weight of the model a linear of the graph has, by the linear's name.
+    """
+
+    def __init__(self, model: Any, names: CheckpointNames, files: Files, schemes: Schemes) -> None:
+        self.model, self.names, self.files = model, names, files
+        self.schemes: dict[str, Scheme] = {}
+        self.read: dict[str, str] = {}
+        self._steps: dict[str, float] = {}
+        self._held: dict[str, str] = {}
+        self._schemes = schemes
+
+    def fill(self) -> None:
+        """Checks all tensors, and puts the float ones into the model.
+
+        Raises:
+            ArtifactError: for one that is missing, is too many, or is not what the model has.
+        """
+        used: set[str] = set()
+        for name in self.names.saved:
+            held, t = self.names.of(name), self.names.every[name]
+            if len(held) != 1 or self._converted(name, t):
+                raise ArtifactError(
+                    f"{name} is made of several tensors of a checkpoint (experts): this is not read yet"
+                )
+            self._held[name] = held[0]
+            used.add(held[0])
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            linear = leaf == "weight" and isinstance(module, nn.Linear)
+            modules = self.names.modules_of(name) if linear else ()
+            scheme = self._schemes.of(module, modules) if linear else None
+            if scheme is None:
+                own = getattr(module, leaf)  # the state_dict has a detached alias of it
+                own.data = self.files.floats(held[0], t.shape, t.dtype)
+                continue
+            self.schemes[name] = scheme
+            q, _ = self.weight(name)  # checks them, and touches no more than the scales
+            del q
+            used.add(f"{held[0]}_scale")
+            if scheme.static:
+                step = f"{held[0].removesuffix('weight')}input_scale"
+                self._steps[name] = self.files.scale(step, [[1], []]).item()
+                used.add(step)
+        if left := sorted(self.files.found.keys() - used - {n for k in self.names.every for n in self.names.of(k)}):
+            raise ArtifactError(
+                f"the model has no place for the tensor {left[0][:100]!r} ({len(left)} such): export it again"
+            )
+
+    def _converted(self, name: str, t: Tensor) -> bool:
+        """Whether a checkpoint has the tensor in another shape."""
+        stand_in = torch.empty_like(t, device="meta")
+        return next(iter(self.names.convert({name: stand_in}).values())).shape != t.shape
+
+    def weight(self, name: str) -> tuple[Tensor, Tensor]:
+        """A weight as it is in the files: int8 [N, K], and its scales float32 [N], or [1] per tensor."""
+        rows, _ = shape = self.names.every[name].shape
+        held = self._held[name]
+        scales = [[rows, 1], [rows]] if self.schemes[name].per_channel else [[1], []]
+        return self.files.int8(held, shape), self.files.scale(f"{held}_scale", scales)
+
+    def layers(self, traced: fx.GraphModule) -> tuple[LayerPlan, ...]:
+        """What is done with each linear of the graph.
+
+        Raises:
+            ArtifactError: if an int8 weight is read otherwise than by linears.
+        """
+        nodes, found = nodes_by_name(traced), []
+        for l in find_linears(traced):
+            at = undo_layout(nodes[l.weight])
+            leaf = next((n for n in (about(traced).aliases.get(at[0], ()) if at else ()) if n in self.schemes), None)
+            shape = (l.out_features, l.in_features) if l.experts is None else l.shape
+            if leaf is None:
+                found.append(
+                    LayerPlan(
+                        l.name, "experts" if l.experts else "linear", False, "none", "float in the files", shape=shape
+                    )
+                )
+                continue
+            if shape != tuple(self.names.every[leaf].shape):
+                raise ArtifactError(f"{leaf} is transposed before it is used: this is not read")
+            scheme = self.schemes[leaf]
+            self.read[l.name] = leaf
+            found.append(
+                LayerPlan(
+                    l.name, "linear", True, "none", "int8 in the files", shape=shape,
+                    input_scale=self._steps.get(leaf),
+                    activation="per_tensor_static" if scheme.static else None,
+                    weight=None if scheme.per_channel else "per_tensor",
+                )
+            )  # fmt: skip
+        if idle := sorted(self.schemes.keys() - set(self.read.values())):
+            raise ArtifactError(f"{idle[0]} is int8 in the files, and the model does not use it as a linear")
+        return tuple(found)
+
+
+def _memory(tensor: Tensor) -> Hashable:
+    """Which memory a tensor is."""
+    return tensor.data_ptr(), tuple(tensor.shape)
