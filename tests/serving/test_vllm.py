@@ -74,7 +74,7 @@ def _agree(name: str, ours: dict[str, Any], tokens: list[list[int]], logprobs: l
     """The same tokens and probabilities, but for what roundings do.
 
     An activation that a rounding moves into the next INT8 step moves the logits by far more than the rounding was. So at
-    most twice as many tokens may be 0.05 apart as are between our own model and the same with roundings in its embedding,
+    most twice as many tokens (or 5 %) may be 0.05 apart as are between our own model and the same with roundings in its embedding,
     which are those of one place of many.
     """
     whole = same = count = 0
@@ -92,7 +92,7 @@ def _agree(name: str, ours: dict[str, Any], tokens: list[list[int]], logprobs: l
           f"probabilities apart: median {statistics.median(apart):.5f}, at most {max(apart):.3f}, {far:.1%} more than 0.05 "
           f"({ours['moved']:.1%} by roundings)")  # fmt: skip
     assert same / count >= 0.95
-    assert statistics.median(apart) <= 1e-3 and far <= 2 * ours["moved"]
+    assert statistics.median(apart) <= 1e-3 and far <= max(2 * ours["moved"], 0.05)
 
 
 @pytest.mark.parametrize("served", ["per token"], indirect=True)
