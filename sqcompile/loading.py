@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from sqcompile.artifact.code import taken
 from sqcompile.artifact.directory import MANIFEST, Saved, path_name, read
@@ -140,6 +140,11 @@ class SavedStages(Stages):
     def __init__(self, path: str | os.PathLike[str], device: torch.device | None, target: Target | None) -> None:
         self._path, self._device, self._target = os.path.abspath(os.fsdecode(path)), device, target
         self.original = frozenset()  # nothing is shared with a model
+
+    def model(self) -> nn.Module:
+        raise StageError(
+            "a loaded model has no float weights to export: pass the float model to sqcompile.export(model, compiled.plan, ...)"
+        )
 
     def __getitem__(self, name: str) -> fx.GraphModule:
         if name not in STAGES:

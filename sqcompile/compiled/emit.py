@@ -14,6 +14,7 @@ from sqcompile.artifact.directory import save
 from sqcompile.artifact.tensors import SHARD
 from sqcompile.capture.captured import contiguous, flatten_like
 from sqcompile.capture.inputs import Forward
+from sqcompile.checkpoints.export import Exported, export
 from sqcompile.compiled.inductor import compile_regions, compile_without_constants, flatten, inductor
 from sqcompile.compiled.report import Report
 from sqcompile.compiled.stages import Stages
@@ -109,6 +110,21 @@ class CompiledModel(nn.Module):
         target = about(self.lowered).target
         name = None if target is None else target.name
         save(self.stages["quantized"], self.plan, self.call, path, shard_bytes, code, name)
+
+    def export(self, format: str, path: str | os.PathLike[str], source: Any = None) -> Exported:
+        """Writes a checkpoint that other tools read, from the float model, which must still be there.
+
+        Args:
+            format, path, source: as for `sqcompile.export`.
+
+        Returns:
+            What was written, and what of the plan a checkpoint cannot say; it prints well.
+
+        Raises:
+            ArtifactError: as `sqcompile.export`.
+            StageError: if the float model is gone, or its parameters changed; or if this model was loaded.
+        """
+        return export(self.stages.model(), self.plan, format, path, source)
 
     def weight_bytes(self) -> int:
         """Bytes of all tensors the compiled model holds; a packed weight counts as its int8 values."""

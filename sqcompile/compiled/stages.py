@@ -58,6 +58,17 @@ class Stages(Mapping[str, fx.GraphModule]):
     def __len__(self) -> int:
         return len(STAGES)
 
+    def model(self) -> nn.Module:
+        """The float model, whose parameters are what they were.
+
+        Raises:
+            StageError: if it is gone, or its parameters changed.
+        """
+        model = self._model()
+        self._own()
+        assert model is not None
+        return model
+
     def _own(self) -> dict[str, Tensor]:
         """The model's tensors, which are what they were."""
         model = self._model()
