@@ -9,26 +9,22 @@ the files have what the index says and no more, and a tensor is hashed before it
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import os
 import re
-import stat
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
 from sqcompile.capture.call_spec import DTYPES, MOST_DIMS
 from sqcompile.errors import ArtifactError
-from sqcompile.files.regular import said
+from sqcompile.files.safetensors_files import FILE_NAME, opened
 from sqcompile.files.weights import write_weights
 
 SHARD = 4_000_000_000  # bytes of a file, unless one tensor has more
-_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SMALL = 2**20  # bytes
 
@@ -99,7 +95,7 @@ class Tensors:
         for entry in self.index.values():
             files.setdefault(entry["file"], {}).setdefault(entry["key"], entry)
         for file, entries in files.items():
-            with self._open(file) as f:
+            with opened(self.folder, file) as f:
                 if {*f.keys()} != entries.keys():
                     raise ArtifactError(
                         f"{file} has other tensors than the index says: copy the directory again, whole"
@@ -143,26 +139,13 @@ class Tensors:
             ArtifactError: as `map`.
         """
         entry = self.index[name]
-        with self._open(entry["file"]) as f:
+        with opened(self.folder, entry["file"]) as f:
             t: Tensor = f.get_tensor(entry["key"])
         if _sha256(t) != entry["sha256"]:
             raise ArtifactError(
                 f"{name} in {entry['file']} is damaged: its SHA-256 is another than was saved. Copy the file again"
             )
         return _laid_out(t, entry)
-
-    @contextlib.contextmanager
-    def _open(self, file: str) -> Iterator[Any]:
-        path = os.path.join(self.folder, file)
-        try:
-            if not stat.S_ISREG(os.lstat(path).st_mode):
-                raise ArtifactError(f"{file} is a link, or no file: copy the directory with the files themselves in it")
-            with safetensors.safe_open(path, "pt") as f:
-                yield f
-        except ArtifactError:
-            raise
-        except Exception as e:  # of the system, or of the parser
-            raise ArtifactError(f"{file} cannot be read ({said(e)}): copy the directory again, whole") from e
 
 
 _DTYPE_CODES = {
@@ -181,7 +164,7 @@ def _checked(index: Any) -> dict[str, Any]:
             isinstance(e, dict)
             and e.keys() - {"order"} == {"key", "dtype", "shape", "file", "sha256"}
             and all(isinstance(e[k], str) for k in ("key", "dtype", "file", "sha256"))
-            and _FILE.fullmatch(e["file"])
+            and FILE_NAME.fullmatch(e["file"])
             and _SHA256.fullmatch(e["sha256"])
             and e["dtype"] in DTYPES
             and isinstance(e["shape"], list)

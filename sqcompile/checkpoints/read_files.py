@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
 from sqcompile.errors import ArtifactError
 from sqcompile.files.bounded_json import read_object
 from sqcompile.files.regular import read_regular, said
+from sqcompile.files.safetensors_files import FILE_NAME, check_no_link, opened
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _MOST_BYTES = 2**28
-_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\.safetensors")
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -30,7 +26,7 @@ def read_json(folder: str, file: str) -> dict[str, Any]:
         ArtifactError: if it is a link, cannot be read, or is no object.
     """
     path = os.path.join(folder, file)
-    _no_link(path, file)
+    check_no_link(path, file)
     try:
         return read_object(read_regular(path, _MOST_BYTES, "a configuration").decode("utf-8"), file)
     except Exception as e:
@@ -58,12 +54,12 @@ class Files:
             if not isinstance(index, dict) or not index:
                 raise ArtifactError(f"{INDEX} has no weight_map: copy the directory again, whole")
             for file in index.values():
-                if not isinstance(file, str) or not _FILE.fullmatch(file):
+                if not isinstance(file, str) or not FILE_NAME.fullmatch(file):
                     raise ArtifactError(f"{INDEX} names {str(file)[:100]!r}, which is no file of the directory")
         elif not os.path.lexists(os.path.join(folder, SINGLE)):
             raise ArtifactError(f"it has no {SINGLE} and no {INDEX}: only weights in safetensors are read")
         for file in sorted({SINGLE} if index is None else {*index.values()}):
-            with self._open(file) as f:
+            with opened(self.folder, file) as f:
                 for name in f.keys():  # noqa: SIM118  (no mapping)
                     if name in self.found or (index is not None and index.get(name) != file):
                         raise ArtifactError(f"{file} has {name[:100]!r}, which the index has elsewhere or twice")
@@ -105,7 +101,7 @@ class Files:
     def _read(self, name: str, shapes: list[list[int]], dtypes: tuple[str, ...]) -> Tensor:
         if name not in self.found:
             raise ArtifactError(f"there is no tensor {name!r} in its files: export it again")
-        with self._open(self.found[name]) as f:
+        with opened(self.folder, self.found[name]) as f:
             part = f.get_slice(name)
             shape, dtype = list(part.get_shape()), part.get_dtype()
             if shape not in shapes or dtype not in dtypes:
@@ -114,24 +110,3 @@ class Files:
                 )
             t: Tensor = f.get_tensor(name)
             return t
-
-    @contextlib.contextmanager
-    def _open(self, file: str) -> Iterator[Any]:
-        path = os.path.join(self.folder, file)
-        _no_link(path, file)
-        try:
-            with safetensors.safe_open(path, "pt") as f:
-                yield f
-        except ArtifactError:
-            raise
-        except Exception as e:  # of the system, or of the parser
-            raise ArtifactError(f"{file} cannot be read ({said(e)}): copy the directory again, whole") from e
-
-
-def _no_link(path: str, file: str) -> None:
-    try:
-        regular = stat.S_ISREG(os.lstat(path).st_mode)
-    except OSError as e:
-        raise ArtifactError(f"{file} cannot be read ({said(e)}): copy the directory again, whole") from e
-    if not regular:
-        raise ArtifactError(f"{file} is a link, or no file: copy the directory with the files themselves in it")

@@ -74,8 +74,8 @@ def _agree(name: str, ours: dict[str, Any], tokens: list[list[int]], logprobs: l
     """The same tokens and probabilities, but for what roundings do.
 
     An activation that a rounding moves into the next INT8 step moves the logits by far more than the rounding was. So at
-    most twice as many tokens (or 5 %) may be 0.05 apart as are between our own model and the same with roundings in its embedding,
-    which are those of one place of many.
+    most twice as many tokens (or 5 %) may be 0.05 apart as are between our own model and the same with roundings in its
+    embedding, which are those of one place of many.
     """
     whole = same = count = 0
     apart = []
