@@ -101,6 +101,11 @@ for _schema, _function in _COMPOSITE.items():
     _library.define(_schema)
     _library.impl(_schema.partition("(")[0], _function, "CompositeImplicitAutograd")
 
+# The composite operators, and what they compute.
+COMPOSITE: dict[Any, Any] = {
+    getattr(torch.ops.sqcompile, schema.partition("(")[0]).default: function for schema, function in _COMPOSITE.items()
+}
+
 
 def stored(x: Tensor) -> Tensor:
     """A copy that a compiler does not fuse away: what reads it does not compute x again."""

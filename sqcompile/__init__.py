@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sqcompile.api import calibrate, compile
-from sqcompile.checkpoints.export import Exported, export
+from sqcompile.checkpoints.export import Exported
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.compiled.report import Report
 from sqcompile.errors import (
@@ -31,6 +31,7 @@ from sqcompile.loading import load
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import PRESETS, Recipe
+from sqcompile.programs.export import export
 from sqcompile.refresh import refresh
 from sqcompile.results import plan_of, report_of
 from sqcompile.version import VERSION

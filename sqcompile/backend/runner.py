@@ -17,10 +17,11 @@ from sqcompile.backend.options import Options
 from sqcompile.backend.self_calibration import step
 from sqcompile.backend.session import Session, session_of, sweep
 from sqcompile.backend.weights import is_freed, source
-from sqcompile.compiled.inductor import compile_regions, compile_without_constants, flatten, inductor, with_layout
+from sqcompile.compiled.inductor import compile_regions, compile_without_constants, inductor, with_layout
 from sqcompile.errors import CaptureError, StageError
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.about import about
+from sqcompile.passes.ir.flat import flatten
 from sqcompile.passes.ir.graph import above, find_linears, first_leaf, nodes_by_name
 from sqcompile.passes.planning.finite import check_weights
 from sqcompile.passes.planning.stay_float import wanted

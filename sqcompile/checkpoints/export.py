@@ -43,8 +43,8 @@ class Exported:
     """What was written.
 
     Attributes:
-        format: "smoothed" or "compressed-tensors".
-        path: of the directory.
+        format: "smoothed", "compressed-tensors", "pt2" or "onnx".
+        path: of the directory, or of a program's file.
         plan: what the checkpoint says: ``sqcompile.compile(model, plan=...)`` gives the same numbers.
         changed: what is other in it than in the plan that was passed, and why, by linear or attention.
         notes: what else there is to know, in words.
@@ -61,7 +61,7 @@ class Exported:
     def __str__(self) -> str:
         count, smoothed = len(self.plan.layers), sum(l.smoothing != "none" for l in self.plan.layers)
         what = f"{smoothed} of {count} linears smoothed"
-        if self.format == "compressed-tensors":
+        if self.format != "smoothed":
             what = f"{sum(l.quantized for l in self.plan.layers)} of {count} linears in INT8, {smoothed} smoothed"
         lines = [f"{self.path}: {self.format}, {what}, {self.bytes / 1e6:.1f} MB"]
         return "\n  ".join([*lines, *lines_of(self.changed, self.plan), *self.notes])
@@ -85,8 +85,7 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
             a path that cannot be written; nothing is written then.
         SQCompileError: as `compile` of a plan.
     """
-    if format not in FORMATS:
-        raise ArtifactError(f"there is no format {format!r}: choose one of {', '.join(FORMATS)}")
+    assert format in FORMATS
     given = given_plan(plan, None, None)
     target = _target(path)
     names = CheckpointNames(model)

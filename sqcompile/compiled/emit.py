@@ -14,14 +14,16 @@ from sqcompile.artifact.directory import save
 from sqcompile.artifact.tensors import SHARD
 from sqcompile.capture.captured import contiguous, flatten_like
 from sqcompile.capture.inputs import Forward
-from sqcompile.checkpoints.export import Exported, export
-from sqcompile.compiled.inductor import compile_regions, compile_without_constants, flatten, inductor
+from sqcompile.checkpoints.export import Exported
+from sqcompile.compiled.inductor import compile_regions, compile_without_constants, inductor
 from sqcompile.compiled.report import Report
 from sqcompile.compiled.stages import Stages
 from sqcompile.errors import CaptureError, StageError
 from sqcompile.passes.ir.about import about
+from sqcompile.passes.ir.flat import flatten
 from sqcompile.passes.ir.graph import get_tensor, set_tensor
 from sqcompile.plan.plan import Plan
+from sqcompile.programs.export import PROGRAMS, check_format, export, write_program
 from sqcompile.pytorch.core import pytree
 
 BACKENDS = ("inductor", "eager")
@@ -112,7 +114,7 @@ class CompiledModel(nn.Module):
         save(self.stages["quantized"], self.plan, self.call, path, shard_bytes, code, name)
 
     def export(self, format: str, path: str | os.PathLike[str], source: Any = None) -> Exported:
-        """Writes a checkpoint that other tools read, from the float model, which must still be there.
+        """Writes what other tools read: a program of this model, or a checkpoint of its float model, which must still be there.
 
         Args:
             format, path, source: as for `sqcompile.export`.
@@ -122,8 +124,11 @@ class CompiledModel(nn.Module):
 
         Raises:
             ArtifactError: as `sqcompile.export`.
-            StageError: if the float model is gone, or its parameters changed; or if this model was loaded.
+            StageError: if the float model is gone, or its parameters changed; or, for a checkpoint, if this model was loaded.
         """
+        check_format(format)
+        if format in PROGRAMS and source is None:
+            return write_program(self.stages["quantized"], self.plan, format, path)
         return export(self.stages.model(), self.plan, format, path, source)
 
     def weight_bytes(self) -> int:

@@ -41,11 +41,11 @@ def new_directory(path: str, ours: Sequence[str]) -> Iterator[str]:
         yield temporary
         for folder, _, files in os.walk(temporary):
             for file in files:
-                _flush(os.path.join(folder, file))
-            _flush(folder)
+                flush(os.path.join(folder, file))
+            flush(folder)
         check_replaceable(target, ours)
         _put(temporary, target)
-        _flush(parent)
+        flush(parent)
     finally:  # the old directory, or what was written before an error
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -99,7 +99,7 @@ def _exchanged(a: str, b: str) -> bool:
     raise OSError(code, os.strerror(code), b)
 
 
-def _flush(path: str) -> None:
+def flush(path: str) -> None:
     """Waits until a file, or the names in a directory, are on the disk."""
     if os.name != "posix" and os.path.isdir(path):
         return  # not to be opened there

@@ -6,6 +6,8 @@ import contextlib
 import os
 import secrets
 import stat
+from collections.abc import Iterator
+from typing import BinaryIO
 
 
 def is_regular(mode: int) -> bool:
@@ -41,26 +43,28 @@ def check_regular(name: str, mode: int, kept: str) -> None:
 
 
 def replace_file(name: str, data: bytes) -> None:
-    """Puts a new file in the place of an old one, with its permissions, or where a link points to.
+    """Puts a new file with some bytes in the place of an old one; errors as of `new_file`."""
+    with new_file(name) as f:
+        f.write(data)
+
+
+@contextlib.contextmanager
+def new_file(name: str) -> Iterator[BinaryIO]:
+    """A file beside ``name`` that takes its place, with its permissions, when the block ends without an error.
+
+    Where ``name`` is a link, it is where that points to.
 
     Raises:
         OSError: if it cannot be written, or what is there is no regular file; what is there is then left as it is.
     """
     target = os.path.realpath(name)
-    mode = None
-    with contextlib.suppress(FileNotFoundError):
-        mode = os.stat(target).st_mode
-    if mode is not None:
-        if not is_regular(mode):
-            raise OSError(f"{name} is not a regular file, and none else is replaced: pass another path")
-        if not os.access(target, os.W_OK):
-            raise PermissionError("the file there may not be written to")
+    mode = check_file_replaceable(name)
     temporary = os.path.join(os.path.dirname(target), f".sqcompile-{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     fd = os.open(temporary, flags, 0o666)  # less the umask
     try:
         with open(fd, "wb") as f:
-            f.write(data)
+            yield f
             f.flush()
             os.fsync(fd)
         if mode is not None:
@@ -70,6 +74,26 @@ def replace_file(name: str, data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def check_file_replaceable(name: str) -> int | None:
+    """The mode of the file at a path, None if there is none.
+
+    Raises:
+        OSError: if what is there is no regular file, or may not be written to, or if there is no directory for it.
+    """
+    target = os.path.realpath(name)
+    try:
+        mode = os.stat(target).st_mode
+    except FileNotFoundError:
+        if not os.path.isdir(os.path.dirname(target)):
+            raise FileNotFoundError(f"there is no directory {os.path.dirname(target)}: make it first") from None
+        return None
+    if not is_regular(mode):
+        raise OSError(f"{name} is not a regular file, and none else is replaced: pass another path")
+    if not os.access(target, os.W_OK):
+        raise PermissionError("the file there may not be written to")
+    return mode
 
 
 def said(e: Exception) -> str:

@@ -32,6 +32,7 @@ call_impl                    what calling a module runs                         
 compiled_call, set_compiled_call  what it runs instead once the module is compiled                   2.11, 2.13
 has_vnni, has_amx, init_amx  the INT8 instructions of this CPU, and leave of Linux to use AMX        2.11, 2.13
 int_mm                       INT8 product of PyTorch itself, for comparison                          2.11, 2.13
+check_sizes                  a condition of sizes that a program asks for at each call                2.11, 2.13
 scaled_mm                    FP8 product on tensor cores                                             2.11, 2.13
 """
 
@@ -68,6 +69,7 @@ __all__ = [
     "WeakIdKeyDictionary",
     "buffer_hooks",
     "call_impl",
+    "check_sizes",
     "codegen",
     "compiled_call",
     "disable_current_modes",
@@ -114,6 +116,7 @@ has_vnni: Callable[[], bool] = torch.cpu._is_vnni_supported
 has_amx: Callable[[], bool] = torch.cpu._is_amx_tile_supported
 init_amx: Callable[[], bool] = torch.cpu._init_amx
 
+check_sizes = torch._check
 int_mm = torch._int_mm
 scaled_mm = torch._scaled_mm
 

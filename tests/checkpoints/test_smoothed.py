@@ -12,10 +12,10 @@ from conftest import relative_error, tiny_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sqcompile
-from sqcompile import Recipe
+from sqcompile import Recipe, export
 from sqcompile.checkpoints import directory
 from sqcompile.checkpoints import export as export_module
-from sqcompile.checkpoints.export import MARK, export
+from sqcompile.checkpoints.export import MARK
 from sqcompile.lm.load import DATA, load_tokenizer
 
 
@@ -158,7 +158,11 @@ def test_what_cannot_be_exported_is_said(tmp_path):
 
     (tmp_path / "a file").write_text("")
     refused(
-        "there is no format 'gguf': choose one of compressed-tensors, smoothed", model, plan, "gguf", tmp_path / "out"
+        "there is no format 'gguf': choose one of compressed-tensors, smoothed, onnx, pt2",
+        model,
+        plan,
+        "gguf",
+        tmp_path / "out",
     )
     refused("a Linear has no configuration to write", torch.nn.Linear(2, 2), plan, "smoothed", tmp_path / "out")
     refused("there is no directory .*: make it first", model, plan, "smoothed", tmp_path / "none" / "out")

@@ -1,0 +1,1 @@
+"""Programs in standard operators, which other runtimes run: torch.export and ONNX."""

@@ -1,0 +1,115 @@
+"""export: a model and its plan in a form that other tools read: a checkpoint directory, or a program in one file.
+
+    "smoothed", "compressed-tensors"   a directory of transformers (`sqcompile.checkpoints`)
+    "pt2"                              a file of torch.export, in PyTorch's own quantize and dequantize operators
+    "onnx"                             a file of ONNX, opset 21
+
+A program appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sqcompile.capture.call_spec import from_spec
+from sqcompile.capture.trace import trace
+from sqcompile.checkpoints import export as checkpoints
+from sqcompile.checkpoints.export import Exported
+from sqcompile.errors import ArtifactError, SQCompileError
+from sqcompile.files.regular import check_file_replaceable, new_file, said
+from sqcompile.pipeline import rewrite
+from sqcompile.plan.plan import Plan, given_plan
+from sqcompile.process.interrupts import checkpoint, deferred
+from sqcompile.process.lock import analysing, compiling
+from sqcompile.programs.onnx import onnx_model, write_onnx
+from sqcompile.programs.standard import standard
+from sqcompile.programs.traced import program_of
+
+PROGRAMS = ("onnx", "pt2")
+FORMATS = (*checkpoints.FORMATS, *PROGRAMS)
+
+
+def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[str], source: Any = None) -> Exported:
+    """Writes a checkpoint or a program. The model itself is never changed.
+
+    Args:
+        model: the one that the plan was made for; for a checkpoint, of transformers.
+        plan: from `calibrate` or a compilation, or the path of a saved one.
+        format: "compressed-tensors" and "smoothed" are checkpoints of transformers, "pt2" (torch.export) and "onnx" programs.
+        path: of a checkpoint's directory, which may be an empty one, or one of an earlier export, which is replaced; or of a
+            program's file.
+        source: of a checkpoint: the directory that has the tokenizer; the one that the model was loaded from by default.
+
+    Returns:
+        What was written, and what of the plan a checkpoint cannot say; it prints well.
+
+    Raises:
+        ArtifactError: for another format, a plan or a model that the format cannot express, or a path that cannot be written;
+            nothing is written then.
+        SQCompileError: as `compile` of a plan.
+    """
+    if format in PROGRAMS:
+        if source is not None:
+            raise ArtifactError(f"source has the tokenizer of a checkpoint, and {format!r} has none: leave it out")
+        given, _ = given_plan(plan, None, None), target_of(path)
+        with deferred(), analysing(model), compiling(), torch.no_grad():
+            call = from_spec(given.call, next((p.device for p in model.parameters()), torch.device("cpu")))
+            return write_program(rewrite(trace(model, call), given, until="quantized"), given, format, path)
+    check_format(format)
+    return checkpoints.export(model, plan, format, path, source)
+
+
+def check_format(format: Any) -> None:
+    """Raises ArtifactError for a format that there is none of."""
+    if format not in FORMATS:
+        raise ArtifactError(f"there is no format {format!r}: choose one of {', '.join(FORMATS)}")
+
+
+def write_program(quantized: fx.GraphModule, plan: Plan, format: str, path: str | os.PathLike[str]) -> Exported:
+    """Writes the quantized stage of a model as a program.
+
+    Args:
+        quantized: the stage.
+        plan: that it was made by.
+        format: "pt2" or "onnx".
+        path: of the file.
+
+    Raises:
+        ArtifactError: if the format cannot express it, or the path cannot be written; nothing is written then.
+    """
+    target = target_of(path)
+    traced = program_of(standard(quantized, integers=format == "onnx"))
+    checkpoint()
+    try:
+        if format == "onnx":
+            size = write_onnx(onnx_model(traced.program, list(traced.outputs)), target)
+        else:
+            with new_file(target) as f:
+                torch.export.save(traced.program, f)
+            size = os.path.getsize(target)
+    except SQCompileError:
+        raise
+    except Exception as e:  # of the system, and of what writes the format
+        hint = "pass a path in a directory that exists and may be written to, on a disk with room"
+        raise ArtifactError(f"the program cannot be written to {target} ({said(e)}): {hint}") from e
+    return Exported(format, target, plan, (), (str(traced),), size)
+
+
+def target_of(path: Any) -> str:
+    """The path of a program's file.
+
+    Raises:
+        ArtifactError: if it is none, or what is there cannot be replaced.
+    """
+    try:
+        target = os.path.realpath(os.fsdecode(path))
+        check_file_replaceable(target)
+    except (TypeError, ValueError) as e:
+        raise ArtifactError(f"the path is {path!r}: pass a string or a pathlib.Path of a file") from e
+    except OSError as e:
+        raise ArtifactError(f"the program cannot be written: {e}") from e
+    return target
