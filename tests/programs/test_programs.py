@@ -38,6 +38,7 @@ CASES = [
         ("bert", STATIC),
         ("vit", DYNAMIC),
         ("gpt2", PER_TENSOR),
+        ("opt", Recipe(0.5, attention="qk")),
     ]
     for format in ("pt2", "onnx")
 ]
@@ -149,9 +150,9 @@ def test_a_program_holds_no_float_weight_of_what_is_quantized(tmp_path):
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(activation="per_tensor_static")], ids=["default", "static"])
 def test_the_trained_language_model(recipe, tmp_path):
     model, tokenizer = load_lm()
-    data = token_windows(tokenizer, calibration_texts(), 128)[:32].split(8)
+    data = token_windows(calibration_texts(), tokenizer, 128)[:32].split(8)
     net = sqcompile.compile(model, data, recipe=recipe, backend="eager", progress=False)
-    calls = [{"input_ids": w} for w in token_windows(tokenizer, evaluation_texts(), 128)[:4].split(2)]
+    calls = [{"input_ids": w} for w in token_windows(evaluation_texts(), tokenizer, 128)[:4].split(2)]
     with torch.no_grad():
         wanted = [net.stages["quantized"](**c) for c in calls]
     for format in ("pt2", "onnx"):
