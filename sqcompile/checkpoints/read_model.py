@@ -23,6 +23,7 @@ from sqcompile.capture.inputs import Call, Forward
 from sqcompile.capture.trace import trace
 from sqcompile.checkpoints.names import CheckpointNames
 from sqcompile.checkpoints.parameters import undo_layout
+from sqcompile.checkpoints.read_experts import Part, parts_of, together
 from sqcompile.checkpoints.read_files import CONFIG, Files, read_json
 from sqcompile.checkpoints.read_scheme import Scheme, Schemes
 from sqcompile.errors import ArtifactError, SQCompileError
@@ -149,6 +150,7 @@ class _Filled:
         self.read: dict[str, str] = {}
         self._steps: dict[str, float] = {}
         self._held: dict[str, str] = {}
+        self._parts: dict[str, list[Part]] = {}  # of experts
         self._schemes = schemes
 
     def fill(self) -> None:
@@ -160,25 +162,24 @@ class _Filled:
         used: set[str] = set()
         for name in self.names.saved:
             held, t = self.names.of(name), self.names.every[name]
-            if len(held) != 1 or self._converted(name, t):
-                raise ArtifactError(
-                    f"{name} is made of several tensors of a checkpoint (experts): this is not read yet"
-                )
-            self._held[name] = held[0]
-            used.add(held[0])
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
-            linear = leaf == "weight" and isinstance(module, nn.Linear)
-            modules = self.names.modules_of(name) if linear else ()
-            scheme = self._schemes.of(module, modules) if linear else None
+            if len(held) != 1 or self._converted(name, t):
+                self._parts[name] = parts_of(self.names, name)
+                scheme = self._of_experts(name)
+            else:
+                self._held[name] = held[0]
+                linear = leaf == "weight" and isinstance(module, nn.Linear)
+                classes = [c.__name__ for c in type(module).__mro__]
+                scheme = self._schemes.of(classes, self.names.modules_of(name)) if linear else None
+            used.update(held)
             if scheme is None:
                 own = getattr(module, leaf)  # the state_dict has a detached alias of it
-                own.data = self.files.floats(held[0], t.shape, t.dtype)
+                own.data = self._floats(name, t)
                 continue
             self.schemes[name] = scheme
-            q, _ = self.weight(name)  # checks them, and touches no more than the scales
-            del q
-            used.add(f"{held[0]}_scale")
+            self._check(name)
+            used.update(f"{n}_scale" for n in held)
             if scheme.static:
                 step = f"{held[0].removesuffix('weight')}input_scale"
                 self._steps[name] = self.files.scale(step, [[1], []]).item()
@@ -193,12 +194,46 @@ class _Filled:
         stand_in = torch.empty_like(t, device="meta")
         return next(iter(self.names.convert({name: stand_in}).values())).shape != t.shape
 
+    def _of_experts(self, name: str) -> Scheme | None:
+        """The scheme of experts, which a checkpoint has as linears."""
+        every = [self._schemes.of(["Linear"], [p.name.removesuffix(".weight")]) for p in self._parts[name]]
+        if len(set(every)) > 1:
+            raise ArtifactError(f"{name} is quantized in several ways: export its experts in one")
+        if every[0] is not None and every[0].static:
+            raise ArtifactError(f"{name} has experts with static scales, which are not read: export them per token")
+        return every[0]
+
+    def _floats(self, name: str, t: Tensor) -> Tensor:
+        if name not in self._parts:
+            return self.files.floats(self._held[name], t.shape, t.dtype)
+        columns = t.shape[2]
+        return together(self._parts[name], t.shape, lambda n, rows: self.files.floats(n, (rows, columns), t.dtype))
+
+    def _check(self, name: str) -> None:
+        """Looks at an int8 weight, and touches no more of it than the scales."""
+        columns = self.names.every[name].shape[-1]
+        for part in self._parts.get(name, ()):
+            self.files.int8(part.name, (len(part.rows), columns))
+            self._scale(name, part.name, len(part.rows))
+        if name not in self._parts:
+            self.weight(name)
+
+    def _scale(self, name: str, held: str, rows: int) -> Tensor:
+        per_channel = self.schemes[name].per_channel
+        return self.files.scale(f"{held}_scale", [[rows, 1], [rows]] if per_channel else [[1], []])
+
     def weight(self, name: str) -> tuple[Tensor, Tensor]:
-        """A weight as it is in the files: int8 [N, K], and its scales float32 [N], or [1] per tensor."""
-        rows, _ = shape = self.names.every[name].shape
-        held = self._held[name]
-        scales = [[rows, 1], [rows]] if self.schemes[name].per_channel else [[1], []]
-        return self.files.int8(held, shape), self.files.scale(f"{held}_scale", scales)
+        """A weight as it is in the files: int8 [N, K], and its scales float32 [N], or [1] per tensor.
+
+        Of experts int8 [E, N, K], made of the files' matrices, and float32 [E, N].
+        """
+        shape = self.names.every[name].shape
+        if name not in self._parts:
+            held = self._held[name]
+            return self.files.int8(held, shape), self._scale(name, held, shape[0])
+        parts = self._parts[name]
+        q = together(parts, shape, lambda n, rows: self.files.int8(n, (rows, shape[2])))
+        return q, together(parts, shape[:2], lambda n, rows: self._scale(name, n, rows).expand(rows))
 
     def layers(self, traced: fx.GraphModule) -> tuple[LayerPlan, ...]:
         """What is done with each linear of the graph.
@@ -224,10 +259,10 @@ class _Filled:
             self.read[l.name] = leaf
             found.append(
                 LayerPlan(
-                    l.name, "linear", True, "none", "int8 in the files", shape=shape,
+                    l.name, "experts" if l.experts else "linear", True, "none", "int8 in the files", shape=shape,
                     input_scale=self._steps.get(leaf),
                     activation="per_tensor_static" if scheme.static else None,
-                    weight=None if scheme.per_channel else "per_tensor",
+                    weight=None if scheme.per_channel or l.experts else "per_tensor",
                 )
             )  # fmt: skip
         if idle := sorted(self.schemes.keys() - set(self.read.values())):

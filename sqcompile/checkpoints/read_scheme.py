@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from sqcompile.errors import ArtifactError
 
 _MOST_PATTERN = 500  # characters
@@ -53,9 +51,8 @@ class Schemes:
         self._ignore = _names(config.get("ignore") or [], "ignore")
         self._groups = [(_names(_group(g, n).get("targets"), f"{n}.targets"), _scheme(g, n)) for n, g in groups.items()]
 
-    def of(self, module: nn.Module, names: Sequence[str]) -> Scheme | None:
-        """How a module is quantized, by its names; None for one that stays in float."""
-        classes = [c.__name__ for c in type(module).__mro__]
+    def of(self, classes: Sequence[str], names: Sequence[str]) -> Scheme | None:
+        """How a module is quantized, by the names of its classes and its own; None for one that stays in float."""
         if any(_matches(rule, names) or rule in classes for rule in self._ignore):
             return None
         for named in (True, False):  # a group that names a module comes before one that names its class

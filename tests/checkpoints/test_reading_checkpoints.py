@@ -14,6 +14,7 @@ from conftest import relative_error
 from safetensors.torch import save_file
 
 import sqcompile
+from sqcompile.checkpoints.names import CheckpointNames
 from sqcompile.passes.ir.graph import get_tensor
 
 
@@ -40,6 +41,79 @@ def test_an_export_is_loaded_with_the_numbers_of_the_quantized_stage(family, rec
     plan = {l.name: l.input_scale or 0.0 for l in loaded.plan.layers if l.quantized}
     want = {l.name: l.input_scale or 0.0 for l in done.plan.layers if l.quantized}
     assert plan == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_experts_are_stacked_again(family, tmp_path):
+    done = exported(family, "compressed-tensors", tmp_path / "out")
+    loaded = sqcompile.load(tmp_path / "out", backend="eager")
+    model, call, _ = planned(family)
+    call = masked(call)
+    ours = sqcompile.compile(model, plan=done.plan, example_inputs=call, backend="eager", progress=False)
+    assert relative_error(loaded(**call).logits, ours(**call).logits) < 1e-3
+    experts = [l.name for l in loaded.plan.layers if l.kind == "experts"]
+    assert experts == [l.name for l in done.plan.layers if l.kind == "experts" and l.quantized] and len(experts) == 4
+    got, want = loaded.stages["quantized"], ours.stages["quantized"]
+    for name in experts:
+        for suffix in ("int8", "scale"):
+            assert torch.equal(get_tensor(got, f"{name}_{suffix}"), get_tensor(want, f"{name}_{suffix}"))
+
+
+def rewritten(path, change):
+    """The files with other tensors."""
+    found = {n: t.clone() for n, t in weights(path).items()}
+    change(found)
+    for file in path.glob("*.safetensors*"):
+        os.remove(file)
+    save_file(found, path / "model.safetensors")
+
+
+EXPERT = "model.layers.0.block_sparse_moe.experts.1.w3.weight"
+
+
+@pytest.mark.slow
+def test_experts_that_are_not_the_model_s_are_refused(tmp_path):
+    path = tmp_path / "out"
+    exported("mixtral", "compressed-tensors", path)
+    for change, message in (
+        (lambda f: f.pop(EXPERT), f"there is no tensor '{EXPERT}'"),
+        (lambda f: f.pop(f"{EXPERT}_scale"), f"there is no tensor '{EXPERT}_scale'"),
+        (lambda f: f.update({EXPERT: f[EXPERT][:-1].clone()}), f"{EXPERT} is I8 [111, 64], and I8 [112, 64] is wanted"),
+    ):
+        exported("mixtral", "compressed-tensors", path)
+        rewritten(path, change)
+        refused(path, message)
+    exported("mixtral", "compressed-tensors", path)
+    edited(path, lambda q: q["ignore"].append(EXPERT.removesuffix(".weight")))
+    refused(path, "experts.gate_up_proj is quantized in several ways: export its experts in one")
+    exported("mixtral", "compressed-tensors", path)
+    edited(path, group("input_activations", strategy="tensor", dynamic=False))
+    steps = [n.replace("weight_scale", "input_scale") for n in weights(path) if n.endswith("weight_scale")]
+    rewritten(path, lambda found: found.update({n: torch.ones(1) for n in steps}))
+    refused(path, "has experts with static scales, which are not read")
+
+
+@pytest.mark.slow
+def test_experts_in_float_stay_so(tmp_path):
+    path = tmp_path / "out"
+    exported("mixtral", "compressed-tensors", path)
+    model = planned("mixtral")[0]
+    floats = {n: t for n, t in CheckpointNames(model).convert(dict(model.state_dict())).items() if ".experts." in n}
+
+    def in_float(found):
+        for name in [n for n in found if ".experts." in n and n.endswith("_scale")]:
+            del found[name]
+        found.update({n: floats[n].clone() for n in found if ".experts." in n})
+
+    rewritten(path, in_float)
+    edited(path, lambda q: q["ignore"].append("re:.*[.]experts[.].*"))
+    loaded = sqcompile.load(path, backend="eager")
+    plan = {l.name: l for l in loaded.plan.layers if l.kind == "experts"}
+    assert len(plan) == 4 and not any(l.quantized for l in plan.values())
+    gm = loaded.stages["quantized"]
+    for name in plan:
+        assert torch.equal(get_tensor(gm, name), model.state_dict()[name])
 
 
 def edited(path, change):
@@ -101,21 +175,15 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 def test_tensors_that_are_not_the_model_s_are_refused(change, message, tmp_path):
     path = tmp_path / "out"
     exported("llama", "compressed-tensors", path)
-    found = {n: t.clone() for n, t in weights(path).items()}
-    change(found)
-    for file in path.glob("*.safetensors*"):
-        os.remove(file)
-    save_file(found, path / "model.safetensors")
+    rewritten(path, change)
     refused(path, message)
 
 
 def test_scales_may_be_bfloat16(tmp_path):
     path = tmp_path / "out"
     exported("llama", "compressed-tensors", path)
-    found = {n: t.bfloat16() if n.endswith("_scale") else t.clone() for n, t in weights(path).items()}
-    for file in path.glob("*.safetensors*"):
-        os.remove(file)
-    save_file(found, path / "model.safetensors")
+    rewritten(path, lambda found: found.update({n: t.bfloat16() for n, t in found.items() if n.endswith("_scale")}))
+    found = weights(path)
     gm = sqcompile.load(path, backend="eager").stages["quantized"]
     scale = get_tensor(gm, f"{Q}_scale")
     assert scale.dtype == torch.float32 and torch.equal(scale, found[f"{Q}_scale"].float().flatten())
