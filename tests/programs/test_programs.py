@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import sqcompile
-from sqcompile import Recipe
+from sqcompile import PRESETS, Recipe
 from sqcompile.lm import calibration_texts, evaluation_texts, load_lm, token_windows
 
 onnx = pytest.importorskip("onnx")
@@ -39,6 +39,8 @@ CASES = [
         ("vit", DYNAMIC),
         ("gpt2", PER_TENSOR),
         ("opt", Recipe(0.5, attention="qk")),
+        ("llama", PRESETS["O1"]),
+        ("opt", PRESETS["O3"]),
     ]
     for format in ("pt2", "onnx")
 ]
@@ -89,9 +91,10 @@ def by_openvino(path: Path, calls: list[dict[str, Tensor]], kinds: Counter[tuple
 
 
 def calls_of(call: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """A call, one of a single row, and a shorter one where that may be."""
+    """A call, one of a single row, a shorter one where that may be, and one of more than 128 tokens."""
     one = {k: v[:1] for k, v in call.items()}
-    return [call, one, {k: v[:, :4] if v.dim() == 2 else v for k, v in call.items()}]
+    calls = [call, one, {k: v[:, :4] if v.dim() == 2 else v for k, v in call.items()}]
+    return [*calls, {"input_ids": call["input_ids"].repeat(1, 13)}] if call.keys() == {"input_ids"} else calls
 
 
 @pytest.mark.slow
