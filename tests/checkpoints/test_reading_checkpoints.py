@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+from collections import Counter
 
 import pytest
 import torch
@@ -32,6 +33,12 @@ def test_an_export_is_loaded_with_the_numbers_of_the_quantized_stage(family, rec
     call = masked(call)
     ours = sqcompile.compile(model, plan=done.plan, example_inputs=call, backend="eager", progress=False)
     assert relative_error(loaded(**call).logits, ours(**call).logits) < 1e-3
+    kernels, wanted = (
+        Counter(str(n.target) for n in net.lowered.graph.nodes if n.op == "call_function") for net in (loaded, ours)
+    )
+    assert {k: n for k, n in kernels.items() if "sqcompile" in k} == {
+        k: n for k, n in wanted.items() if "sqcompile" in k
+    }
     quantized, found = loaded.stages["quantized"], weights(tmp_path / "out")
     held = {n.target: get_tensor(quantized, n.target) for n in quantized.graph.find_nodes(op="get_attr")}
     files = [t for t in found.values() if t.dtype == torch.int8]
