@@ -41,7 +41,13 @@ def act_scales_of(calibration: Calibration) -> dict[str, Tensor]:
 
 
 def read_act_scales(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Reads a file of activation scales: float32 [K] on the CPU, by the linear's module.
+    """Reads a file of activation scales, such as those of SmoothQuant's authors. Nothing in it is executed.
+
+    Args:
+        path: of what `torch.save` made of a dict of vectors.
+
+    Returns:
+        float32 [in_features] on the CPU, max|X_j| of each input channel, by the linear's module.
 
     Raises:
         ArtifactError: if the path is no regular file, or no file of that kind.
@@ -79,7 +85,7 @@ def write_act_scales(path: str | os.PathLike[str], scales: Mapping[str, Tensor])
 
     Args:
         path: where to.
-        scales: any float dtype [K] by the linear's module; written as float32.
+        scales: any float dtype [in_features] by the linear's module, as `get_act_scales` gives them; written as float32.
 
     Raises:
         ArtifactError: for scales that `read_act_scales` would refuse, or a path that cannot be written.

@@ -108,7 +108,6 @@ def test_experts_count_the_tokens_that_are_routed_to_them():
     found = get_linear_absmax(model, calls, progress=False)
     name = "model.layers.0.mlp.experts.gate_up_proj"
     assert found[name] == pytest.approx({"input": float(x.abs().max()), "output": float(y.abs().max())}, rel=1e-4)
-    assert found.keys() == sqcompile.get_act_scales(model, calls, progress=False).keys()
 
 
 @pytest.mark.parametrize(
