@@ -9,7 +9,13 @@ from families import build
 from torch import nn
 
 import sqcompile
-from sqcompile import ArtifactError, PlanError, get_linear_absmax, get_static_decoder_layer_scales
+from sqcompile import (
+    ArtifactError,
+    CalibrationError,
+    PlanError,
+    get_linear_absmax,
+    get_static_decoder_layer_scales,
+)
 
 
 def hooked(model, calls):
@@ -127,3 +133,32 @@ def test_layers_of_other_models_are_refused_before_data_is_run(family, message):
     with pytest.raises(ArtifactError, match=message):
         get_static_decoder_layer_scales(model, batches, progress=False)
     assert next(batches) == "never asked for"
+
+
+def test_two_uses_of_one_linear_give_the_larger_of_both():
+    torch.manual_seed(0)
+    a, b, x = nn.Linear(8, 8), nn.Linear(8, 4), torch.randn(5, 8)
+    model = nn.Sequential(a, nn.Tanh(), a, b).eval()
+    with torch.no_grad():
+        first = a(x)
+        second = a(first.tanh())
+        last = b(second)
+    found = get_linear_absmax(model, [x], progress=False)
+    assert len(found) == 2 and found["3"] == pytest.approx(
+        {"input": float(second.abs().max()), "output": float(last.abs().max())}
+    )
+    twice = next(sides for name, sides in found.items() if name != "3")
+    assert float(x.abs().max()) > 1 and twice == pytest.approx(
+        {"input": float(x.abs().max()), "output": max(float(first.abs().max()), float(second.abs().max()))}
+    )
+
+
+def test_an_output_that_is_not_finite_is_an_error_that_names_it():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    with torch.no_grad():
+        model[1].weight.fill_(3e38)
+    with pytest.raises(
+        CalibrationError, match=r"the output of 1\.weight \(node .*\) is not finite in calibration batch 0"
+    ):
+        get_linear_absmax(model, [torch.full((2, 8), 9.0)], progress=False)
+    assert sqcompile.get_act_scales(model, [torch.full((2, 8), 9.0)], progress=False).keys() == {"0", "1"}
