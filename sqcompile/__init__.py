@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sqcompile.api import calibrate, compile
+from sqcompile.checkpoints.act_scales import read_act_scales, write_act_scales
 from sqcompile.checkpoints.export import Exported
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.compiled.report import Report
@@ -32,6 +33,7 @@ from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import PRESETS, Recipe
 from sqcompile.programs.export import export
+from sqcompile.reference_scales import get_act_scales, get_linear_absmax, get_static_decoder_layer_scales
 from sqcompile.refresh import refresh
 from sqcompile.results import plan_of, report_of
 from sqcompile.version import VERSION
@@ -70,10 +72,15 @@ __all__ = [
     "debug",
     "evaluate",
     "export",
+    "get_act_scales",
+    "get_linear_absmax",
+    "get_static_decoder_layer_scales",
     "load",
     "plan_of",
+    "read_act_scales",
     "refresh",
     "report_of",
+    "write_act_scales",
 ]
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from sqcompile.capture.batches import TARGETS
 from sqcompile.capture.call_spec import from_spec, to_spec
-from sqcompile.capture.captured import unread
 from sqcompile.capture.inputs import Call, Forward, Reader, length
 from sqcompile.capture.trace import trace
+from sqcompile.capture.traced_call import traced_call
+from sqcompile.checkpoints.act_scales import given_act_scales
 from sqcompile.compiled.degradation import by_value
 from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
 from sqcompile.compiled.stages import Stages
@@ -25,6 +25,7 @@ from sqcompile.models import check_model
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.labels.match import match
+from sqcompile.passes.planning.absmax_alone import calibration_of, settled
 from sqcompile.passes.planning.budget import by_divergence, within_budget
 from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
@@ -56,6 +57,7 @@ def compile(
     progress: bool = True,
     target: str | Target | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
+    act_scales: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
 ) -> CompiledModel:
     """Compiles a float model to W8A8 INT8 with SmoothQuant. The model itself is never changed.
 
@@ -78,6 +80,10 @@ def compile(
         evaluate: what ``Recipe.max_degradation`` is percent of, instead of perplexity: a function of a model that gives a
             number, lower being better (return the negative of a score). It is called with the float model and, a few
             times, with quantized ones.
+        act_scales: in the place of calib_loader, the largest absolute value of each input channel of the linears: float [K]
+            by module name, or the path of a file of them, such as those of SmoothQuant's authors (see `read_act_scales`);
+            example_inputs is needed then. They have no tokens to try anything on: where the recipe leaves it open, α is
+            0.5 and nothing is rotated, static scales have no margin, and what needs tokens is refused.
 
     Returns:
         A CompiledModel: call it as the model.
@@ -97,10 +103,11 @@ def compile(
         if plan is None:
             how = resolve_recipe(recipe)
             traced, plan = analyse(
-                model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter, evaluate, target
+                model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter, evaluate, target, act_scales
             )
         else:
-            plan = given_plan(plan, recipe, None if calib_loader is None else "calib_loader")
+            data = {"calib_loader": calib_loader, "act_scales": act_scales}
+            plan = given_plan(plan, recipe, next((name for name, given in data.items() if given is not None), None))
             call = _example(model, example_inputs) or from_spec(plan.call, _device(model))
             enter("trace")
             with analysing(model), compiling():
@@ -114,13 +121,14 @@ def compile(
 
 def calibrate(
     model: nn.Module,
-    calib_loader: Any,
+    calib_loader: Any = None,
     *,
     recipe: str | Recipe = "default",
     example_inputs: Any = None,
     dynamic_shapes: Any = "auto",
     progress: bool = True,
     evaluate: Callable[[nn.Module], float] | None = None,
+    act_scales: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
 ) -> Plan:
     """Makes the Plan that `compile` would make; ``compile(model, plan=plan)`` then needs no data.
 
@@ -132,6 +140,7 @@ def calibrate(
         dynamic_shapes: as for `compile`.
         progress: as for `compile`.
         evaluate: as for `compile`.
+        act_scales: as for `compile`.
 
     Returns:
         A Plan, which `Plan.save` writes to a file.
@@ -143,7 +152,9 @@ def calibrate(
     check_model(model)
     how = resolve_recipe(recipe)
     with deferred(), stages(_ANALYSES, progress) as enter:
-        return analyse(model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter, evaluate)[1]
+        return analyse(
+            model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter, evaluate, None, act_scales
+        )[1]
 
 
 def analyse(
@@ -156,30 +167,43 @@ def analyse(
     enter: Enter,
     evaluate: Callable[[nn.Module], float] | None = None,
     target: Target | None = None,
+    act_scales: Any = None,
 ) -> tuple[fx.GraphModule, Plan]:
-    """The traced graph, and the plan made from the data."""
+    """The traced graph, and the plan made from the data, or from activation scales."""
+    if loader is None and act_scales is None:
+        raise CalibrationError(
+            "pass calib_loader (an iterable of real batches, or a callable), act_scales with example_inputs, or a plan"
+        )
+    scales = None
+    if act_scales is not None:
+        if loader is not None:
+            raise CalibrationError("calib_loader and act_scales: either is a calibration, leave one of them out")
+        if evaluate is not None:
+            raise RecipeError("evaluate with act_scales, which have no tokens: leave it out, or pass calib_loader")
+        recipe, scales = settled(recipe), given_act_scales(act_scales)
     if evaluate is not None and recipe.max_degradation is None:
         raise RecipeError("evaluate without a limit: pass Recipe(max_degradation=...), in percent of what it gives")
     if evaluate is not None and not callable(evaluate):
         raise RecipeError(f"evaluate={evaluate!r}: pass a function of a model that gives a number, lower being better")
-    if loader is None:
-        raise CalibrationError("pass calib_loader (an iterable of real batches, or a callable), or a plan")
-    given = _example(model, example)
-    reader = Reader(model, given.kwargs if given else ())
+    call, data = _example(model, example), loader
+    reader = Reader(model, call.kwargs if call else ())
     with analysing(model):
-        first, data = reader.first(loader)
-        call = given or first
+        if scales is None:
+            first, data = reader.first(loader)
+            call = call or first
+        elif call is None:
+            raise CalibrationError("act_scales without example_inputs: pass a batch to capture the model with")
         enter("trace")
         with compiling():
-            traced = trace(model, call, dynamic_shapes)
-            if idle := unread(traced, reader.forward):
-                left = {n: v for n, v in call.kwargs.items() if n not in idle}
-                call = replace(call, kwargs=left, ignored=tuple(sorted(idle)))
-                traced = trace(model, call, dynamic_shapes)
+            traced, call = traced_call(model, call, dynamic_shapes, reader.forward)
             enter("calibrate")
             attentions = find_attentions(traced) if recipe.attention != "none" else []
             check_weights(traced, wanted(traced, find_linears(traced), recipe))
-        calibration = observe(traced, model, data, progress, attentions, length(loader), reader)
+        if scales is not None:
+            with compiling():
+                calibration = calibration_of(traced, scales, recipe)
+        else:
+            calibration = observe(traced, model, data, progress, attentions, length(loader), reader)
     with compiling(), torch.no_grad():
         enter("match")
         sites, refusals = match(traced)

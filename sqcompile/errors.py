@@ -18,7 +18,7 @@ class IndexRangeError(SQCompileError, IndexError):
 
 
 class CalibrationError(SQCompileError):
-    """The calibration data is empty, refused by the model, or gives non-finite activations."""
+    """The calibration data is empty, refused by the model, not of it, or gives non-finite activations."""
 
 
 class EvaluationError(SQCompileError, ValueError):

@@ -67,6 +67,11 @@ class Linear:
         return sizes if self.experts is None else (self.experts, *sizes)
 
 
+def module_of(name: str) -> str:
+    """The module of a linear, by the linear's name or its weight's; of experts, the weight's own name."""
+    return name.partition("#")[0].removesuffix(".weight")
+
+
 def nodes_by_name(gm: fx.GraphModule) -> dict[str, fx.Node]:
     return {n.name: n for n in gm.graph.nodes}
 

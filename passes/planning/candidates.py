@@ -68,7 +68,8 @@ def best(
 ) -> tuple[Choice, dict[int | None, float]]:
     """The smoothing and the rotation with the smallest error, and the smallest error with each rotation.
 
-    ``floats``: linears that stay in float, by name. ``blocks``: the rotations to try; None for those of the recipe.
+    ``floats``: linears that stay in float, by name. ``blocks``: the rotations to try; None for those of the recipe. Of inputs
+    whose largest values alone are known, it is the recipe's own α and rotation.
     """
     balance = [(l, m) for l, m in site.balance if l.name not in floats]
     linears = [l for l, _ in balance]
@@ -88,6 +89,9 @@ def best(
     for candidate in () if chooser.why_unsmoothed(linears) else own.alphas:
         every = torch.stack([smoothing_scale(x, w_absmax, candidate) for x in x_absmax])
         scales[candidate] = torch.where(site.free.to(device), every, 1.0)
+    if any(chooser.calibration.inputs[l.name].absmax_alone for l in linears):  # nothing can be tried
+        alpha, block = [*scales][-1], _blocks(own, linears)[0]  # of a recipe that leaves one of each (`absmax_alone`)
+        return Choice(scales[alpha], alpha, block), {block: 0.0}
     by_loss = chooser.by_loss(linears) and chooser.felt.knows(touched)
     errors: dict[tuple[float | None, int | None, bool], tuple[float, Choice]] = {}
 

@@ -35,6 +35,8 @@ from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Activation, Recipe
 from sqcompile.statistics.observe import Calibration
 
+UNTRIED = "by largest values without tokens, so that no α was tried"
+
 
 def choose(
     gm: fx.GraphModule,
@@ -90,6 +92,8 @@ def choose(
             why = chooser.why_unsmoothed(quantized)
             reason = why or f"smoothing would raise the quantization error here ({site.reason})"
             note = ("none", reason, None)
+        if choice.scales is not None and calibration.inputs[quantized[0].name].absmax_alone:
+            note = (note[0], f"{note[1]}; {UNTRIED}", note[2])
         if felt is not None and chooser.by_loss(quantized) and (blind := felt.blind(quantized)):
             note = (note[0], f"{note[1]}; chosen by its own error, as {blind}", note[2])
         notes.update({l.name: note for l in quantized})
@@ -101,7 +105,7 @@ def choose(
     open_ = [l for l in linears if l.name not in floats]
     static = [l for l in open_ if chooser.static(l)]
     if static and unsmoothed is None:
-        warn_of_few(calibration.inputs[l.name].count for l in static)
+        warn_of_few(stats.count for l in static if not (stats := calibration.inputs[l.name]).absmax_alone)
     losses = chooser.losses([l for l in open_ if chooser.felt.knows([l])])
     layers = tuple(_layer(chooser, l, floats, notes, losses.get(l.name)) for l in linears)
     columns = {name: s for name, s in chooser.columns.items() if name not in floats}
@@ -116,11 +120,11 @@ def _layer(
     kind: Literal["linear", "experts"] = "experts" if l.experts else "linear"
     how, reason, alpha = notes[l.name]
     stats, own, common = chooser.calibration.inputs[l.name], chooser.own[l.name], chooser.recipe
-    idle = (stats.tokens == 0).nonzero().flatten().tolist() if l.experts else []
+    idle = (stats.tokens == 0).nonzero().flatten().tolist() if l.experts and not stats.absmax_alone else []
     if idle:
         which = f"{', '.join(map(str, idle))} of {l.experts} experts"
         reason += f"; no calibration token reached {which}, whose scales come from the other experts' tokens"
-    sqnr: float | None = sqnr_db(chooser.error(l), f"the outputs of {l.name}")
+    sqnr = None if stats.absmax_alone else sqnr_db(chooser.error(l), f"the outputs of {l.name}")
     activation: Activation = "per_token" if l.name in chooser.dynamic else own.activation
     if not bool(stats.absmax.any()):  # exact, which says nothing
         reason, sqnr = f"{reason}; its input was {stats.unvarying()}", None

@@ -244,6 +244,8 @@ class Chooser:
         """How a static scale was made, and why there is none; "" of a dynamic recipe."""
         if self.own[l.name].activation != "per_tensor_static":
             return ""
+        if self.calibration.inputs[l.name].absmax_alone:
+            return "; Δ of the largest value, without a margin"
         found = spikes(self.calibration.inputs[l.name])
         if l.name in self.dynamic:
             return f"; a scale for each token at run time, as {found}"

@@ -14,6 +14,8 @@ square of 2 β² exp(-(L - M) / β) / n for each new value, M being the largest 
 2 ln 2 · β in the mean, from which β is known. The margin m is the candidate with the smallest sum of both, by
 the geometric mean over the halves; `choose` compares α by the same sum, s from one half as well. Both vanish with thousands of tokens.
 
+Where the largest values alone are known, of a file of activation scales, there is no margin.
+
 The largest values of rotated channels are known of the sampled rows alone: of so many tokens, and no more, they tell.
 """
 
@@ -95,7 +97,12 @@ def margin(stats: InputStats, columns: Tensor, weight: Tensor, qtype: QType = IN
         weight: float32 [K], what an error of each channel costs, squared.
         qtype: the number format.
         block: the size of the blocks in which it is rotated, or None.
+
+    Returns:
+        One of `MARGINS`; `ONE_TOKEN` where halves do not tell, and 0 of the largest values alone, which say nothing of tokens.
     """
+    if stats.absmax_alone:
+        return 0.0
     if not has_halves(stats):
         return ONE_TOKEN
     errors = torch.zeros(len(MARGINS), dtype=torch.float32, device=columns.device)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sqcompile.errors import ArtifactError
 from sqcompile.files.regular import read_regular, replace_file, said
+from sqcompile.passes.ir.graph import module_of
 from sqcompile.statistics.observe import Calibration
 
 _MOST_BYTES = 2**30  # some hundred times those of the largest models
@@ -33,14 +34,20 @@ def act_scales_of(calibration: Calibration) -> dict[str, Tensor]:
     """The largest input of each linear that was observed: float32 [K] on the CPU, by the linear's module."""
     found: dict[str, Tensor] = {}
     for name, stats in calibration.inputs.items():
-        module = name.partition("#")[0].removesuffix(".weight")
+        module = module_of(name)
         absmax = stats.absmax.cpu()
         found[module] = torch.maximum(found[module], absmax) if module in found else absmax
     return found
 
 
 def read_act_scales(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Reads a file of activation scales: float32 [K] on the CPU, by the linear's module.
+    """Reads a file of activation scales, such as those of SmoothQuant's authors. Nothing in it is executed.
+
+    Args:
+        path: of what `torch.save` made of a dict of vectors.
+
+    Returns:
+        float32 [in_features] on the CPU, max|X_j| of each input channel, by the linear's module.
 
     Raises:
         ArtifactError: if the path is no regular file, or no file of that kind.
@@ -59,12 +66,26 @@ def read_act_scales(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ) from e
 
 
+def given_act_scales(scales: Any) -> dict[str, Tensor]:
+    """Activation scales that a user passes, float32 [K] on the CPU by the linear's module: a dict of them, or a file's path.
+
+    Raises:
+        ArtifactError: as `read_act_scales`, and for a dict that is none of activation scales.
+    """
+    if not isinstance(scales, Mapping):
+        return read_act_scales(scales)
+    try:
+        return _checked(scales)
+    except ValueError as e:
+        raise _refused(e) from e
+
+
 def write_act_scales(path: str | os.PathLike[str], scales: Mapping[str, Tensor]) -> None:
     """Writes a file of activation scales, or nothing: an old file stays whole until the new one is.
 
     Args:
         path: where to.
-        scales: any float dtype [K] by the linear's module; written as float32.
+        scales: any float dtype [in_features] by the linear's module, as `get_act_scales` gives them; written as float32.
 
     Raises:
         ArtifactError: for scales that `read_act_scales` would refuse, or a path that cannot be written.
@@ -73,7 +94,7 @@ def write_act_scales(path: str | os.PathLike[str], scales: Mapping[str, Tensor])
     try:
         whole = _checked(scales)
     except ValueError as e:
-        raise ArtifactError(f"these are no activation scales ({e}): pass a dict of names and vectors") from e
+        raise _refused(e) from e
     buffer = io.BytesIO()
     torch.save(whole, buffer)
     try:
@@ -105,6 +126,10 @@ def _checked(found: Any) -> dict[str, Tensor]:
             raise ValueError(f"{name} has {float(values[~inside][0])}, which is no largest absolute value")
         whole[name] = values
     return whole
+
+
+def _refused(e: ValueError) -> ArtifactError:
+    return ArtifactError(f"these are no activation scales ({e}): pass a dict of names and vectors")
 
 
 def _name(path: Any) -> str:

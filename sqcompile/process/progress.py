@@ -25,4 +25,4 @@ def stages(names: Sequence[str], show: bool) -> Iterator[Enter]:
 
         yield enter
         bar.update(len(names) - bar.n)
-        bar.set_description({"emit": "compiled", "plan": "planned"}.get(names[-1], "compared"))
+        bar.set_description({"emit": "compiled", "plan": "planned", "calibrate": "measured"}.get(names[-1], "compared"))

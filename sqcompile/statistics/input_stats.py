@@ -24,7 +24,7 @@ class InputStats:
             it does not hold can be tried on the other.
         rows: [R, K] in the input's dtype, a uniform sample of at most 128 tokens.
         half: int64 [R], the half of each sampled row.
-        count: number of tokens seen.
+        count: number of tokens seen; 0 where nothing but the largest values is known, see `of_absmax`.
         experts: int64 [R], the expert of each sampled row; zeros where there are no experts.
         tokens: int64 [E], tokens seen by each expert; [1] where there are no experts.
         sizes: int64 [B], how many tokens have their largest value in each quarter of an octave, from 2^-150 on.
@@ -54,6 +54,21 @@ class InputStats:
             torch.zeros(SIZES, dtype=torch.int64, device=like.device),
         )
 
+    @staticmethod
+    def of_absmax(absmax: Tensor, like: Tensor, experts: int | None) -> InputStats:
+        """Statistics of the largest values alone, float32 [K], as a file of activation scales has them.
+
+        There are no tokens: no rows, and no counts. ``like``: an input [T, K], for its dtype and device.
+        """
+        stats = InputStats.empty(like, experts)
+        stats.halves = absmax.to(stats.halves).expand(2, -1).contiguous()
+        return stats
+
+    @property
+    def absmax_alone(self) -> bool:
+        """Whether no token is known, so that nothing can be tried."""
+        return self.count == 0
+
     @property
     def absmax(self) -> Tensor:
         """float32 [K], max|X_j| per channel over all tokens."""
@@ -64,7 +79,7 @@ class InputStats:
         absmax, last = self.absmax, self.rows[:1].float()
         largest = float(absmax.max()) if absmax.numel() else 0.0
         if largest <= ABSMAX_FLOOR:
-            return f"zero in all {self.count} calibration tokens"
+            return "zero by its largest values" if self.absmax_alone else f"zero in all {self.count} calibration tokens"
         close = SAME * largest  # products of equal rows may differ in their last bits
         same = bool(((self.rows.float() - last).abs() <= close).all() & ((absmax - last.abs()).abs() <= close).all())
         return f"the same in all {self.count} calibration tokens" if same and self.count > 1 else None

@@ -54,6 +54,7 @@ def calibrate(
     attentions: Sequence[Attention] = (),
     total: int | None = None,
     reader: Reader | None = None,
+    observer: Observer | None = None,
 ) -> Calibration:
     """Runs a traced graph over the calibration data.
 
@@ -66,11 +67,12 @@ def calibrate(
         attentions: those whose queries, keys and values are observed.
         total: number of batches, for the bar.
         reader: of the batches, where it has read one of them before.
+        observer: of the graph, where it keeps more than an `Observer` does.
 
     Raises:
         CalibrationError: for a batch the model refuses, or a non-finite activation (names the tensor and the batch).
     """
-    observer = Observer(gm, attentions)
+    observer = observer or Observer(gm, attentions)
     captured, reader = about(gm).calls, reader or Reader(model)
     bar = tqdm(desc="batches", unit="batch", disable=not progress, total=total, leave=False)
 
@@ -231,21 +233,27 @@ class Observer(fx.Interpreter):
 
     def _read(self, n: fx.Node, l: Linear) -> None:
         x = self.env[n.args[0]]  # type: ignore[index]
-        if l.offsets:
-            rows = x
-            offsets = self.env[n.args[2]].long()  # type: ignore[index]
-            row = torch.arange(len(x), device=x.device)
-            experts = torch.searchsorted(offsets, row, right=True)
-            keep = experts < len(offsets)  # rows past the last offset are no expert's
-            if l.offsets in self.routed_masks:
-                keep &= self.routed_masks[l.offsets]
-            rows, experts = rows[keep], experts[keep]
-        else:
-            rows, real = x.reshape(-1, x.shape[-1]), self.padding.real(l.x, x)
-            rows = rows if real is None else rows[real]
-            experts = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        keep, experts = self._tokens(n, l, x)
+        rows = x.reshape(-1, x.shape[-1])
+        rows, experts = (rows, experts) if keep is None else (rows[keep], experts[keep])
         if len(rows):
             self._update(l, rows, experts)
+
+    def _tokens(self, n: fx.Node, l: Linear, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Which rows of a linear's input x [..., K] are real tokens, bool [T], None for all; and their experts, int64 [T].
+
+        Its output has the same rows.
+        """
+        if not l.offsets:
+            count = x[..., 0].numel()
+            return self.padding.real(l.x, x), torch.zeros(count, dtype=torch.int64, device=x.device)
+        offsets = self.env[n.args[2]].long()  # type: ignore[index]
+        row = torch.arange(len(x), device=x.device)
+        experts = torch.searchsorted(offsets, row, right=True)
+        keep = experts < len(offsets)  # rows past the last offset are no expert's
+        if l.offsets in self.routed_masks:
+            keep &= self.routed_masks[l.offsets]
+        return keep, experts
 
     def _update(self, l: Linear, rows: Tensor, experts: Tensor) -> None:
         with self.lock:
