@@ -18,8 +18,8 @@ import sqcompile
 import sqcompile.compiled.inductor
 from sqcompile import Recipe
 from sqcompile.backend import smoothquant
-from sqcompile.compiled.inductor import flatten
 from sqcompile.passes.ir.about import about
+from sqcompile.passes.ir.flat import flatten
 from sqcompile.passes.ir.graph import value
 from sqcompile.passes.lowering.regions import cut, find_repeats
 
