@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.config
 from families import CAUSAL, causal_lm, roughen
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
@@ -27,6 +28,8 @@ from sqcompile.plan.plan import Plan
 
 # as many threads as `make test` has cores, over its processes
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+# what is remembered of fake tensors helps where layers repeat; of many small models it costs a fifth of the tests' time
+torch._dynamo.config.fake_tensor_cache_enabled = False
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("SQCOMPILE_VERIFY", "1")  # each stage's recorded values are computed again
 
