@@ -23,7 +23,7 @@ from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.flat import flatten
 from sqcompile.passes.ir.graph import get_tensor, set_tensor
 from sqcompile.plan.plan import Plan
-from sqcompile.programs.export import PROGRAMS, check_format, export, write_program
+from sqcompile.programs.export import export, is_program, write_program
 from sqcompile.pytorch.core import pytree
 
 BACKENDS = ("inductor", "eager")
@@ -126,8 +126,7 @@ class CompiledModel(nn.Module):
             ArtifactError: as `sqcompile.export`.
             StageError: if the float model is gone, or its parameters changed; or, for a checkpoint, if this model was loaded.
         """
-        check_format(format)
-        if format in PROGRAMS and source is None:
+        if is_program(format, source):
             return write_program(self.stages["quantized"], self.plan, format, path)
         return export(self.stages.model(), self.plan, format, path, source)
 

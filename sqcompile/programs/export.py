@@ -27,7 +27,7 @@ from sqcompile.process.interrupts import checkpoint, deferred
 from sqcompile.process.lock import analysing, compiling
 from sqcompile.programs.onnx import onnx_model, write_onnx
 from sqcompile.programs.standard import standard
-from sqcompile.programs.traced import program_of
+from sqcompile.programs.traced import Traced, program_of
 
 PROGRAMS = ("onnx", "pt2")
 FORMATS = (*checkpoints.FORMATS, *PROGRAMS)
@@ -52,21 +52,25 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
             nothing is written then.
         SQCompileError: as `compile` of a plan.
     """
-    if format in PROGRAMS:
-        if source is not None:
-            raise ArtifactError(f"source has the tokenizer of a checkpoint, and {format!r} has none: leave it out")
-        given, _ = given_plan(plan, None, None), target_of(path)
-        with deferred(), analysing(model), compiling(), torch.no_grad():
-            call = from_spec(given.call, next((p.device for p in model.parameters()), torch.device("cpu")))
-            return write_program(rewrite(trace(model, call), given, until="quantized"), given, format, path)
-    check_format(format)
-    return checkpoints.export(model, plan, format, path, source)
+    if not is_program(format, source):
+        return checkpoints.export(model, plan, format, path, source)
+    given, _ = given_plan(plan, None, None), target_of(path)
+    with deferred(), analysing(model), compiling(), torch.no_grad():
+        call = from_spec(given.call, next((p.device for p in model.parameters()), torch.device("cpu")))
+        return write_program(rewrite(trace(model, call), given, until="quantized"), given, format, path)
 
 
-def check_format(format: Any) -> None:
-    """Raises ArtifactError for a format that there is none of."""
+def is_program(format: Any, source: Any) -> bool:
+    """Whether a format is that of a program, and not of a checkpoint.
+
+    Raises:
+        ArtifactError: for a format that there is none of, or the source of a tokenizer with a program.
+    """
     if format not in FORMATS:
         raise ArtifactError(f"there is no format {format!r}: choose one of {', '.join(FORMATS)}")
+    if format in PROGRAMS and source is not None:
+        raise ArtifactError(f"source has the tokenizer of a checkpoint, and {format!r} has none: leave it out")
+    return format in PROGRAMS
 
 
 def write_program(quantized: fx.GraphModule, plan: Plan, format: str, path: str | os.PathLike[str]) -> Exported:
@@ -82,21 +86,29 @@ def write_program(quantized: fx.GraphModule, plan: Plan, format: str, path: str 
         ArtifactError: if the format cannot express it, or the path cannot be written; nothing is written then.
     """
     target = target_of(path)
-    traced = program_of(standard(quantized, integers=format == "onnx"))
-    checkpoint()
-    try:
-        if format == "onnx":
-            size = write_onnx(onnx_model(traced.program, list(traced.outputs)), target)
-        else:
-            with new_file(target) as f:
-                torch.export.save(traced.program, f)
-            size = os.path.getsize(target)
-    except SQCompileError:
-        raise
-    except Exception as e:  # of the system, and of what writes the format
-        hint = "pass a path in a directory that exists and may be written to, on a disk with room"
-        raise ArtifactError(f"the program cannot be written to {target} ({said(e)}): {hint}") from e
-    return Exported(format, target, plan, (), (str(traced),), size)
+    with deferred(), compiling(), torch.no_grad():
+        traced = program_of(standard(quantized, integers=format == "onnx"))
+        checkpoint()
+        try:
+            size = _write(traced, format, target)
+        except SQCompileError:
+            raise
+        except Exception as e:  # of the system, and of what writes the format
+            hint = "pass a path in a directory that exists and may be written to, on a disk with room"
+            raise ArtifactError(f"the program cannot be written to {target} ({said(e)}): {hint}") from e
+    notes = [str(traced)]
+    if format == "onnx" and traced.conditions:
+        notes.append(f"not asked at run time, as ONNX asks nothing of sizes: {', '.join(traced.conditions)}")
+    return Exported(format, target, plan, (), tuple(notes), size)
+
+
+def _write(traced: Traced, format: str, target: str) -> int:
+    """Writes the file, and gives its bytes."""
+    if format == "onnx":
+        return write_onnx(onnx_model(traced.program, list(traced.outputs)), target)
+    with new_file(target) as f:
+        torch.export.save(traced.program, f)
+    return os.path.getsize(target)
 
 
 def target_of(path: Any) -> str:

@@ -43,6 +43,8 @@ def onnx_model(program: torch.export.ExportedProgram, outputs: list[str]) -> Any
         ArtifactError: if onnx and onnxscript are not installed, or an operator has no translation.
     """
     try:
+        from onnxscript.optimizer import fold_constants, remove_unused_nodes
+
         table = _translations()
     except ImportError as e:
         raise ArtifactError(f"ONNX needs {e.name}: pip install 'sqcompile[onnx]'") from e
@@ -54,9 +56,11 @@ def onnx_model(program: torch.export.ExportedProgram, outputs: list[str]) -> Any
                 opset_version=OPSET,
                 output_names=outputs,
                 custom_translation_table=table,
-                optimize=True,
+                optimize=False,  # whose rewriting rules, which are for ever, keep the last model
                 verbose=False,
             )
+            fold_constants(made.model)
+            remove_unused_nodes(made.model)
             return made.model
     except Exception as e:
         why: BaseException = e

@@ -25,22 +25,28 @@ from sqcompile.passes.ir.flat import flatten
 from sqcompile.passes.ir.graph import get_tensor, set_tensor, value
 from sqcompile.pytorch.core import check_sizes, pytree
 
+_SIZES = (3, 5, 7, 11, 13, 17, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 4096, 16384)
+_MOST_TRIED = 100_000
+
 
 @dataclass(frozen=True)
 class Traced:
-    """A program, the tensors that it takes, and the names of those that it gives, in order."""
+    """A program.
+
+    Attributes:
+        inputs: the tensors that it takes, by name, in order.
+        outputs: the names of those that it gives, in order.
+        conditions: on the sizes of inputs, in words: ``"x.shape[1] <= 512"``.
+    """
 
     program: torch.export.ExportedProgram
     inputs: dict[str, Input]
     outputs: tuple[str, ...]
+    conditions: tuple[str, ...]
 
     def __str__(self) -> str:
         inputs = (f"{name} {x}" for name, x in self.inputs.items())
         return f"takes {', '.join(inputs)}; gives {', '.join(self.outputs)}"
-
-
-_SIZES = (3, 5, 7, 11, 13, 17, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 4096, 16384)
-_MOST_TRIED = 100_000
 
 
 def program_of(gm: fx.GraphModule) -> Traced:
@@ -71,12 +77,13 @@ def program_of(gm: fx.GraphModule) -> Traced:
     try:
         with torch.no_grad():
             program = torch.export.export(flat, (), arguments, dynamic_shapes=dims, strict=False)
-            return Traced(program, {name: calls.leaves[i] for name, i in zip(names, used, strict=True)}, outputs)
     except Exception as e:
         raise ArtifactError(
             f"torch.export cannot trace the quantized graph ({type(e).__name__}: {first_line(e)}): save the model natively, with "
             "compiled.save"
         ) from e
+    inputs = {name: calls.leaves[i] for name, i in zip(names, used, strict=True)}
+    return Traced(program, inputs, outputs, tuple(map(calls.in_words, calls.conditions)))
 
 
 def _hints(flat: fx.GraphModule, calls: Captured, used: list[int]) -> dict[str, int]:

@@ -211,6 +211,8 @@ def test_names_constants_and_what_the_capture_took_for_granted(tmp_path):
     net = sqcompile.compile(model, [{"pair": pair}], recipe=DYNAMIC, backend="eager", progress=False)
     done = net.export("pt2", tmp_path / "model.pt2")
     assert "takes pair_0 torch.float32 [any, any, 32] on cpu, pair_1 torch" in str(done) and "gives a_0" in str(done)
+    asked = net.export("onnx", tmp_path / "model.onnx").notes[-1]
+    assert asked == "not asked at run time, as ONNX asks nothing of sizes: pair[0].shape[1] <= 40"
     program = torch.export.load(tmp_path / "model.pt2").module()
     for rows, tokens in ((1, 20), (3, 40), (2, 1)):
         x, y = torch.randn(2, rows, tokens, 32)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
+import weakref
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 
 import sqcompile
 from sqcompile import ArtifactError, Plan, Recipe
+from sqcompile.passes.ir.graph import get_tensor
 from sqcompile.passes.ir.text import show
 from sqcompile.passes.rewrite.insert_qdq import insert_qdq
 from sqcompile.plan.plan import LayerPlan
@@ -168,3 +171,14 @@ def test_the_model_is_left_alone(tmp_path):
     before = {n: t.clone() for n, t in model.state_dict().items()}
     sqcompile.export(model, plan, "pt2", tmp_path / "m")
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and not model.training
+
+
+@pytest.mark.parametrize("format", programs.PROGRAMS)
+def test_nothing_of_an_exported_model_stays(format, tmp_path):
+    model, plan = tiny()
+    stage = quantized_stage(model, plan)
+    kept = weakref.ref(get_tensor(stage, "1.weight_int8"))
+    programs.write_program(stage, plan, format, tmp_path / "m")
+    del stage
+    gc.collect()
+    assert kept() is None
