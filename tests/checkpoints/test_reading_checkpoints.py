@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
+import shutil
 import struct
 from collections import Counter
 
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 
 import sqcompile
 from sqcompile.checkpoints.names import CheckpointNames
+from sqcompile.checkpoints.read_model import read_model
 from sqcompile.passes.ir.graph import get_tensor
 
 
@@ -219,6 +222,31 @@ def test_damaged_files_are_refused(damage, tmp_path):
         data[:8] = struct.pack("<Q", 2**63)
     file.write_bytes(data)
     refused(path, f"{file.name} cannot be read")
+
+
+@pytest.mark.slow
+def test_damage_anywhere_is_an_error_in_one_sentence_or_a_model(tmp_path):
+    """What a flipped bit of a weight is, no one can say: these files have no checksums."""
+    whole, path, r = tmp_path / "whole", tmp_path / "out", random.Random(0)
+    exported("llama", "compressed-tensors", whole)
+    names = [f.name for f in whole.iterdir() if f.name == "config.json" or "safetensors" in f.name]
+    refusals = 0
+    for i in range(40):
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(whole, path)
+        file = path / r.choice(names)
+        data = bytearray(file.read_bytes())
+        if i % 2:
+            data = data[: r.randrange(len(data))]
+        else:
+            data[r.randrange(min(len(data), 3000))] ^= 1 << r.randrange(8)
+        file.write_bytes(data)
+        try:
+            read_model(str(path))
+        except sqcompile.ArtifactError as e:
+            refusals += 1
+            assert "\n" not in str(e) and len(str(e)) < 1000
+    assert refusals >= 20
 
 
 def test_links_and_other_directories_are_refused(tmp_path):
