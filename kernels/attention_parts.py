@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sqcompile.kernels.reference import QMAX, absmax_scale
 
@@ -132,6 +133,23 @@ def int8_attend(scores: Tensor, v: Tensor, v_scale: Tensor, dtype: torch.dtype) 
         out = out + _by_group(p, values.to(torch.float32)) * (torch.exp(near - top) / QMAX)
     v_scale = _per_head(v_scale, scores.shape[1])
     return (out / torch.where(total == 0, 1.0, total) * v_scale).to(dtype)
+
+
+def int8_attend_whole(scores: Tensor, v: Tensor, v_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`int8_attend` with all blocks of keys at once, filled up with keys that none sees: traced, it serves any number of them."""
+    heads, keys = scores.shape[1], scores.shape[-1]
+    missing = (keys // P_BLOCK + 2) * P_BLOCK - keys  # never one block: torch.export would take that for all there is
+    scores = scores.float()
+    scores = F.pad(scores.masked_fill(scores <= BLOCKED, -torch.inf), (0, missing), value=-torch.inf)
+    parts = scores.unflatten(-1, (-1, P_BLOCK)).transpose(-2, -3)  # [B, H, blocks, Sq, 128]
+    values = F.pad(v.to(torch.float32), (0, 0, 0, missing)).unflatten(-2, (-1, P_BLOCK))  # [B, G, blocks, 128, D]
+    near = parts.amax(-1, keepdim=True)
+    top = _finite(near.amax(-3, keepdim=True))
+    p = torch.round(QMAX * torch.exp(parts - _finite(near)))
+    total = torch.exp(parts - top).sum((-3, -1)).unsqueeze(-1)
+    products = p @ values.repeat_interleave(heads // v.shape[1], dim=1)
+    out = (products * (torch.exp(near - top) / QMAX)).sum(-3)
+    return (out / torch.where(total == 0, 1.0, total) * _per_head(v_scale, heads)).to(dtype)
 
 
 def int8_attend_fake(scores: Tensor, v: Tensor, v_scale: Tensor, dtype: torch.dtype) -> Tensor:

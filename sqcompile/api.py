@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sqcompile.capture.batches import TARGETS
 from sqcompile.capture.call_spec import from_spec, to_spec
-from sqcompile.capture.inputs import Call, Forward, Reader, length
+from sqcompile.capture.inputs import Forward, Reader, length
 from sqcompile.capture.trace import trace
-from sqcompile.capture.traced_call import traced_call
+from sqcompile.capture.traced_call import example_call, traced_call
 from sqcompile.checkpoints.act_scales import given_act_scales
 from sqcompile.compiled.degradation import by_value
 from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
@@ -108,7 +107,7 @@ def compile(
         else:
             data = {"calib_loader": calib_loader, "act_scales": act_scales}
             plan = given_plan(plan, recipe, next((name for name, given in data.items() if given is not None), None))
-            call = _example(model, example_inputs) or from_spec(plan.call, _device(model))
+            call = example_call(model, example_inputs) or from_spec(plan.call, _device(model))
             enter("trace")
             with analysing(model), compiling():
                 traced = trace(model, call, dynamic_shapes)
@@ -185,7 +184,7 @@ def analyse(
         raise RecipeError("evaluate without a limit: pass Recipe(max_degradation=...), in percent of what it gives")
     if evaluate is not None and not callable(evaluate):
         raise RecipeError(f"evaluate={evaluate!r}: pass a function of a model that gives a number, lower being better")
-    call, data = _example(model, example), loader
+    call, data = example_call(model, example), loader
     reader = Reader(model, call.kwargs if call else ())
     with analysing(model):
         if scales is None:
@@ -231,10 +230,6 @@ def target_for(model: nn.Module, target: Any) -> Target | None:
     if found is not None:
         found.check(_device(model))
     return found
-
-
-def _example(model: nn.Module, example: Any) -> Call | None:
-    return None if example is None else Reader(model, TARGETS).call(example)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -14,9 +14,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
-from sqcompile.capture.batches import TARGETS
 from sqcompile.capture.inputs import Reader, length
-from sqcompile.capture.traced_call import traced_call
+from sqcompile.capture.traced_call import example_call, traced_call
 from sqcompile.checkpoints.act_scales import act_scales_of
 from sqcompile.errors import ArtifactError
 from sqcompile.models import check_model
@@ -178,7 +177,7 @@ def _observed(
 ) -> tuple[Calibration, _Observer]:
     """Runs the data through an observer of the traced graph, or of what that is changed to."""
     check_model(model)
-    given = None if example is None else Reader(model, TARGETS).call(example)
+    given = example_call(model, example)
     reader = Reader(model, given.kwargs if given else ())
     with deferred(), stages(("trace", "calibrate"), progress) as enter, analysing(model):
         first, data = reader.first(loader)

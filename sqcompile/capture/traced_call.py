@@ -1,4 +1,4 @@
-"""traced_call: the traced graph of a call of a model, without arguments that the model takes and does not read."""
+"""traced_call: what a model is captured with, and its graph without arguments that the model takes and does not read."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from typing import Any
 
 from torch import fx, nn
 
+from sqcompile.capture.batches import TARGETS
 from sqcompile.capture.captured import unread
-from sqcompile.capture.inputs import Call, Forward
+from sqcompile.capture.inputs import Call, Forward, Reader
 from sqcompile.capture.trace import trace
+
+
+def example_call(model: nn.Module, example: Any) -> Call | None:
+    """The call of a batch that a user gives to capture a model with, labels included; None without one."""
+    return None if example is None else Reader(model, TARGETS).call(example)
 
 
 def traced_call(model: nn.Module, call: Call, dynamic_shapes: Any, forward: Forward) -> tuple[fx.GraphModule, Call]:

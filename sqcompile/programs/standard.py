@@ -24,16 +24,14 @@ left out there: what runs the program has its own way with those.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from sqcompile.errors import ArtifactError
-from sqcompile.kernels.attention_parts import BLOCKED, P_BLOCK
+from sqcompile.kernels.attention_parts import int8_attend_whole
 from sqcompile.kernels.ops import COMPOSITE, sqcompile_ops
 from sqcompile.kernels.reference import QMAX
 from sqcompile.kernels.rotation import rotate
@@ -90,27 +88,6 @@ def standard(gm: fx.GraphModule, integers: bool) -> fx.GraphModule:
     return gm
 
 
-def _attend(scores: Tensor, v: Tensor, v_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`attention_parts.int8_attend` for any number of keys: all blocks of them at once, filled up with keys that none sees."""
-    heads, keys = scores.shape[1], scores.shape[-1]
-    missing = (keys // P_BLOCK + 2) * P_BLOCK - keys  # never one block: torch.export would take that for all there is
-    scores = scores.float()
-    scores = F.pad(scores.masked_fill(scores <= BLOCKED, -math.inf), (0, missing), value=-math.inf)
-    parts = scores.unflatten(-1, (-1, P_BLOCK)).transpose(-2, -3)  # [B, H, blocks, Sq, 128]
-    values = F.pad(v.to(torch.float32), (0, 0, 0, missing)).unflatten(-2, (-1, P_BLOCK))  # [B, G, blocks, 128, D]
-    near = parts.amax(-1, keepdim=True)
-    largest = torch.where(near == -math.inf, 0.0, near)
-    top = near.amax(-3, keepdim=True)
-    top = torch.where(top == -math.inf, 0.0, top)
-    weights = torch.exp(parts - largest)
-    total = torch.exp(parts - top).sum((-3, -1)).unsqueeze(-1)
-    products = torch.round(QMAX * weights) @ values.repeat_interleave(heads // v.shape[1], dim=1)
-    out = (products * (torch.exp(near - top) / QMAX)).sum(-3)
-    if v_scale.dim() >= 3 and v_scale.shape[-3] not in (1, heads):
-        v_scale = v_scale.repeat_interleave(heads // v_scale.shape[-3], dim=-3)
-    return (out / torch.where(total == 0, 1.0, total) * v_scale).to(dtype)
-
-
 def _refusal(operator: str) -> str:
     if operator in ("grouped_linear", "grouped_dequantize"):
         return "routed experts have no operator in this format: export a model without them, or save the model natively"
@@ -134,7 +111,7 @@ def _linear(gm: fx.GraphModule, n: fx.Node) -> _Linear:
     return _Linear(n, x, q, scale, static, weight, weight_scale, bias, dtype)  # type: ignore[arg-type]
 
 
-_PLAIN = {**COMPOSITE, sqcompile_ops.int8_attend.default: _attend}
+_PLAIN = {**COMPOSITE, sqcompile_ops.int8_attend.default: int8_attend_whole}
 
 
 class _Writer:

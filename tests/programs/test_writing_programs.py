@@ -17,6 +17,7 @@ from torch import nn
 
 import sqcompile
 from sqcompile import ArtifactError, Plan, Recipe
+from sqcompile.kernels.attention_parts import int8_attend, int8_attend_whole
 from sqcompile.passes.ir.graph import get_tensor
 from sqcompile.passes.ir.text import show
 from sqcompile.passes.rewrite.insert_qdq import insert_qdq
@@ -182,3 +183,15 @@ def test_nothing_of_an_exported_model_stays(format, tmp_path):
     del stage
     gc.collect()
     assert kept() is None
+
+
+@pytest.mark.parametrize(("heads", "groups", "keys"), [(4, 2, 5), (4, 4, 128), (2, 1, 300)])
+def test_attention_of_all_blocks_at_once(heads, groups, keys):
+    generator = torch.Generator().manual_seed(keys)
+    scores = torch.randn(2, heads, 3, keys, generator=generator) * 3
+    scores[0, 0, 1] = -torch.inf  # a row that sees no key
+    scores[..., : keys // 2][1] = -torch.inf
+    v = torch.randint(-127, 128, (2, groups, keys, 16), generator=generator, dtype=torch.int8)
+    scale = torch.rand(2, groups, 1, 16, generator=generator)
+    want = int8_attend(scores, v, scale, torch.float32)
+    torch.testing.assert_close(int8_attend_whole(scores, v, scale, torch.float32), want, rtol=1e-5, atol=1e-4)
