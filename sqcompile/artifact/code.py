@@ -25,6 +25,7 @@ import torch
 
 from sqcompile.errors import ArtifactError
 from sqcompile.files.regular import read_regular, replace_file, said
+from sqcompile.files.safetensors_files import check_no_link
 
 CODE = "code.zip"
 _MOST_BYTES = 2**31 - 1
@@ -113,9 +114,8 @@ def taken(path: str | os.PathLike[str], entry: Any) -> str | None:
     if other := [k for k in here if entry["machine"].get(k) != here[k]]:
         return f"it was compiled with another {' and '.join(other)}"
     file = os.path.join(name, CODE)
+    check_no_link(file, file)
     try:
-        if os.path.islink(file):
-            raise ArtifactError(f"{file} is a link: copy the directory with the files themselves in it")
         data = read_regular(file, _MOST_BYTES, "code")
     except OSError as e:
         raise ArtifactError(f"{file} cannot be read ({said(e)}): copy the directory again, whole") from e
