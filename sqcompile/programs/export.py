@@ -1,5 +1,6 @@
-"""export: a model and its plan in a form that other tools read: a checkpoint directory, or a program in one file.
+"""export: a model and its plan in a form that leaves the process: an artifact, a checkpoint directory, or a program.
 
+    "sqcompile"                        the native artifact, a directory that `sqcompile.load` reads
     "smoothed", "compressed-tensors"   a directory of transformers (`sqcompile.checkpoints`)
     "pt2"                              a file of torch.export, in PyTorch's own quantize and dequantize operators
     "onnx"                             a file of ONNX, opset 21
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sqcompile.artifact.directory import check_saved_to, path_name, save
 from sqcompile.capture.call_spec import from_spec
+from sqcompile.capture.inputs import Forward
 from sqcompile.capture.trace import trace
 from sqcompile.checkpoints import export as checkpoints
 from sqcompile.checkpoints.export import Exported
@@ -30,7 +33,8 @@ from sqcompile.programs.standard import standard
 from sqcompile.programs.traced import Traced, program_of
 
 PROGRAMS = ("onnx", "pt2")
-FORMATS = (*checkpoints.FORMATS, *PROGRAMS)
+NATIVE = "sqcompile"
+FORMATS = (NATIVE, *checkpoints.FORMATS, *PROGRAMS)
 
 
 def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[str], source: Any = None) -> Exported:
@@ -39,10 +43,11 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
     Args:
         model: the one that the plan was made for; for a checkpoint, of transformers.
         plan: from `calibrate` or a compilation, or the path of a saved one.
-        format: "compressed-tensors" and "smoothed" are checkpoints of transformers, "pt2" (torch.export) and "onnx" programs.
-        path: of a checkpoint's directory, which may be an empty one, or one of an earlier export, which is replaced; or of a
-            program's file.
-        source: of a checkpoint: the directory that has the tokenizer; the one that the model was loaded from by default.
+        format: "sqcompile" is what `CompiledModel.save` writes, "compressed-tensors" and "smoothed" are checkpoints of
+            transformers, "pt2" (torch.export) and "onnx" programs.
+        path: of a directory, which may be an empty one, or one of an earlier export, which is replaced; or of a program's
+            file.
+        source: of a directory: that which has the tokenizer; the one that the model was loaded from by default.
 
     Returns:
         What was written, and what of the plan a checkpoint cannot say; it prints well.
@@ -52,12 +57,23 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
             nothing is written then.
         SQCompileError: as `compile` of a plan.
     """
-    if not is_program(format, source):
+    check_target(format, path, source)
+    if format in checkpoints.FORMATS:
         return checkpoints.export(model, plan, format, path, source)
-    given, _ = given_plan(plan, None, None), target_of(path)
+    given = given_plan(plan, None, None)
     with deferred(), analysing(model), compiling(), torch.no_grad():
         call = from_spec(given.call, next((p.device for p in model.parameters()), torch.device("cpu")))
-        return write_program(rewrite(trace(model, call), given, until="quantized"), given, format, path)
+        quantized = rewrite(trace(model, call), given, until="quantized")
+        if format == NATIVE:
+            return _write_native(model, quantized, given, path, source)
+        return write_program(quantized, given, format, path)
+
+
+def _write_native(model: nn.Module, quantized: fx.GraphModule, plan: Plan, path: Any, source: Any) -> Exported:
+    beside = checkpoints.source_of(model, source)
+    save(quantized, plan, Forward.of(model), path, beside=beside)
+    size = sum(t.numel() * t.element_size() for t in quantized.buffers())
+    return Exported(NATIVE, path_name(path), plan, (), (), size)
 
 
 def is_program(format: Any, source: Any) -> bool:
@@ -71,6 +87,20 @@ def is_program(format: Any, source: Any) -> bool:
     if format in PROGRAMS and source is not None:
         raise ArtifactError(f"source has the tokenizer of a checkpoint, and {format!r} has none: leave it out")
     return format in PROGRAMS
+
+
+def check_target(format: str, path: str | os.PathLike[str], source: Any = None) -> None:
+    """Looks whether something may be written, before hours are spent on it.
+
+    Raises:
+        ArtifactError: for a format that there is none of, or a path that cannot be written.
+    """
+    if is_program(format, source):
+        target_of(path)
+    elif format == NATIVE:
+        check_saved_to(path)
+    else:
+        checkpoints.target_of(path)
 
 
 def write_program(quantized: fx.GraphModule, plan: Plan, format: str, path: str | os.PathLike[str]) -> Exported:

@@ -11,21 +11,19 @@ import argparse
 import sys
 import warnings
 
-from torch import fx, nn
+from torch import nn
 
 import sqcompile
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
 from sqcompile.draw import draw
 from sqcompile.errors import SQCompileError
-from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.ir.text import show
 from sqcompile.passes.ir.verify import STAGES
-from sqcompile.passes.labels.match import match
 from sqcompile.pipeline import rewrite
-from sqcompile.plan.names import collapse, refusal_lines, site_labels
 from sqcompile.plan.plan import Plan
 from sqcompile.show.load import load
+from sqcompile.show.summary import Summary
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,7 +56,7 @@ def _show(args: argparse.Namespace) -> None:
         sys.path.insert(0, "")  # module:callable from the folder one stands in, also through the `sqcompile` command
     model, example = load(args.model, args.input, args.layers)
     traced = trace(model, as_call(model, example))
-    print(summary(traced))
+    print(Summary.of(traced))
     plan = _plan(args, model, example)
     stage = traced
     if args.stage and plan is not None:
@@ -76,21 +74,6 @@ def _plan(args: argparse.Namespace, model: nn.Module, example: object) -> Plan |
     if args.stage in (None, "traced"):
         return None
     return sqcompile.calibrate(model, [example], progress=False)
-
-
-def summary(traced: fx.GraphModule) -> str:
-    """The sites that `match` finds in a traced graph, and what it refuses, with the reasons."""
-    sites, refusals = match(traced)
-    names = [l.name for l in find_linears(traced)]
-    found = collapse(map(str, site_labels([s.name for s in sites], names)))
-    refused = refusal_lines([(r.linear.name, r.reason) for r in refusals], names)
-    lines = [
-        f"{len(names)} linears, {len(names) - len(refusals)} of them at {len(sites)} sites where a parameter absorbs 1/s"
-    ]
-    lines += [f"  {line}" for line in found]
-    if refused:
-        lines += [f"{len(refusals)} refused: x·(1/s) is multiplied before quantization", *(f"  {r}" for r in refused)]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
