@@ -105,6 +105,15 @@ def loaded(
             raise ArtifactError(f"{os.fsdecode(path)} cannot be loaded ({said(e)}): save the model again") from e
 
 
+def is_saved(folder: str) -> bool:
+    """Whether a directory is one that `load` reads, and no float model.
+
+    Raises:
+        ArtifactError: if its config.json cannot be read.
+    """
+    return os.path.lexists(os.path.join(folder, MANIFEST)) or is_checkpoint(folder)
+
+
 def opened(path: str | os.PathLike[str]) -> tuple[Plan, SavedStages]:
     """The plan and the stages of what `load` loads, which is not compiled.
 

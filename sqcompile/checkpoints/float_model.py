@@ -25,7 +25,7 @@ _READS: dict[str, Reads] = {
     "input_features": "audio",
     "input_values": "audio",
 }
-CONFIG, _MODULES = "config.json", "modules.json"  # the latter of sentence-transformers
+CONFIG, MODULES = "config.json", "modules.json"  # the latter of sentence-transformers
 _MOST_BYTES = 2**24
 
 
@@ -164,17 +164,17 @@ def load_tokenizer(folder: str) -> Any:
 
 def _inner(folder: str) -> str:
     """The directory of the transformer in one of sentence-transformers; any other as it is."""
-    path = os.path.join(folder, _MODULES)
+    path = os.path.join(folder, MODULES)
     if not os.path.exists(path):
         return folder
     try:
-        parts = _json(folder, _MODULES)
+        parts = _json(folder, MODULES)
         first = next(p["path"] for p in parts if str(p["type"]).endswith(".Transformer"))
         inner = os.path.realpath(os.path.join(folder, first))
     except (OSError, StopIteration, KeyError, TypeError, ValueError) as e:
-        raise ArtifactError(f"the {_MODULES} of {folder} names no transformer ({said(e)}): copy the model again") from e
+        raise ArtifactError(f"the {MODULES} of {folder} names no transformer ({said(e)}): copy the model again") from e
     if os.path.commonpath([inner, os.path.realpath(folder)]) != os.path.realpath(folder):
-        raise ArtifactError(f"the {_MODULES} of {folder} leads out of it, to {first!r}: copy the model again")
+        raise ArtifactError(f"the {MODULES} of {folder} leads out of it, to {first!r}: copy the model again")
     return inner
 
 

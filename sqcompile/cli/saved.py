@@ -8,10 +8,9 @@ from typing import Any
 from torch import nn
 
 from sqcompile.artifact.directory import MANIFEST
-from sqcompile.checkpoints.float_model import CONFIG, Checkpoint, load_tokenizer
-from sqcompile.checkpoints.read_model import is_checkpoint
+from sqcompile.checkpoints.float_model import CONFIG, MODULES, Checkpoint, load_tokenizer
 from sqcompile.cli.terminal import CommandError
-from sqcompile.loading import load
+from sqcompile.loading import is_saved, load
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
@@ -24,11 +23,9 @@ def is_int8(folder: str) -> bool:
     """
     if not os.path.isdir(folder):
         raise CommandError(f"there is no directory {folder}: pass one with a model, or what sqcompile quantize wrote")
-    if os.path.lexists(os.path.join(folder, MANIFEST)):
-        return True
-    if not os.path.lexists(os.path.join(folder, CONFIG)) and not os.path.lexists(os.path.join(folder, "modules.json")):
+    if not any(os.path.lexists(os.path.join(folder, name)) for name in (MANIFEST, CONFIG, MODULES)):
         raise CommandError(f"{folder} has no model: it has neither {MANIFEST} nor {CONFIG}")
-    return os.path.lexists(os.path.join(folder, CONFIG)) and is_checkpoint(folder)
+    return is_saved(folder)
 
 
 def load_any(folder: str, backend: str, device: str | None) -> nn.Module:
