@@ -23,7 +23,7 @@ from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.flat import flatten
 from sqcompile.passes.ir.graph import get_tensor, set_tensor
 from sqcompile.plan.plan import Plan
-from sqcompile.programs.export import export, is_program, write_program
+from sqcompile.programs.export import ARTIFACT, export, is_program, write_artifact, write_program
 from sqcompile.pytorch.core import pytree
 
 BACKENDS = ("inductor", "eager")
@@ -126,6 +126,8 @@ class CompiledModel(nn.Module):
             ArtifactError: as `sqcompile.export`.
             StageError: if the float model is gone, or its parameters changed; or, for a checkpoint, if this model was loaded.
         """
+        if is_program(format, source) and format == ARTIFACT:
+            return write_artifact(self.stages["quantized"], self.plan, self.call, path)
         if is_program(format, source):
             return write_program(self.stages["quantized"], self.plan, format, path)
         return export(self.stages.model(), self.plan, format, path, source)

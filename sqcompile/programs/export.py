@@ -1,8 +1,9 @@
-"""export: a model and its plan in a form that other tools read: a checkpoint directory, or a program in one file.
+"""export: a model and its plan in a form that others read: a checkpoint directory, a program in one file, or an artifact.
 
     "smoothed", "compressed-tensors"   a directory of transformers (`sqcompile.checkpoints`)
     "pt2"                              a file of torch.export, in PyTorch's own quantize and dequantize operators
     "onnx"                             a file of ONNX, opset 21
+    "sqcompile"                        a directory that `sqcompile.load` reads (`sqcompile.artifact`)
 
 A program appears whole or not at all.
 """
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sqcompile.artifact.directory import path_name, save
 from sqcompile.capture.call_spec import from_spec
+from sqcompile.capture.inputs import Forward
 from sqcompile.capture.trace import trace
 from sqcompile.checkpoints import export as checkpoints
 from sqcompile.checkpoints.export import Exported
@@ -29,19 +32,24 @@ from sqcompile.programs.onnx import onnx_model, write_onnx
 from sqcompile.programs.standard import standard
 from sqcompile.programs.traced import Traced, program_of
 
-PROGRAMS = ("onnx", "pt2")
-FORMATS = (*checkpoints.FORMATS, *PROGRAMS)
+PROGRAMS, ARTIFACT = ("onnx", "pt2"), "sqcompile"
+FORMATS = (*checkpoints.FORMATS, *PROGRAMS, ARTIFACT)
 
 
 def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[str], source: Any = None) -> Exported:
-    """Writes a checkpoint or a program. The model itself is never changed.
+    """Writes a checkpoint, a program, or what `load` reads. The model itself is never changed.
+
+    Checkpoints and "sqcompile" are written tensor by tensor, so that neither the INT8 weights nor, of `open_checkpoint`, the
+    float ones need fit in memory.
 
     Args:
         model: the one that the plan was made for; for a checkpoint, of transformers.
         plan: from `calibrate` or a compilation, or the path of a saved one.
         format: "compressed-tensors" and "smoothed" are checkpoints of transformers, "pt2" (torch.export) and "onnx" programs.
-        path: of a checkpoint's directory, which may be an empty one, or one of an earlier export, which is replaced; or of a
-            program's file.
+            "sqcompile" is what `CompiledModel.save` writes, byte for byte, of a model that was captured with
+            ``dynamic_shapes="auto"``; nothing is compiled for it.
+        path: of a checkpoint's or "sqcompile"'s directory, which may be an empty one, or one of an earlier export, which is
+            replaced; or of a program's file.
         source: of a checkpoint: the directory that has the tokenizer; the one that the model was loaded from by default.
 
     Returns:
@@ -54,23 +62,46 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
     """
     if not is_program(format, source):
         return checkpoints.export(model, plan, format, path, source)
-    given, _ = given_plan(plan, None, None), target_of(path)
+    given = given_plan(plan, None, None)
+    if format != ARTIFACT:
+        target_of(path)
     with deferred(), analysing(model), compiling(), torch.no_grad():
         call = from_spec(given.call, next((p.device for p in model.parameters()), torch.device("cpu")))
-        return write_program(rewrite(trace(model, call), given, until="quantized"), given, format, path)
+        quantized = rewrite(trace(model, call), given, until="quantized", lazy=format == ARTIFACT)
+        if format == ARTIFACT:
+            return write_artifact(quantized, given, Forward.of(model), path)
+        return write_program(quantized, given, format, path)
 
 
 def is_program(format: Any, source: Any) -> bool:
-    """Whether a format is that of a program, and not of a checkpoint.
+    """Whether a format is that of the quantized stage, and not of a checkpoint.
 
     Raises:
-        ArtifactError: for a format that there is none of, or the source of a tokenizer with a program.
+        ArtifactError: for a format that there is none of, or the source of a tokenizer with what is no checkpoint.
     """
     if format not in FORMATS:
         raise ArtifactError(f"there is no format {format!r}: choose one of {', '.join(FORMATS)}")
-    if format in PROGRAMS and source is not None:
+    if format not in checkpoints.FORMATS and source is not None:
         raise ArtifactError(f"source has the tokenizer of a checkpoint, and {format!r} has none: leave it out")
-    return format in PROGRAMS
+    return format not in checkpoints.FORMATS
+
+
+def write_artifact(quantized: fx.GraphModule, plan: Plan, call: Forward, path: str | os.PathLike[str]) -> Exported:
+    """Writes the quantized stage of a model as a directory that `load` reads.
+
+    Args:
+        quantized: the stage; weights that are not made yet are made one after the other.
+        plan: that it was made by.
+        call: how the model is called.
+        path: of the directory.
+
+    Raises:
+        ArtifactError: if it cannot be written; nothing is written then.
+    """
+    save(quantized, plan, call, path)
+    target = path_name(path)
+    size = sum(f.stat().st_size for f in os.scandir(target) if f.name.startswith("model-"))
+    return Exported(ARTIFACT, target, plan, (), (), size)
 
 
 def write_program(quantized: fx.GraphModule, plan: Plan, format: str, path: str | os.PathLike[str]) -> Exported:
