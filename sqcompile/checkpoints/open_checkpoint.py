@@ -119,7 +119,7 @@ class _Filler:
     def _dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """Of each tensor: some stay in float32, as transformers has it."""
         plan = getattr(self.model, "_get_dtype_plan", lambda dtype: {})(dtype)
-        kept = {re.compile(pattern.replace(".", r"\.").replace("*", r"\w+")): d for pattern, d in plan.items()}
+        kept = {re.compile(pattern.replace("*", ".*")): d for pattern, d in plan.items()}
         found = {}
         for name, t in self.have.items():
             found[name] = next((d for pattern, d in kept.items() if pattern.search(name)), t.dtype)
