@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sqcompile.api import calibrate, compile
 from sqcompile.checkpoints.act_scales import read_act_scales, write_act_scales
 from sqcompile.checkpoints.export import Exported
+from sqcompile.checkpoints.open_checkpoint import open_checkpoint
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.compiled.report import Report
 from sqcompile.errors import (
@@ -32,6 +33,7 @@ from sqcompile.loading import load
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import PRESETS, Recipe
+from sqcompile.process.memory import memory_limit
 from sqcompile.programs.export import export
 from sqcompile.reference_scales import get_act_scales, get_linear_absmax, get_static_decoder_layer_scales
 from sqcompile.refresh import refresh
@@ -76,6 +78,8 @@ __all__ = [
     "get_linear_absmax",
     "get_static_decoder_layer_scales",
     "load",
+    "memory_limit",
+    "open_checkpoint",
     "plan_of",
     "read_act_scales",
     "refresh",

@@ -233,7 +233,7 @@ def analyse(
         enter("plan")
         felt = feel(traced, sites, refusals, calibration, recipe)
         plan_of = partial(choose, traced, sites, refusals, calibration, recipe, to_spec(call), attentions, felt=felt)
-        quantized = partial(rewrite, traced, until="quantized", shown=False)
+        quantized = partial(rewrite, traced, until="quantized", shown=False, lazy=True)
         plan = smoothed_or_not(plan_of, calibration.sample, quantized)
         if recipe.max_degradation is not None:
             if evaluate is None:

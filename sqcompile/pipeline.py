@@ -34,11 +34,13 @@ def rewrite(
     enter: Enter = silent,
     shown: bool = True,
     target: Target | None = None,
+    lazy: bool = False,
 ) -> fx.GraphModule:
     """The rewrites in their order, up to a stage: "traced", "folded", "quantized" or "lowered".
 
     With ``shared``, the graph is one of several of a model: it may lack sites of the plan, and shares INT8 weights.
     ``target`` is what is lowered for, None for the devices of the graph. ``enter`` is told which rewrite begins. ``shown`` is whether SQCOMPILE_SHOW=1 prints the stages.
+    With ``lazy``, the quantized stage has INT8 weights that are made when they are asked for (``About.lazy``).
     """
     show = show_stage if shown else (lambda *_: None)
     gm = verify(traced, "traced")
@@ -65,10 +67,10 @@ def rewrite(
     if until == "folded":
         return gm
     enter("insert_qdq")
-    gm = verify(insert_qdq(gm, plan, shared), "quantized")
+    gm = verify(insert_qdq(gm, plan, shared, lazy), "quantized")
     text = show(gm, "quantized", text)
     if until == "quantized":
-        return quantize_weights(gm)
+        return gm if lazy else quantize_weights(gm)
     enter("lower")
     gm.graph.owning_module = None  # a cycle, which would keep the plain weights until garbage is collected
     handed_over = [gm]

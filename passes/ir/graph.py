@@ -7,9 +7,7 @@ or still the user's own is safe by construction. `evaluate` turns an expression 
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -149,13 +147,6 @@ def row_parts(w: Tensor, elements: int = 2**21) -> list[slice]:
     """Slices of the rows of w [N, K] with about ``elements`` values each, to bound the memory of float arithmetic."""
     rows = max(1, elements // w.shape[1])
     return [slice(i, i + rows) for i in range(0, w.shape[0], rows)]
-
-
-def release_freed_memory() -> None:
-    """Gives freed memory back to the system: glibc keeps freed weights in its heap, and a model is made of them."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def clone(gm: fx.GraphModule) -> fx.GraphModule:

@@ -44,7 +44,6 @@ from sqcompile.passes.ir.graph import (
     evaluate,
     finish,
     get_tensor,
-    release_freed_memory,
     value,
 )
 from sqcompile.passes.ir.operators import LAYOUT
@@ -55,6 +54,7 @@ from sqcompile.passes.lowering.id_ranges import check_ids
 from sqcompile.passes.lowering.int8_attention import lower_int8_attention
 from sqcompile.passes.lowering.rotated import fuse_rotations
 from sqcompile.passes.rewrite.weight_store import Lazy, Merged, Shared
+from sqcompile.process.memory import release_freed_memory
 
 _warned: set[str] = set()
 

@@ -47,7 +47,6 @@ from sqcompile.passes.ir.graph import (
     finish,
     linear_operands,
     nodes_by_name,
-    release_freed_memory,
     row_parts,
     set_tensor,
     value,
@@ -59,21 +58,22 @@ from sqcompile.passes.rewrite.insert_qdq_attention import quantize_attention
 from sqcompile.passes.rewrite.weight_store import Lazy, Shared
 from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.plan import Plan
+from sqcompile.process.memory import release_freed_memory
 
 
-def insert_qdq(gm: fx.GraphModule, plan: Plan, shared: Shared | None = None) -> fx.GraphModule:
+def insert_qdq(gm: fx.GraphModule, plan: Plan, shared: Shared | None = None, lazy: bool = False) -> fx.GraphModule:
     """Quantizes the plan's attentions (`quantize_attention`) and linears.
 
     Weights are quantized from their float32 folded value, one at a time. The result holds int8 [N, K] and float32
     scales [N] ([1] per tensor) under ``<weight name>_int8`` and ``_scale``, and no float copy of them. Experts have a
     scale per expert and output channel: int8 [E, N, K] and float32 [E, N] ([E, 1] per tensor).
 
-    With ``shared``, weights are quantized when `lower` asks for them: until then the graph holds tensors without data
-    (on the meta device), and ``About.lazy`` says by their names how they are made.
+    With ``shared`` or ``lazy``, weights are quantized when somebody asks for them, such as `lower`: until then the graph
+    holds tensors without data (on the meta device), and ``About.lazy`` says by their names how they are made.
     """
     folded, gm = gm, clone(gm)
     quantize_attention(gm, plan)
-    inserter = _Inserter(gm, plan, folded, shared)
+    inserter = _Inserter(gm, plan, folded, shared, lazy)
     layers = {l.name: l for l in plan.layers if l.quantized}
     # Match first: once a weight is quantized, its graph has other linears.
     for linear in find_linears(gm):
@@ -84,7 +84,7 @@ def insert_qdq(gm: fx.GraphModule, plan: Plan, shared: Shared | None = None) -> 
 
 
 def quantize_weights(gm: fx.GraphModule) -> fx.GraphModule:
-    """A graph made with ``shared`` that is run as it is, without `lower`: its weights are quantized now. In place."""
+    """A graph of lazy weights that is run as it is, without `lower`: its weights are quantized now. In place."""
     for name, lazy in about(gm).lazy.items():
         w, scale = lazy.make()
         set_tensor(gm, name, w)
@@ -94,8 +94,10 @@ def quantize_weights(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 class _Inserter:
-    def __init__(self, gm: fx.GraphModule, plan: Plan, folded: fx.GraphModule, shared: Shared | None) -> None:
-        self.gm, self.plan, self.folded, self.shared = gm, plan, folded, shared
+    def __init__(
+        self, gm: fx.GraphModule, plan: Plan, folded: fx.GraphModule, shared: Shared | None, lazy: bool
+    ) -> None:
+        self.gm, self.plan, self.folded, self.shared, self.lazy = gm, plan, folded, shared, lazy
         self.nodes, self.folded_nodes = nodes_by_name(gm), nodes_by_name(folded)
         self.qtype = plan.recipe.qtype
         self.inputs: dict[tuple[str, str, float | None], tuple[fx.Node, fx.Node, fx.Node | None]] = {}
@@ -124,14 +126,14 @@ class _Inserter:
 
     def _operands(self, linear: Linear, name: str, per_channel: bool) -> tuple[fx.Node, fx.Node]:
         make = partial(quantized_weight, self.folded, linear, self.folded_nodes, per_channel, self.qtype)
-        if self.shared is None:
+        if self.shared is None and not self.lazy:
             q, scale = make()
             return add_tensor(self.gm, f"{name}_{self.qtype.name}", q), add_tensor(self.gm, f"{name}_scale", scale)
         weight = self.nodes[linear.weight]
         rows = (*linear.shape[:-2], linear.out_features if per_channel else 1)
         w_int8 = _stand_in(self.gm, f"{name}_{self.qtype.name}", linear.shape, self.qtype.dtype, value(weight).device)
         w_scale = _stand_in(self.gm, f"{name}_scale", rows, torch.float32, value(weight).device)
-        key = self.qtype.name, per_channel, self.shared.key(self.gm, weight)
+        key = None if self.shared is None else (self.qtype.name, per_channel, self.shared.key(self.gm, weight))
         about(self.gm).lazy[str(w_int8.target)] = Lazy(key, make, str(w_scale.target))
         return w_int8, w_scale
 

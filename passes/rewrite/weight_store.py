@@ -40,7 +40,7 @@ class Lazy:
     """A weight that is not quantized yet.
 
     Attributes:
-        key: says which float tensors it is made of, and how.
+        key: says which float tensors it is made of, and how; None where nobody shares it.
         make: gives int8 [N, K] or [E, N, K] and its float32 scales (see `insert_qdq`).
         scale: under which name the graph holds the scales.
     """

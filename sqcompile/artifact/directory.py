@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from sqcompile.files.beside import copy_beside
 from sqcompile.files.bounded_json import read_object
 from sqcompile.files.directory import check_replaceable, new_directory
 from sqcompile.files.regular import read_regular, said
+from sqcompile.files.weights import Later
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import constants, get_tensor, value
 from sqcompile.plan.plan import Plan
@@ -52,7 +54,7 @@ def save(
     """Writes a directory.
 
     Args:
-        quantized: the graph of the quantized stage.
+        quantized: the graph of the quantized stage. Lazy weights (``About.lazy``) are made as they are written.
         plan: what was decided.
         call: how the model is called.
         path: where to; an artifact that is there is replaced when the new one is whole.
@@ -74,10 +76,9 @@ def save(
         "graph": graphs.to_json(quantized),
         "code": None,
     }
-    tensors = {str(n.target): get_tensor(quantized, str(n.target)) for n in quantized.graph.find_nodes(op="get_attr")}
     try:
         with new_directory(name, ours=(MANIFEST,)) as folder:
-            meta["tensors"] = write_tensors(folder, tensors, most)
+            meta["tensors"] = write_tensors(folder, _tensors(quantized), most)
             plan.save(os.path.join(folder, PLAN))
             if beside is not None:
                 copy_beside(beside, folder)
@@ -103,6 +104,26 @@ def check_saved_to(path: str | os.PathLike[str]) -> str:
     except OSError as e:
         raise ArtifactError(f"the model cannot be saved to {name} ({said(e)})") from e
     return name
+
+
+def _tensors(quantized: fx.GraphModule) -> dict[str, Tensor | Later]:
+    """The tensors of a graph by name. Those that are made later are made once, a weight and its scale together."""
+    lazy = {name: l for weight, l in about(quantized).lazy.items() for name in (weight, l.scale)}
+    made: dict[str, Tensor] = {}
+    of_scale = {l.scale: weight for weight, l in about(quantized).lazy.items()}
+
+    def make(name: str) -> Tensor:
+        if name not in made:
+            l = lazy[name]
+            made[of_scale.get(name, name)], made[l.scale] = l.make()
+        return made.pop(name)
+
+    found: dict[str, Tensor | Later] = {}
+    for n in quantized.graph.find_nodes(op="get_attr"):
+        name = str(n.target)
+        like = get_tensor(quantized, name)
+        found[name] = Later(like.dtype, tuple(like.shape), partial(make, name)) if name in lazy else like
+    return found
 
 
 def _write_manifest(folder: str, meta: dict[str, Any]) -> None:

@@ -22,19 +22,20 @@ from torch import Tensor
 from sqcompile.capture.call_spec import DTYPES, MOST_DIMS
 from sqcompile.errors import ArtifactError
 from sqcompile.files.safetensors_files import FILE_NAME, opened
-from sqcompile.files.weights import write_weights
+from sqcompile.files.weights import Later, write_weights
+from sqcompile.process.interrupts import checkpoint
 
 SHARD = 4_000_000_000  # bytes of a file, unless one tensor has more
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SMALL = 2**20  # bytes
 
 
-def write_tensors(folder: str, tensors: Mapping[str, Tensor], most: int = SHARD) -> dict[str, Any]:
+def write_tensors(folder: str, tensors: Mapping[str, Tensor | Later], most: int = SHARD) -> dict[str, Any]:
     """Writes tensors into files of a directory; tensors that are one in memory are written once.
 
     Args:
         folder: the directory.
-        tensors: by name; on any device, of any layout.
+        tensors: by name; on any device, of any layout. They are made, and written, in their order.
         most: bytes of a file.
 
     Returns:
@@ -42,17 +43,17 @@ def write_tensors(folder: str, tensors: Mapping[str, Tensor], most: int = SHARD)
 
     Raises:
         OSError: if a file cannot be written.
+        ArtifactError: for a dtype that files do not have.
     """
     first: dict[Hashable, str] = {}
     index: dict[str, Any] = {}
     shards: list[list[str]] = [[]]
     room = most
     for name, t in tensors.items():
-        same = t.data_ptr(), t.dtype, t.device, tuple(t.shape), t.stride()
-        key = first.setdefault(same if t.numel() else name, name)
+        key = first.setdefault(_memory(name, t), name)
         index[name] = {"key": key, "dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
         order = _order(t)
-        if order != list(range(t.dim())):
+        if order != list(range(len(t.shape))):
             index[name]["order"] = order
         if key != name:
             continue
@@ -63,18 +64,38 @@ def write_tensors(folder: str, tensors: Mapping[str, Tensor], most: int = SHARD)
         room -= t.nbytes
     for i, names in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        dense = {n: tensors[n].permute(_order(tensors[n])) for n in names}
-        sums = {n: _sha256(t) for n, t in write_weights(os.path.join(folder, file), dense).items()}
+        sums: dict[str, str] = {}
+
+        def see(name: str, values: Any, sums: dict[str, str] = sums) -> None:
+            sums[name] = hashlib.sha256(values).hexdigest()
+            checkpoint()
+
+        write_weights(os.path.join(folder, file), {n: _dense(tensors[n]) for n in names}, see=see)
         for entry in index.values():
             if entry["key"] in sums:
                 entry |= {"file": file, "sha256": sums[entry["key"]]}
     return index
 
 
-def _order(t: Tensor) -> list[int]:
+def _memory(name: str, t: Tensor | Later) -> Hashable:
+    """Equal for tensors that are one in memory."""
+    if isinstance(t, Later) or not t.numel():
+        return name
+    return t.data_ptr(), t.dtype, t.device, tuple(t.shape), t.stride()
+
+
+def _dense(t: Tensor | Later) -> Tensor | Later:
+    """With its dims as a file has them."""
+    return t if isinstance(t, Later) else t.permute(_order(t))
+
+
+def _order(t: Tensor | Later) -> list[int]:
     """The dims from the one with the largest steps in memory to the one with the smallest."""
+    dims = range(len(t.shape))
+    if isinstance(t, Later) or t.is_contiguous():
+        return list(dims)
     steps = t.stride()
-    return list(range(t.dim())) if t.is_contiguous() else sorted(range(t.dim()), key=lambda d: (-steps[d], d))
+    return sorted(dims, key=lambda d: (-steps[d], d))
 
 
 def _sha256(t: Tensor) -> str:

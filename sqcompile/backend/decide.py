@@ -107,7 +107,7 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
 
 
 def _quantized(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    return rewrite(gm, plan, "quantized", Shared(identity=id, check=lambda _: None), shown=False)
+    return rewrite(gm, plan, "quantized", Shared(identity=id, check=lambda _: None), shown=False, lazy=True)
 
 
 def measured(plan: Plan, observers: Sequence[Observer], torn: Collection[str]) -> Plan:

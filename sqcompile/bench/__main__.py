@@ -1,14 +1,15 @@
-"""``python -m sqcompile.bench cpu``, ``gpu``, ``attention``, ``generate``, ``speedup`` or ``tools``."""
+"""``python -m sqcompile.bench cpu``, ``gpu``, ``attention``, ``generate``, ``large``, ``speedup`` or ``tools``."""
 
 import sys
 
-from sqcompile.bench import attention, cpu, generate, gpu, speedup, tools
+from sqcompile.bench import attention, cpu, generate, gpu, large, speedup, tools
 
 BENCHMARKS = {
     "cpu": cpu.main,
     "gpu": gpu.main,
     "attention": attention.main,
     "generate": generate.main,
+    "large": large.main,
     "speedup": speedup.main,
     "tools": tools.main,
 }

@@ -44,7 +44,7 @@ class Exported:
     """What was written.
 
     Attributes:
-        format: "smoothed", "compressed-tensors", "pt2" or "onnx".
+        format: "smoothed", "compressed-tensors", "pt2", "onnx" or "sqcompile".
         path: of the directory, or of a program's file.
         plan: what the checkpoint says: ``sqcompile.compile(model, plan=...)`` gives the same numbers.
         changed: what is other in it than in the plan that was passed, and why, by linear or attention.

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
+from sqcompile.checkpoints.open_checkpoint import open_checkpoint
 from sqcompile.errors import ArtifactError
 from sqcompile.files.regular import read_regular, said
 
@@ -25,6 +25,7 @@ _READS: dict[str, Reads] = {
     "input_features": "audio",
     "input_values": "audio",
 }
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONFIG, MODULES = "config.json", "modules.json"  # the latter of sentence-transformers
 _MOST_BYTES = 2**24
 
@@ -97,8 +98,8 @@ class Checkpoint:
         found = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return found if isinstance(found, int) and found > 0 else None
 
-    def load(self, dtype: str = "auto") -> nn.Module:
-        """The model in eval mode, on the CPU.
+    def load(self, dtype: str = "auto") -> Any:
+        """The model in eval mode, whose parameters lie in the files until they are looked at (`open_checkpoint`).
 
         Args:
             dtype: "auto" for that of the files, or "float32", "bfloat16", "float16".
@@ -106,20 +107,10 @@ class Checkpoint:
         Raises:
             ArtifactError: if its weights cannot be read.
         """
-        try:
-            model, about = self.architecture.from_pretrained(
-                self.folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), local_files_only=True,
-                trust_remote_code=False, use_safetensors=True, output_loading_info=True,
-            )  # fmt: skip
-        except Exception as e:
-            raise ArtifactError(
-                f"the weights of {self.folder} cannot be read ({said(e)}): copy the model again, whole"
-            ) from e
-        if missing := sorted(about["missing_keys"]):
-            raise ArtifactError(
-                f"{self.folder} has no weights for {missing[0]} ({len(missing)} such): copy the model again, whole"
-            )
-        return model.eval().requires_grad_(False)
+        if dtype not in ("auto", *DTYPES):
+            raise ArtifactError(f"the dtype {dtype!r} is none: choose auto, {', '.join(DTYPES)}")
+        model = open_checkpoint(self.folder, self.architecture, dtype=None if dtype == "auto" else DTYPES[dtype])
+        return model.requires_grad_(False)
 
     def tokenizer(self) -> Any:
         """The tokenizer in the directory.

@@ -26,6 +26,7 @@ from sqcompile.checkpoints.parameters import undo_layout
 from sqcompile.checkpoints.read_experts import Part, parts_of, together
 from sqcompile.checkpoints.read_files import CONFIG, Files, read_json
 from sqcompile.checkpoints.read_scheme import Scheme, Schemes
+from sqcompile.checkpoints.skeleton import known_config, skeleton
 from sqcompile.errors import ArtifactError, SQCompileError
 from sqcompile.files.regular import said
 from sqcompile.passes.ir.about import about
@@ -36,9 +37,6 @@ from sqcompile.passes.rewrite.weight_store import Lazy, Shared
 from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Recipe
-
-_MOST_LAYERS, _MOST_SIZE = 1024, 2**24
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -101,39 +99,16 @@ def _read(folder: str) -> ReadModel:
 
 
 def _skeleton(config: dict[str, Any]) -> Any:
-    """The model, with real buffers and parameters over memory that nothing has touched."""
-    try:
-        import transformers
-        from transformers.initialization import no_init_weights
-    except ImportError as e:
-        raise ArtifactError("it is a checkpoint of transformers: pip install 'transformers>=5'") from e
-    _check_sizes(config)
-    for key in ("auto_map", "name_or_path", "_name_or_path"):
-        config.pop(key, None)
-    kind, dtype = config.pop("model_type", None), config.pop("dtype", None) or config.pop("torch_dtype", "float32")
-    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
-        raise ArtifactError(f"transformers has no model_type {str(kind)[:50]!r}, and code of a checkpoint is never run")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ArtifactError(f"its dtype is {str(dtype)[:50]!r}, and one of {', '.join(_DTYPES)} is read")
-    known = transformers.CONFIG_MAPPING[kind].from_dict(config)
+    """The model, a causal language model, over memory that nothing has touched."""
+    known, dtype = known_config(config)
+    import transformers
+
     classes = config.get("architectures")
     if type(known) not in transformers.AutoModelForCausalLM._model_mapping or (
         classes and not str(classes[0]).endswith(("ForCausalLM", "LMHeadModel"))
     ):
-        raise ArtifactError(f"it is {str(classes or kind)[:80]}, and only causal language models are read")
-    with no_init_weights():
-        model = transformers.AutoModelForCausalLM.from_config(known, dtype=_DTYPES[dtype], trust_remote_code=False)
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
-
-
-def _check_sizes(config: dict[str, Any]) -> None:
-    """Refuses sizes that would keep the machine busy before they are found not to be those of the files."""
-    for key, x in config.items():
-        if isinstance(x, dict):
-            _check_sizes(x)
-        elif type(x) is int and x > (_MOST_LAYERS if "layer" in key else _MOST_SIZE):
-            raise ArtifactError(f"its {CONFIG} has {key[:100]}={x}, more than any model has")
+        raise ArtifactError(f"it is {str(classes or known.model_type)[:80]}, and only causal language models are read")
+    return skeleton(known, transformers.AutoModelForCausalLM, dtype or torch.float32).requires_grad_(False)
 
 
 class _Filled:

@@ -17,6 +17,8 @@ from typing import Any
 _before: list[Callable[..., Any]] = []  # the handler whose place ours has taken; none where Ctrl-C is not deferred
 _noted: list[int] = []  # signals that have not taken effect
 
+watchers: list[Callable[[], None]] = []  # called at each checkpoint, between two operations (`memory`)
+
 
 def _note(number: int, frame: Any) -> None:
     if _noted and _before:
@@ -74,6 +76,8 @@ def each_at_once(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def checkpoint() -> None:
-    """Raises KeyboardInterrupt if Ctrl-C was pressed, in the main thread."""
+    """Raises KeyboardInterrupt if Ctrl-C was pressed, in the main thread. Watchers have a look, in any thread."""
+    for look in tuple(watchers):
+        look()
     if _noted and threading.current_thread() is threading.main_thread():
         _before[-1](_noted.pop(), None)

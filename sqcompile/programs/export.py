@@ -4,6 +4,7 @@
     "smoothed", "compressed-tensors"   a directory of transformers (`sqcompile.checkpoints`)
     "pt2"                              a file of torch.export, in PyTorch's own quantize and dequantize operators
     "onnx"                             a file of ONNX, opset 21
+    "sqcompile"                        a directory that `sqcompile.load` reads (`sqcompile.artifact`)
 
 A program appears whole or not at all.
 """
@@ -38,7 +39,10 @@ FORMATS = (NATIVE, *checkpoints.FORMATS, *PROGRAMS)
 
 
 def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[str], source: Any = None) -> Exported:
-    """Writes a checkpoint or a program. The model itself is never changed.
+    """Writes a checkpoint, a program, or what `load` reads. The model itself is never changed.
+
+    Checkpoints and "sqcompile" are written tensor by tensor, so that neither the INT8 weights nor, of `open_checkpoint`, the
+    float ones need fit in memory.
 
     Args:
         model: the one that the plan was made for; for a checkpoint, of transformers.
@@ -63,21 +67,14 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
     given = given_plan(plan, None, None)
     with deferred(), analysing(model), compiling(), torch.no_grad():
         call = from_spec(given.call, next((p.device for p in model.parameters()), torch.device("cpu")))
-        quantized = rewrite(trace(model, call), given, until="quantized")
+        quantized = rewrite(trace(model, call), given, until="quantized", lazy=format == NATIVE)
         if format == NATIVE:
-            return _write_native(model, quantized, given, path, source)
+            return write_artifact(quantized, given, Forward.of(model), path, checkpoints.source_of(model, source))
         return write_program(quantized, given, format, path)
 
 
-def _write_native(model: nn.Module, quantized: fx.GraphModule, plan: Plan, path: Any, source: Any) -> Exported:
-    beside = checkpoints.source_of(model, source)
-    save(quantized, plan, Forward.of(model), path, beside=beside)
-    size = sum(t.numel() * t.element_size() for t in quantized.buffers())
-    return Exported(NATIVE, path_name(path), plan, (), (), size)
-
-
 def is_program(format: Any, source: Any) -> bool:
-    """Whether a format is that of a program, and not of a checkpoint.
+    """Whether a format is that of a program, and not of a directory.
 
     Raises:
         ArtifactError: for a format that there is none of, or the source of a tokenizer with a program.
@@ -87,6 +84,27 @@ def is_program(format: Any, source: Any) -> bool:
     if format in PROGRAMS and source is not None:
         raise ArtifactError(f"source has the tokenizer of a checkpoint, and {format!r} has none: leave it out")
     return format in PROGRAMS
+
+
+def write_artifact(
+    quantized: fx.GraphModule, plan: Plan, call: Forward, path: str | os.PathLike[str], beside: str | None
+) -> Exported:
+    """Writes the quantized stage of a model as a directory that `load` reads.
+
+    Args:
+        quantized: the stage; weights that are not made yet are made one after the other.
+        plan: that it was made by.
+        call: how the model is called.
+        path: of the directory.
+        beside: a directory whose tokenizer is copied; None for none.
+
+    Raises:
+        ArtifactError: if it cannot be written; nothing is written then.
+    """
+    save(quantized, plan, call, path, beside=beside)
+    target = path_name(path)
+    size = sum(f.stat().st_size for f in os.scandir(target) if f.name.startswith("model-"))
+    return Exported(NATIVE, target, plan, (), (), size)
 
 
 def check_target(format: str, path: str | os.PathLike[str], source: Any = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,21 +12,13 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.passes.ir.graph import arguments
-from sqcompile.process.interrupts import checkpoint
 from sqcompile.pytorch.core import pytree
 from sqcompile.statistics.divergence import divergence
+from sqcompile.statistics.together import run_together
 
 CALLS, ROWS = 8, 1024  # no call is added to as many calls, or rows of an output
 LARGEST = 2**26  # bytes of all that is kept of a graph
 LEAST = 1e-3  # a row counts as at least so much of its output's mean energy: one of zeros has no relative error
-
-
-class _Run(fx.Interpreter):
-    """Runs a graph; Ctrl-C takes effect between two operations."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        checkpoint()
-        return super().run_node(n)
 
 
 @dataclass(frozen=True)
@@ -108,16 +100,22 @@ class Sample:
             found += [torch.cat([r.cpu() for r in rows])] if rows else []
         return found
 
-    def _again(
-        self, quantized: fx.GraphModule, calls: slice = slice(None)
-    ) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    def _again(self, quantized: fx.GraphModule, calls: slice = slice(None)) -> list[dict[int, tuple[Tensor, Tensor]]]:
         """For each of some calls, by the position of an output, its kept rows [R, C] in float and those of another graph."""
-        for call in self.calls[calls]:
-            with contextlib.ExitStack() as stack:
-                for kind in {which.device.type for which, _ in call.rows.values()}:
-                    stack.enter_context(torch.autocast(kind, enabled=False))  # a user's: INT8 values need float32
-                outputs = pytree.tree_leaves(_Run(quantized).run(*call.arguments, enable_io_processing=False))
-            yield {i: (want, _rows(outputs[i])[which]) for i, (which, want) in call.rows.items()}
+        again = self.calls[calls]
+        outputs = pytree.tree_leaves(next(iter(quantized.graph.find_nodes(op="output"))).args)
+        found: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in again]
+
+        def see(call: int, n: fx.Node, y: Any) -> None:
+            for i, (which, want) in again[call].rows.items():
+                if outputs[i] is n:
+                    found[call][i] = want, _rows(y)[which]
+
+        with contextlib.ExitStack() as stack:
+            for kind in {which.device.type for call in again for which, _ in call.rows.values()}:
+                stack.enter_context(torch.autocast(kind, enabled=False))  # a user's: INT8 values need float32
+            run_together(quantized, [call.arguments for call in again], see)
+        return [{i: pairs[i] for i in call.rows if i in pairs} for call, pairs in zip(again, found, strict=True)]
 
 
 def _compared(outputs: Any) -> dict[int, Tensor]:

@@ -1,0 +1,142 @@
+"""Large models: seconds and memory to quantize a random Llama that is read from the disk as it is used."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sqcompile
+from sqcompile.bench.timing import machine
+from sqcompile.files.weights import Later, write_weights
+
+RECIPES = ("alpha=0.5", "default")
+_UNITS = {"": 1, "MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
+
+
+def bytes_of(text: str) -> int:
+    """A number of bytes such as 6GiB or 500MB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    if found is None or found[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes: write it as 6GiB or 500MB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def llama_config(hidden: int, layers: int, vocabulary: int) -> Any:
+    """A Llama of these sizes, with heads of 128 channels, four of which share their keys and values."""
+    from transformers import LlamaConfig
+
+    heads = max(1, hidden // 128)
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=hidden * 11 // 4 // 64 * 64, num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4), num_hidden_layers=layers, vocab_size=vocabulary,
+        max_position_embeddings=2048, tie_word_embeddings=False, architectures=["LlamaForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+
+
+def generate(folder: str, config: Any) -> int:
+    """Writes a checkpoint of random weights, a file for each layer, and gives its bytes.
+
+    Raises:
+        SystemExit: if the disk has not room for it, its INT8 weights and a reserve.
+    """
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in LlamaForCausalLM(config).state_dict().items()}
+    size = 2 * sum(torch.Size(shape).numel() for shape in shapes.values())
+    if (free := shutil.disk_usage(folder).free) < 2 * size + 2**30:
+        sys.exit(
+            f"{folder} has {free / 1e9:.1f} GB free, and {(2 * size + 2**30) / 1e9:.1f} GB are needed: pass --temporary"
+        )
+    groups: dict[str, list[str]] = {}
+    for name in shapes:
+        found = re.search(r"layers\.(\d+)\.", name)
+        groups.setdefault(found[1] if found else "rest", []).append(name)
+    index, generator = {}, torch.Generator().manual_seed(0)
+    for i, names in enumerate(groups.values(), 1):
+        file = f"model-{i:05}-of-{len(groups):05}.safetensors"
+        later = {n: Later(torch.bfloat16, shapes[n], lambda s=shapes[n]: _random(s, generator)) for n in names}
+        write_weights(os.path.join(folder, file), later, {"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as f:
+        json.dump({"metadata": {"total_size": size}, "weight_map": index}, f)
+    config.save_pretrained(folder)
+    return size
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A matrix as initialized, or a norm's scales with every hundredth an outlier."""
+    if len(shape) == 1:
+        scales = 1 + 0.1 * torch.randn(shape, generator=generator)
+        scales[::100] *= 20
+        return scales.bfloat16()
+    return torch.cat(
+        [0.02 * torch.randn(p.shape, generator=generator) for p in torch.empty(shape, device="meta").split(256)]
+    ).bfloat16()
+
+
+def quantize(folder: str, recipe: str, most: int, batches: int, tokens: int) -> dict[str, float]:
+    """Quantizes the checkpoint in a folder, in this process: seconds of each step, and the most memory it took."""
+    warnings.filterwarnings("ignore", message=".*copy construct from a tensor.*")
+    seconds, begin = {}, time.perf_counter()
+    with sqcompile.memory_limit(most):
+        model = sqcompile.open_checkpoint(folder)
+        generator = torch.Generator().manual_seed(1)
+        data = [torch.randint(0, model.config.vocab_size, (1, tokens), generator=generator) for _ in range(batches)]
+        how = sqcompile.Recipe(0.5) if recipe == "alpha=0.5" else recipe
+        seconds["open"], begin = time.perf_counter() - begin, time.perf_counter()
+        plan = sqcompile.calibrate(model, data, recipe=how, progress=False)
+        seconds["calibrate"], begin = time.perf_counter() - begin, time.perf_counter()
+        sqcompile.export(model, plan, "sqcompile", os.path.join(folder, "out"))
+        seconds["export"] = time.perf_counter() - begin
+    with open("/proc/self/status", encoding="utf-8") as f:
+        peak = next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+    return {**seconds, "peak": peak}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m sqcompile.bench large", description=__doc__)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--max-memory", type=bytes_of, default="6GiB", help="of the process, such as 6GiB")
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument(
+        "--recipe", action="append", help="alpha=0.5, default, O1, O2 or O3; alpha=0.5 and default otherwise"
+    )
+    parser.add_argument("--temporary", default=tempfile.gettempdir(), help="where the checkpoint is written")
+    parser.add_argument("--of", help=argparse.SUPPRESS)  # a folder, in the process that is measured
+    args = parser.parse_args(argv)
+    recipes = args.recipe or RECIPES
+    if args.of:
+        print(json.dumps(quantize(args.of, recipes[0], args.max_memory, args.batches, args.tokens)))
+        return
+    with tempfile.TemporaryDirectory(dir=args.temporary) as folder:
+        size = generate(folder, llama_config(args.hidden, args.layers, args.vocabulary))
+        print(f"{machine()}, {datetime.date.today()}")
+        print(
+            f"Llama of {args.hidden} channels, {args.layers} layers, {size / 2e9:.2f} G random weights, {size / 1e9:.1f} GB in bf16;"
+        )
+        print(f"{args.batches} x {args.tokens} calibration tokens, memory limit {args.max_memory / 1e9:.1f} GB\n")
+        print("| recipe | open s | calibrate s | export s | peak memory GB |\n|---|---|---|---|---|")
+        for recipe in recipes:
+            given = ["--max-memory", str(args.max_memory), "--batches", str(args.batches), "--tokens", str(args.tokens)]
+            command = [sys.executable, "-m", "sqcompile.bench", "large", "--of", folder, "--recipe", recipe, *given]
+            done = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+            shutil.rmtree(os.path.join(folder, "out"))
+            steps = " | ".join(f"{done[step]:.1f}" for step in ("open", "calibrate", "export"))
+            print(f"| {recipe} | {steps} | {done['peak'] / 1e9:.2f} |", flush=True)

@@ -1,0 +1,153 @@
+"""memory: files mapped into memory, whose pages are given back when the process grows beyond a limit.
+
+with memory_limit(6 * 2**30):
+    plan = sqcompile.calibrate(model, batches)       # of a model over mapped files (`sqcompile.open_checkpoint`)
+
+What is read of a mapped file stays in the process's memory until somebody drops it. Nothing is lost by that: what is read
+again comes from the file. What was written to a mapping is in no file, and such pages are never dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import mmap
+import os
+import sys
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sqcompile.errors import RecipeError
+from sqcompile.process.interrupts import watchers
+
+_PRESENT, _SWAPPED, _OF_A_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))  # of an entry of /proc/self/pagemap
+_AT_ONCE = 2**16  # entries that are read of it
+_WORTH = 2**26  # bytes
+
+
+class Mapped(mmap.mmap):
+    """A file in memory, page by page as it is read. It lives as long as one of its tensors.
+
+    Who writes to a tensor changes what this process sees, and not the file.
+    """
+
+    address: int
+
+    @staticmethod
+    def of(descriptor: int, size: int) -> Mapped:
+        """The first bytes, at least one, of a file that is open for reading; the descriptor may be closed then.
+
+        Raises:
+            OSError: if the system refuses.
+        """
+        if hasattr(mmap, "MAP_PRIVATE"):
+            new = Mapped(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        else:
+            new = Mapped(descriptor, size, access=mmap.ACCESS_COPY)
+        new.address = torch.frombuffer(new, dtype=torch.uint8).data_ptr()
+        _every.add(new)
+        return new
+
+    def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        """The tensor that is at an offset of bytes, contiguous."""
+        if not (count := math.prod(shape)):
+            return torch.empty(tuple(shape), dtype=dtype)
+        return torch.frombuffer(self, dtype=dtype, count=count, offset=offset).view(tuple(shape))
+
+    def drop(self) -> None:
+        """Gives back the memory of pages that are as they are in the file."""
+        for start, end in _clean(self.address, len(self)):
+            self.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+_every: weakref.WeakSet[Mapped] = weakref.WeakSet()
+
+
+def _clean(address: int, size: int) -> Iterator[tuple[int, int]]:
+    """Ranges of bytes of a mapping that are in memory, less the pages that were written to."""
+    page, count = mmap.PAGESIZE, -(-size // mmap.PAGESIZE)
+    with open("/proc/self/pagemap", "rb", buffering=0) as f:
+        for first in range(0, count, _AT_ONCE):
+            f.seek((address // page + first) * 8)
+            entries = np.frombuffer(f.read(min(_AT_ONCE, count - first) * 8), dtype=np.uint64)
+            present = (entries & _PRESENT) != 0
+            kept = present & ((entries & _OF_A_FILE) == 0) | ((entries & _SWAPPED) != 0)
+            if not bool((present & ~kept).any()):
+                continue
+            edges = np.flatnonzero(np.diff(np.concatenate([[True], kept, [True]]).astype(np.int8)))
+            for start, end in edges.reshape(-1, 2).tolist():
+                yield (first + start) * page, min((first + end) * page, size)
+
+
+@contextlib.contextmanager
+def memory_limit(most: int) -> Iterator[None]:
+    """Keeps the memory of the process at about so many bytes while sqcompile works, as far as it is of mapped files.
+
+    Between two operations it is looked at, and where it is more, all pages of the files of `open_checkpoint` are given back.
+    They are read again when they are needed: from the system's cache where that has room, else from the disk. Activations and
+    the weight at hand are the rest. Where these alone take more than the limit, a warning says so, once.
+
+    Args:
+        most: bytes. Two gigabytes more than the largest weight has in float32 are a good start.
+
+    Raises:
+        RecipeError: for what is no number of bytes, or on a system without /proc/self/pagemap (Linux has it).
+    """
+    if type(most) is not int or most <= 0:
+        raise RecipeError(f"memory_limit({most!r}): pass a number of bytes, such as 6 * 2**30")
+    if not os.access("/proc/self/pagemap", os.R_OK) or not hasattr(mmap, "MADV_DONTNEED"):
+        raise RecipeError("memory_limit needs Linux's /proc/self/pagemap: leave it out here")
+    watcher = _Watcher(most)
+    watchers.append(watcher.look)
+    try:
+        yield
+    finally:
+        watchers.remove(watcher.look)
+        watcher.close()
+
+
+class _Watcher:
+    def __init__(self, most: int) -> None:
+        self.most, self.next, self.told = most, most, False
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY)
+
+    def close(self) -> None:
+        os.close(self._statm)
+
+    def resident(self) -> int:
+        """Bytes of the process that are in memory."""
+        return int(os.pread(self._statm, 128, 0).split()[1]) * mmap.PAGESIZE
+
+    def look(self) -> None:
+        if self.resident() <= self.next:
+            return
+        give_back()
+        left = self.resident()
+        self.next = max(self.most, left + _WORTH)  # no use to look through all files for a few pages
+        if left > self.most and not self.told:
+            self.told = True
+            warnings.warn(
+                f"the process takes {left / 1e6:.0f} MB beside mapped weights, more than memory_limit({self.most}) allows: "
+                "pass smaller calibration batches, or raise the limit",
+                stacklevel=2,
+            )
+
+
+def give_back() -> None:
+    """Gives back what is read again when it is needed, and what was freed."""
+    for mapped in list(_every):
+        mapped.drop()
+    release_freed_memory()
+
+
+def release_freed_memory() -> None:
+    """Gives freed memory back to the system: glibc keeps freed weights in its heap, and a model is made of them."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
