@@ -48,6 +48,7 @@ def quantize(
     overrides: o.Overrides = None,
     number_format: o.Dtype = None,
     model_dtype: o.ModelDtype = "auto",
+    max_memory: o.MaxMemory = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -60,6 +61,8 @@ def quantize(
 
     `sqcompile quantize models/llama --calib texts.jsonl --format compressed-tensors -o out`  (for vLLM)
 
+    `sqcompile quantize models/llama-70b --calib texts.jsonl --max-memory 16GiB -o out`
+
     `sqcompile quantize models/vit --calib pictures/ --recipe O3 --max-degradation 0.5 -o out`
 
     `sqcompile quantize models/llama --dry-run`
@@ -68,6 +71,7 @@ def quantize(
 
     with command(json, quiet) as terminal:
         from sqcompile.cli.batches import Asked
+        from sqcompile.cli.memory import limited
         from sqcompile.cli.quantize import Job, quantize
         from sqcompile.cli.recipes import recipe_from
 
@@ -84,7 +88,9 @@ def quantize(
             raise CommandError("--plan says what is done: leave out --calib, --recipe and its fields")
         data = Asked(calib, samples, seq_len, seed, batch_size, tokenizer) if calib else None
         made = recipe_from(recipe, fields)
-        quantize(Job(model, None if dry_run else out, format, made, plan, data, model_dtype), terminal)
+        job = Job(model, None if dry_run else out, format, made, plan, data, model_dtype)
+        with limited(max_memory):
+            quantize(job, terminal)
 
 
 @app.command("eval")

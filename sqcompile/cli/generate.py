@@ -48,14 +48,15 @@ def generate(folder: str, asked: Asked, backend: str, device: str | None, as_jso
     if not ids.numel():
         raise CommandError("the prompt has no tokens: pass some text")
     written, start, first = "", time.perf_counter(), 0.0
+    if not as_json:
+        _write(asked.prompt)
     new = list[int]()
     for token in tokens(model, ids, asked, tokenizer.eos_token_id):
         first = first or time.perf_counter()
         new.append(token)
         text = tokenizer.decode(new, skip_special_tokens=True)
         if not as_json and not text.endswith("\ufffd"):  # a letter may be made of several tokens
-            sys.stdout.write((asked.prompt if not written else "") + text[len(written) :])
-            sys.stdout.flush()
+            _write(text[len(written) :])
             written = text
     seconds = time.perf_counter() - first
     speed = (len(new) - 1) / seconds if len(new) > 1 else None
@@ -66,6 +67,11 @@ def generate(folder: str, asked: Asked, backend: str, device: str | None, as_jso
     print()
     said = f", {speed:.1f} tokens/s without a KV cache" if speed else ""
     terminal.say(f"{len(new)} tokens, the first after {first - start:.1f} s{said}")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 @torch.no_grad()

@@ -68,4 +68,8 @@ Overrides = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", rich_help_panel="Recipe", help="int8 or fp8")]
 ModelDtype = Annotated[str, typer.Option(help="of the float model: auto, float32, bfloat16 or float16")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="such as 6GiB: weights are read as they are used, and given back beyond it"),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be done; nothing is written")]

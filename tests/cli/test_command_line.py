@@ -112,7 +112,7 @@ def test_generate_writes_what_the_model_says(made: Path):
             ids = torch.cat([ids, torch.tensor([want[-1:]])], 1)
     assert said["tokens"] == want and said["text"] == tokenizer.decode(want, skip_special_tokens=True)
     streamed = run("generate", made / "out", "--prompt", "def f", "-n", 5, "-q")
-    assert streamed.stdout.strip("\n") == "def f" + said["text"].strip("\n")
+    assert streamed.stdout == "def f" + said["text"] + "\n"
     drawn = [
         run("generate", made / "out", "-p", "def", "-n", 6, "--temperature", 5, "--seed", s, "--json", "-q")
         for s in (1, 1, 2)
@@ -132,8 +132,7 @@ def test_report_serve_show_and_bench(made: Path):
     shown = run("show", made / "out", "--stage", "quantized")
     assert shown.exit_code == 0 and "sqcompile.dequantize" in shown.output
     assert "up_proj -> down_proj" in run("show", made / "float").output
-    assert "0.5" in run("bench", made / "out", "--help").output or True
-    assert "needs" not in run("bench", made / "float").output
+    assert "is a float model: quantize it first" in run("bench", made / "float").output
 
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "smoothed", "pt2"])
@@ -154,7 +153,7 @@ def test_formats(made: Path, format: str):
             a, b = (Checkpoint.open(str(p)).load()(input_ids=x).logits for p in (made / "float", out))
         assert float((a - b).norm() / a.norm()) < 1e-5
     else:
-        assert torch.export.load(out).module()(torch.arange(3, 40)[None]) is not None
+        assert torch.export.load(out).module()(input_ids=torch.arange(3, 40)[None]) is not None
 
 
 @pytest.mark.parametrize(
@@ -188,18 +187,27 @@ def test_token_ids_and_seeds(made: Path):
     """A .npy file of windows gives what its rows say; a seed takes others of them, and no more than are asked for."""
     ids = np.random.default_rng(0).integers(3, 2048, (40, 32))
     np.save(made / "ids.npy", ids)
-    plans = {}
-    for seed in (None, 1, 2):
+    scales = {}
+    for seed in (None, 1):
         out = made / f"seed{seed}"
         more = () if seed is None else ("--seed", seed)
-        args = ("--calib", made / "ids.npy", "--samples", 4, *more, "-o", out, *FAST)
+        args = (
+            "--calib",
+            made / "ids.npy",
+            "--samples",
+            16,
+            *more,
+            "-o",
+            out,
+            "--activation",
+            "per_tensor_static",
+            *FAST,
+        )
         assert run("quantize", made / "float", *args).exit_code == 0
-        plans[seed] = sqcompile.Plan.load(out / "plan.safetensors")
-    model = Checkpoint.open(str(made / "float")).load()
-    first = sqcompile.calibrate(model, [torch.from_numpy(ids[:4])], recipe=Recipe(0.5), progress=False)
-    assert all(torch.equal(s, first.scales[n]) for n, s in plans[None].scales.items())
-    some = next(iter(plans[None].scales))
-    assert len({tuple(p.scales[some].tolist()) for p in plans.values()}) == 3
+        scales[seed] = [l.input_scale for l in sqcompile.Plan.load(out / "plan.safetensors").layers]
+    model, recipe = Checkpoint.open(str(made / "float")).load(), Recipe(0.5, "per_tensor_static")
+    first = sqcompile.calibrate(model, [torch.from_numpy(ids[:16])], recipe=recipe, progress=False)
+    assert scales[None] == [l.input_scale for l in first.layers] != scales[1]
 
 
 def test_every_field_of_a_recipe_is_an_option(made: Path, tmp_path: Path):
@@ -318,14 +326,14 @@ def test_checkpoints_that_are_refused(tmp_path: Path):
     llama(tmp_path / "m")
     written = json.loads((tmp_path / "m" / "config.json").read_text())
     os.rename(tmp_path / "m" / "model.safetensors", tmp_path / "m" / "pytorch_model.bin")
-    with pytest.raises(ArtifactError, match=r"\.bin files, which are pickles .* save_pretrained\(new\)"):
+    with pytest.raises(ArtifactError, match=r"\.bin files, which are pickles .*save_pretrained\(new\)"):
         Checkpoint.open(str(tmp_path / "m"))
     os.rename(tmp_path / "m" / "pytorch_model.bin", tmp_path / "m" / "model.safetensors")
     (tmp_path / "m" / "config.json").write_text(json.dumps({**written, "architectures": ["EvilForCausalLM"]}))
-    with pytest.raises(ArtifactError, match="names the class 'EvilForCausalLM', which transformers .* does not have"):
+    with pytest.raises(ArtifactError, match=r"names the class 'EvilForCausalLM', which transformers .* does not have"):
         Checkpoint.open(str(tmp_path / "m"))
     (tmp_path / "m" / "config.json").write_text(json.dumps({**written, "num_hidden_layers": 3}))
-    with pytest.raises(ArtifactError, match="has no weights for model.layers.2"):
+    with pytest.raises(ArtifactError, match=r"there is no tensor .model\.layers\.2\."):
         Checkpoint.open(str(tmp_path / "m")).load()
     (tmp_path / "m" / "config.json").write_text(json.dumps({**written, "quantization_config": {}}))
     with pytest.raises(ArtifactError, match="is quantized already"):
@@ -361,7 +369,7 @@ def test_a_user_starts_it(made: Path):
     assert out.splitlines()[0].startswith(f"{made}/fresh: sqcompile, 14 of 15 linears in INT8")
     assert err.splitlines() == [
         "loading float (LlamaForCausalLM)",
-        "calibrating on 51 rows of texts.jsonl",
+        "calibrating on 39 rows of texts.jsonl",
         "writing fresh",
     ]
     usage = process("quantize", cwd=made)
