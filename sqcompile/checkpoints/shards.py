@@ -151,8 +151,8 @@ class Spool:
     def write(self, offset: int, t: Tensor, dtype: torch.dtype) -> None:
         """Writes values, in a dtype, some at a time."""
         self._file.seek(offset)
-        for part in t.reshape(-1).split(_PART):
-            self._file.write(memoryview(part.to(dtype).contiguous().view(torch.uint8).numpy()))
+        for part in t.detach().reshape(-1).split(_PART):
+            self._file.write(memoryview(part.to("cpu", dtype).contiguous().view(torch.uint8).numpy()))
 
     def map(self) -> Mapped | None:
         """The file in memory, once all is written; None if that is nothing."""
