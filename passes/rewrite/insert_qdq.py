@@ -61,9 +61,7 @@ from sqcompile.plan.plan import Plan
 from sqcompile.process.memory import release_freed_memory
 
 
-def insert_qdq(
-    gm: fx.GraphModule, plan: Plan, shared: Shared | None = None, lazy: bool = False
-) -> fx.GraphModule:
+def insert_qdq(gm: fx.GraphModule, plan: Plan, shared: Shared | None = None, lazy: bool = False) -> fx.GraphModule:
     """Quantizes the plan's attentions (`quantize_attention`) and linears.
 
     Weights are quantized from their float32 folded value, one at a time. The result holds int8 [N, K] and float32

@@ -87,7 +87,9 @@ class Conversion:
             self.groups.setdefault(new, Group(new, converter)).sources.append((pattern or name, name))
         self.used = [x for x in every if not hasattr(x, "was_used") or x.was_used()]
 
-    def moves(self, group: Group, files: Mapping[str, Stored], shapes: Mapping[str, Any]) -> dict[str, list[Move]] | None:
+    def moves(
+        self, group: Group, files: Mapping[str, Stored], shapes: Mapping[str, Any]
+    ) -> dict[str, list[Move]] | None:
         """By tensor in memory, the rows that it is made of; None where more is done than to move them.
 
         Args:
@@ -146,4 +148,3 @@ def _runs(rows: Tensor, names: list[str], starts: list[int]) -> list[Move]:
         Move(names[int(source[a])], int(rows[a]) - starts[int(source[a])], a, b - a)
         for a, b in zip(firsts, [*firsts[1:], len(rows)], strict=True)
     ]
-

@@ -79,7 +79,9 @@ def _opened(folder: str, make: Any, dtype: torch.dtype | None, temporary: str | 
         raise ArtifactError("there is no such directory: pass one with config.json and safetensors files")
     config = read_json(folder, CONFIG)
     if "quantization_config" in config:
-        raise ArtifactError("its weights are quantized already: pass a float checkpoint (sqcompile.load reads INT8 ones)")
+        raise ArtifactError(
+            "its weights are quantized already: pass a float checkpoint (sqcompile.load reads INT8 ones)"
+        )
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise ArtifactError(f"dtype={dtype!r}: pass torch.float32, torch.bfloat16 or torch.float16")
     known, own = known_config(config)
@@ -182,7 +184,9 @@ class _Filler:
         """A tensor that a file has."""
         (_, name), *more = group.sources
         if more:
-            raise ArtifactError(f"{name[:100]!r} and {more[0][1][:100]!r} are one tensor in memory: copy the directory again")
+            raise ArtifactError(
+                f"{name[:100]!r} and {more[0][1][:100]!r} are one tensor in memory: copy the directory again"
+            )
         t = self.files[name]
         self._check(group.name, t.shape, t.dtype, name)
         if t.dtype == self.wanted[group.name] and t.aligned:

@@ -88,7 +88,9 @@ def stored(folder: str) -> dict[str, Stored]:
 
 def _read(folder: str, file: str) -> dict[str, Stored]:
     try:
-        fd = os.open(os.path.join(folder, file), os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+        fd = os.open(
+            os.path.join(folder, file), os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        )
         try:
             status = os.fstat(fd)
             if not is_regular(status.st_mode):
@@ -121,7 +123,9 @@ def _entry(file: Mapped, data: int, name: str, found: Any, size: int) -> Stored:
         and data + at[1] <= size
     )
     if not good:
-        raise ArtifactError(f"the tensor {name[:100]!r} is of no dtype and place that a file has: copy the directory again")
+        raise ArtifactError(
+            f"the tensor {name[:100]!r} is of no dtype and place that a file has: copy the directory again"
+        )
     assert isinstance(shape, list) and isinstance(at, list)
     return Stored(file, data + at[0], _DTYPES[code], tuple(shape))
 

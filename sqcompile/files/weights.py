@@ -69,7 +69,9 @@ def write_weights(
     """
     for name, t in tensors.items():
         if t.dtype not in CODES:
-            raise ArtifactError(f"{name} is of {t.dtype}, which safetensors files do not have: save it in another dtype")
+            raise ArtifactError(
+                f"{name} is of {t.dtype}, which safetensors files do not have: save it in another dtype"
+            )
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     starts, end = {}, 0
     for name in sorted(tensors, key=lambda name: (-_RANKS[tensors[name].dtype], name.encode())):

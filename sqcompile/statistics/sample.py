@@ -93,9 +93,7 @@ class Sample:
             found += [torch.cat([r.cpu() for r in rows])] if rows else []
         return found
 
-    def _again(
-        self, quantized: fx.GraphModule, calls: slice = slice(None)
-    ) -> list[dict[int, tuple[Tensor, Tensor]]]:
+    def _again(self, quantized: fx.GraphModule, calls: slice = slice(None)) -> list[dict[int, tuple[Tensor, Tensor]]]:
         """For each of some calls, by the position of an output, its kept rows [R, C] in float and those of another graph."""
         again = self.calls[calls]
         outputs = pytree.tree_leaves(next(iter(quantized.graph.find_nodes(op="output"))).args)

@@ -1,8 +1,8 @@
 """together: several calls of a graph, run operation by operation, so that each of its weights is there once, and for a short time.
 
-    %w = get_attr w_int8             made, or read
-    %wf = to(%w, float32)            once
-    %y = linear(%x, %wf)             for each call; then %wf and %w are gone
+%w = get_attr w_int8             made, or read
+%wf = to(%w, float32)            once
+%y = linear(%x, %wf)             for each call; then %wf and %w are gone
 """
 
 from __future__ import annotations
