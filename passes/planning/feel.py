@@ -110,6 +110,7 @@ def feel(
     try:
         for call in calls:
             seeds = found.seeds(gm, call.rows, logits)
+            found.batch = call.batch
             with contextlib.ExitStack() as stack:
                 for kind in {rows.device.type for _, rows in call.rows.values()}:
                     stack.enter_context(torch.autocast(kind, enabled=False))
@@ -124,7 +125,7 @@ class _Found:
 
     def __init__(self, share: int) -> None:
         """``share``: rows that are kept of an input in each call."""
-        self.share, self.count, self.calls = share, 0, 0  # rows of the outputs, and calls, so far
+        self.share, self.count, self.batch = share, 0, 0  # rows of the outputs so far, and the call's batch
         self.reads: dict[Group, Reads] = {}
         self.outputs: dict[str, Tensor] = {}
         self.generator = torch.Generator().manual_seed(0)
@@ -134,7 +135,6 @@ class _Found:
         nodes = pytree.tree_leaves(next(iter(gm.graph.find_nodes(op="output"))).args)
         chosen = {i: r for i, r in rows.items() if i in logits} or rows
         self.count += sum(len(which) for which, _ in chosen.values())
-        self.calls += 1
         return {
             nodes[i].name: partial(_place, which=which, gradient=(self._drawn if i in logits else self._probe)(y))
             for i, (which, y) in chosen.items()
@@ -160,7 +160,7 @@ class _Found:
         cost = size.square() * slope  # but for a constant, what rounding costs without smoothing
         kept, weights = _picked(cost, slope > 0, self.share, self.generator)
         reads = Reads(
-            x[kept], of_x[kept], weights, _half(len(x), group[0].experts, self.calls - 1)[kept.cpu()].to(x.device)
+            x[kept], of_x[kept], weights, _half(len(x), group[0].experts, self.batch)[kept.cpu()].to(x.device)
         )
         self.reads[group] = self.reads[group].joined(reads) if group in self.reads else reads
         for l, g in zip(group, of_outputs, strict=True):
@@ -197,10 +197,10 @@ def _picked(cost: Tensor, may: Tensor, share: int, generator: torch.Generator) -
     return torch.cat([first, drawn]), weights
 
 
-def _half(rows: int, experts: int | None, call: int) -> Tensor:
-    """Which half of the tokens `InputStats.update` takes each row of a call for, but for padding: int64 [T]."""
+def _half(rows: int, experts: int | None, batch: int) -> Tensor:
+    """Which half of the tokens `InputStats.update` takes each row of a batch for, but for padding: int64 [T]."""
     row = torch.arange(rows)
-    return (row % 2 if experts else (row >= rows // 2).long()) ^ (call % 2)
+    return (row % 2 if experts else (row >= rows // 2).long()) ^ (batch % 2)
 
 
 def _place(y: Tensor, which: Tensor, gradient: Tensor) -> Tensor:

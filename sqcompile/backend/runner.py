@@ -171,7 +171,7 @@ class Runner:
         recipe = resolve_recipe(self.options.recipe)
         quantizes = recipe.attention != "none"
         check_weights(traced, wanted(traced, find_linears(traced), recipe))
-        observer = Observer(traced, find_attentions(traced) if quantizes else [])
+        observer = Observer(traced, find_attentions(traced) if quantizes else [], len(_observed_of(session)))
         floats = session.floats if session.has_model() else self.floats
         observed = Observed(session, tensors, observer, self.template.updates, floats)
         self.observed = [observed, *(o for o in self.observed if o.alive())]

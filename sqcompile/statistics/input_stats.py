@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from sqcompile.kernels.reference import ABSMAX_FLOOR
 SAMPLE_ROWS = 128
 SMALLEST, PER_OCTAVE = -150, 4  # the exponent of float32's least number, and bins
 SIZES = (128 - SMALLEST) * PER_OCTAVE
+_STEP = 0x9E3779B97F4A7C15  # odd: rows and batches that differ are different counters
 SAME = 1e-5  # of the largest value: rows that differ by no more are equal
 
 
@@ -28,6 +30,7 @@ class InputStats:
         experts: int64 [R], the expert of each sampled row; zeros where there are no experts.
         tokens: int64 [E], tokens seen by each expert; [1] where there are no experts.
         sizes: int64 [B], how many tokens have their largest value in each quarter of an octave, from 2^-150 on.
+        keys: int64 [R], the random number of each sampled row, by which it was chosen; the largest first.
     """
 
     halves: Tensor
@@ -36,9 +39,8 @@ class InputStats:
     experts: Tensor
     tokens: Tensor
     sizes: Tensor
-    count: int = 0
-    updates: int = 0
-    keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32), repr=False)
+    count: int
+    keys: Tensor
 
     @staticmethod
     def empty(like: Tensor, experts: int | None) -> InputStats:
@@ -52,6 +54,8 @@ class InputStats:
             counts[:0],
             counts,
             torch.zeros(SIZES, dtype=torch.int64, device=like.device),
+            0,
+            counts[:0],
         )
 
     @staticmethod
@@ -84,40 +88,35 @@ class InputStats:
         same = bool(((self.rows.float() - last).abs() <= close).all() & ((absmax - last.abs()).abs() <= close).all())
         return f"the same in all {self.count} calibration tokens" if same and self.count > 1 else None
 
-    def update(self, x: Tensor, experts: Tensor, generator: torch.Generator) -> bool:
+    def update(self, x: Tensor, experts: Tensor, seed: int, batch: int) -> bool:
         """Adds tokens x [T, K] of ``experts``, int64 [T]; or none of them, and gives False, if a value is not finite.
 
-        Each token draws a random key, and the sample is the tokens with the largest. The tokens of one half come one
-        after the other, as neighbours are alike; those of experts, which are sorted, take turns.
+        Each token has a random key, and the sample is the tokens with the largest, in the order of their keys: whatever
+        is seen first, and in however many parts that are `merged`, the sample is the same. The tokens of one half come
+        one after the other, as neighbours are alike; those of experts, which are sorted, take turns.
+
+        Args:
+            x: tokens of one batch, all that this input has there.
+            experts: that each is dealt to; zeros where there are none.
+            seed: `seed_of` the input.
+            batch: index of the batch.
         """
-        n = len(x)
-        first, second = (x[: n // 2], x[n // 2 :]) if len(self.tokens) == 1 else (x[::2], x[1::2])
-        row = torch.arange(n, device=x.device)
-        half = row >= n // 2 if len(self.tokens) == 1 else row % 2 == 1
-        flip = self.updates % 2  # what stands at the front of every batch is not one half's alone
-        parts = (second, first) if flip else (first, second)
+        n, turns = len(x), len(self.tokens) > 1
+        parts = (x[::2], x[1::2]) if turns else (x[: n // 2], x[n // 2 :])
+        flip = batch % 2  # what stands at the front of every batch is not one half's alone
         halves = torch.stack(
             [
                 torch.maximum(h, p.abs().amax(0).float()) if len(p) else h
-                for h, p in zip(self.halves, parts, strict=True)
+                for h, p in zip(self.halves, parts[::-1] if flip else parts, strict=True)
             ]
         )
         if not bool(halves.isfinite().all()):
             return False
-        self.halves = halves
-        half = half.long() ^ flip
-        self.updates += 1
-        self.sizes = self.sizes + _sizes(x)
-        self.tokens = self.tokens + experts.bincount(minlength=len(self.tokens))
-        self.count += n
-        keys = torch.cat([self.keys, torch.rand(n, dtype=torch.float32, generator=generator)])
-        self.keys, best = keys.topk(min(SAMPLE_ROWS, len(keys)))
-        old = best[best < len(self.rows)].to(x.device)
-        new = best[best >= len(self.rows)].to(x.device) - len(self.rows)
-        self.keys = torch.cat([self.keys[best < len(self.rows)], self.keys[best >= len(self.rows)]])
-        self.rows = torch.cat([self.rows[old], x[new]])
-        self.half = torch.cat([self.half[old], half[new]])
-        self.experts = torch.cat([self.experts[old], experts[new]])
+        keys, kept = _keys(n, seed, batch, x.device).topk(min(SAMPLE_ROWS, n))
+        half = (kept % 2 if turns else (kept >= n // 2).long()) ^ flip
+        tokens = experts.bincount(minlength=len(self.tokens))
+        new = InputStats(halves, x[kept], half, experts[kept], tokens, _sizes(x), n, keys)
+        vars(self).update(vars(self.merged(new)))
         return True
 
     def alike(self, other: InputStats) -> bool:
@@ -125,17 +124,43 @@ class InputStats:
         return self.halves.shape == other.halves.shape and self.tokens.shape == other.tokens.shape
 
     def merged(self, other: InputStats) -> InputStats:
-        """Statistics of both's tokens."""
-        keys, best = torch.cat([self.keys, other.keys]).topk(min(SAMPLE_ROWS, len(self.keys) + len(other.keys)))
-        best = best.to(self.rows.device)
+        """Statistics of both's tokens: those of one that has seen them all."""
+        keys = torch.cat([self.keys, other.keys])
+        best = keys.argsort(descending=True, stable=True)[:SAMPLE_ROWS]
         rows, half, experts = (
             torch.cat([mine, others])[best]
             for mine, others in ((self.rows, other.rows), (self.half, other.half), (self.experts, other.experts))
         )
         halves, tokens = torch.maximum(self.halves, other.halves), self.tokens + other.tokens
-        count, updates = self.count + other.count, self.updates + other.updates
-        sizes = self.sizes + other.sizes
-        return InputStats(halves, rows, half, experts, tokens, sizes, count, updates, keys)
+        sizes, count = self.sizes + other.sizes, self.count + other.count
+        return InputStats(halves, rows, half, experts, tokens, sizes, count, keys[best])
+
+
+def seed_of(name: str) -> int:
+    """The seed of the keys of an input's tokens, 64 bits, by a name that it has in every process."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+
+
+def _keys(n: int, seed: int, batch: int, device: torch.device) -> Tensor:
+    """Random numbers int64 [n], of the input, the batch and the row alone. No two tokens of an input have the same.
+
+    They are SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) of a counter: each step can be undone, so that numbers which
+    differ stay so.
+    """
+    z = torch.arange(n, device=device) * _signed(_STEP) + _signed(seed + (batch << 32) * _STEP)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ _shifted(z, shift)) * _signed(factor)
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """64 bits moved to the right, zeros before them."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    """The int64 with the last 64 bits of a number."""
+    return (x + 2**63) % 2**64 - 2**63
 
 
 def _sizes(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from sqcompile.passes.ir.explain import first_line, operation, source
 from sqcompile.passes.ir.graph import Linear, aten, find_linears, nodes_by_name, value
 from sqcompile.process.interrupts import checkpoint, each_at_once
 from sqcompile.pytorch.core import pytree
-from sqcompile.statistics.input_stats import InputStats
+from sqcompile.statistics.input_stats import InputStats, seed_of
 from sqcompile.statistics.padding import Padding
 from sqcompile.statistics.sample import Sample, is_random
 
@@ -80,7 +80,7 @@ def calibrate(
         try:
             leaves = flatten_like(call, captured)
         except CaptureError as e:
-            raise CalibrationError(f"calibration batch {observer.batches}: {e}") from e
+            raise CalibrationError(f"calibration batch {observer.begun}: {e}") from e
         observer.batch(leaves)
         bar.update()
 
@@ -111,7 +111,8 @@ class Observer(fx.Interpreter):
     statistics.
     """
 
-    def __init__(self, gm: fx.GraphModule, attentions: Sequence[Attention] = ()) -> None:
+    def __init__(self, gm: fx.GraphModule, attentions: Sequence[Attention] = (), number: int = 0) -> None:
+        """``number``: of the graph, among those whose statistics are merged."""
         super().__init__(gm)
         self.extra_traceback = False  # errors name the operation and the user's line themselves
         self.linears = find_linears(gm)
@@ -119,7 +120,6 @@ class Observer(fx.Interpreter):
         self.readers = {l.node: l for l in self.reads.values()}
         self.routed = {l.x: l.offsets for l in self.linears if l.offsets}
         self.stats: dict[tuple[str, str | None], InputStats] = {}
-        self.generator = torch.Generator().manual_seed(0)
         self.attentions, nodes = attentions, nodes_by_name(gm)
         self.operands: dict[str, dict[str, tuple[str, Attention]]] = {}  # operands by the node that is observed
         for a in attentions:
@@ -127,8 +127,8 @@ class Observer(fx.Interpreter):
                 for what, name in a.operands.items():
                     self.operands.setdefault(brought(nodes[name]).name, {})[name] = what, a
         self.heads: dict[str, InputStats] = {}
-        self.head_generator = torch.Generator().manual_seed(0)  # its own: linears' samples stay what they are
         self.sample, self.batches, self.random = Sample(), 0, is_random(gm)
+        self.number, self.begun, self.index = number, 0, 0  # batches that have begun; of a copy, the index of its batch
         self.outputs = pytree.tree_leaves(next(iter(gm.graph.find_nodes(op="output"))).args)
         self.lock = threading.Lock()
         self.over = threading.Event()  # statistics stay what they are from now on
@@ -149,11 +149,12 @@ class Observer(fx.Interpreter):
         """Statistics by linear name."""
         return {l.name: self.stats[_key(l)] for l in self.linears if _key(l) in self.stats}
 
-    def batch(self, leaves: Sequence[Any]) -> Any:
+    def batch(self, leaves: Sequence[Any], index: int | None = None) -> Any:
         """Runs one batch.
 
         Args:
             leaves: an argument for each placeholder; attention masks among them say which tokens are real.
+            index: of the batch, no other one's; None for the number of those that have begun before.
 
         Returns:
             What the graph returns.
@@ -162,11 +163,14 @@ class Observer(fx.Interpreter):
             CalibrationError: if the model refuses the batch, or an activation is not finite.
         """
         call = copy.copy(self)
+        with self.lock:
+            call.index = self.begun if index is None else index
+            self.begun += 1
         call.padding, call.routed_masks = copy.copy(self.padding), {}
         try:
             call.padding.start(leaves)
         except CalibrationError as e:
-            raise CalibrationError(f"calibration batch {self.batches}: {e}") from e
+            raise CalibrationError(f"calibration batch {call.index}: {e}") from e
         try:
             with torch.no_grad():
                 out = call.run(*leaves, enable_io_processing=False)
@@ -174,11 +178,11 @@ class Observer(fx.Interpreter):
             raise
         except Exception as e:
             what = f"{type(e).__name__}: {first_line(e)}, in {operation(call.at)} at {source(call.at)}"
-            raise CalibrationError(f"the model refuses calibration batch {self.batches}: {what}") from e
+            raise CalibrationError(f"the model refuses calibration batch {call.index}: {what}") from e
         with self.lock:
             self.batches += 1
             if not self.over.is_set() and not self.random:
-                self.sample.add(leaves, out, lambda i, y: call.padding.real(str(self.outputs[i]), y))
+                self.sample.add(leaves, out, lambda i, y: call.padding.real(str(self.outputs[i]), y), call.index)
         return out
 
     def stop(self) -> None:
@@ -212,7 +216,7 @@ class Observer(fx.Interpreter):
             with self.lock:
                 if not self.over.is_set():
                     stats = self.heads.setdefault(name, InputStats.empty(rows, None))
-                    added = stats.update(rows, experts, self.head_generator)
+                    added = stats.update(rows, experts, self._seed(f"{a.name} {what}"), self.index)
                     self._check_finite(added, f"one of the {what} of {a.name} (node {name})")
 
     def _follow_mask(self, n: fx.Node) -> None:
@@ -259,12 +263,15 @@ class Observer(fx.Interpreter):
         with self.lock:
             if not self.over.is_set():
                 stats = self.stats.setdefault(_key(l), InputStats.empty(rows, l.experts))
-                added = stats.update(rows, experts, self.generator)
+                added = stats.update(rows, experts, self._seed(l.name), self.index)
                 self._check_finite(added, f"the input of {l.name} (node {l.x})")
+
+    def _seed(self, name: str) -> int:
+        return seed_of(f"{self.number} {name}")
 
     def _check_finite(self, finite: bool, what: str) -> None:
         if not finite:
             raise CalibrationError(
-                f"{what} is not finite in calibration batch {self.batches}: "
+                f"{what} is not finite in calibration batch {self.index}: "
                 "check the batch and the model's dtype (float16 overflows at 65504; try bfloat16)"
             )

@@ -23,10 +23,14 @@ LEAST = 1e-3  # a row counts as at least so much of its output's mean energy: on
 
 @dataclass(frozen=True)
 class _Call:
-    """Arguments of a call, and rows [R, C] of its outputs: by the output's position, which rows, and the rows in float."""
+    """Arguments of a call, and rows [R, C] of its outputs: by the output's position, which rows, and the rows in float.
+
+    ``batch`` is the index that `InputStats.update` had for it.
+    """
 
     arguments: tuple[Any, ...]
     rows: dict[int, tuple[Tensor, Tensor]]
+    batch: int
 
 
 @dataclass
@@ -42,13 +46,16 @@ class Sample:
     rows: int = 0
     bytes: int = 0
 
-    def add(self, arguments: Sequence[Any], outputs: Any, real: Callable[[int, Tensor], Tensor | None]) -> None:
+    def add(
+        self, arguments: Sequence[Any], outputs: Any, real: Callable[[int, Tensor], Tensor | None], batch: int
+    ) -> None:
         """Keeps a call, unless there are enough.
 
         Args:
             arguments: one for each placeholder; they are copied.
             outputs: what the graph returned.
             real: which rows of an output at a position are real tokens, bool [R]; None for all.
+            batch: index of the call.
         """
         size = sum(a.numel() * a.element_size() for a in arguments if isinstance(a, Tensor))
         compared = _compared(outputs)
@@ -67,7 +74,7 @@ class Sample:
                 kept[i] = which, rows[which].float()
         if kept:
             copies = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in arguments)
-            self.calls.append(_Call(copies, kept))
+            self.calls.append(_Call(copies, kept, batch))
             self.rows += max(len(which) for which, _ in kept.values())
             self.bytes += size + sum(4 * rows.numel() for _, rows in kept.values())
 

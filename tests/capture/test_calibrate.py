@@ -12,7 +12,7 @@ from transformers import BatchEncoding
 import sqcompile
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
-from sqcompile.statistics.input_stats import SAMPLE_ROWS, InputStats
+from sqcompile.statistics.input_stats import SAMPLE_ROWS, InputStats, _keys, seed_of
 from sqcompile.statistics.observe import calibrate
 
 
@@ -79,11 +79,51 @@ def test_a_decoders_tokens_are_masked_by_its_own_mask():
 
 
 def test_the_sample_is_bounded_and_uniform():
-    stats, generator = InputStats.empty(torch.empty(0, 1), experts=2), torch.Generator().manual_seed(0)
+    stats = InputStats.empty(torch.empty(0, 1), experts=2)
     for i in range(100):
         rows = torch.arange(i * 50, (i + 1) * 50)
-        stats.update(rows[:, None].float(), (rows >= 3000).long(), generator)
+        stats.update(rows[:, None].float(), (rows >= 3000).long(), 0, i)
     assert stats.tokens.tolist() == [3000, 2000]
     assert torch.equal(stats.experts, (stats.rows.flatten() >= 3000).long())  # rows keep their experts
     assert stats.rows.shape == (SAMPLE_ROWS, 1) and stats.count == 5000 and stats.absmax.item() == 4999
     assert len(stats.rows.unique()) == SAMPLE_ROWS and abs(stats.rows.mean().item() - 2500) < 500
+
+
+@pytest.mark.parametrize("experts", [None, 3])
+def test_statistics_do_not_depend_on_the_order_or_the_parts_they_are_made_in(experts):
+    g = torch.Generator().manual_seed(0)
+    batches = [torch.randn(n, 4, generator=g) for n in (50, 1, 90, 200, 33, 2)]
+
+    def seen(order):
+        stats = InputStats.empty(torch.empty(0, 4), experts)
+        for i in order:
+            dealt = torch.arange(len(batches[i])) * (experts or 0) // len(batches[i])
+            assert stats.update(batches[i], dealt, seed_of("linear"), i)
+        return stats
+
+    whole, *others = seen(range(6)), seen([5, 2, 0, 4, 1, 3])
+    others += [seen([4, 1]).merged(seen([3, 0])).merged(seen([2, 5])), seen([]).merged(seen(range(6)))]
+    for stats in others:
+        for name, want in vars(whole).items():
+            got = getattr(stats, name)
+            assert torch.equal(got, want) if isinstance(want, torch.Tensor) else got == want, name
+    assert len(whole.keys) == SAMPLE_ROWS and whole.count == sum(map(len, batches))
+
+
+def test_every_token_of_an_input_has_a_key_of_its_own():
+    cpu = torch.device("cpu")
+    keys = torch.cat([_keys(5000, seed_of("a"), batch, cpu) for batch in (0, 1, 2, 700)])
+    assert len(keys.unique()) == len(keys)  # no ties that the order would break
+    assert not torch.isin(_keys(5000, seed_of("b"), 0, cpu), keys).any()
+    bits = torch.stack([(keys >> i) & 1 for i in range(64)]).double().mean(1)
+    assert bool(((bits - 0.5).abs() < 0.02).all())  # four standard deviations are 0.014
+    assert _keys(2, 1, 3, cpu).tolist() == [mixed(1 + ((3 << 32) + row) * 0x9E3779B97F4A7C15) for row in (0, 1)]
+
+
+def mixed(z):
+    """SplitMix64's last steps in Python's numbers, as int64."""
+    z %= 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    z ^= z >> 31
+    return z - 2**64 if z >= 2**63 else z

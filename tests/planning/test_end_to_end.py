@@ -92,7 +92,7 @@ def test_what_roundings_of_several_layers_add_up_to(seed):
 
 def rows_of(outputs: Tensor, sample: Sample | None = None, keep: Tensor | None = None) -> Sample:
     sample = sample or Sample()
-    sample.add([outputs], [outputs], lambda i, y: keep)
+    sample.add([outputs], [outputs], lambda i, y: keep, 0)
     return sample
 
 
@@ -123,7 +123,7 @@ def test_caches_count_only_where_there_is_nothing_else():
     cache, hidden = torch.randn(1, 2, 5, 8), torch.randn(1, 5, 8)
     for outputs, positions in (([cache, hidden, torch.arange(5)], [1]), ([cache], [0]), ([torch.arange(5)], [])):
         sample = Sample()
-        sample.add([hidden], outputs, lambda i, y: None)
+        sample.add([hidden], outputs, lambda i, y: None, 0)
         assert [list(call.rows) for call in sample.calls] == ([positions] if positions else [])
 
 
