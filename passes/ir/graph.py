@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.about import about, copy_about
 from sqcompile.passes.ir.record import record, value
+from sqcompile.process.interrupts import checkpoint
 from sqcompile.pytorch.core import codegen, schema, version, writes_to_arguments
 
 aten = torch.ops.aten
@@ -131,6 +132,7 @@ def evaluate(gm: fx.GraphModule, node: fx.Node) -> Tensor:
         args, kwargs = fx.node.map_arg((n.args, n.kwargs), run)
         return n.target(*args, **kwargs)  # type: ignore[operator]
 
+    checkpoint()
     with torch.no_grad():
         return run(node)
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from sqcompile.errors import WeightError
 from sqcompile.passes.ir.graph import Linear, above, constants, evaluate, get_tensor, leaves, nodes_by_name
 from sqcompile.passes.labels.interpreter import producer_kind, vector_operand
+from sqcompile.process.interrupts import checkpoint
 
 
 def check_weights(gm: fx.GraphModule, linears: Sequence[Linear]) -> None:
@@ -40,6 +41,7 @@ def check_vectors(gm: fx.GraphModule, linears: Sequence[Linear]) -> None:
 
 
 def _check(gm: fx.GraphModule, node: fx.Node, what: str) -> None:
+    checkpoint()
     parameters = leaves(node)
     for leaf in parameters:
         check_tensor(get_tensor(gm, str(leaf.target)), str(leaf.target))

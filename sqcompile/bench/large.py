@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,10 +66,11 @@ def generate(folder: str, config: Any) -> int:
     for name in shapes:
         found = re.search(r"layers\.(\d+)\.", name)
         groups.setdefault(found[1] if found else "rest", []).append(name)
-    index, generator = {}, torch.Generator().manual_seed(0)
+    index: dict[str, str] = {}
+    generator = torch.Generator().manual_seed(0)
     for i, names in enumerate(groups.values(), 1):
         file = f"model-{i:05}-of-{len(groups):05}.safetensors"
-        later = {n: Later(torch.bfloat16, shapes[n], lambda s=shapes[n]: _random(s, generator)) for n in names}
+        later = {n: Later(torch.bfloat16, shapes[n], partial(_random, shapes[n], generator)) for n in names}
         write_weights(os.path.join(folder, file), later, {"format": "pt"})
         index |= dict.fromkeys(names, file)
     with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as f:

@@ -103,10 +103,10 @@ class Conversion:
             return None
         numbers, starts, count = {}, [], 0
         for _, name in group.sources:
-            rows, *rest = files[name].shape
-            numbers[name] = torch.arange(count, count + rows).view(rows, *(1 for _ in rest))
+            length, *rest = files[name].shape
+            numbers[name] = torch.arange(count, count + length).view(length, *(1 for _ in rest))
             starts.append(count)
-            count += rows
+            count += length
         inner = dims.pop() - 1
         found = {}
         for name, rows in self.convert(group, numbers).items():

@@ -11,32 +11,37 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sqcompile.checkpoints.shards import Spool
 from sqcompile.files.weights import write_weights
+from sqcompile.process.interrupts import checkpoint
 
-_SHARD = 5 * 10**9  # bytes of a file of weights, which is in memory as a whole
+_SHARD = 5 * 10**9  # bytes of a file of weights
 
 
 class Weights:
-    """The weights of a checkpoint, written as they come, in files of a bounded size."""
+    """The weights of a checkpoint, written as they come, in files of a bounded size. None of them is kept in memory."""
 
     def __init__(self, folder: str, most: int = _SHARD) -> None:
         self.folder, self.most = folder, most
         self.bytes = 0
         self._files: list[list[str]] = []
-        self._held: dict[str, Tensor] = {}
-        self._size = 0
+        self._held: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
+        self._spool, self._size = Spool(folder), 0
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes tensors by their names; what they share memory with is copied."""
+        """Takes tensors by their names."""
         for name, t in tensors.items():
-            size = t.numel() * t.element_size()
-            if self._held and self._size + size > self.most:
+            if self._held and self._size + t.nbytes > self.most:
                 self._write()
-            self._held[name] = t.detach()
-            self._size += size
-            self.bytes += size
+            offset = self._spool.room(t.dtype, t.shape)
+            self._spool.write(offset, t, t.dtype)
+            self._held[name] = offset, t.dtype, tuple(t.shape)
+            self._size += t.nbytes
+            self.bytes += t.nbytes
+            checkpoint()
 
     def finish(self) -> None:
         """Writes what is left, and where there are several files, which tensor is in which."""
@@ -52,9 +57,11 @@ class Weights:
             write_json(os.path.join(self.folder, "model.safetensors.index.json"), index)
 
     def _write(self) -> None:
-        write_weights(self._path(len(self._files)), self._held, {"format": "pt"})
+        mapped = self._spool.map()
+        tensors = {name: mapped.tensor(*held) for name, held in self._held.items()} if mapped is not None else {}
+        write_weights(self._path(len(self._files)), tensors, {"format": "pt"}, see=lambda *_: checkpoint())
         self._files.append(list(self._held))
-        self._held, self._size = {}, 0
+        self._held, self._spool, self._size = {}, Spool(self.folder), 0
 
     def _path(self, i: int) -> str:
         return os.path.join(self.folder, f"weights-{i}.tmp")

@@ -120,7 +120,7 @@ class _Filler:
 
     def _dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """Of each tensor: some stay in float32, as transformers has it."""
-        plan = getattr(self.model, "_get_dtype_plan", lambda dtype: {})(dtype)
+        plan: dict[str, torch.dtype] = getattr(self.model, "_get_dtype_plan", lambda dtype: {})(dtype)
         kept = {re.compile(pattern.replace("*", ".*")): d for pattern, d in plan.items()}
         found = {}
         for name, t in self.have.items():

@@ -126,7 +126,7 @@ def _entry(file: Mapped, data: int, name: str, found: Any, size: int) -> Stored:
         raise ArtifactError(
             f"the tensor {name[:100]!r} is of no dtype and place that a file has: copy the directory again"
         )
-    assert isinstance(shape, list) and isinstance(at, list)
+    assert isinstance(shape, list) and isinstance(at, list) and isinstance(code, str)
     return Stored(file, data + at[0], _DTYPES[code], tuple(shape))
 
 
@@ -135,7 +135,7 @@ class Spool:
 
     def __init__(self, folder: str | None) -> None:
         """``folder``: where it is; the system's one for temporary files by default."""
-        self._file = tempfile.TemporaryFile(dir=folder, prefix="sqcompile-")
+        self._file = tempfile.TemporaryFile(dir=folder, prefix="sqcompile-")  # noqa: SIM115  (`map` closes it)
         self.size = 0
 
     def room(self, dtype: torch.dtype, shape: Sequence[int]) -> int:
@@ -155,8 +155,8 @@ class Spool:
     def write(self, offset: int, t: Tensor, dtype: torch.dtype) -> None:
         """Writes values, in a dtype, some at a time."""
         self._file.seek(offset)
-        for part in t.reshape(-1).split(_PART):
-            self._file.write(memoryview(part.to(dtype).contiguous().view(torch.uint8).numpy()))
+        for part in t.detach().reshape(-1).split(_PART):
+            self._file.write(part.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
 
     def map(self) -> Mapped | None:
         """The file in memory, once all is written; None if that is nothing."""

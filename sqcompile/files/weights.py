@@ -92,7 +92,7 @@ def write_weights(
 def _write(f: BinaryIO, name: str, given: Tensor | Later, see: Callable[[str, Any], None]) -> None:
     t = given.make() if isinstance(given, Later) else given
     assert t.dtype == given.dtype and tuple(t.shape) == tuple(given.shape), name
-    values = memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    values = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     for start in range(0, len(values), _PART):
         f.write(values[start : start + _PART])
     see(name, values)
