@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqcompile.checkpoints.shards import Spool
 from sqcompile.files.weights import write_weights
 from sqcompile.process.interrupts import checkpoint
+from sqcompile.process.spool import Spool
 
 # What is copied of the directory that a model was loaded from; of anything else in it, nothing is known.
 _COPIED = (
