@@ -37,9 +37,10 @@ from sqcompile.plan.recipe import Recipe, resolve_recipe
 from sqcompile.process.interrupts import deferred
 from sqcompile.process.lock import analysing, compiling
 from sqcompile.process.progress import Enter, stages
+from sqcompile.statistics.observe import Calibration
 from sqcompile.statistics.observe import calibrate as observe
 
-_ANALYSES = ("trace", "calibrate", "match", "plan")
+ANALYSES = ("trace", "calibrate", "match", "plan")
 _REWRITES = ("fold", "insert_qdq", "lower", "emit")
 
 
@@ -98,7 +99,7 @@ def compile(
     target = target_for(model, target)
     if plan is not None and evaluate is not None:
         raise PlanError("plan and evaluate: a plan needs no calibration, leave one of them out")
-    with deferred(), stages((*_ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES), progress) as enter:
+    with deferred(), stages((*ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES), progress) as enter:
         if plan is None:
             how = resolve_recipe(recipe)
             traced, plan = analyse(
@@ -150,7 +151,7 @@ def calibrate(
     """
     check_model(model)
     how = resolve_recipe(recipe)
-    with deferred(), stages(_ANALYSES, progress) as enter:
+    with deferred(), stages(ANALYSES, progress) as enter:
         return analyse(
             model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter, evaluate, None, act_scales
         )[1]
@@ -167,8 +168,12 @@ def analyse(
     evaluate: Callable[[nn.Module], float] | None = None,
     target: Target | None = None,
     act_scales: Any = None,
+    observed: Callable[[Callable[[], Calibration]], Calibration] = lambda make: make(),
 ) -> tuple[fx.GraphModule, Plan]:
-    """The traced graph, and the plan made from the data, or from activation scales."""
+    """The traced graph, and the plan made from the data, or from activation scales.
+
+    ``observed`` is given what makes the statistics of data, and gives them: those, or others that are the same.
+    """
     if loader is None and act_scales is None:
         raise CalibrationError(
             "pass calib_loader (an iterable of real batches, or a callable), act_scales with example_inputs, or a plan"
@@ -202,7 +207,8 @@ def analyse(
             with compiling():
                 calibration = calibration_of(traced, scales, recipe)
         else:
-            calibration = observe(traced, model, data, progress, attentions, length(loader), reader)
+            make = partial(observe, traced, model, data, progress, attentions, length(loader), reader)
+            calibration = observed(make)
     with compiling(), torch.no_grad():
         enter("match")
         sites, refusals = match(traced)

@@ -24,6 +24,7 @@ from sqcompile.checkpoints import export as checkpoints
 from sqcompile.checkpoints.export import Exported
 from sqcompile.errors import ArtifactError, SQCompileError
 from sqcompile.files.regular import check_file_replaceable, new_file, said
+from sqcompile.files.work import Work
 from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.process.interrupts import checkpoint, deferred
@@ -62,15 +63,23 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
     """
     if not is_program(format, source):
         return checkpoints.export(model, plan, format, path, source)
-    given = given_plan(plan, None, None)
-    if format != ARTIFACT:
-        target_of(path)
+    if format == ARTIFACT:
+        return export_artifact(model, plan, path)
+    given, _ = given_plan(plan, None, None), target_of(path)
     with deferred(), analysing(model), compiling(), torch.no_grad():
-        call = from_spec(given.call, next((p.device for p in model.parameters()), torch.device("cpu")))
-        quantized = rewrite(trace(model, call), given, until="quantized", lazy=format == ARTIFACT)
-        if format == ARTIFACT:
-            return write_artifact(quantized, given, Forward.of(model), path)
-        return write_program(quantized, given, format, path)
+        return write_program(_quantized(model, given), given, format, path)
+
+
+def export_artifact(model: nn.Module, plan: Plan, path: str | os.PathLike[str], kept: Work | None = None) -> Exported:
+    """`export` in the format "sqcompile"; ``kept`` has files that an earlier run has finished."""
+    given = given_plan(plan, None, None)
+    with deferred(), analysing(model), compiling(), torch.no_grad():
+        return write_artifact(_quantized(model, given, lazy=True), given, Forward.of(model), path, kept)
+
+
+def _quantized(model: nn.Module, plan: Plan, lazy: bool = False) -> fx.GraphModule:
+    call = from_spec(plan.call, next((p.device for p in model.parameters()), torch.device("cpu")))
+    return rewrite(trace(model, call), plan, until="quantized", lazy=lazy)
 
 
 def is_program(format: Any, source: Any) -> bool:
@@ -86,7 +95,9 @@ def is_program(format: Any, source: Any) -> bool:
     return format not in checkpoints.FORMATS
 
 
-def write_artifact(quantized: fx.GraphModule, plan: Plan, call: Forward, path: str | os.PathLike[str]) -> Exported:
+def write_artifact(
+    quantized: fx.GraphModule, plan: Plan, call: Forward, path: str | os.PathLike[str], kept: Work | None = None
+) -> Exported:
     """Writes the quantized stage of a model as a directory that `load` reads.
 
     Args:
@@ -94,11 +105,12 @@ def write_artifact(quantized: fx.GraphModule, plan: Plan, call: Forward, path: s
         plan: that it was made by.
         call: how the model is called.
         path: of the directory.
+        kept: has files that an earlier run has finished, and takes new ones.
 
     Raises:
         ArtifactError: if it cannot be written; nothing is written then.
     """
-    save(quantized, plan, call, path)
+    save(quantized, plan, call, path, kept=kept)
     target = path_name(path)
     size = sum(f.stat().st_size for f in os.scandir(target) if f.name.startswith("model-"))
     return Exported(ARTIFACT, target, plan, (), (), size)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
+from checkpoint_cases import equal
 from families import build, token_ids
-from torch import Tensor, nn
+from torch import nn
 
 import sqcompile
 from sqcompile.capture.inputs import as_call
@@ -15,18 +14,6 @@ from sqcompile.capture.trace import trace
 from sqcompile.errors import CalibrationError
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.statistics import observe, pieces
-
-
-def equal(a, b):
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if dataclasses.is_dataclass(a):
-        return all(equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def batches_of(call):
