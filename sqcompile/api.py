@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from sqcompile.capture.batches import first_batches
 from sqcompile.capture.call_spec import from_spec, to_spec
 from sqcompile.capture.inputs import Forward, Reader, length
 from sqcompile.capture.trace import trace
@@ -58,6 +59,7 @@ def compile(
     target: str | Target | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     act_scales: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
+    max_batches: int | None = None,
 ) -> CompiledModel:
     """Compiles a float model to W8A8 INT8 with SmoothQuant. The model itself is never changed.
 
@@ -84,6 +86,8 @@ def compile(
             by module name, or the path of a file of them, such as those of SmoothQuant's authors (see `read_act_scales`);
             example_inputs is needed then. They have no tokens to try anything on: where the recipe leaves it open, α is
             0.5 and nothing is rotated, static scales have no margin, and what needs tokens is refused.
+        max_batches: how many batches of calib_loader are taken, the first ones; None for as many as have 512 rows together.
+            A callable is run as it is.
 
     Returns:
         A CompiledModel: call it as the model.
@@ -103,8 +107,9 @@ def compile(
         if plan is None:
             how = resolve_recipe(recipe)
             traced, plan = analyse(
-                model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter, evaluate, target, act_scales
-            )
+                model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter, evaluate, target, act_scales,
+                max_batches,
+            )  # fmt: skip
         else:
             data = {"calib_loader": calib_loader, "act_scales": act_scales}
             plan = given_plan(plan, recipe, next((name for name, given in data.items() if given is not None), None))
@@ -129,6 +134,7 @@ def calibrate(
     progress: bool = True,
     evaluate: Callable[[nn.Module], float] | None = None,
     act_scales: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
+    max_batches: int | None = None,
 ) -> Plan:
     """Makes the Plan that `compile` would make; ``compile(model, plan=plan)`` then needs no data.
 
@@ -141,6 +147,7 @@ def calibrate(
         progress: as for `compile`.
         evaluate: as for `compile`.
         act_scales: as for `compile`.
+        max_batches: as for `compile`.
 
     Returns:
         A Plan, which `Plan.save` writes to a file.
@@ -153,7 +160,17 @@ def calibrate(
     how = resolve_recipe(recipe)
     with deferred(), stages(ANALYSES, progress) as enter:
         return analyse(
-            model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter, evaluate, None, act_scales
+            model,
+            calib_loader,
+            how,
+            example_inputs,
+            dynamic_shapes,
+            progress,
+            enter,
+            evaluate,
+            None,
+            act_scales,
+            max_batches,
         )[1]
 
 
@@ -168,6 +185,7 @@ def analyse(
     evaluate: Callable[[nn.Module], float] | None = None,
     target: Target | None = None,
     act_scales: Any = None,
+    max_batches: int | None = None,
     observed: Callable[[Callable[[], Calibration]], Calibration] = lambda make: make(),
 ) -> tuple[fx.GraphModule, Plan]:
     """The traced graph, and the plan made from the data, or from activation scales.
@@ -178,6 +196,8 @@ def analyse(
         raise CalibrationError(
             "pass calib_loader (an iterable of real batches, or a callable), act_scales with example_inputs, or a plan"
         )
+    if max_batches is not None and (type(max_batches) is not int or max_batches < 1):
+        raise CalibrationError(f"max_batches={max_batches!r}: a number of batches, at least 1, or None for 512 rows")
     scales = None
     if act_scales is not None:
         if loader is not None:
@@ -195,6 +215,8 @@ def analyse(
         if scales is None:
             first, data = reader.first(loader)
             call = call or first
+            if isinstance(data, Iterable):
+                data = first_batches(data, max_batches, reader.rows)
         elif call is None:
             raise CalibrationError("act_scales without example_inputs: pass a batch to capture the model with")
         enter("trace")
@@ -207,8 +229,9 @@ def analyse(
             with compiling():
                 calibration = calibration_of(traced, scales, recipe)
         else:
-            make = partial(observe, traced, model, data, progress, attentions, length(loader), reader)
-            calibration = observed(make)
+            total = length(loader)
+            total = max_batches if max_batches is not None and (total is None or total > max_batches) else total
+            calibration = observed(partial(observe, traced, model, data, progress, attentions, total, reader))
     with compiling(), torch.no_grad():
         enter("match")
         sites, refusals = match(traced)

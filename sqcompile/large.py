@@ -23,13 +23,13 @@ from sqcompile.plan.recipe import Recipe, resolve_recipe
 from sqcompile.process.interrupts import deferred, each_at_once
 from sqcompile.process.memory import memory_limit
 from sqcompile.process.progress import stages
-from sqcompile.programs.export import ARTIFACT, export, export_artifact
+from sqcompile.programs.export import NATIVE, check_target, export, export_artifact
 from sqcompile.pytorch.core import pytree
 from sqcompile.statistics.file import read_statistics, write_statistics
 from sqcompile.statistics.observe import Calibration
 from sqcompile.version import VERSION
 
-_FORMATS = (ARTIFACT, "compressed-tensors", "smoothed")
+_FORMATS = (NATIVE, "compressed-tensors", "smoothed")
 _PLAN, _STATISTICS = "plan.safetensors", "statistics.safetensors"
 
 
@@ -86,6 +86,7 @@ def quantize_checkpoint(
         place = f"{out}.work" if work is None else os.path.realpath(os.fsdecode(work))
     except (TypeError, ValueError) as e:
         raise ArtifactError(f"a path is none ({said(e)}): pass strings or pathlib.Paths") from e
+    check_target(format, out)
     data = [*each_at_once(batches)]
     limit = nullcontext() if memory is None else memory_limit(memory)
     with deferred(), limit:
@@ -100,9 +101,9 @@ def quantize_checkpoint(
         }
         with Work(place, inputs).held() as kept:
             plan = _plan(kept, net, data, how, progress)
-            if format != ARTIFACT:
+            if format != NATIVE:
                 return export(net, plan, format, out)
-            return export_artifact(net, plan, out, kept)
+            return export_artifact(net, plan, out, kept=kept)
 
 
 def _plan(kept: Work, net: Any, data: list[Any], recipe: Recipe, progress: bool) -> Plan:

@@ -25,6 +25,7 @@ from sqcompile.passes.ir.verify import STAGES, verify
 from sqcompile.passes.lowering.lower import lower
 from sqcompile.passes.rewrite.insert_qdq import quantize_weights
 from sqcompile.passes.rewrite.weight_store import Lazy, Shared
+from sqcompile.plan.plan import Plan
 from sqcompile.process.interrupts import deferred
 from sqcompile.process.lock import compiling
 
@@ -102,6 +103,29 @@ def loaded(
             raise
         except Exception as e:  # of a graph that no version has saved
             raise ArtifactError(f"{os.fsdecode(path)} cannot be loaded ({said(e)}): save the model again") from e
+
+
+def is_saved(folder: str) -> bool:
+    """Whether a directory is one that `load` reads, and no float model.
+
+    Raises:
+        ArtifactError: if its config.json cannot be read.
+    """
+    return os.path.lexists(os.path.join(folder, MANIFEST)) or is_checkpoint(folder)
+
+
+def opened(path: str | os.PathLike[str]) -> tuple[Plan, SavedStages]:
+    """The plan and the stages of what `load` loads, which is not compiled.
+
+    Raises:
+        ArtifactError: as `load`.
+    """
+    with deferred(), compiling(), torch.no_grad():
+        register_kv_cache_pytree()
+        if _is_checkpoint(path):
+            name = path_name(path)
+            return read_model(name).plan, CheckpointStages(name, None, None)
+        return read(path, None).plan, SavedStages(path, None, None)
 
 
 def _is_checkpoint(path: Any) -> bool:

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,15 +33,31 @@ TOLERANCE = 1.1
 GAIN, GAIN_OF_LOSS = 1.05, 1.2
 # Of strong α that cost alike, the weakest is taken, down to .5: stronger ones win on the sample, and lose on unlike tokens.
 ALIKE = 1.05
-# A static recipe leaves an input dynamic that spikes where it makes the error so much smaller.
-GAIN_OF_DYNAMIC = 4.0
+# A static recipe leaves an input dynamic that spikes where it makes the error so much smaller; and one of the few that
+# cost the outputs more than a tenth of what all do, and three times the mean one, where it halves that.
+GAIN_OF_DYNAMIC, GAIN_OF_COSTLY = 4.0, 2.0
+COSTLY, TIMES_MEAN = 0.1, 3
 
 
-def common_rotations(chooser: Chooser, sites: Sequence[Site], floats: dict[str, str]) -> dict[str, int | None]:
-    """The rotation of each site, the same in all layers that a model repeats: what costs least in all of them together.
+@dataclass(frozen=True)
+class Look:
+    """What is known of a graph's sites when each has been looked at by itself.
 
-    So they stay alike, and are compiled once where a compiler makes one of them for all. Sites are of repeated layers where
-    nothing but numbers in their names differs.
+    Attributes:
+        rotations: the size of the blocks in which each site is rotated, or None; the same in all layers that a model repeats.
+        costly: sites that may be left dynamic for what their static scales cost.
+    """
+
+    rotations: dict[str, int | None]
+    costly: frozenset[str]
+
+
+def first_look(chooser: Chooser, sites: Sequence[Site], floats: dict[str, str]) -> Look:
+    """Chooses for each site by itself, for what is to be decided of all of them together.
+
+    The rotation of layers that a model repeats is the one that costs least in all of them together. So they stay alike, and
+    are compiled once where a compiler makes one of them for all. Sites are of repeated layers where nothing but numbers in
+    their names differs.
 
     Args:
         chooser: it is left with each site's own choice.
@@ -48,7 +65,7 @@ def common_rotations(chooser: Chooser, sites: Sequence[Site], floats: dict[str, 
         floats: linears that stay in float, by name.
     """
     costs: dict[Any, Counter[int | None]] = {}
-    keys = {}
+    keys, static = {}, dict[str, float]()
     for site in sites:
         linears = [l for l, _ in site.balance if l.name not in floats]
         if not linears:
@@ -59,17 +76,20 @@ def common_rotations(chooser: Chooser, sites: Sequence[Site], floats: dict[str, 
         shapes = tuple(l.shape for l in linears)
         keys[site.name] = re.sub(r"(?<=\.)\d+(?=\.)", "N", site.name), shapes, chooser.own[linears[0].name]
         costs.setdefault(keys[site.name], Counter()).update(found)
+        if all(map(chooser.static, linears)) and chooser.by_loss(linears) and chooser.felt.knows(linears):
+            static[site.name] = chooser.loss(linears)
     least = {key: min(total, key=lambda block: total[block]) for key, total in costs.items()}
-    return {name: least[key] for name, key in keys.items()}
+    most = max(COSTLY, TIMES_MEAN / max(1, len(static))) * sum(static.values())
+    return Look({name: least[key] for name, key in keys.items()}, frozenset(n for n, c in static.items() if c > most))
 
 
 def best(
-    chooser: Chooser, site: Site, floats: dict[str, str], blocks: Sequence[int | None] | None = None
+    chooser: Chooser, site: Site, floats: dict[str, str], look: Look | None = None
 ) -> tuple[Choice, dict[int | None, float]]:
     """The smoothing and the rotation with the smallest error, and the smallest error with each rotation.
 
-    ``floats``: linears that stay in float, by name. ``blocks``: the rotations to try; None for those of the recipe. Of inputs
-    whose largest values alone are known, it is the recipe's own α and rotation.
+    ``floats``: linears that stay in float, by name. ``look``: what was decided of all sites; None for a site by itself. Of
+    inputs whose largest values alone are known, it is the recipe's own α and rotation.
     """
     balance = [(l, m) for l, m in site.balance if l.name not in floats]
     linears = [l for l, _ in balance]
@@ -94,6 +114,8 @@ def best(
         return Choice(scales[alpha], alpha, block), {block: 0.0}
     by_loss = chooser.by_loss(linears) and chooser.felt.knows(touched)
     errors: dict[tuple[float | None, int | None, bool], tuple[float, Choice]] = {}
+    blocks = _blocks(own, linears) if look is None else (look.rotations[site.name],)
+    costly = look is not None and site.name in look.costly
 
     def try_all(alphas: Iterable[float | None], blocks: Iterable[int | None], ways: Iterable[bool]) -> Choice:
         for key in itertools.product(alphas, blocks, ways):
@@ -101,13 +123,13 @@ def best(
                 checkpoint()
                 choice = Choice(scales[key[0]], *key)
                 error = chooser.tried(site, choice, touched, by_loss)
-                errors[key] = error * _handicap(own, choice, by_loss), choice
+                errors[key] = error * _handicap(own, choice, by_loss, costly), choice
         return min(errors.values(), key=lambda found: found[0])[1]
 
     alphas = [a for a in scales if a is not None]
     # what α costs changes slowly: every third of many, and then up or down from the best, as long as that gains
     some = [None, *(alphas[1::3] if alphas == [*AUTO] else alphas)]
-    chosen = try_all(some, _blocks(own, linears) if blocks is None else blocks, _ways(chooser, linears))
+    chosen = try_all(some, blocks, _ways(chooser, linears, costly))
     before = None
     while chosen is not before and chosen.alpha is not None:
         i = alphas.index(chosen.alpha)
@@ -128,15 +150,16 @@ def _blocks(recipe: Recipe, linears: list[Linear]) -> tuple[int | None, ...]:
     return fit if fit and recipe.rotate != "auto" else (None, *fit)
 
 
-def _ways(chooser: Chooser, linears: list[Linear]) -> tuple[bool, ...]:
-    """Whether inputs may be dynamic: those of a static recipe that spike may be either."""
-    recipes = [chooser.own[l.name] for l in linears]
-    may = all(r.activation == "per_tensor_static" and r.spikes == "dynamic" for r in recipes)
-    return (False, True) if may and any(spikes(chooser.calibration.inputs[l.name]) for l in linears) else (False,)
+def _ways(chooser: Chooser, linears: list[Linear], costly: bool) -> tuple[bool, ...]:
+    """Whether inputs may be dynamic: those of a static recipe that spike, or cost much, may be either."""
+    may = all(chooser.own[l.name].may_leave_dynamic for l in linears)
+    spiking = may and (costly or any(spikes(chooser.calibration.inputs[l.name]) for l in linears))
+    return (False, True) if spiking else (False,)
 
 
-def _handicap(recipe: Recipe, choice: Choice, by_loss: bool) -> float:
+def _handicap(recipe: Recipe, choice: Choice, by_loss: bool, costly: bool) -> float:
     gain = 1.0 if choice.block is None else GAIN_OF_LOSS if by_loss else GAIN
-    gain *= GAIN_OF_DYNAMIC if choice.dynamic else 1.0
+    if choice.dynamic:
+        gain *= GAIN_OF_COSTLY if costly else GAIN_OF_DYNAMIC
     static = recipe.activation == "per_tensor_static"
     return gain * (1.0 if choice.scales is not None or static else TOLERANCE)

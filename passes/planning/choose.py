@@ -22,7 +22,7 @@ from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.ir.graph import Linear, find_linears
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
 from sqcompile.passes.planning import weight_outliers
-from sqcompile.passes.planning.candidates import best, common_rotations
+from sqcompile.passes.planning.candidates import Look, best, first_look
 from sqcompile.passes.planning.choose_attention import choose_attention
 from sqcompile.passes.planning.error import Chooser, Note
 from sqcompile.passes.planning.feel import Felt
@@ -73,16 +73,16 @@ def choose(
     notes: dict[str, Note] = {}
     every = sites + input_sites(refusals, {l.name for l in linears} - set(floats))
     check_agreement(every, chooser.own, floats)
-    rotations: dict[str, int | None] = {}
-    if any(own.rotate == "auto" for own in chooser.own.values()):
-        rotations = common_rotations(Chooser(gm, calibration, recipe, unsmoothed, felt), every, floats)
+    look: Look | None = None
+    if any(own.rotate == "auto" or own.may_leave_dynamic for own in chooser.own.values()):
+        look = first_look(Chooser(gm, calibration, recipe, unsmoothed, felt), every, floats)
     for site in every:
         quantized = [l for l, _ in site.balance if l.name not in floats]
         if not quantized:
             continue
         how: Smoothing = "multiplied" if site.kind == "input" else "folded"
         chooser.leave(quantized)
-        choice, _ = best(chooser, site, floats, [rotations[site.name]] if rotations else None)
+        choice, _ = best(chooser, site, floats, look)
         chooser.apply(site, choice)
         if choice.scales is not None:
             scales[site.name] = choice.scales[0]

@@ -248,7 +248,8 @@ class Chooser:
             return "; Δ of the largest value, without a margin"
         found = spikes(self.calibration.inputs[l.name])
         if l.name in self.dynamic:
-            return f"; a scale for each token at run time, as {found}"
+            why = found or "one scale for all of them would cost the outputs most here"
+            return f"; a scale for each token at run time, as {why}"
         way = ""
         if l.name in self.scales:
             way = f"; Δ from {self.scales[l.name]}"

@@ -101,12 +101,14 @@ def fold(gm: fx.GraphModule, sites: list[Site], plan: Plan, heads: Sequence[Head
     folder = _Folder(new)
     quantized = {l.name for l in plan.layers if l.quantized}
     rotations = {l.name: l.rotation for l in plan.layers if l.rotation is not None}
-    for i, (name, s) in enumerate(plan.scales.items()):
-        folder.site(by_name[name], s, f"smooth_{i}", quantized)
-    for i, (name, s) in enumerate(head_scales.items()):
-        for site, classes in head_sites[name].queries:
+    # in the graph's order and not in the plan's, which is another one when it was read from a file: products are rounded
+    for i, place in enumerate(p for p in sites if p.name in plan.scales):
+        folder.site(place, plan.scales[place.name], f"smooth_{i}", quantized)
+    for i, head in enumerate(h for h in heads if h.name in head_scales):
+        s = head_scales[head.name]
+        for site, classes in head.queries:
             folder.site(site, pick(s, classes).reciprocal(), f"queries_{i}", quantized)
-        for site, classes in head_sites[name].keys:
+        for site, classes in head.keys:
             folder.site(site, pick(s, classes), f"keys_{i}", quantized)
     for l in find_linears(new):
         if (block := rotations.get(l.name)) is not None:

@@ -25,8 +25,9 @@ from sqcompile.artifact.code import write_code
 from sqcompile.artifact.tensors import SHARD, Tensors, write_tensors
 from sqcompile.capture.inputs import Forward
 from sqcompile.errors import ArtifactError, PlanError
+from sqcompile.files.beside import copy_beside
 from sqcompile.files.bounded_json import read_object
-from sqcompile.files.directory import new_directory
+from sqcompile.files.directory import check_replaceable, new_directory
 from sqcompile.files.regular import read_regular, said
 from sqcompile.files.weights import Later
 from sqcompile.files.work import Work
@@ -49,6 +50,7 @@ def save(
     most: int = SHARD,
     code: bool = False,
     target: str | None = None,
+    beside: str | None = None,
     kept: Work | None = None,
 ) -> None:
     """Writes a directory.
@@ -60,12 +62,14 @@ def save(
         path: where to; an artifact that is there is replaced when the new one is whole.
         most: bytes of a file.
         code: whether to compile it, and to write the code, too; for the ``target`` that `load` would be given.
+        beside: a directory whose tokenizer is copied; None for none.
         kept: see `write_tensors`.
 
     Raises:
         ArtifactError: if something of the model cannot be saved, or the directory cannot be written.
     """
     name = path_name(path)
+    check_saved_to(name)
     meta: dict[str, Any] = {
         "format": FORMAT,
         "versions": versions(),
@@ -79,6 +83,8 @@ def save(
         with new_directory(name, (MANIFEST,), None if kept is None else kept.folder) as folder:
             meta["tensors"] = write_tensors(folder, _tensors(quantized), most, kept)
             plan.save(os.path.join(folder, PLAN))
+            if beside is not None:
+                copy_beside(beside, folder)
             _write_manifest(folder, meta)
             if code:
                 meta["code"] = write_code(folder, target)
@@ -87,6 +93,20 @@ def save(
         raise ArtifactError(f"the model cannot be saved to {name}: {e}") from e
     except Exception as e:  # whatever the system has to say of it
         raise ArtifactError(f"the model cannot be saved to {name} ({said(e)})") from e
+
+
+def check_saved_to(path: str | os.PathLike[str]) -> str:
+    """The path of a directory that a model can be saved to.
+
+    Raises:
+        ArtifactError: if what is there cannot be replaced.
+    """
+    name = path_name(path)
+    try:
+        check_replaceable(os.path.realpath(name), (MANIFEST,))
+    except OSError as e:
+        raise ArtifactError(f"the model cannot be saved to {name} ({said(e)})") from e
+    return name
 
 
 def _tensors(quantized: fx.GraphModule) -> dict[str, Tensor | Later]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,32 @@ TARGETS = {
 }  # fmt: skip
 
 _DECODER_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds")
+
+
+ROWS = 512  # of calibration data that are taken where nobody says how many
+
+
+def first_batches(batches: Iterable[Any], most: int | None, single: bool) -> Iterator[Any]:
+    """The first batches, and no look at those after them.
+
+    Args:
+        batches: the data.
+        most: how many; None for as many as have `ROWS` rows.
+        single: whether each is one row.
+    """
+    rows = 0
+    for i, batch in enumerate(batches):
+        yield batch
+        rows += 1 if single else _rows(batch)
+        if i + 1 == most or (most is None and rows >= ROWS):
+            return
+
+
+def _rows(batch: Any) -> int:
+    """How many rows a batch has, by its first tensor; token ids without a batch dim are one."""
+    found = [*batch.values()] if isinstance(batch, Mapping) else pytree.tree_leaves(batch)
+    first = next((x for x in found if isinstance(x, Tensor)), None)
+    return int(first.shape[0]) if first is not None and first.dim() > 1 else 1
 
 
 def split(signature: inspect.Signature, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], list[str]]:

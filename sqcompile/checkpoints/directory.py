@@ -6,10 +6,8 @@ config.json  generation_config.json  tokenizer.json  model-00001-of-00002.safete
 from __future__ import annotations
 
 import copy
-import fnmatch
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,13 +18,6 @@ from sqcompile.files.weights import write_weights
 from sqcompile.process.interrupts import checkpoint
 from sqcompile.process.spool import Spool
 
-# What is copied of the directory that a model was loaded from; of anything else in it, nothing is known.
-_COPIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken", "*.spm",
-    "spiece.model", "sentencepiece*", "chat_template*", "generation_config.json", "preprocessor_config.json",
-    "processor_config.json", "video_preprocessor_config.json", "*.py", "LICENSE*", "NOTICE*",
-)  # fmt: skip
-_MOST_BYTES = 2**30  # of a file that is copied
 _SHARD = 5 * 10**9  # bytes of a file of weights
 
 
@@ -92,18 +83,6 @@ def write_config(model: Any, folder: str, quantization: Mapping[str, Any] | None
     generation = os.path.join(folder, "generation_config.json")
     if not os.path.exists(generation) and model.can_generate() and model.generation_config is not None:
         model.generation_config.to_json_file(generation)
-
-
-def copy_beside(source: str, folder: str) -> list[str]:
-    """Copies what belongs to a model beside its weights, and gives the names."""
-    copied = []
-    for name in sorted(os.listdir(source)):
-        path = os.path.join(source, name)
-        wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in _COPIED)
-        if wanted and os.path.isfile(path) and os.path.getsize(path) <= _MOST_BYTES:
-            shutil.copyfile(path, os.path.join(folder, name))
-            copied.append(name)
-    return copied
 
 
 def write_json(path: str, found: Any) -> None:

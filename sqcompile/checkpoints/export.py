@@ -18,13 +18,14 @@ from torch import Tensor, fx, nn
 
 from sqcompile.capture.call_spec import from_spec
 from sqcompile.capture.trace import trace
-from sqcompile.checkpoints.directory import Weights, copy_beside, write_config, write_json
+from sqcompile.checkpoints.directory import Weights, write_config, write_json
 from sqcompile.checkpoints.engines import for_engines, refuse
 from sqcompile.checkpoints.names import CheckpointNames
 from sqcompile.checkpoints.parameters import Parameters
 from sqcompile.checkpoints.replan import Changed, lines_of, representable
 from sqcompile.checkpoints.w8a8 import Quantized
 from sqcompile.errors import ArtifactError, SQCompileError
+from sqcompile.files.beside import copy_beside
 from sqcompile.files.directory import check_replaceable, new_directory
 from sqcompile.files.regular import said
 from sqcompile.passes.ir.about import about
@@ -87,11 +88,11 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
     """
     assert format in FORMATS
     given = given_plan(plan, None, None)
-    target = _target(path)
+    target = target_of(path)
     names = CheckpointNames(model)
     if format == "compressed-tensors":
         refuse(given)
-    beside = _source(model, source)
+    beside = source_of(model, source)
     with deferred(), analysing(model), compiling(), torch.no_grad():
         traced = trace(model, from_spec(given.call, next(iter(model.parameters())).device))
         plan, parameters, changed = representable(traced, given, set(names.saved))
@@ -146,7 +147,12 @@ def _blocks(
         yield quantized.renamed(weights, scales) if quantized is not None else names.convert(weights)
 
 
-def _target(path: Any) -> str:
+def target_of(path: Any) -> str:
+    """The path of a checkpoint's directory.
+
+    Raises:
+        ArtifactError: if it is none, or what is there cannot be replaced.
+    """
     try:
         target = os.path.realpath(os.fsdecode(path))
     except (TypeError, ValueError) as e:
@@ -158,10 +164,14 @@ def _target(path: Any) -> str:
     return target
 
 
-def _source(model: Any, source: Any) -> str | None:
-    """The directory with the tokenizer."""
+def source_of(model: Any, source: Any) -> str | None:
+    """The directory with the tokenizer: the one that is given, or that a model was loaded from; None if there is none.
+
+    Raises:
+        ArtifactError: if there is no such directory.
+    """
     if source is None:
-        name = getattr(model.config, "name_or_path", None)
+        name = getattr(getattr(model, "config", None), "name_or_path", None)
         return name if isinstance(name, str) and os.path.isdir(name) else None
     try:
         found = os.fsdecode(source)

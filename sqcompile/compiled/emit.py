@@ -14,7 +14,7 @@ from sqcompile.artifact.directory import save
 from sqcompile.artifact.tensors import SHARD
 from sqcompile.capture.captured import contiguous, flatten_like
 from sqcompile.capture.inputs import Forward
-from sqcompile.checkpoints.export import Exported
+from sqcompile.checkpoints.export import Exported, source_of
 from sqcompile.compiled.inductor import compile_regions, compile_without_constants, inductor
 from sqcompile.compiled.report import Report
 from sqcompile.compiled.stages import Stages
@@ -23,7 +23,7 @@ from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.flat import flatten
 from sqcompile.passes.ir.graph import get_tensor, set_tensor
 from sqcompile.plan.plan import Plan
-from sqcompile.programs.export import ARTIFACT, export, is_program, write_artifact, write_program
+from sqcompile.programs.export import NATIVE, check_target, export, is_program, write_artifact, write_program
 from sqcompile.pytorch.core import pytree
 
 BACKENDS = ("inductor", "eager")
@@ -126,8 +126,10 @@ class CompiledModel(nn.Module):
             ArtifactError: as `sqcompile.export`.
             StageError: if the float model is gone, or its parameters changed; or, for a checkpoint, if this model was loaded.
         """
-        if is_program(format, source) and format == ARTIFACT:
-            return write_artifact(self.stages["quantized"], self.plan, self.call, path)
+        check_target(format, path, source)
+        if format == NATIVE:
+            beside = None if source is None else source_of(None, source)
+            return write_artifact(self.stages["quantized"], self.plan, self.call, path, beside)
         if is_program(format, source):
             return write_program(self.stages["quantized"], self.plan, format, path)
         return export(self.stages.model(), self.plan, format, path, source)

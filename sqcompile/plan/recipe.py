@@ -63,7 +63,8 @@ class Recipe:
             divergence and one standard error), or of the value of an ``evaluate`` that is passed to `compile`. The linears
             that cost most for their share of the INT8 work stay in float, as few as will do. None for no limit.
         spikes: what static scales do where a few calibration tokens are many times as large as the others: "dynamic"
-            leaves such an input a scale for each token at run time, if that makes its error a quarter or less; "static"
+            leaves such an input a scale for each token at run time, if that makes its error a quarter or less, and one of
+            the few that cost the outputs most, if that halves what it costs (with gradients: alpha="auto"); "static"
             never does.
 
     Raises:
@@ -160,6 +161,11 @@ class Recipe:
     def by_loss(self) -> bool:
         """Whether sites choose by what the model's outputs feel."""
         return self.alpha == "auto" and (self.smooth or self.rotate == "auto" or self.activation == "per_tensor_static")
+
+    @property
+    def may_leave_dynamic(self) -> bool:
+        """Whether single inputs of static linears may have a scale for each token after all."""
+        return self.activation == "per_tensor_static" and self.spikes == "dynamic"
 
     @property
     def blocks(self) -> tuple[int, ...]:

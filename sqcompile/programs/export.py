@@ -1,9 +1,9 @@
-"""export: a model and its plan in a form that others read: a checkpoint directory, a program in one file, or an artifact.
+"""export: a model and its plan in a form that leaves the process: an artifact, a checkpoint directory, or a program.
 
+    "sqcompile"                        the native artifact, a directory that `sqcompile.load` reads
     "smoothed", "compressed-tensors"   a directory of transformers (`sqcompile.checkpoints`)
     "pt2"                              a file of torch.export, in PyTorch's own quantize and dequantize operators
     "onnx"                             a file of ONNX, opset 21
-    "sqcompile"                        a directory that `sqcompile.load` reads (`sqcompile.artifact`)
 
 A program appears whole or not at all.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sqcompile.artifact.directory import path_name, save
+from sqcompile.artifact.directory import check_saved_to, path_name, save
 from sqcompile.capture.call_spec import from_spec
 from sqcompile.capture.inputs import Forward
 from sqcompile.capture.trace import trace
@@ -33,8 +33,9 @@ from sqcompile.programs.onnx import onnx_model, write_onnx
 from sqcompile.programs.standard import standard
 from sqcompile.programs.traced import Traced, program_of
 
-PROGRAMS, ARTIFACT = ("onnx", "pt2"), "sqcompile"
-FORMATS = (*checkpoints.FORMATS, *PROGRAMS, ARTIFACT)
+PROGRAMS = ("onnx", "pt2")
+NATIVE = "sqcompile"
+FORMATS = (NATIVE, *checkpoints.FORMATS, *PROGRAMS)
 
 
 def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[str], source: Any = None) -> Exported:
@@ -46,12 +47,11 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
     Args:
         model: the one that the plan was made for; for a checkpoint, of transformers.
         plan: from `calibrate` or a compilation, or the path of a saved one.
-        format: "compressed-tensors" and "smoothed" are checkpoints of transformers, "pt2" (torch.export) and "onnx" programs.
-            "sqcompile" is what `CompiledModel.save` writes, byte for byte, of a model that was captured with
-            ``dynamic_shapes="auto"``; nothing is compiled for it.
-        path: of a checkpoint's or "sqcompile"'s directory, which may be an empty one, or one of an earlier export, which is
-            replaced; or of a program's file.
-        source: of a checkpoint: the directory that has the tokenizer; the one that the model was loaded from by default.
+        format: "sqcompile" is what `CompiledModel.save` writes, "compressed-tensors" and "smoothed" are checkpoints of
+            transformers, "pt2" (torch.export) and "onnx" programs.
+        path: of a directory, which may be an empty one, or one of an earlier export, which is replaced; or of a program's
+            file.
+        source: of a directory: that which has the tokenizer; the one that the model was loaded from by default.
 
     Returns:
         What was written, and what of the plan a checkpoint cannot say; it prints well.
@@ -61,20 +61,23 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
             nothing is written then.
         SQCompileError: as `compile` of a plan.
     """
-    if not is_program(format, source):
+    check_target(format, path, source)
+    if format in checkpoints.FORMATS:
         return checkpoints.export(model, plan, format, path, source)
-    if format == ARTIFACT:
-        return export_artifact(model, plan, path)
-    given, _ = given_plan(plan, None, None), target_of(path)
+    if format == NATIVE:
+        return export_artifact(model, plan, path, source)
+    given = given_plan(plan, None, None)
     with deferred(), analysing(model), compiling(), torch.no_grad():
         return write_program(_quantized(model, given), given, format, path)
 
 
-def export_artifact(model: nn.Module, plan: Plan, path: str | os.PathLike[str], kept: Work | None = None) -> Exported:
+def export_artifact(
+    model: nn.Module, plan: Plan, path: str | os.PathLike[str], source: Any = None, kept: Work | None = None
+) -> Exported:
     """`export` in the format "sqcompile"; ``kept`` has files that an earlier run has finished."""
-    given = given_plan(plan, None, None)
+    given, beside = given_plan(plan, None, None), checkpoints.source_of(model, source)
     with deferred(), analysing(model), compiling(), torch.no_grad():
-        return write_artifact(_quantized(model, given, lazy=True), given, Forward.of(model), path, kept)
+        return write_artifact(_quantized(model, given, lazy=True), given, Forward.of(model), path, beside, kept)
 
 
 def _quantized(model: nn.Module, plan: Plan, lazy: bool = False) -> fx.GraphModule:
@@ -83,20 +86,25 @@ def _quantized(model: nn.Module, plan: Plan, lazy: bool = False) -> fx.GraphModu
 
 
 def is_program(format: Any, source: Any) -> bool:
-    """Whether a format is that of the quantized stage, and not of a checkpoint.
+    """Whether a format is that of a program, and not of a directory.
 
     Raises:
-        ArtifactError: for a format that there is none of, or the source of a tokenizer with what is no checkpoint.
+        ArtifactError: for a format that there is none of, or the source of a tokenizer with a program.
     """
     if format not in FORMATS:
         raise ArtifactError(f"there is no format {format!r}: choose one of {', '.join(FORMATS)}")
-    if format not in checkpoints.FORMATS and source is not None:
+    if format in PROGRAMS and source is not None:
         raise ArtifactError(f"source has the tokenizer of a checkpoint, and {format!r} has none: leave it out")
-    return format not in checkpoints.FORMATS
+    return format in PROGRAMS
 
 
 def write_artifact(
-    quantized: fx.GraphModule, plan: Plan, call: Forward, path: str | os.PathLike[str], kept: Work | None = None
+    quantized: fx.GraphModule,
+    plan: Plan,
+    call: Forward,
+    path: str | os.PathLike[str],
+    beside: str | None,
+    kept: Work | None = None,
 ) -> Exported:
     """Writes the quantized stage of a model as a directory that `load` reads.
 
@@ -105,15 +113,30 @@ def write_artifact(
         plan: that it was made by.
         call: how the model is called.
         path: of the directory.
+        beside: a directory whose tokenizer is copied; None for none.
         kept: has files that an earlier run has finished, and takes new ones.
 
     Raises:
         ArtifactError: if it cannot be written; nothing is written then.
     """
-    save(quantized, plan, call, path, kept=kept)
+    save(quantized, plan, call, path, beside=beside, kept=kept)
     target = path_name(path)
     size = sum(f.stat().st_size for f in os.scandir(target) if f.name.startswith("model-"))
-    return Exported(ARTIFACT, target, plan, (), (), size)
+    return Exported(NATIVE, target, plan, (), (), size)
+
+
+def check_target(format: str, path: str | os.PathLike[str], source: Any = None) -> None:
+    """Looks whether something may be written, before hours are spent on it.
+
+    Raises:
+        ArtifactError: for a format that there is none of, or a path that cannot be written.
+    """
+    if is_program(format, source):
+        target_of(path)
+    elif format == NATIVE:
+        check_saved_to(path)
+    else:
+        checkpoints.target_of(path)
 
 
 def write_program(quantized: fx.GraphModule, plan: Plan, format: str, path: str | os.PathLike[str]) -> Exported:

@@ -1,31 +1,33 @@
-"""``python -m sqcompile.show MODEL``: where smoothing can go in a model and where not, as text and as a drawing.
+"""``sqcompile show MODEL``: where smoothing can go in a model and where not, as text and as a drawing.
 
-MODEL is ``lm`` (the shipped language model), a transformers model type such as ``llama`` (tiny, random weights), or
-``module:callable``, which returns a model or (model, example call). No calibration data is needed: a later stage is
-made from the example call, so that its structure is what data would give and its numbers are not.
+MODEL is the directory of a transformers model, ``lm`` (the shipped language model), a transformers model type such as
+``llama`` (tiny, random weights), or ``module:callable``, which returns a model or (model, example call). No calibration data
+is needed: a later stage is made from the example call, so that its structure is what data would give and its numbers are
+not. Of a directory with a quantized model, the report is printed, and its stages.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 
-from torch import fx, nn
+from torch import nn
 
 import sqcompile
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
+from sqcompile.compiled.report import Report
 from sqcompile.draw import draw
-from sqcompile.errors import SQCompileError
-from sqcompile.passes.ir.graph import find_linears
+from sqcompile.errors import DrawError, SQCompileError
+from sqcompile.loading import is_saved, opened
 from sqcompile.passes.ir.text import show
 from sqcompile.passes.ir.verify import STAGES
-from sqcompile.passes.labels.match import match
 from sqcompile.pipeline import rewrite
-from sqcompile.plan.names import collapse, refusal_lines, site_labels
 from sqcompile.plan.plan import Plan
 from sqcompile.show.load import load
+from sqcompile.show.summary import Summary
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,9 +37,9 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: with the message of what went wrong.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m sqcompile.show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="sqcompile show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="MODEL", help="lm, a transformers model type, or module:callable")
+    parser.add_argument("model", metavar="MODEL", help="a directory, lm, a transformers model type, or module:callable")
     parser.add_argument("--stage", choices=STAGES, help="print this stage, too; also the stage that is drawn")
     parser.add_argument("--draw", metavar="FILE", help="draw to a .svg or .html file")
     parser.add_argument("--full", action="store_true", help="draw every block, even where many are equal")
@@ -56,9 +58,11 @@ def main(argv: list[str] | None = None) -> None:
 def _show(args: argparse.Namespace) -> None:
     if "" not in sys.path:
         sys.path.insert(0, "")  # module:callable from the folder one stands in, also through the `sqcompile` command
+    if os.path.isdir(args.model) and is_saved(args.model):
+        return _show_saved(args)
     model, example = load(args.model, args.input, args.layers)
     traced = trace(model, as_call(model, example))
-    print(summary(traced))
+    print(Summary.of(traced))
     plan = _plan(args, model, example)
     stage = traced
     if args.stage and plan is not None:
@@ -70,27 +74,23 @@ def _show(args: argparse.Namespace) -> None:
         print(f"\ndrawn to {args.draw}")
 
 
+def _show_saved(args: argparse.Namespace) -> None:
+    plan, stages = opened(args.model)
+    if args.draw:
+        raise DrawError(
+            f"{args.model} has no float graph to draw: draw the float model with --plan of its plan.safetensors"
+        )
+    print(Report.of(plan))
+    if args.stage:
+        print(f"\n{show(stages[args.stage])}")
+
+
 def _plan(args: argparse.Namespace, model: nn.Module, example: object) -> Plan | None:
     if args.plan:
         return Plan.load(args.plan)
     if args.stage in (None, "traced"):
         return None
     return sqcompile.calibrate(model, [example], progress=False)
-
-
-def summary(traced: fx.GraphModule) -> str:
-    """The sites that `match` finds in a traced graph, and what it refuses, with the reasons."""
-    sites, refusals = match(traced)
-    names = [l.name for l in find_linears(traced)]
-    found = collapse(map(str, site_labels([s.name for s in sites], names)))
-    refused = refusal_lines([(r.linear.name, r.reason) for r in refusals], names)
-    lines = [
-        f"{len(names)} linears, {len(names) - len(refusals)} of them at {len(sites)} sites where a parameter absorbs 1/s"
-    ]
-    lines += [f"  {line}" for line in found]
-    if refused:
-        lines += [f"{len(refusals)} refused: x·(1/s) is multiplied before quantization", *(f"  {r}" for r in refused)]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Models by name, for ``python -m sqcompile.show``: the shipped one, a tiny transformers one, or one of the user's."""
+"""Models by name, for ``sqcompile show``: the shipped one, a directory's, a tiny transformers one, or one of the user's."""
 
 from __future__ import annotations
 
 import importlib
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -34,8 +35,8 @@ def load(name: str, inputs: Sequence[str] = (), layers: int = 2) -> tuple[nn.Mod
     """A model in eval mode and an example call of it: a tensor, a tuple of arguments or a dict of keywords.
 
     Args:
-        name: "lm", a transformers model type such as "llama", or "module:callable", which gives a model or a model and
-            an example call.
+        name: "lm", the directory of a transformers model, a transformers model type such as "llama", or "module:callable",
+            which gives a model or a model and an example call.
         inputs: the example call's arguments instead, as `parse_input` reads them.
         layers: of a transformers model.
 
@@ -50,9 +51,11 @@ def load(name: str, inputs: Sequence[str] = (), layers: int = 2) -> tuple[nn.Mod
         from sqcompile.lm import load_lm
 
         model, given = load_lm()[0], {"input_ids": _fill((2, 64), torch.int64, 2048)}
+    elif os.path.isdir(name):
+        model = _directory(name)
     else:
         model = _transformers(name, layers)
-    rows = min([m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)], default=2)
+    rows = _vocabulary(model)
     if inputs:
         parsed = [parse_input(text, rows) for text in inputs]
         given = {k: v for k, v in parsed if k} or tuple(v for _, v in parsed)
@@ -63,6 +66,20 @@ def load(name: str, inputs: Sequence[str] = (), layers: int = 2) -> tuple[nn.Mod
     if given is None:
         raise CaptureError(f"{name} gave no example call: return (model, call), or pass --input 'i64[2, 16]'")
     return model.eval(), given
+
+
+def example_of(model: nn.Module) -> Any:
+    """An example call of a transformers model with random values.
+
+    Raises:
+        CaptureError: for inputs that nothing is known of.
+    """
+    return _example(model, _vocabulary(model))
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """A number of which each embedding has as many rows."""
+    return min([m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)], default=2)
 
 
 def parse_input(text: str, rows: int = 2) -> tuple[str, Tensor]:
@@ -96,6 +113,12 @@ def _call(name: str) -> tuple[nn.Module, Any]:
     if not isinstance(model, nn.Module):
         raise CaptureError(f"{name} gave a {type(model).__name__}: return a model, or (model, example call)")
     return model, given
+
+
+def _directory(folder: str) -> nn.Module:
+    from sqcompile.checkpoints.float_model import Checkpoint
+
+    return Checkpoint.open(folder).load()
 
 
 def _transformers(kind: str, layers: int) -> nn.Module:

@@ -175,6 +175,40 @@ def test_without_spikes_every_input_is_static():
     assert not any("the others" in l.reason for l in plan.layers)
 
 
+class Loud(nn.Module):
+    """Residual blocks over embeddings. The sizes of one's tokens spread, with no few beyond the others, and it gives most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(100, 64), nn.Linear(64, 100)
+        self.size = nn.Parameter(torch.exp2(4 * torch.rand(100, 1)))
+        self.ups = nn.ModuleList(nn.Linear(64, 128) for _ in range(6))
+        self.downs = nn.ModuleList(nn.Linear(128, 64) for _ in range(6))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for i, (up, down) in enumerate(zip(self.ups, self.downs, strict=True)):
+            read = x * self.size[ids] if i == 2 else x
+            x = x + down(F.gelu(up(read))) * (8.0 / self.size[ids] if i == 2 else 1.0)
+        return self.head(x)
+
+
+def test_the_input_that_costs_most_stays_dynamic():
+    """Its tokens differ too much for one scale, and are too many for spikes; the report says why, and the outputs gain."""
+    model, batches = Loud().eval(), [ids(s) for s in range(6)]
+    plans = {
+        spikes: sqcompile.calibrate(model, batches, recipe=dataclasses.replace(SPIKE, spikes=spikes), progress=False)
+        for spikes in ("dynamic", "static")
+    }
+    dynamic = {l.name: l.reason for l in plans["dynamic"].layers if l.activation == "per_token"}
+    assert dynamic and dynamic.keys() <= {"ups.2.weight", "downs.2.weight"}
+    why = "; a scale for each token at run time, as one scale for all of them would cost the outputs most here"
+    assert all(why in reason for reason in dynamic.values())
+    assert not any(l.activation for l in plans["static"].layers)
+    assert divergence(model, plans["dynamic"]) < 0.6 * divergence(model, plans["static"])
+
+
 def test_spikes_are_counted():
     x = torch.rand(1000, 16, generator=torch.Generator().manual_seed(0)) + 1
     assert spikes(stats(x)) is None

@@ -1,0 +1,297 @@
+"""app: the commands and their options. What a command does is imported when it is called."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from sqcompile.cli import options as o
+from sqcompile.version import VERSION
+
+app = typer.Typer(
+    name="sqcompile",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="SmoothQuant W8A8: float models of transformers into INT8 ones. `sqcompile COMMAND --help` has examples.",
+)
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command()
+def quantize(
+    model: o.ModelDir,
+    out: o.Out = None,
+    calib: o.Calib = None,
+    format: o.Format = "sqcompile",
+    samples: o.Samples = 512,
+    seq_len: o.SeqLen = None,
+    seed: o.Seed = None,
+    batch_size: o.BatchSize = None,
+    tokenizer: o.TokenizerDir = None,
+    plan: o.PlanFile = None,
+    recipe: o.RecipeName = "default",
+    alpha: o.Alpha = None,
+    activation: o.Activation = None,
+    weight: o.Weight = None,
+    smooth: o.Smooth = None,
+    rotate: o.Rotate = None,
+    skip: o.Skip = None,
+    lm_head: o.LmHead = None,
+    attention: o.Attention = None,
+    qk: o.Qk = None,
+    spikes: o.Spikes = None,
+    min_speedup: o.MinSpeedup = None,
+    max_degradation: o.MaxDegradation = None,
+    overrides: o.Overrides = None,
+    number_format: o.Dtype = None,
+    model_dtype: o.ModelDtype = "auto",
+    max_memory: o.MaxMemory = None,
+    dry_run: o.DryRun = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Quantize a float model.
+
+    **Examples**
+
+    `sqcompile quantize models/llama --calib texts.jsonl -o out`
+
+    `sqcompile quantize models/llama --calib texts.jsonl --format compressed-tensors -o out`  (for vLLM)
+
+    `sqcompile quantize models/llama-70b --calib texts.jsonl --max-memory 16GiB -o out`
+
+    `sqcompile quantize models/vit --calib pictures/ --recipe O3 --max-degradation 0.5 -o out`
+
+    `sqcompile quantize models/llama --dry-run`
+    """
+    from sqcompile.cli.terminal import CommandError, command
+
+    with command(json, quiet) as terminal:
+        from sqcompile.cli.batches import Asked
+        from sqcompile.cli.memory import limited
+        from sqcompile.cli.quantize import Job, quantize
+        from sqcompile.cli.recipes import recipe_from
+
+        fields = {
+            "alpha": alpha, "activation": activation, "weight": weight, "smooth": smooth, "rotate": rotate,
+            "skip": tuple(skip) if skip else None, "lm_head": lm_head, "attention": attention, "qk": qk, "spikes": spikes,
+            "min_speedup": min_speedup, "max_degradation": max_degradation, "overrides": overrides, "dtype": number_format,
+        }  # fmt: skip
+        if out is None and not dry_run:
+            raise CommandError("no --out: pass the path of the new directory, or --dry-run")
+        if plan is not None and (
+            calib is not None or recipe != "default" or any(v is not None for v in fields.values())
+        ):
+            raise CommandError("--plan says what is done: leave out --calib, --recipe and its fields")
+        data = Asked(calib, samples, seq_len, seed, batch_size, tokenizer) if calib else None
+        made = recipe_from(recipe, fields)
+        job = Job(model, None if dry_run else out, format, made, plan, data, model_dtype)
+        with limited(max_memory):
+            quantize(job, terminal)
+
+
+@app.command("eval")
+def evaluate(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="a quantized or a float model", show_default=False)],
+    text: Annotated[str, typer.Option("--text", "--data", metavar="PATH", help="held-out inputs, as for --calib")],
+    against: o.Against = None,
+    samples: o.Samples = 128,
+    seq_len: o.SeqLen = None,
+    seed: o.Seed = None,
+    batch_size: o.BatchSize = 4,
+    tokenizer: o.TokenizerDir = None,
+    backend: Annotated[str, typer.Option(help="eager, or inductor, which is faster and compiles first")] = "eager",
+    device: o.Device = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Measure a model on held-out data: perplexity, what it lost beside the float model, with standard errors.
+
+    **Examples**
+
+    `sqcompile eval out --text held_out.txt --against models/llama`
+
+    `sqcompile eval out --data pictures/ --against models/vit --json`
+    """
+    from sqcompile.cli.terminal import command
+
+    with command(json, quiet) as terminal:
+        from sqcompile.cli.batches import Asked
+        from sqcompile.cli.evaluate import evaluate_directory
+
+        asked = Asked(text, samples, seq_len, seed, batch_size, tokenizer)
+        evaluate_directory(folder, against, asked, backend, device, terminal)
+
+
+@app.command()
+def generate(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="a quantized or a float model", show_default=False)],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="how the text begins")],
+    tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="tokens at most")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.0,
+    seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
+    tokenizer: o.TokenizerDir = None,
+    backend: Annotated[str, typer.Option(help="eager, or inductor, which is faster and compiles first")] = "eager",
+    device: o.Device = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Write some text, to look at what a model does. Not for serving: there is no KV cache.
+
+    **Example**
+
+    `sqcompile generate out --prompt "def "`
+    """
+    from sqcompile.cli.terminal import command
+
+    with command(json, quiet) as terminal:
+        from sqcompile.cli.generate import Asked, generate
+
+        generate(folder, Asked(prompt, tokens, temperature, seed, tokenizer), backend, device, json, terminal)
+
+
+@app.command()
+def report(
+    folder: o.Folder,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FILE.html", help="write a page instead")] = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Say what was done with each linear, and why.
+
+    **Examples**
+
+    `sqcompile report out`
+
+    `sqcompile report out -o report.html`
+    """
+    from sqcompile.cli.terminal import command
+
+    with command(json, quiet) as terminal:
+        from sqcompile.cli.report import report
+
+        report(folder, out, terminal)
+
+
+@app.command()
+def serve(
+    folder: o.Folder,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="of the server")] = 8000,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Say how a directory is served: the command of vLLM, and a first request.
+
+    **Example**
+
+    `sqcompile serve out`
+    """
+    from sqcompile.cli.terminal import command
+
+    with command(json, quiet) as terminal:
+        from sqcompile.cli.serve import serve
+
+        serve(folder, port, terminal)
+
+
+@app.command(context_settings=_PASSED_ON)
+def bench(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(metavar="DIR", help="a quantized model, or the name of a benchmark")] = "",
+) -> None:
+    """Time a quantized model, or run one of the benchmarks: cpu, gpu, attention, generate, speedup, tools.
+
+    **Examples**
+
+    `sqcompile bench out --against models/llama`
+
+    `sqcompile bench cpu`
+    """
+    from sqcompile.bench.__main__ import BENCHMARKS, main
+
+    if what in BENCHMARKS:
+        main([what, *context.args])
+        return
+    _timed(["--help"] if what in ("", "-h", "--help") else [what, *context.args], standalone_mode=False)
+
+
+_bench = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+
+
+@_bench.command(name="bench")
+def _time(
+    folder: o.Folder,
+    against: o.Against = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="to measure each shape for")] = 3.0,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Time a quantized model on this machine, beside torch.compile of the float model if there is one.
+
+    The name of a benchmark in the place of DIR runs that: cpu, gpu, attention, generate, speedup, tools.
+
+    **Examples**
+
+    `sqcompile bench out --against models/llama`
+
+    `sqcompile bench cpu`
+    """
+    from sqcompile.cli.terminal import command
+
+    with command(json, quiet) as terminal:
+        from sqcompile.cli.speed import bench
+
+        bench(folder, against, seconds, terminal)
+
+
+def _timed(argv: list[str], **more: Any) -> None:
+    _bench(argv, prog_name="sqcompile bench", **more)
+
+
+@app.command(context_settings=_PASSED_ON)
+def show(context: typer.Context) -> None:
+    """Print and draw where smoothing can go in a model, or the graphs of a quantized one.
+
+    **Examples**
+
+    `sqcompile show models/llama --draw graph.html`
+
+    `sqcompile show out --stage quantized`
+    """
+    from sqcompile.show.__main__ import main
+
+    main(context.args)
+
+
+@app.command(context_settings=_PASSED_ON)
+def tune(context: typer.Context) -> None:
+    """Measure tile sizes of the GEMM kernels on this GPU."""
+    from sqcompile.kernels.triton.gemm.tune import main
+
+    main(context.args)
+
+
+@app.command(context_settings=_PASSED_ON)
+def demo(context: typer.Context) -> None:
+    """Calibrate and evaluate the shipped language model on this machine."""
+    from sqcompile.demo import main
+
+    main(context.args)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(VERSION)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass

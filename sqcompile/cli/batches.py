@@ -1,0 +1,171 @@
+"""batches: samples as the batches that a model of a directory is calibrated and evaluated on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sqcompile.checkpoints.float_model import Checkpoint, load_tokenizer
+from sqcompile.cli import samples
+from sqcompile.cli.terminal import CommandError
+from sqcompile.windows import encode_stream
+
+_TOKENS = 4096  # of a batch, where its size is left open
+_LENGTH = 512  # of a sequence, likewise
+_NEW = 32  # tokens of a decoder
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asks of the data.
+
+    Attributes:
+        path: of the file or directory.
+        samples: how many rows at most.
+        seq_len: tokens of a row; None for 512, or as many as the model takes.
+        seed: takes the samples at random by it; None for the first ones.
+        batch_size: rows of a batch; None for about 4,096 tokens.
+        tokenizer: the directory that has it; None for the model's.
+    """
+
+    path: str
+    samples: int
+    seq_len: int | None = None
+    seed: int | None = None
+    batch_size: int | None = None
+    tokenizer: str | None = None
+
+
+def length_of(asked: Asked, checkpoint: Checkpoint) -> int:
+    """Tokens of a row.
+
+    Raises:
+        CommandError: if the model does not take as many.
+    """
+    longest = checkpoint.longest
+    if asked.seq_len is None:
+        return min(_LENGTH, longest or _LENGTH)
+    if longest is not None and asked.seq_len > longest:
+        raise CommandError(f"--seq-len {asked.seq_len}: the model takes {longest} tokens at most")
+    return asked.seq_len
+
+
+def batches(asked: Asked, checkpoint: Checkpoint, model: nn.Module | None) -> list[dict[str, Tensor]]:
+    """The batches, all of them in memory.
+
+    Args:
+        asked: see there.
+        checkpoint: of the model.
+        model: in float, which gives a decoder's tokens; None where there is no decoder beside an encoder.
+
+    Raises:
+        CommandError: for data that the model does not read, or that is too little.
+    """
+    kind = samples.kind_of(asked.path)
+    if kind != checkpoint.reads and not (kind == "ids" and checkpoint.reads == "text"):
+        raise CommandError(
+            f"{asked.path} is {kind}, and {checkpoint.architecture.__name__} reads {checkpoint.reads}: pass {samples.KINDS}"
+        )
+    found = [*_inputs(asked, checkpoint, kind)]
+    if not found:
+        raise CommandError(f"{asked.path} has nothing in it: pass real inputs of the model")
+    if checkpoint.encoder_decoder and model is not None:
+        found = [_with_decoder(model, batch) for batch in found]
+    return found
+
+
+def _inputs(asked: Asked, checkpoint: Checkpoint, kind: str) -> Iterator[dict[str, Tensor]]:
+    if kind == "ids":
+        rows = samples.token_ids(asked.path, asked.seed)[: asked.samples]
+        _check_ids(rows, checkpoint, asked.path)
+        for part in torch.from_numpy(rows.astype("int64")).split(asked.batch_size or _rows(rows.shape[1])):
+            yield {"input_ids": part}
+    elif kind == "text":
+        tokenizer = load_tokenizer(asked.tokenizer) if asked.tokenizer else checkpoint.tokenizer()
+        length = length_of(asked, checkpoint)
+        found = samples.texts(asked.path, template_of(tokenizer), not checkpoint.causal, asked.seed)
+        size = asked.batch_size or _rows(length)
+        if checkpoint.causal:
+            for part in windows(found, tokenizer, length, asked.samples, asked.path).split(size):
+                yield {"input_ids": part}
+            return
+        for texts in _batched(itertools.islice(found, asked.samples), size):
+            yield dict(
+                tokenizer(texts, padding=len(texts) > 1, truncation=True, max_length=length, return_tensors="pt")
+            )
+    else:
+        processor, size = checkpoint.processor(), asked.batch_size or 8
+        if kind == "images":
+            for pictures in _batched(itertools.islice(samples.images(asked.path, asked.seed), asked.samples), size):
+                yield dict(processor(images=pictures, return_tensors="pt"))
+            return
+        rate = int(processor.sampling_rate)
+        for sounds in _batched(itertools.islice(samples.sounds(asked.path, rate, asked.seed), asked.samples), size):
+            yield dict(processor(sounds, sampling_rate=rate, return_tensors="pt"))
+
+
+def windows(texts: Iterable[str], tokenizer: Any, length: int, most: int, path: str) -> Tensor:
+    """The first windows of the texts, int64 [windows, length]: each the BOS token, if there is one, and text.
+
+    No more of the texts is read than that takes.
+
+    Raises:
+        CommandError: if they do not fill one window.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    own = length - (bos is not None)
+    parts, count = list[Tensor](), 0
+    for text in texts:
+        parts.append(encode_stream([text], tokenizer))
+        count += len(parts[-1])
+        if count >= most * own:
+            break
+    stream = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    rows = min(len(stream) // own, most)
+    if not rows:
+        raise CommandError(
+            f"{path} has {len(stream)} tokens, too few for one window of {length}: pass more text, or a smaller --seq-len"
+        )
+    found = stream[: rows * own].view(rows, own)
+    return found if bos is None else torch.cat([torch.full((rows, 1), bos), found], 1)
+
+
+def template_of(tokenizer: Any) -> Callable[[Any], str]:
+    """What makes a text of a chat's messages."""
+    return lambda messages: tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def _check_ids(rows: Any, checkpoint: Checkpoint, path: str) -> None:
+    vocabulary, longest = checkpoint.config.get_text_config().vocab_size, checkpoint.longest
+    if int(rows.min()) < 0 or int(rows.max()) >= vocabulary:
+        raise CommandError(
+            f"{path} has the token id {int(rows.max() if rows.min() >= 0 else rows.min())}, and the model has {vocabulary}: "
+            "use the model's own tokenizer"
+        )
+    if longest is not None and rows.shape[1] > longest:
+        raise CommandError(f"{path} has rows of {rows.shape[1]} tokens, and the model takes {longest} at most")
+
+
+def _rows(length: int) -> int:
+    return max(1, _TOKENS // length)
+
+
+def _batched(found: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(found)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+@torch.no_grad()
+def _with_decoder(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with what the float model itself writes, which its decoder reads in use."""
+    tokens = model.generate(**batch, max_new_tokens=_NEW, do_sample=False)
+    start = model.generation_config.decoder_start_token_id
+    if not bool((tokens[:, 0] == start).all()):  # some leave it out
+        tokens = torch.cat([torch.full_like(tokens[:, :1], start), tokens], 1)
+    return {**batch, "decoder_input_ids": tokens}

@@ -1,0 +1,64 @@
+"""evaluate: what a model in INT8 has lost beside the float one, on the user's own data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sqcompile.checkpoints.float_model import Checkpoint
+from sqcompile.cli.batches import Asked, batches, template_of, windows
+from sqcompile.cli.samples import kind_of, texts, token_ids
+from sqcompile.cli.saved import is_int8, load_any, tokenizer_of
+from sqcompile.cli.terminal import CommandError, Terminal
+from sqcompile.compiled.emit import CompiledModel
+from sqcompile.evaluation import Evaluation, evaluate
+
+
+def evaluate_directory(
+    folder: str, against: str | None, asked: Asked, backend: str, device: str | None, terminal: Terminal
+) -> None:
+    """Evaluates the model of a directory, beside that of another one if there is one.
+
+    Raises:
+        SQCompileError: one sentence.
+    """
+    reference = load_any(against, backend, device) if against else None
+    source = against if against and not is_int8(against) else None if is_int8(folder) else folder
+    model = load_any(folder, backend, device)
+    data: Any
+    if source is not None:
+        checkpoint = Checkpoint.open(source)
+        data = batches(asked, checkpoint, reference if source == against else model)
+    else:
+        data = _windows(asked, folder)
+    if isinstance(model, CompiledModel) and "attention_mask" in model.plan.call["kwargs"]:
+        data = [{"attention_mask": torch.ones_like(batch["input_ids"]), **batch} for batch in data]
+    found = evaluate(model, data, against=reference, layers=False, progress=terminal.progress)
+    terminal.result(as_dict(found), str(found).partition("\nSQNR per layer")[0])
+
+
+def _windows(asked: Asked, folder: str) -> list[dict[str, Tensor]]:
+    """Windows of text for a causal language model that nothing but its saved graph is known of."""
+    kind, length = kind_of(asked.path), asked.seq_len or 512
+    if kind not in ("text", "ids"):
+        raise CommandError(f"{asked.path} is {kind}: pass --against with the float model, which says what it reads")
+    size = asked.batch_size or 4
+    if kind == "ids":
+        rows = torch.from_numpy(token_ids(asked.path, asked.seed)[: asked.samples].astype("int64"))
+        return [{"input_ids": part} for part in rows.split(size)]
+    tokenizer = tokenizer_of(asked.tokenizer, folder)
+    found = windows(
+        texts(asked.path, template_of(tokenizer), False, asked.seed), tokenizer, length, asked.samples, asked.path
+    )
+    return [{"input_ids": part} for part in found.split(size)]
+
+
+def as_dict(found: Evaluation) -> dict[str, Any]:
+    """The numbers of an evaluation, for JSON, which has no NaN."""
+    every = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+    plain = {k: v for k, v in every.items() if v is None or isinstance(v, (str, int, float))}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}

@@ -1,0 +1,108 @@
+"""generate: a quick look at what a model writes. There is no KV cache: every token runs the whole text again."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sqcompile.cli.saved import load_any, tokenizer_of
+from sqcompile.cli.terminal import CommandError, Terminal
+from sqcompile.compiled.emit import CompiledModel
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to write.
+
+    Attributes:
+        prompt: text.
+        tokens: how many at most.
+        temperature: 0 takes the likeliest token.
+        seed: of what is drawn.
+        tokenizer: the directory that has it; None for the model's.
+    """
+
+    prompt: str
+    tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    tokenizer: str | None = None
+
+
+def generate(folder: str, asked: Asked, backend: str, device: str | None, as_json: bool, terminal: Terminal) -> None:
+    """Streams text to stdout, or prints it as JSON when it is there.
+
+    Raises:
+        SQCompileError: one sentence.
+    """
+    tokenizer = tokenizer_of(asked.tokenizer, folder)
+    model = load_any(folder, backend, device)
+    ids = tokenizer(asked.prompt, return_tensors="pt")["input_ids"]
+    if not ids.numel():
+        raise CommandError("the prompt has no tokens: pass some text")
+    written, start, first = "", time.perf_counter(), 0.0
+    if not as_json:
+        _write(asked.prompt)
+    new = list[int]()
+    for token in tokens(model, ids, asked, tokenizer.eos_token_id):
+        first = first or time.perf_counter()
+        new.append(token)
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        if not as_json and not text.endswith("\ufffd"):  # a letter may be made of several tokens
+            _write(text[len(written) :])
+            written = text
+    seconds = time.perf_counter() - first
+    speed = (len(new) - 1) / seconds if len(new) > 1 else None
+    if as_json:
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        terminal.result({"prompt": asked.prompt, "text": text, "tokens": new, "tokens_per_second": speed}, "")
+        return
+    print()
+    said = f", {speed:.1f} tokens/s without a KV cache" if speed else ""
+    terminal.say(f"{len(new)} tokens, the first after {first - start:.1f} s{said}")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@torch.no_grad()
+def tokens(model: nn.Module, ids: Tensor, asked: Asked, end: int | None) -> Iterator[int]:
+    """The tokens after ids int64 [1, tokens], one by one, until ``end``.
+
+    Raises:
+        CommandError: for a model that gives no logits of tokens.
+    """
+    generator = torch.Generator().manual_seed(asked.seed)
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    masked = _reads_mask(model)
+    ids = ids.to(device)
+    for _ in range(asked.tokens):
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids)) if masked else model(input_ids=ids)
+        logits: Any = getattr(out, "logits", out)
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[1] != ids.shape[1]:
+            raise CommandError("the model gives no logits [batch, tokens, vocabulary]: generate needs a language model")
+        last = logits[0, -1].float().cpu()
+        if asked.temperature > 0:
+            token = int(torch.multinomial((last / asked.temperature).softmax(-1), 1, generator=generator))
+        else:
+            token = int(last.argmax())
+        if token == end:
+            return
+        yield token
+        ids = torch.cat([ids, ids.new_tensor([[token]])], 1)
+
+
+def _reads_mask(model: nn.Module) -> bool:
+    """Whether calls have an attention mask: as in the call that a compiled model was captured with."""
+    if isinstance(model, CompiledModel):
+        return "attention_mask" in model.plan.call["kwargs"]
+    return "attention_mask" in inspect.signature(model.forward).parameters

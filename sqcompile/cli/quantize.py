@@ -1,0 +1,136 @@
+"""quantize: a directory with a float model -> a directory, or a file, with an INT8 one."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sqcompile.api import calibrate
+from sqcompile.capture.inputs import as_call
+from sqcompile.capture.trace import trace
+from sqcompile.checkpoints.float_model import Checkpoint
+from sqcompile.cli.batches import Asked, batches
+from sqcompile.cli.terminal import CommandError, Terminal
+from sqcompile.passes.ir.graph import find_linears, get_tensor, nodes_by_name
+from sqcompile.plan.plan import Plan
+from sqcompile.plan.recipe import Recipe
+from sqcompile.programs.export import FORMATS, check_target, export
+from sqcompile.show.load import example_of
+from sqcompile.show.summary import Summary
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    Attributes:
+        model: the directory of the float model.
+        out: where to; None for a dry run.
+        format: of what is written.
+        recipe: how; with ``plan`` it is the plan's.
+        plan: the path of a saved plan, in the place of data.
+        data: what to calibrate on.
+        dtype: of the model: "auto" for that of its files.
+    """
+
+    model: str
+    out: str | None
+    format: str
+    recipe: Recipe
+    plan: str | None
+    data: Asked | None
+    dtype: str
+
+
+def quantize(job: Job, terminal: Terminal) -> None:
+    """Does it, and prints what was done.
+
+    Raises:
+        SQCompileError: one sentence; nothing was written then.
+    """
+    if job.format not in FORMATS:
+        raise CommandError(f"--format {job.format}: choose one of {', '.join(FORMATS)}")
+    if job.out is not None and job.data is None and job.plan is None:
+        raise CommandError(
+            "no calibration data: pass --calib with real inputs of the model (text, token ids, pictures or sound), or --plan"
+        )
+    checkpoint = Checkpoint.open(job.model)
+    if job.out is None:
+        return _dry_run(job, checkpoint, terminal)
+    check_target(job.format, job.out)
+    start = time.perf_counter()
+    terminal.say(f"loading {job.model} ({checkpoint.architecture.__name__})")
+    model = checkpoint.load(job.dtype)
+    plan = _plan(job, checkpoint, model, terminal)
+    terminal.say(f"writing {job.out}")
+    done = export(model, plan, job.format, job.out)
+    seconds = time.perf_counter() - start
+    layers = done.plan.layers
+    found = {
+        "path": done.path,
+        "format": done.format,
+        "linears": len(layers),
+        "int8_linears": sum(l.quantized for l in layers) if job.format != "smoothed" else 0,
+        "smoothed": sum(l.smoothing != "none" for l in layers),
+        "rotated": sum(bool(l.rotation) for l in layers),
+        "bytes": done.bytes,
+        "seconds": round(seconds, 3),
+        "notes": [line.strip() for line in str(done).splitlines()[1:]],
+    }
+    terminal.result(found, f"{done}\n{seconds:.1f} s")
+
+
+def _plan(job: Job, checkpoint: Checkpoint, model: nn.Module, terminal: Terminal) -> Plan:
+    if job.plan is not None:
+        return Plan.load(job.plan)
+    assert job.data is not None
+    data = batches(job.data, checkpoint, model)
+    terminal.say(f"calibrating on {_rows(data)} rows of {job.data.path}")
+    return calibrate(model, data, recipe=job.recipe, max_batches=len(data), progress=terminal.progress)
+
+
+def _dry_run(job: Job, checkpoint: Checkpoint, terminal: Terminal) -> None:
+    """Prints what would be found, and what it would take. Nothing is calibrated, and nothing is written."""
+    model = checkpoint.load(job.dtype)
+    total = None
+    if job.data is None:
+        example = example_of(model)
+    else:
+        few = batches(dataclasses.replace(job.data, samples=2, batch_size=2), checkpoint, model)
+        example, total = few[0], job.data.samples
+    gm = trace(model, as_call(model, example))
+    summary, nodes = Summary.of(gm), nodes_by_name(gm)
+    weights = {
+        l.weight: get_tensor(gm, str(n.target)) for l in find_linears(gm) if (n := nodes[l.weight]).op == "get_attr"
+    }
+    saved = sum(t.numel() * (t.element_size() - 1) for t in weights.values())
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    found: dict[str, Any] = {**summary.as_dict(), "float_bytes": held, "int8_bytes": held - saved, "seconds": None}
+    lines = [
+        str(summary),
+        f"{held / 1e6:.1f} MB of weights, {(held - saved) / 1e6:.1f} MB with all of these linears in INT8",
+    ]
+    if total is None:
+        lines.append("how long calibration takes is measured with --calib")
+    else:
+        found["seconds"] = round(_seconds(model, example) / _rows([example]) * total, 1)
+        lines.append(f"about {found['seconds']:.0f} s for the forward passes of at most {total} calibration rows")
+    terminal.result(found, "\n".join([*lines, "nothing was written"]))
+
+
+@torch.no_grad()
+def _seconds(model: nn.Module, example: dict[str, Any]) -> float:
+    """Of a call, the second one: the first reads the weights from the disk."""
+    model(**example)
+    start = time.perf_counter()
+    model(**example)
+    return time.perf_counter() - start
+
+
+def _rows(data: list[dict[str, Any]]) -> int:
+    return sum(len(next(iter(batch.values()))) for batch in data)

@@ -1,0 +1,32 @@
+"""serve: how a directory is served. sqcompile serves nothing itself: vLLM does."""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+from sqcompile.artifact.directory import MANIFEST
+from sqcompile.cli.saved import is_int8
+from sqcompile.cli.terminal import CommandError, Terminal
+
+
+def serve(folder: str, port: int, terminal: Terminal) -> None:
+    """Prints the command that serves a directory.
+
+    Raises:
+        CommandError: if none does, with what to do.
+    """
+    int8 = is_int8(folder)
+    if os.path.lexists(os.path.join(folder, MANIFEST)):
+        raise CommandError(
+            f"{folder} is sqcompile's own format, which vLLM does not read: write another one, sqcompile quantize MODEL_DIR "
+            f"--plan {shlex.quote(os.path.join(folder, 'plan.safetensors'))} --format compressed-tensors -o OUT"
+        )
+    name = os.path.basename(os.path.realpath(folder))
+    line = f"vllm serve {shlex.quote(os.path.realpath(folder))} --served-model-name {shlex.quote(name)} --port {port}"
+    kind = "INT8 (compressed-tensors)" if int8 else "float"
+    ask = (
+        f"curl http://localhost:{port}/v1/completions -H 'Content-Type: application/json' "
+        f"""-d '{{"model": "{name}", "prompt": "def ", "max_tokens": 32}}'"""
+    )
+    terminal.result({"command": line, "weights": kind, "request": ask}, f"{line}\n\n# {kind}; a request:\n{ask}")

@@ -1,0 +1,107 @@
+"""terminal: what the commands print. Results on stdout, as a table or as one JSON object; all else on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sqcompile.errors import SQCompileError
+
+_OURS = str(Path(__file__).resolve().parent.parent)
+FAILED, INTERRUPTED = 2, 130  # exit codes
+
+
+class CommandError(SQCompileError):
+    """A command that cannot do what its arguments say."""
+
+
+class Terminal:
+    """Where a command prints.
+
+    Attributes:
+        progress: whether bars are shown: not with ``--quiet``, nor where stderr is no terminal.
+    """
+
+    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
+        self._json, self._quiet = as_json, quiet
+        self._out, self._err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+        self.progress = not quiet and sys.stderr.isatty()
+
+    def say(self, text: str) -> None:
+        """A line for those who wait."""
+        if not self._quiet:
+            self._err.print(text, style="dim", markup=False)
+
+    def result(self, found: Mapping[str, Any], text: str | Table) -> None:
+        """What the command found: as JSON, or as text for people."""
+        if self._json:
+            print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
+        elif isinstance(text, str):
+            self._out.print(text, markup=False)
+        else:
+            self._out.print(text)
+
+    def fail(self, error: BaseException) -> None:
+        """One sentence on stderr; with ``--json`` an object on stdout, too."""
+        if self._json:
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}, ensure_ascii=False))
+        print(f"error: {error}", file=sys.stderr)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Rows under headings, numbers aligned to the right."""
+    found = Table(box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        found.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        found.add_row(*row)
+    return found
+
+
+@contextmanager
+def command(as_json: bool = False, quiet: bool = False) -> Iterator[Terminal]:
+    """Around what a command does: its errors are a sentence and exit code 2, and Ctrl-C is exit code 130."""
+    terminal = Terminal(as_json, quiet)
+    _silence()
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_own  # type: ignore[assignment]
+            yield terminal
+    except SQCompileError as e:
+        terminal.fail(e)
+        sys.exit(FAILED)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written; start the command again", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)  # at once: threads of a pool or of a compiler would be waited for
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os._exit(0)
+
+
+def _show_own(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    """Our own warnings as a line; those of other packages about themselves are nothing a user can act on."""
+    if os.path.abspath(filename).startswith(_OURS) and issubclass(category, UserWarning):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def _silence() -> None:
+    """Keeps other packages from printing notes and bars of their own."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is read from the directory
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    try:
+        from transformers.utils import logging as of_transformers
+    except ImportError:
+        return
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()

@@ -1,0 +1,27 @@
+"""beside: what lies beside the weights of a model of transformers: tokenizer, generation config, chat template."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+
+# What is copied of the directory that a model was loaded from; of anything else in it, nothing is known.
+_COPIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken", "*.spm",
+    "spiece.model", "sentencepiece*", "chat_template*", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "*.py", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+_MOST_BYTES = 2**30  # of a file that is copied
+
+
+def copy_beside(source: str, folder: str) -> list[str]:
+    """Copies what belongs to a model beside its weights, and gives the names."""
+    copied = []
+    for name in sorted(os.listdir(source)):
+        path = os.path.join(source, name)
+        wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in _COPIED)
+        if wanted and os.path.isfile(path) and os.path.getsize(path) <= _MOST_BYTES:
+            shutil.copyfile(path, os.path.join(folder, name))
+            copied.append(name)
+    return copied
