@@ -29,6 +29,7 @@ from sqcompile.errors import (
     WeightError,
 )
 from sqcompile.evaluation import Evaluation, LayerError, evaluate
+from sqcompile.large import quantize_checkpoint
 from sqcompile.loading import load
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.plan import Plan
@@ -81,6 +82,7 @@ __all__ = [
     "memory_limit",
     "open_checkpoint",
     "plan_of",
+    "quantize_checkpoint",
     "read_act_scales",
     "refresh",
     "report_of",

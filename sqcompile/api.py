@@ -40,9 +40,10 @@ from sqcompile.process.lock import analysing, compiling
 from sqcompile.process.progress import Enter, stages
 from sqcompile.process.ranks import ALONE, Ranks, together
 from sqcompile.statistics.exchange import in_common
+from sqcompile.statistics.observe import Calibration
 from sqcompile.statistics.observe import calibrate as observe
 
-_ANALYSES = ("trace", "calibrate", "match", "plan")
+ANALYSES = ("trace", "calibrate", "match", "plan")
 _REWRITES = ("fold", "insert_qdq", "lower", "emit")
 
 
@@ -98,7 +99,7 @@ def compile(
             names what to do.
         KeyboardInterrupt: for Ctrl-C, when the step at hand is done; a second one is raised at once.
     """
-    stage_names = (*_ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES)
+    stage_names = (*ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES)
     with together(plan is None) as ranks:
         if backend not in BACKENDS:
             raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
@@ -163,7 +164,7 @@ def calibrate(
     with together() as ranks:
         check_model(model)
         how, shown = resolve_recipe(recipe), progress and ranks.first
-        with deferred(), stages(_ANALYSES, shown) as enter:
+        with deferred(), stages(ANALYSES, shown) as enter:
             return analyse(
                 model, calib_loader, how, example_inputs, dynamic_shapes, shown, enter, evaluate, None, act_scales, max_batches,
                 ranks,
@@ -183,8 +184,12 @@ def analyse(
     act_scales: Any = None,
     max_batches: int | None = None,
     ranks: Ranks = ALONE,
+    observed: Callable[[Callable[[], Calibration]], Calibration] = lambda make: make(),
 ) -> tuple[fx.GraphModule, Plan]:
-    """The traced graph, and the plan made from the data, or from activation scales: by rank 0, for all ranks."""
+    """The traced graph, and the plan made from the data, or from activation scales: by rank 0, for all ranks.
+
+    ``observed`` is given what makes the statistics of data, and gives them: those, or others that are the same.
+    """
     if loader is None and act_scales is None:
         raise CalibrationError(
             "pass calib_loader (an iterable of real batches, or a callable), act_scales with example_inputs, or a plan"
@@ -226,7 +231,8 @@ def analyse(
         else:
             total = length(loader)
             total = max_batches if max_batches is not None and (total is None or total > max_batches) else total
-            calibration = observe(traced, model, data, progress, attentions, total, reader, None, ranks)
+            make = partial(observe, traced, model, data, progress, attentions, total, reader, None, ranks)
+            calibration = observed(make)
     if not ranks.first:
         return traced, Plan.decoded(ranks.from_first(b""))
     with compiling(), torch.no_grad():

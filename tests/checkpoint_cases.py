@@ -66,3 +66,16 @@ def weights(path: Path) -> dict[str, Tensor]:
 def quantization(path: Path) -> dict[str, Any]:
     """``quantization_config`` of a directory."""
     return json.loads((path / "config.json").read_text())["quantization_config"]
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two things are the same, bit by bit."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if dataclasses.is_dataclass(a):
+        return all(equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b

@@ -30,6 +30,7 @@ from sqcompile.files.bounded_json import read_object
 from sqcompile.files.directory import check_replaceable, new_directory
 from sqcompile.files.regular import read_regular, said
 from sqcompile.files.weights import Later
+from sqcompile.files.work import Work
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import constants, get_tensor, value
 from sqcompile.plan.plan import Plan
@@ -50,6 +51,7 @@ def save(
     code: bool = False,
     target: str | None = None,
     beside: str | None = None,
+    kept: Work | None = None,
 ) -> None:
     """Writes a directory.
 
@@ -61,6 +63,7 @@ def save(
         most: bytes of a file.
         code: whether to compile it, and to write the code, too; for the ``target`` that `load` would be given.
         beside: a directory whose tokenizer is copied; None for none.
+        kept: see `write_tensors`.
 
     Raises:
         ArtifactError: if something of the model cannot be saved, or the directory cannot be written.
@@ -77,8 +80,8 @@ def save(
         "code": None,
     }
     try:
-        with new_directory(name, ours=(MANIFEST,)) as folder:
-            meta["tensors"] = write_tensors(folder, _tensors(quantized), most)
+        with new_directory(name, (MANIFEST,), None if kept is None else kept.folder) as folder:
+            meta["tensors"] = write_tensors(folder, _tensors(quantized), most, kept)
             plan.save(os.path.join(folder, PLAN))
             if beside is not None:
                 copy_beside(beside, folder)

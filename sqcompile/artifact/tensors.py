@@ -23,6 +23,7 @@ from sqcompile.capture.call_spec import DTYPES, MOST_DIMS
 from sqcompile.errors import ArtifactError
 from sqcompile.files.safetensors_files import FILE_NAME, opened
 from sqcompile.files.weights import Later, write_weights
+from sqcompile.files.work import Work
 from sqcompile.process.interrupts import checkpoint
 
 SHARD = 4_000_000_000  # bytes of a file, unless one tensor has more
@@ -30,13 +31,16 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SMALL = 2**20  # bytes
 
 
-def write_tensors(folder: str, tensors: Mapping[str, Tensor | Later], most: int = SHARD) -> dict[str, Any]:
+def write_tensors(
+    folder: str, tensors: Mapping[str, Tensor | Later], most: int = SHARD, kept: Work | None = None
+) -> dict[str, Any]:
     """Writes tensors into files of a directory; tensors that are one in memory are written once.
 
     Args:
         folder: the directory.
         tensors: by name; on any device, of any layout. They are made, and written, in their order.
         most: bytes of a file.
+        kept: has files that an earlier run has finished, and takes new ones.
 
     Returns:
         The index.
@@ -70,7 +74,14 @@ def write_tensors(folder: str, tensors: Mapping[str, Tensor | Later], most: int 
             sums[name] = hashlib.sha256(values).hexdigest()
             checkpoint()
 
-        write_weights(os.path.join(folder, file), {n: _dense(tensors[n]) for n in names}, see=see)
+        path, done = os.path.join(folder, file), None if kept is None else kept.find(file)
+        if done is not None and isinstance(done[1], dict) and done[1].keys() == set(names):
+            os.link(done[0], path)
+            sums |= done[1]
+        else:
+            write_weights(path, {n: _dense(tensors[n]) for n in names}, see=see)
+            if kept is not None:
+                kept.add(file, path, sums)
         for entry in index.values():
             if entry["key"] in sums:
                 entry |= {"file": file, "sha256": sums[entry["key"]]}

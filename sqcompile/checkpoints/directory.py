@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqcompile.checkpoints.shards import Spool
 from sqcompile.files.weights import write_weights
 from sqcompile.process.interrupts import checkpoint
+from sqcompile.process.spool import Spool
 
 _SHARD = 5 * 10**9  # bytes of a file of weights
 

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from sqcompile.checkpoints.conversion import Conversion, Group
 from sqcompile.checkpoints.read_files import CONFIG, read_json
-from sqcompile.checkpoints.shards import Spool, Stored, stored
+from sqcompile.checkpoints.shards import Stored, stored
 from sqcompile.checkpoints.skeleton import known_config, skeleton
 from sqcompile.errors import ArtifactError, SQCompileError
 from sqcompile.files.regular import said
 from sqcompile.process.interrupts import checkpoint, deferred
+from sqcompile.process.spool import Spool
 
 _GENERATION = "generation_config.json"
 

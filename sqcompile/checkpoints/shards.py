@@ -1,4 +1,4 @@
-"""shards: the safetensors files of a checkpoint, mapped into memory, and a file for what has to be made anew.
+"""shards: the safetensors files of a checkpoint, mapped into memory.
 
 Every field of a header is checked before it is used, and a file is opened once: what was checked is what is mapped.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +22,6 @@ from sqcompile.process.memory import Mapped
 
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 _MOST_HEADER = 10**8  # bytes, as the library has it
-_ALIGNED = 64  # bytes: as tensors lie in memory, for which kernels are the fastest
-_PART = 2**22  # elements that are converted at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,38 +124,3 @@ def _entry(file: Mapped, data: int, name: str, found: Any, size: int) -> Stored:
         )
     assert isinstance(shape, list) and isinstance(at, list) and isinstance(code, str)
     return Stored(file, data + at[0], _DTYPES[code], tuple(shape))
-
-
-class Spool:
-    """A file without a name, for tensors that are not in a checkpoint as the model has them. It goes with the last of them."""
-
-    def __init__(self, folder: str | None) -> None:
-        """``folder``: where it is; the system's one for temporary files by default."""
-        self._file = tempfile.TemporaryFile(dir=folder, prefix="sqcompile-")  # noqa: SIM115  (`map` closes it)
-        self.size = 0
-
-    def room(self, dtype: torch.dtype, shape: Sequence[int]) -> int:
-        """The offset of a new tensor.
-
-        Raises:
-            OSError: if the disk has no room for it.
-        """
-        start = -(-self.size // _ALIGNED) * _ALIGNED
-        self.size = start + max(1, math.prod(shape) * dtype.itemsize)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(self._file.fileno(), start, self.size - start)
-        else:
-            self._file.truncate(self.size)
-        return start
-
-    def write(self, offset: int, t: Tensor, dtype: torch.dtype) -> None:
-        """Writes values, in a dtype, some at a time."""
-        self._file.seek(offset)
-        for part in t.detach().reshape(-1).split(_PART):
-            self._file.write(part.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
-
-    def map(self) -> Mapped | None:
-        """The file in memory, once all is written; None if that is nothing."""
-        with self._file as f:
-            f.flush()
-            return Mapped.of(f.fileno(), self.size) if self.size else None

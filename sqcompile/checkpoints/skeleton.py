@@ -39,6 +39,12 @@ def known_config(config: dict[str, Any]) -> tuple[Any, torch.dtype | None]:
     return transformers.CONFIG_MAPPING[kind].from_dict(config), DTYPES.get(dtype or "")
 
 
+def transformers_version() -> str:
+    import transformers
+
+    return str(transformers.__version__)
+
+
 def skeleton(config: Any, make: Any, dtype: torch.dtype) -> Any:
     """The model, in eval mode, its weights tied.
 

@@ -19,7 +19,7 @@ _AT_FDCWD, _EXCHANGE = -100, 2  # of renameat2(2)
 
 
 @contextlib.contextmanager
-def new_directory(path: str, ours: Sequence[str]) -> Iterator[str]:
+def new_directory(path: str, ours: Sequence[str], within: str | None = None) -> Iterator[str]:
     """A temporary directory beside ``path``, which takes its place when the block ends without an error.
 
     Files and directory are flushed to the disk first. An old directory is exchanged with the new one in one step where the
@@ -28,6 +28,7 @@ def new_directory(path: str, ours: Sequence[str]) -> Iterator[str]:
     Args:
         path: where to. What is there may be an empty directory, or one that has one of the files ``ours``.
         ours: names of files by which a directory is known to be one that may be replaced.
+        within: where the temporary directory is instead, on the same disk.
 
     Raises:
         OSError: if it cannot be written, or if what is there is something else.
@@ -35,7 +36,7 @@ def new_directory(path: str, ours: Sequence[str]) -> Iterator[str]:
     target = os.path.realpath(path)
     check_replaceable(target, ours)
     parent = os.path.dirname(target)
-    temporary = os.path.join(parent, f".{os.path.basename(target)[:100]}-{secrets.token_hex(8)}.tmp")
+    temporary = os.path.join(within or parent, f".{os.path.basename(target)[:100]}-{secrets.token_hex(8)}.tmp")
     os.mkdir(temporary)
     try:
         yield temporary

@@ -112,6 +112,11 @@ def memory_limit(most: int) -> Iterator[None]:
         watcher.close()
 
 
+def limited() -> bool:
+    """Whether the process is in a `memory_limit`."""
+    return bool(watchers)
+
+
 class _Watcher:
     def __init__(self, most: int) -> None:
         self.most, self.next, self.told = most, most, False

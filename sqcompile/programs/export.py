@@ -4,7 +4,6 @@
     "smoothed", "compressed-tensors"   a directory of transformers (`sqcompile.checkpoints`)
     "pt2"                              a file of torch.export, in PyTorch's own quantize and dequantize operators
     "onnx"                             a file of ONNX, opset 21
-    "sqcompile"                        a directory that `sqcompile.load` reads (`sqcompile.artifact`)
 
 A program appears whole or not at all.
 """
@@ -25,6 +24,7 @@ from sqcompile.checkpoints import export as checkpoints
 from sqcompile.checkpoints.export import Exported
 from sqcompile.errors import ArtifactError, SQCompileError
 from sqcompile.files.regular import check_file_replaceable, new_file, said
+from sqcompile.files.work import Work
 from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.process.interrupts import checkpoint, deferred
@@ -64,13 +64,25 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
     check_target(format, path, source)
     if format in checkpoints.FORMATS:
         return checkpoints.export(model, plan, format, path, source)
+    if format == NATIVE:
+        return export_artifact(model, plan, path, source)
     given = given_plan(plan, None, None)
     with deferred(), analysing(model), compiling(), torch.no_grad():
-        call = from_spec(given.call, next((p.device for p in model.parameters()), torch.device("cpu")))
-        quantized = rewrite(trace(model, call), given, until="quantized", lazy=format == NATIVE)
-        if format == NATIVE:
-            return write_artifact(quantized, given, Forward.of(model), path, checkpoints.source_of(model, source))
-        return write_program(quantized, given, format, path)
+        return write_program(_quantized(model, given), given, format, path)
+
+
+def export_artifact(
+    model: nn.Module, plan: Plan, path: str | os.PathLike[str], source: Any = None, kept: Work | None = None
+) -> Exported:
+    """`export` in the format "sqcompile"; ``kept`` has files that an earlier run has finished."""
+    given, beside = given_plan(plan, None, None), checkpoints.source_of(model, source)
+    with deferred(), analysing(model), compiling(), torch.no_grad():
+        return write_artifact(_quantized(model, given, lazy=True), given, Forward.of(model), path, beside, kept)
+
+
+def _quantized(model: nn.Module, plan: Plan, lazy: bool = False) -> fx.GraphModule:
+    call = from_spec(plan.call, next((p.device for p in model.parameters()), torch.device("cpu")))
+    return rewrite(trace(model, call), plan, until="quantized", lazy=lazy)
 
 
 def is_program(format: Any, source: Any) -> bool:
@@ -87,7 +99,12 @@ def is_program(format: Any, source: Any) -> bool:
 
 
 def write_artifact(
-    quantized: fx.GraphModule, plan: Plan, call: Forward, path: str | os.PathLike[str], beside: str | None
+    quantized: fx.GraphModule,
+    plan: Plan,
+    call: Forward,
+    path: str | os.PathLike[str],
+    beside: str | None,
+    kept: Work | None = None,
 ) -> Exported:
     """Writes the quantized stage of a model as a directory that `load` reads.
 
@@ -97,11 +114,12 @@ def write_artifact(
         call: how the model is called.
         path: of the directory.
         beside: a directory whose tokenizer is copied; None for none.
+        kept: has files that an earlier run has finished, and takes new ones.
 
     Raises:
         ArtifactError: if it cannot be written; nothing is written then.
     """
-    save(quantized, plan, call, path, beside=beside)
+    save(quantized, plan, call, path, beside=beside, kept=kept)
     target = path_name(path)
     size = sum(f.stat().st_size for f in os.scandir(target) if f.name.startswith("model-"))
     return Exported(NATIVE, target, plan, (), (), size)

@@ -7,10 +7,11 @@ rows of the outputs are kept, 64 MB at most of a graph (`sample`).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,11 +28,13 @@ from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.explain import first_line, operation, source
 from sqcompile.passes.ir.graph import Linear, aten, find_linears, nodes_by_name, value
 from sqcompile.process.interrupts import checkpoint, each_at_once
+from sqcompile.process.memory import limited
 from sqcompile.process.ranks import ALONE, Ranks
 from sqcompile.pytorch.core import pytree
 from sqcompile.statistics.exchange import SAME_DATA, Digest, gather
 from sqcompile.statistics.input_stats import InputStats, seed_of
 from sqcompile.statistics.padding import Padding
+from sqcompile.statistics.pieces import observe_in_pieces
 from sqcompile.statistics.sample import Sample, is_random
 
 
@@ -86,6 +89,10 @@ def calibrate(
     bar = tqdm(desc="batches", unit="batch", disable=not progress, total=total, leave=False)
     numbers, digest = itertools.count(), Digest()
     observer.samples &= ranks.first
+    pieces = (
+        limited() and not observer.random and ranks.count == 1
+    )  # weights are then read once, and not for each batch
+    later: list[list[Any]] | None = [] if pieces else None
 
     def observe(call: Call) -> None:
         ranks.check()
@@ -94,6 +101,9 @@ def calibrate(
             leaves = flatten_like(call, captured)
         except CaptureError as e:
             raise CalibrationError(f"calibration batch {i}: {e}") from e
+        if later is not None:
+            later.append([x.clone() if isinstance(x, Tensor) else x for x in leaves])
+            return
         if ranks.count > 1:
             digest.add(leaves)
         if ranks.owns(i) or (observer.samples and not observer.sample.full):
@@ -106,6 +116,9 @@ def calibrate(
                 observe(reader.call(batch, i))
         else:
             reader.run(loader, observe)
+        if later:
+            bar.reset()
+            observe_in_pieces(observer, later, lambda i, count: bar.update(i * len(later) // count - bar.n))
     batches = next(numbers)
     if not batches:
         raise CalibrationError(
@@ -134,6 +147,7 @@ class Observer(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, attentions: Sequence[Attention] = (), number: int = 0) -> None:
         """``number``: of the graph, among those whose statistics are merged."""
         super().__init__(gm)
+        self.gm = gm
         self.extra_traceback = False  # errors name the operation and the user's line themselves
         self.linears = find_linears(gm)
         self.reads = {_key(l): l for l in reversed(self.linears)}  # the first reader names the tensor in messages
@@ -184,6 +198,14 @@ class Observer(fx.Interpreter):
         Raises:
             CalibrationError: if the model refuses the batch, or an activation is not finite.
         """
+        call = self.begin(leaves, index, counts)
+        with call.refusing():
+            out = call.run(*leaves, enable_io_processing=False)
+        self.end(call, leaves, out)
+        return out
+
+    def begin(self, leaves: Sequence[Any], index: int | None = None, counts: bool = True) -> Observer:
+        """What runs one batch (see `batch`), and adds to the statistics if it ``counts``."""
         call = copy.copy(self)
         call.counts = counts
         with self.lock:
@@ -194,19 +216,26 @@ class Observer(fx.Interpreter):
             call.padding.start(leaves)
         except CalibrationError as e:
             raise CalibrationError(f"calibration batch {call.index}: {e}") from e
+        return call
+
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Errors of operations are those of a `batch`."""
         try:
             with torch.no_grad():
-                out = call.run(*leaves, enable_io_processing=False)
+                yield
         except CalibrationError:
             raise
         except Exception as e:
-            what = f"{type(e).__name__}: {first_line(e)}, in {operation(call.at)} at {source(call.at)}"
-            raise CalibrationError(f"the model refuses calibration batch {call.index}: {what}") from e
+            what = f"{type(e).__name__}: {first_line(e)}, in {operation(self.at)} at {source(self.at)}"
+            raise CalibrationError(f"the model refuses calibration batch {self.index}: {what}") from e
+
+    def end(self, call: Observer, leaves: Sequence[Any], out: Any) -> None:
+        """Counts a batch that was run, and keeps it if it is one of the first."""
         with self.lock:
             self.batches += 1
             if not self.over.is_set() and self.samples:
                 self.sample.add(leaves, out, lambda i, y: call.padding.real(str(self.outputs[i]), y), call.index)
-        return out
 
     def stop(self) -> None:
         """Has calls that are still running, in other threads, add nothing more."""

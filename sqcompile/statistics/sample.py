@@ -23,7 +23,7 @@ LEAST = 1e-3  # a row counts as at least so much of its output's mean energy: on
 
 
 @dataclass(frozen=True)
-class _Call:
+class SampledCall:
     """Arguments of a call, and rows [R, C] of its outputs: by the output's position, which rows, and the rows in float.
 
     ``batch`` is the index that `InputStats.update` had for it.
@@ -44,7 +44,7 @@ class Sample:
         looks: how many calls it was shown.
     """
 
-    calls: list[_Call] = field(default_factory=list)
+    calls: list[SampledCall] = field(default_factory=list)
     rows: int = 0
     bytes: int = 0
     looks: int = 0
@@ -85,7 +85,7 @@ class Sample:
                 kept[i] = which, rows[which].float()
         if kept:
             copies = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in arguments)
-            self.calls.append(_Call(copies, kept, batch))
+            self.calls.append(SampledCall(copies, kept, batch))
             self.rows += max(len(which) for which, _ in kept.values())
             self.bytes += size + sum(4 * rows.numel() for _, rows in kept.values())
 

@@ -1,0 +1,166 @@
+"""quantize_checkpoint: a checkpoint that need not fit in memory -> INT8, in one run, or in several where one is cut off."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sqcompile.api import ANALYSES, analyse
+from sqcompile.checkpoints.export import Exported
+from sqcompile.checkpoints.open_checkpoint import open_checkpoint
+from sqcompile.checkpoints.skeleton import transformers_version
+from sqcompile.errors import ArtifactError, CalibrationError
+from sqcompile.files.regular import said
+from sqcompile.files.work import Work
+from sqcompile.plan.plan import Plan
+from sqcompile.plan.recipe import Recipe, resolve_recipe
+from sqcompile.process.interrupts import deferred, each_at_once
+from sqcompile.process.memory import memory_limit
+from sqcompile.process.progress import stages
+from sqcompile.programs.export import NATIVE, check_target, export, export_artifact
+from sqcompile.pytorch.core import pytree
+from sqcompile.statistics.file import read_statistics, write_statistics
+from sqcompile.statistics.observe import Calibration
+from sqcompile.version import VERSION
+
+_FORMATS = (NATIVE, "compressed-tensors", "smoothed")
+_PLAN, _STATISTICS = "plan.safetensors", "statistics.safetensors"
+
+
+def quantize_checkpoint(
+    path: str | os.PathLike[str],
+    batches: Iterable[Any],
+    target: str | os.PathLike[str],
+    *,
+    recipe: str | Recipe = "default",
+    format: str = "sqcompile",
+    model: Any = None,
+    dtype: torch.dtype | None = None,
+    memory: int | None = None,
+    temporary: str | os.PathLike[str] | None = None,
+    work: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Exported:
+    """Opens a checkpoint of transformers, calibrates it, and writes it in INT8: `open_checkpoint`, `calibrate` and `export`.
+
+    A run that was cut off, by Ctrl-C, a full disk or a power failure, goes on where it was when it is called again with the
+    same arguments, and writes the same bytes. What it has finished, the statistics, the plan, and of "sqcompile" each file of
+    weights, is in a directory beside the target until then. That directory is yours alone: what is in it is checked for
+    damage, not for malice.
+
+    Args:
+        path: as for `open_checkpoint`.
+        batches: as for `calibrate`, but no callable; all of them are kept in memory.
+        target: the directory to be written, as for `export`.
+        recipe: "default", "O1", "O2", "O3" or a Recipe.
+        format: "sqcompile", "compressed-tensors" or "smoothed", as for `export`.
+        model, dtype, temporary: as for `open_checkpoint`.
+        memory: as for `memory_limit`; None for no limit.
+        work: the directory of what is finished; that of the target with ".work" behind it by default. It is on the disk of
+            the target.
+        progress: whether to show progress bars.
+
+    Returns:
+        What was written; it prints well.
+
+    Raises:
+        ArtifactError: as `open_checkpoint` and `export`; or if the work directory is of other arguments, or in use.
+        SQCompileError: as `calibrate`.
+        KeyboardInterrupt: for Ctrl-C, when the step at hand is done; a second one is raised at once.
+    """
+    how = resolve_recipe(recipe)
+    if format not in _FORMATS:
+        raise ArtifactError(f"a checkpoint is not quantized to {format!r}: choose one of {', '.join(_FORMATS)}")
+    if not isinstance(batches, Iterable):
+        raise CalibrationError(
+            "quantize_checkpoint takes batches, which another run can see again: pass an iterable of them"
+        )
+    try:
+        source, out = (os.path.realpath(os.fsdecode(p)) for p in (path, target))
+        place = f"{out}.work" if work is None else os.path.realpath(os.fsdecode(work))
+    except (TypeError, ValueError) as e:
+        raise ArtifactError(f"a path is none ({said(e)}): pass strings or pathlib.Paths") from e
+    check_target(format, out)
+    data = [*each_at_once(batches)]
+    limit = nullcontext() if memory is None else memory_limit(memory)
+    with deferred(), limit:
+        net = open_checkpoint(source, model, dtype=dtype, temporary=temporary)
+        inputs = {
+            "files of the checkpoint": _of_files(source),
+            "batches": _of_batches(data),
+            "recipe": repr(how),
+            "model": f"{type(net).__name__} {dtype}",
+            "format": format,
+            "versions": f"{VERSION} {torch.__version__} {transformers_version()}",
+        }
+        with Work(place, inputs).held() as kept:
+            plan = _plan(kept, net, data, how, progress)
+            if format != NATIVE:
+                return export(net, plan, format, out)
+            return export_artifact(net, plan, out, kept=kept)
+
+
+def _plan(kept: Work, net: Any, data: list[Any], recipe: Recipe, progress: bool) -> Plan:
+    """The plan of an earlier run, or one that is made now. It comes from its file either way."""
+    if kept.find(_PLAN) is None:
+        with stages(ANALYSES, progress) as enter:
+            plan = analyse(
+                net, data, recipe, None, "auto", progress, enter, observed=lambda make: _statistics(kept, make)
+            )[1]
+        new = kept.path(_PLAN)
+        plan.save(new)
+        kept.add(_PLAN, new)
+    return Plan.load(os.path.join(kept.folder, _PLAN))
+
+
+def _statistics(kept: Work, make: Callable[[], Calibration]) -> Calibration:
+    """The statistics of an earlier run, or those that are made now."""
+    if kept.find(_STATISTICS) is not None:
+        return read_statistics(kept.folder, _STATISTICS)
+    found = make()
+    if all(_is_kept(a) for call in found.sample.calls for a in call.arguments):
+        new = kept.path(_STATISTICS)
+        write_statistics(new, found)
+        kept.add(_STATISTICS, new)
+    return found
+
+
+def _is_kept(argument: Any) -> bool:
+    return argument is None or isinstance(argument, (Tensor, bool, int, float, str))
+
+
+def _of_files(folder: str) -> str:
+    """What tells a checkpoint from others: configurations, and headers, sizes and times of files of weights."""
+    digest = hashlib.sha256()
+    for name in sorted(os.listdir(folder)):
+        if not name.endswith((".json", ".safetensors")):
+            continue
+        path = os.path.join(folder, name)
+        status = os.stat(path)
+        digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        with open(path, "rb") as f:
+            first = f.read(8)
+            size = status.st_size if name.endswith(".json") else int.from_bytes(first, "little")
+            digest.update(first + f.read(min(size, 10**8)))
+    return digest.hexdigest()
+
+
+def _of_batches(data: list[Any]) -> str:
+    digest = hashlib.sha256()
+    for batch in data:
+        leaves, spec = pytree.tree_flatten(batch if not hasattr(batch, "items") else dict(batch.items()))
+        digest.update(f"{spec}\n".encode())
+        for x in leaves:
+            if isinstance(x, Tensor):
+                t = x.detach().cpu().contiguous()
+                digest.update(f"{t.dtype} {tuple(t.shape)}\n".encode())
+                digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
+            else:
+                digest.update(f"{x!r}\n".encode())
+    return digest.hexdigest()
