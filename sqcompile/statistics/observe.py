@@ -88,10 +88,9 @@ def calibrate(
     captured, reader = about(gm).calls, reader or Reader(model)
     bar = tqdm(desc="batches", unit="batch", disable=not progress, total=total, leave=False)
     numbers, digest = itertools.count(), Digest()
+    # weights are then read once, and not for each batch; random numbers would come in another order
+    pieces = limited() and not is_random(gm) and ranks.count == 1
     observer.samples &= ranks.first
-    pieces = (
-        limited() and not observer.random and ranks.count == 1
-    )  # weights are then read once, and not for each batch
     later: list[list[Any]] | None = [] if pieces else None
 
     def observe(call: Call) -> None:
