@@ -108,9 +108,9 @@ def in_common(
     for name, x in (scales or {}).items():
         largest.add((name, x))
     return {
-        "version": (f"sqcompile {VERSION}, torch {torch.__version__}", "install the same on every machine"),
-        "recipe": (repr(recipe), "pass every rank the same"),
-        "model": (digest_of_model(model), "load the same model with the same weights on every rank"),
-        "kind of data": ("batches" if scales is None else f"scales {largest.text()}", "pass every rank the same"),
-        "first batch": (first.text(), SAME_DATA),
+        "another version": (f"sqcompile {VERSION}, torch {torch.__version__}", "install the same on every machine"),
+        "another recipe": (repr(recipe), "pass every rank the same"),
+        "another model": (digest_of_model(model), "load the same model with the same weights on every rank"),
+        "other data": ("batches" if scales is None else f"scales {largest.text()}", "pass every rank the same"),
+        "another first batch": (first.text(), SAME_DATA),
     }

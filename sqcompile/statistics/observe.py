@@ -126,7 +126,7 @@ def calibrate(
             else "the calibration callable made no call the second time: it is run twice, first to see what it passes"
         )
     if ranks.count > 1:
-        ranks.agree({"number of batches": (str(batches), SAME_DATA), "content of a batch": (digest.text(), SAME_DATA)})
+        ranks.agree({"more or fewer batches": (str(batches), SAME_DATA), "other batches": (digest.text(), SAME_DATA)})
         gather(gm, observer, ranks)
     return Calibration(observer.found(), batches, observer.heads, observer.sample)
 
