@@ -136,7 +136,10 @@ def test_the_artifact_is_that_of_a_model_in_memory_byte_for_byte(family, recipe,
         plan = sqcompile.calibrate(mapped, batches, recipe=recipe, progress=False)
         done = sqcompile.export(mapped, plan, "sqcompile", tmp_path / "exported")
     names = sorted(os.listdir(tmp_path / "saved"))
-    assert names == sorted(os.listdir(tmp_path / "exported")) and len(names) == 3
+    beside = {
+        n for n in os.listdir(tmp_path / "model") if n == "generation_config.json"
+    }  # which has the tokenizer's place
+    assert {*names, *beside} == {*os.listdir(tmp_path / "exported")} and len(names) == 3
     assert filecmp.cmpfiles(tmp_path / "saved", tmp_path / "exported", names, shallow=False) == (names, [], [])
     assert done.bytes == os.path.getsize(tmp_path / "exported" / "model-00001-of-00001.safetensors")
 
@@ -299,12 +302,12 @@ print(before, quantize(large, "alpha=0.5", before + most, 1, 64)["peak"])
 def test_the_process_stays_within_its_limit(tmp_path):
     from sqcompile.bench.large import generate, llama_config
 
-    most = 200 * 2**20
+    most = 100 * 2**20
     sizes = []
-    for name, hidden, layers in (("small", 128, 12), ("large", 1024, 24)):
+    for name, hidden, layers in (("small", 128, 12), ("large", 1024, 12)):
         (tmp_path / name).mkdir()
         sizes.append(generate(str(tmp_path / name), llama_config(hidden, layers, 1000)))
     assert sizes[1] > 2.5 * most
     command = [sys.executable, "-c", _LARGE, str(tmp_path / "small"), str(tmp_path / "large"), str(most)]
     before, peak = map(int, subprocess.run(command, check=True, capture_output=True).stdout.split()[-2:])
-    assert peak < before + most + 100 * 2**20
+    assert peak < before + most + 100 * 2**20  # of weights at hand, and what is not worth to be looked for
