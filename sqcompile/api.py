@@ -38,6 +38,8 @@ from sqcompile.plan.recipe import Recipe, resolve_recipe
 from sqcompile.process.interrupts import deferred
 from sqcompile.process.lock import analysing, compiling
 from sqcompile.process.progress import Enter, stages
+from sqcompile.process.ranks import ALONE, Ranks, together
+from sqcompile.statistics.exchange import in_common
 from sqcompile.statistics.observe import Calibration
 from sqcompile.statistics.observe import calibrate as observe
 
@@ -97,31 +99,34 @@ def compile(
             names what to do.
         KeyboardInterrupt: for Ctrl-C, when the step at hand is done; a second one is raised at once.
     """
-    if backend not in BACKENDS:
-        raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
-    check_model(model)
-    target = target_for(model, target)
-    if plan is not None and evaluate is not None:
-        raise PlanError("plan and evaluate: a plan needs no calibration, leave one of them out")
-    with deferred(), stages((*ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES), progress) as enter:
-        if plan is None:
-            how = resolve_recipe(recipe)
-            traced, plan = analyse(
-                model, calib_loader, how, example_inputs, dynamic_shapes, progress, enter, evaluate, target, act_scales,
-                max_batches,
-            )  # fmt: skip
-        else:
-            data = {"calib_loader": calib_loader, "act_scales": act_scales}
-            plan = given_plan(plan, recipe, next((name for name, given in data.items() if given is not None), None))
-            call = example_call(model, example_inputs) or from_spec(plan.call, _device(model))
-            enter("trace")
-            with analysing(model), compiling():
-                traced = trace(model, call, dynamic_shapes)
-        with compiling():
-            history = Stages(model, traced, plan, target)
-            lowered = rewrite(traced, plan, until="lowered", enter=enter, target=target)
-            enter("emit")
-            return emit(lowered, Forward.of(model), plan, history, backend, regional)
+    stage_names = (*ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES)
+    with together(plan is None) as ranks:
+        if backend not in BACKENDS:
+            raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+        check_model(model)
+        target = target_for(model, target)
+        if plan is not None and evaluate is not None:
+            raise PlanError("plan and evaluate: a plan needs no calibration, leave one of them out")
+        with deferred(), stages(stage_names, progress and ranks.first) as enter:
+            if plan is None:
+                how, shown = resolve_recipe(recipe), progress and ranks.first
+                traced, plan = analyse(
+                    model, calib_loader, how, example_inputs, dynamic_shapes, shown, enter, evaluate, target, act_scales,
+                    max_batches, ranks,
+                )  # fmt: skip
+                ranks.done()
+            else:
+                data = {"calib_loader": calib_loader, "act_scales": act_scales}
+                plan = given_plan(plan, recipe, next((name for name, given in data.items() if given is not None), None))
+                call = example_call(model, example_inputs) or from_spec(plan.call, _device(model))
+                enter("trace")
+                with analysing(model), compiling():
+                    traced = trace(model, call, dynamic_shapes)
+            with compiling():
+                history = Stages(model, traced, plan, target)
+                lowered = rewrite(traced, plan, until="lowered", enter=enter, target=target)
+                enter("emit")
+                return emit(lowered, Forward.of(model), plan, history, backend, regional)
 
 
 def calibrate(
@@ -156,22 +161,14 @@ def calibrate(
         SQCompileError: as `compile`.
         KeyboardInterrupt: as `compile`.
     """
-    check_model(model)
-    how = resolve_recipe(recipe)
-    with deferred(), stages(ANALYSES, progress) as enter:
-        return analyse(
-            model,
-            calib_loader,
-            how,
-            example_inputs,
-            dynamic_shapes,
-            progress,
-            enter,
-            evaluate,
-            None,
-            act_scales,
-            max_batches,
-        )[1]
+    with together() as ranks:
+        check_model(model)
+        how, shown = resolve_recipe(recipe), progress and ranks.first
+        with deferred(), stages(ANALYSES, shown) as enter:
+            return analyse(
+                model, calib_loader, how, example_inputs, dynamic_shapes, shown, enter, evaluate, None, act_scales, max_batches,
+                ranks,
+            )[1]  # fmt: skip
 
 
 def analyse(
@@ -186,9 +183,10 @@ def analyse(
     target: Target | None = None,
     act_scales: Any = None,
     max_batches: int | None = None,
+    ranks: Ranks = ALONE,
     observed: Callable[[Callable[[], Calibration]], Calibration] = lambda make: make(),
 ) -> tuple[fx.GraphModule, Plan]:
-    """The traced graph, and the plan made from the data, or from activation scales.
+    """The traced graph, and the plan made from the data, or from activation scales: by rank 0, for all ranks.
 
     ``observed`` is given what makes the statistics of data, and gives them: those, or others that are the same.
     """
@@ -225,13 +223,18 @@ def analyse(
             enter("calibrate")
             attentions = find_attentions(traced) if recipe.attention != "none" else []
             check_weights(traced, wanted(traced, find_linears(traced), recipe))
+        if ranks.count > 1:
+            ranks.agree(in_common(model, call, scales, recipe))
         if scales is not None:
             with compiling():
                 calibration = calibration_of(traced, scales, recipe)
         else:
             total = length(loader)
             total = max_batches if max_batches is not None and (total is None or total > max_batches) else total
-            calibration = observed(partial(observe, traced, model, data, progress, attentions, total, reader))
+            make = partial(observe, traced, model, data, progress, attentions, total, reader, None, ranks)
+            calibration = observed(make)
+    if not ranks.first:
+        return traced, Plan.decoded(ranks.from_first(b""))
     with compiling(), torch.no_grad():
         enter("match")
         sites, refusals = match(traced)
@@ -246,7 +249,9 @@ def analyse(
             else:
                 loses = by_value(model, traced, evaluate, target)
             plan = within_budget(traced, plan, calibration, loses)
-        return traced, plan
+    if ranks.count > 1:
+        ranks.from_first(plan.encoded())
+    return traced, plan
 
 
 def target_for(model: nn.Module, target: Any) -> Target | None:

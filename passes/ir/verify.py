@@ -83,7 +83,7 @@ def _compute_again(gm: fx.GraphModule, stage: str) -> None:
         if key is None:  # packed for a kernel, or with sizes that depend on values
             continue
         recorded = value(n)
-        if _right.get(key) == _described(recorded):
+        if _right.get(key) == _described(recorded) or _computed(about(gm).recorded.get(key)) == _described(recorded):
             continue
         with about(gm).fake_mode, enable_python_dispatcher(), torch.no_grad():
             gives = n.target(*args, **kwargs)
@@ -95,6 +95,14 @@ def _compute_again(gm: fx.GraphModule, stage: str) -> None:
             raise StageError(f"{stage}: %{n.name} is recorded as {_described(recorded)}; it gives {_described(gives)}")
 
 
+def _computed(known: Any) -> str | None:
+    """What `record` has computed of a call with the same arguments, described; None if nothing."""
+    if known is None:
+        return None
+    size, stride, dtype, device = known
+    return _of_tensor(tuple(size), tuple(stride), dtype, device, None)
+
+
 def _described(v: Any, sizes: dict[Any, int] | None = None) -> str:
     """What is compared of a value, at some sizes or in symbols: Min(8, 8*s0) is 8 at all of them."""
     if isinstance(v, (list, tuple)):
@@ -103,11 +111,16 @@ def _described(v: Any, sizes: dict[Any, int] | None = None) -> str:
         return str(v.node.expr.xreplace(sizes or {}))
     if not isinstance(v, Tensor):
         return str(v)
-    steps = (
-        () if v.is_mkldnn else (step if size != 1 else "any" for size, step in zip(v.shape, v.stride(), strict=True))
-    )
-    strides = "packed" if v.is_mkldnn else f"strides [{_described(tuple(steps), sizes)}]"
-    return f"{v.dtype} [{_described(tuple(v.shape), sizes)}], {strides}, {v.device}"
+    return _of_tensor(tuple(v.shape), None if v.is_mkldnn else v.stride(), v.dtype, v.device, sizes)
+
+
+def _of_tensor(shape: tuple[Any, ...], stride: tuple[Any, ...] | None, dtype: Any, device: Any, sizes: Any) -> str:
+    if stride is None:
+        strides = "packed"
+    else:
+        steps = tuple(step if size != 1 else "any" for size, step in zip(shape, stride, strict=True))
+        strides = f"strides [{_described(steps, sizes)}]"
+    return f"{dtype} [{_described(shape, sizes)}], {strides}, {device}"
 
 
 def _is_python(target: object) -> bool:

@@ -43,7 +43,7 @@ def to_spec(call: Call) -> Any:
         )
 
     kwargs = {k: leaf(v) for k, v in call.kwargs.items()}
-    names = {n: list(getattr(call, n)) for n in _NAMES}
+    names = {n: list(getattr(call, n)) for n in sorted(_NAMES)}  # one order in all processes
     return {"args": [leaf(a) for a in call.args], "kwargs": kwargs, **names}
 
 

@@ -32,14 +32,29 @@ def read_plan_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     """
     name = _name(path)
     try:
-        data = read_regular(name, _MOST_BYTES, "a plan")
-        meta = read_object(_metadata(data), "its JSON")
-        tensors = safetensors.torch.load(data)
+        return parts_of(read_regular(name, _MOST_BYTES, "a plan"))
     except PlanError:
         raise
     except Exception as e:  # whatever the system and the parsers have to say of it
         raise PlanError(f"{name} is not a sqcompile plan ({said(e)}): make one with Plan.save") from e
-    return meta, tensors
+
+
+def parts_of(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The JSON and the tensors in a file's bytes; whatever the parsers have to say of it is raised."""
+    return read_object(_metadata(data), "its JSON"), safetensors.torch.load(data)
+
+
+def bytes_of(meta: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        PlanError: if they are more than a file may have.
+    """
+    whole = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}  # names that share a tensor, too
+    data = safetensors.torch.save(whole, {_KEY: json.dumps(meta)})
+    if len(data) > _MOST_BYTES or int.from_bytes(data[:8], "little") > _MOST_HEADER:
+        raise PlanError(f"the plan takes {len(data)} bytes, more than a plan file may")
+    return data
 
 
 def write_plan_file(path: str | os.PathLike[str], meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -50,11 +65,7 @@ def write_plan_file(path: str | os.PathLike[str], meta: dict[str, Any], tensors:
     """
     name = _name(path)
     try:
-        whole = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}  # names that share a tensor, too
-        data = safetensors.torch.save(whole, {_KEY: json.dumps(meta)})
-        if len(data) > _MOST_BYTES or int.from_bytes(data[:8], "little") > _MOST_HEADER:
-            raise PlanError(f"the plan takes {len(data)} bytes, more than a plan file may")
-        replace_file(name, data)
+        replace_file(name, bytes_of(meta, tensors))
     except PlanError:
         raise
     except Exception as e:

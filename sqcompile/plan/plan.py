@@ -18,7 +18,7 @@ from torch import Tensor
 from sqcompile.errors import PlanError, RecipeError
 from sqcompile.plan.checks import check_values
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
-from sqcompile.plan.file import checksum, read_plan_file, write_plan_file
+from sqcompile.plan.file import bytes_of, checksum, parts_of, read_plan_file, write_plan_file
 from sqcompile.plan.recipe import LM_HEAD, Recipe, resolve_recipe
 
 # 2 had no checksum, and "lm_head" among what its recipe skips where 3 has ``Recipe.lm_head``; 4 has rotations
@@ -93,6 +93,14 @@ class Plan:
             PlanError: for a plan that `load` would refuse, or a path that is no regular file or cannot be written.
         """
         self.check()
+        write_plan_file(path, *self._parts())
+
+    def encoded(self) -> bytes:
+        """The bytes of the file that `save` writes."""
+        return bytes_of(*self._parts())
+
+    def _parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a file holds: JSON and tensors."""
         meta: dict[str, Any] = {
             "format": FORMAT,
             "recipe": dataclasses.asdict(self.recipe),
@@ -102,7 +110,7 @@ class Plan:
         }
         tensors = self.scales | {_HEADS + k: v for k, v in self.heads.items()}
         tensors |= {_COLUMNS + k: v for k, v in self.columns.items()}
-        write_plan_file(path, {**meta, "sha256": checksum(meta, tensors)}, tensors)
+        return {**meta, "sha256": checksum(meta, tensors)}, tensors
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
@@ -113,14 +121,18 @@ class Plan:
         """
         meta, tensors = read_plan_file(path)
         try:
-            sha256 = meta.pop("sha256", None)
-            plan = _decoded(meta, tensors)
-            plan.check()
-            if meta["format"] != 2 and sha256 != checksum(meta, tensors):
-                raise PlanError("its checksum differs: it was damaged or edited. Copy it again, or calibrate again")
+            return _checked(meta, tensors)
         except (PlanError, RecipeError) as e:
             raise PlanError(f"{os.fsdecode(path)}: {e}") from e
-        return plan
+
+    @staticmethod
+    def decoded(data: bytes) -> Plan:
+        """The plan that another process has `encoded`.
+
+        Raises:
+            PlanError: if the bytes are not those of a plan.
+        """
+        return _checked(*parts_of(data))
 
 
 def given_plan(plan: Any, recipe: str | Recipe | None, data: str | None) -> Plan:
@@ -152,6 +164,15 @@ def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(
         t.dtype == b[name].dtype and torch.equal(t.cpu(), b[name].cpu()) for name, t in a.items()
     )
+
+
+def _checked(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
+    sha256 = meta.pop("sha256", None)
+    plan = _decoded(meta, tensors)
+    plan.check()
+    if meta["format"] != 2 and sha256 != checksum(meta, tensors):
+        raise PlanError("its checksum differs: it was damaged or edited. Copy it again, or calibrate again")
+    return plan
 
 
 def _decoded(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:

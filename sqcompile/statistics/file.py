@@ -49,7 +49,7 @@ def write_statistics(path: str, calibration: Calibration) -> None:
         "inputs": {name: at[id(s)] for name, s in calibration.inputs.items()},
         "heads": {name: at[id(s)] for name, s in calibration.heads.items()},
         "calls": calls,
-        "sample": [calibration.sample.rows, calibration.sample.bytes],
+        "sample": [calibration.sample.rows, calibration.sample.bytes, calibration.sample.looks],
     }
     write_weights(path, tensors, {_KEY: json.dumps(meta)})
 
@@ -66,9 +66,9 @@ def read_statistics(folder: str, file: str) -> Calibration:
     try:
         every = [_stats({n: tensors[f"{i} {n}"] for n in _TENSORS}, count) for i, count in enumerate(meta["counts"])]
         calls = [_call(tensors, c, found) for c, found in enumerate(meta["calls"])]
-        rows, size = map(int, meta["sample"])
+        rows, size, looks = map(int, meta["sample"])
         inputs, heads = ({str(n): every[i] for n, i in meta[key].items()} for key in ("inputs", "heads"))
-        return Calibration(inputs, int(meta["batches"]), heads, Sample(calls, rows, size))
+        return Calibration(inputs, int(meta["batches"]), heads, Sample(calls, rows, size, looks))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as e:
         raise ArtifactError(f"{os.path.join(folder, file)} has no statistics of a calibration: delete it") from e
 

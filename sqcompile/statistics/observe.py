@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,9 @@ from sqcompile.passes.ir.explain import first_line, operation, source
 from sqcompile.passes.ir.graph import Linear, aten, find_linears, nodes_by_name, value
 from sqcompile.process.interrupts import checkpoint, each_at_once
 from sqcompile.process.memory import limited
+from sqcompile.process.ranks import ALONE, Ranks
 from sqcompile.pytorch.core import pytree
+from sqcompile.statistics.exchange import SAME_DATA, Digest, gather
 from sqcompile.statistics.input_stats import InputStats, seed_of
 from sqcompile.statistics.padding import Padding
 from sqcompile.statistics.pieces import observe_in_pieces
@@ -58,8 +61,12 @@ def calibrate(
     total: int | None = None,
     reader: Reader | None = None,
     observer: Observer | None = None,
+    ranks: Ranks = ALONE,
 ) -> Calibration:
     """Runs a traced graph over the calibration data.
+
+    Of several ranks, each runs the batches that it owns, and rank 0 those of the sample besides; the statistics on rank 0
+    are then those of all batches. Elsewhere they are those of the rank's own.
 
     Args:
         gm: the traced graph; it is not changed.
@@ -71,25 +78,36 @@ def calibrate(
         total: number of batches, for the bar.
         reader: of the batches, where it has read one of them before.
         observer: of the graph, where it keeps more than an `Observer` does.
+        ranks: the processes that share the batches; each is given all of them.
 
     Raises:
-        CalibrationError: for a batch the model refuses, or a non-finite activation (names the tensor and the batch).
+        CalibrationError: for a batch the model refuses, or a non-finite activation (names the tensor and the batch); or
+            where another rank has failed, or was given other batches.
     """
     observer = observer or Observer(gm, attentions)
     captured, reader = about(gm).calls, reader or Reader(model)
     bar = tqdm(desc="batches", unit="batch", disable=not progress, total=total, leave=False)
-    later: list[list[Any]] | None = [] if limited() and not observer.random else None  # weights are then read once
+    numbers, digest = itertools.count(), Digest()
+    # weights are then read once, and not for each batch; random numbers would come in another order
+    pieces = limited() and not is_random(gm) and ranks.count == 1
+    observer.samples &= ranks.first
+    later: list[list[Any]] | None = [] if pieces else None
 
     def observe(call: Call) -> None:
+        ranks.check()
+        i = next(numbers)
         try:
             leaves = flatten_like(call, captured)
         except CaptureError as e:
-            raise CalibrationError(f"calibration batch {observer.begun + len(later or ())}: {e}") from e
-        if later is None:
-            observer.batch(leaves)
-            bar.update()
-        else:
+            raise CalibrationError(f"calibration batch {i}: {e}") from e
+        if later is not None:
             later.append([x.clone() if isinstance(x, Tensor) else x for x in leaves])
+            return
+        if ranks.count > 1:
+            digest.add(leaves)
+        if ranks.owns(i) or (observer.samples and not observer.sample.full):
+            observer.batch(leaves, i, ranks.owns(i))
+        bar.update()
 
     with bar:
         if isinstance(loader, Iterable):
@@ -100,13 +118,17 @@ def calibrate(
         if later:
             bar.reset()
             observe_in_pieces(observer, later, lambda i, count: bar.update(i * len(later) // count - bar.n))
-    if not observer.batches:
+    batches = next(numbers)
+    if not batches:
         raise CalibrationError(
             "the calibration loader is empty: pass at least one batch of real input"
             if isinstance(loader, Iterable)
             else "the calibration callable made no call the second time: it is run twice, first to see what it passes"
         )
-    return Calibration(observer.found(), observer.batches, observer.heads, observer.sample)
+    if ranks.count > 1:
+        ranks.agree({"number of batches": (str(batches), SAME_DATA), "content of a batch": (digest.text(), SAME_DATA)})
+        gather(gm, observer, ranks)
+    return Calibration(observer.found(), batches, observer.heads, observer.sample)
 
 
 def _key(l: Linear) -> tuple[str, str | None]:
@@ -138,8 +160,9 @@ class Observer(fx.Interpreter):
                 for what, name in a.operands.items():
                     self.operands.setdefault(brought(nodes[name]).name, {})[name] = what, a
         self.heads: dict[str, InputStats] = {}
-        self.sample, self.batches, self.random = Sample(), 0, is_random(gm)
-        self.number, self.begun, self.index = number, 0, 0  # batches that have begun; of a copy, the index of its batch
+        self.sample, self.samples, self.batches = Sample(), not is_random(gm), 0
+        self.number, self.begun = number, 0  # batches that have begun
+        self.index, self.counts = 0, True  # of a copy: its batch, and whether that enters the statistics
         self.outputs = pytree.tree_leaves(next(iter(gm.graph.find_nodes(op="output"))).args)
         self.lock = threading.Lock()
         self.over = threading.Event()  # statistics stay what they are from now on
@@ -160,12 +183,13 @@ class Observer(fx.Interpreter):
         """Statistics by linear name."""
         return {l.name: self.stats[_key(l)] for l in self.linears if _key(l) in self.stats}
 
-    def batch(self, leaves: Sequence[Any], index: int | None = None) -> Any:
+    def batch(self, leaves: Sequence[Any], index: int | None = None, counts: bool = True) -> Any:
         """Runs one batch.
 
         Args:
             leaves: an argument for each placeholder; attention masks among them say which tokens are real.
             index: of the batch, no other one's; None for the number of those that have begun before.
+            counts: whether it enters the statistics; else only the sample.
 
         Returns:
             What the graph returns.
@@ -173,15 +197,16 @@ class Observer(fx.Interpreter):
         Raises:
             CalibrationError: if the model refuses the batch, or an activation is not finite.
         """
-        call = self.begin(leaves, index)
+        call = self.begin(leaves, index, counts)
         with call.refusing():
             out = call.run(*leaves, enable_io_processing=False)
         self.end(call, leaves, out)
         return out
 
-    def begin(self, leaves: Sequence[Any], index: int | None = None) -> Observer:
-        """What runs one batch (see `batch`), and adds to the statistics."""
+    def begin(self, leaves: Sequence[Any], index: int | None = None, counts: bool = True) -> Observer:
+        """What runs one batch (see `batch`), and adds to the statistics if it ``counts``."""
         call = copy.copy(self)
+        call.counts = counts
         with self.lock:
             call.index = self.begun if index is None else index
             self.begun += 1
@@ -208,7 +233,7 @@ class Observer(fx.Interpreter):
         """Counts a batch that was run, and keeps it if it is one of the first."""
         with self.lock:
             self.batches += 1
-            if not self.over.is_set() and not self.random:
+            if not self.over.is_set() and self.samples:
                 self.sample.add(leaves, out, lambda i, y: call.padding.real(str(self.outputs[i]), y), call.index)
 
     def stop(self) -> None:
@@ -221,10 +246,10 @@ class Observer(fx.Interpreter):
         self.at = n
         if n.name in self.routed:
             self._follow_mask(n)
-        if n.name in self.readers:
+        if n.name in self.readers and self.counts:
             self._read(n, self.readers[n.name])
         out = super().run_node(n)
-        for name, (what, a) in self.operands.get(n.name, {}).items():
+        for name, (what, a) in self.operands.get(n.name, {}).items() if self.counts else ():
             self._observe_heads(n.name, name, what, a, out)
         return out
 

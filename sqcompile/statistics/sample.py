@@ -17,6 +17,7 @@ from sqcompile.statistics.divergence import divergence
 from sqcompile.statistics.together import run_together
 
 CALLS, ROWS = 8, 1024  # no call is added to as many calls, or rows of an output
+LOOKS = 32  # nor after as many that were looked at: some cannot be kept
 LARGEST = 2**26  # bytes of all that is kept of a graph
 LEAST = 1e-3  # a row counts as at least so much of its output's mean energy: one of zeros has no relative error
 
@@ -40,11 +41,18 @@ class Sample:
     Attributes:
         calls: those that are kept.
         rows, bytes: how much that is.
+        looks: how many calls it was shown.
     """
 
     calls: list[SampledCall] = field(default_factory=list)
     rows: int = 0
     bytes: int = 0
+    looks: int = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether no other call is added, whatever it is."""
+        return len(self.calls) >= CALLS or self.rows >= ROWS or self.looks >= LOOKS
 
     def add(
         self, arguments: Sequence[Any], outputs: Any, real: Callable[[int, Tensor], Tensor | None], batch: int
@@ -57,10 +65,13 @@ class Sample:
             real: which rows of an output at a position are real tokens, bool [R]; None for all.
             batch: index of the call.
         """
+        if self.full:
+            return
+        self.looks += 1
         size = sum(a.numel() * a.element_size() for a in arguments if isinstance(a, Tensor))
         compared = _compared(outputs)
         left = (LARGEST - self.bytes - size) // (4 * CALLS * max(1, len(compared)))  # numbers of one output
-        if len(self.calls) >= CALLS or self.rows >= ROWS or left <= 0:
+        if left <= 0:
             return
         kept = {}
         for i, y in compared.items():

@@ -1,0 +1,256 @@
+"""ranks: what the processes of a torch.distributed group say to each other while they calibrate together.
+
+They are collectives: each rank makes the same calls in the same order. Words go through the group's store, which every
+backend has, and where a rank that waits sees at once that another has failed. Tensors go through the group's backend, once
+all ranks have said that they are there: NCCL ends a process that waits for a rank which does not come. A thread in each
+process counts in the store that it lives; a rank that stops counting is taken for dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import distributed as dist
+
+from sqcompile.errors import CalibrationError, SQCompileError
+from sqcompile.process.interrupts import checkpoint
+
+BEAT, SILENT = 0.5, 30.0  # seconds: between two signs of life, and without one until a rank is taken for dead
+_LINGER = 5.0  # seconds for which a rank that has failed stays, so that the others read why: the store may be its own
+_PAUSE = 0.02  # seconds between two looks into the store
+
+
+class Ranks:
+    """A process without a group, to which every batch belongs, and which has nobody to agree with.
+
+    Attributes:
+        rank, count: of this process, and of all.
+    """
+
+    rank, count = 0, 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which makes the plan."""
+        return self.rank == 0
+
+    def owns(self, batch: int) -> bool:
+        """Whether a batch, by its index, counts in this process."""
+        return batch % self.count == self.rank
+
+    def check(self) -> None:
+        """Raises CalibrationError where another rank has failed or is dead."""
+
+    def agree(self, said: Mapping[str, tuple[str, str]]) -> None:
+        """Compares what should be the same on all ranks: by what it is, a value and what to do where it differs.
+
+        Raises:
+            CalibrationError: where it is not.
+        """
+
+    def to_first(self, data: bytes) -> Iterator[bytes]:
+        """What each other rank gives, on rank 0; nothing elsewhere."""
+        return iter(())
+
+    def from_first(self, data: bytes) -> bytes:
+        """What rank 0 gives."""
+        return data
+
+    def done(self) -> None:
+        """The ranks need each other no more."""
+
+
+ALONE = Ranks()
+
+
+@contextlib.contextmanager
+def together(wanted: bool = True) -> Iterator[Ranks]:
+    """The ranks of the default process group, if there is one of several processes and they are ``wanted``.
+
+    Where this rank raises an error in it, the others end with a CalibrationError that says so.
+    """
+    if not wanted or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        yield ALONE
+        return
+    ranks = _Group()
+    try:
+        yield ranks
+        ranks.done()
+    except BaseException as e:
+        ranks.fail(e)
+        raise
+    finally:
+        ranks.close()
+
+
+class _Group(Ranks):
+    def __init__(self) -> None:
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        world = dist.group.WORLD
+        assert world is not None
+        self._store: dist.Store = world.get_group_store()
+        # calls that are the k-th on their rank belong together, as those of collectives do
+        self._run = f"sqcompile/{self._store.add(f'sqcompile/runs/{self.rank}', 1)}"
+        self._began, self._steps = time.monotonic(), 0
+        self._why: str | None = None  # why this calibration ends
+        self._over = threading.Event()
+        self._store.add(self._key("beat", self.rank), 1)
+        self._watch = threading.Thread(target=self._watch_others, name="sqcompile ranks", daemon=True)
+        self._watch.start()
+
+    def check(self) -> None:
+        if self._why is not None:
+            raise CalibrationError(self._why)
+
+    def agree(self, said: Mapping[str, tuple[str, str]]) -> None:
+        first, *others = (json.loads(text) for text in self._tell(json.dumps({k: v for k, (v, _) in said.items()})))
+        for rank, other in enumerate(others, 1):
+            for what, (_, advice) in said.items():
+                if other.get(what) != first.get(what):
+                    values = f", {other.get(what)} and {first.get(what)}" if what.startswith("number") else ""
+                    self._why = self._why or f"rank {rank} has another {what} than rank 0{values}: {advice}"
+        self.check()
+
+    def to_first(self, data: bytes) -> Iterator[bytes]:
+        sizes = [int(text) for text in self._tell(str(len(data)))]
+        for rank in range(1, self.count):
+            found = self._sent(data if rank == self.rank else None, sizes[rank], rank)
+            if self.first:
+                yield found
+
+    def from_first(self, data: bytes) -> bytes:
+        size = int(self._tell(str(len(data)))[0])
+        return self._sent(data if self.first else None, size, 0)
+
+    def done(self) -> None:
+        if self._over.is_set():
+            return
+        with self._answering():
+            self._store.set(self._key("done", self.rank), "")
+            for rank in range(self.count if self.first else 0):  # the store may be rank 0's, which leaves last
+                self._wait_for("done", rank)
+        self.close()
+
+    def fail(self, error: BaseException) -> None:
+        """Says why this rank leaves, and stays until the others that are there know."""
+        if self._over.is_set():
+            return
+        words = str(error) if isinstance(error, SQCompileError) else f"{type(error).__name__}: {error}"
+        words = " ".join(words.split())
+        with contextlib.suppress(RuntimeError):  # a store that has ended
+            if self._store.add(self._key("failing"), 1) == 1:
+                why = words if words == self._why else f"rank {self.rank} failed: {words}"
+                self._store.set(self._key("failed"), why)
+            self._store.set(self._key("knows", self.rank), "")
+            end = time.monotonic() + _LINGER
+            while time.monotonic() < end and not all(self._is_told(r) for r in range(self.count)):
+                time.sleep(_PAUSE)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._over.set()
+        self._watch.join(_LINGER)
+
+    def _key(self, *parts: object) -> str:
+        return "/".join([self._run, *map(str, parts)])
+
+    def _has(self, *parts: object) -> bool:
+        return self._store.check([self._key(*parts)])
+
+    def _is_told(self, rank: int) -> bool:
+        return self._has("knows", rank) or not self._has("beat", rank)
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """What the store raises meanwhile is a CalibrationError."""
+        try:
+            yield
+        except SQCompileError:
+            raise
+        except RuntimeError as e:
+            raise CalibrationError(_storeless(e)) from e
+
+    def _tell(self, text: str) -> list[str]:
+        """What each rank says at this step, by rank."""
+        self._steps += 1
+        with self._answering():
+            self._store.set(self._key(self._steps, self.rank), text)
+            return [self._wait_for(self._steps, rank) for rank in range(self.count)]
+
+    def _wait_for(self, step: object, rank: int) -> str:
+        """What a rank says at a step."""
+        most = self._store.timeout.total_seconds()  # type: ignore[attr-defined]  # of init_process_group
+        while not self._has(step, rank):
+            checkpoint()
+            self.check()
+            if time.monotonic() > self._began + most and not self._has("beat", rank):
+                self._why = (
+                    f"rank {rank} has not begun to calibrate in {most:g} s: every rank of a process group calls "
+                    "sqcompile.calibrate, or sqcompile.compile, with the same model and data"
+                )
+            time.sleep(_PAUSE)
+        return self._store.get(self._key(step, rank)).decode()
+
+    def _sent(self, data: bytes | None, size: int, source: int) -> bytes:
+        """The bytes that a rank sends to all; ``data`` where it is this one."""
+        if not size:
+            return b""
+        device = _device()
+        if data is None:
+            tensor = torch.empty(size, dtype=torch.uint8, device=device)
+        else:
+            tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+        try:
+            dist.broadcast(tensor, source)
+            return tensor.cpu().numpy().tobytes()
+        except RuntimeError as e:
+            end = time.monotonic() + SILENT + 4 * BEAT
+            while (
+                time.monotonic() < end
+            ):  # the backend does not say which rank is dead, and the others' signs of life do
+                checkpoint()
+                self.check()
+                time.sleep(_PAUSE)
+            raise CalibrationError(f"the ranks cannot exchange their statistics: {_first_line(e)}") from e
+
+    def _watch_others(self) -> None:
+        """Runs in a thread: shows that this process lives, and looks whether the others do."""
+        heard: dict[int, tuple[bytes, float]] = {}
+        try:
+            while not self._over.wait(BEAT):
+                self._store.add(self._key("beat", self.rank), 1)
+                if self._has("failed"):
+                    self._why = self._why or self._store.get(self._key("failed")).decode()
+                    self._store.set(self._key("knows", self.rank), "")
+                for rank in range(self.count):
+                    if rank == self.rank or not self._has("beat", rank) or self._has("done", rank):
+                        continue
+                    beat, now = self._store.get(self._key("beat", rank)), time.monotonic()
+                    if rank not in heard or heard[rank][0] != beat:
+                        heard[rank] = beat, now
+                    elif now - heard[rank][1] > SILENT:
+                        self._why = self._why or f"rank {rank} has ended: it gave no sign of life for {SILENT:g} s"
+        except RuntimeError as e:
+            self._why = self._why or _storeless(e)
+
+
+def _device() -> torch.device:
+    """Where the group's backend takes tensors: on a GPU the current one, as for PyTorch's own collectives of objects."""
+    kinds = [part.partition(":")[0] for part in dist.get_backend_config().split(",")]
+    return torch.device("cpu" if "cpu" in kinds else kinds[0])
+
+
+def _storeless(e: RuntimeError) -> str:
+    return (
+        "rank 0, or the launcher that keeps the process group's store in its place, has ended: the store does not answer, "
+        f"{_first_line(e)}"
+    )
+
+
+def _first_line(e: RuntimeError) -> str:
+    return str(e).strip().partition("\n")[0]
