@@ -29,7 +29,7 @@ from sqcompile.statistics.file import read_statistics, write_statistics
 from sqcompile.statistics.observe import Calibration
 from sqcompile.version import VERSION
 
-_FORMATS = (NATIVE, "compressed-tensors", "smoothed")
+RESUMABLE = (NATIVE, "compressed-tensors", "smoothed")
 _PLAN, _STATISTICS = "plan.safetensors", "statistics.safetensors"
 
 
@@ -75,8 +75,8 @@ def quantize_checkpoint(
         KeyboardInterrupt: for Ctrl-C, when the step at hand is done; a second one is raised at once.
     """
     how = resolve_recipe(recipe)
-    if format not in _FORMATS:
-        raise ArtifactError(f"a checkpoint is not quantized to {format!r}: choose one of {', '.join(_FORMATS)}")
+    if format not in RESUMABLE:
+        raise ArtifactError(f"a checkpoint is not quantized to {format!r}: choose one of {', '.join(RESUMABLE)}")
     if not isinstance(batches, Iterable):
         raise CalibrationError(
             "quantize_checkpoint takes batches, which another run can see again: pass an iterable of them"
@@ -111,8 +111,9 @@ def _plan(kept: Work, net: Any, data: list[Any], recipe: Recipe, progress: bool)
     if kept.find(_PLAN) is None:
         with stages(ANALYSES, progress) as enter:
             plan = analyse(
-                net, data, recipe, None, "auto", progress, enter, observed=lambda make: _statistics(kept, make)
-            )[1]
+                net, data, recipe, None, "auto", progress, enter, max_batches=max(1, len(data)),
+                observed=lambda make: _statistics(kept, make),
+            )[1]  # fmt: skip
         new = kept.path(_PLAN)
         plan.save(new)
         kept.add(_PLAN, new)

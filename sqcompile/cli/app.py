@@ -71,7 +71,7 @@ def quantize(
 
     with command(json, quiet) as terminal:
         from sqcompile.cli.batches import Asked
-        from sqcompile.cli.memory import limited
+        from sqcompile.cli.memory import size
         from sqcompile.cli.quantize import Job, quantize
         from sqcompile.cli.recipes import recipe_from
 
@@ -88,9 +88,8 @@ def quantize(
             raise CommandError("--plan says what is done: leave out --calib, --recipe and its fields")
         data = Asked(calib, samples, seq_len, seed, batch_size, tokenizer) if calib else None
         made = recipe_from(recipe, fields)
-        job = Job(model, None if dry_run else out, format, made, plan, data, model_dtype)
-        with limited(max_memory):
-            quantize(job, terminal)
+        memory = None if max_memory is None else size(max_memory)
+        quantize(Job(model, None if dry_run else out, format, made, plan, data, model_dtype, memory), terminal)
 
 
 @app.command("eval")

@@ -27,10 +27,6 @@ def size(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def limited(most: str | None) -> AbstractContextManager[None]:
-    """`memory_limit` of a size; nothing without one.
-
-    Raises:
-        CommandError: for text that is no size.
-    """
-    return nullcontext() if most is None else memory_limit(size(most))
+def limited(most: int | None) -> AbstractContextManager[None]:
+    """`memory_limit` of some bytes; nothing without them."""
+    return nullcontext() if most is None else memory_limit(most)

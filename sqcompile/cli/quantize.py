@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,13 @@ from torch import nn
 from sqcompile.api import calibrate
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
-from sqcompile.checkpoints.float_model import Checkpoint
+from sqcompile.checkpoints.export import Exported
+from sqcompile.checkpoints.float_model import DTYPES, Checkpoint
 from sqcompile.cli.batches import Asked, batches
+from sqcompile.cli.memory import limited
+from sqcompile.cli.ranks import in_a_group, process_group
 from sqcompile.cli.terminal import CommandError, Terminal
+from sqcompile.large import RESUMABLE, quantize_checkpoint
 from sqcompile.passes.ir.graph import find_linears, get_tensor, nodes_by_name
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Recipe
@@ -36,6 +41,7 @@ class Job:
         plan: the path of a saved plan, in the place of data.
         data: what to calibrate on.
         dtype: of the model: "auto" for that of its files.
+        memory: bytes that the process may take; None for no limit.
     """
 
     model: str
@@ -45,6 +51,7 @@ class Job:
     plan: str | None
     data: Asked | None
     dtype: str
+    memory: int | None = None
 
 
 def quantize(job: Job, terminal: Terminal) -> None:
@@ -61,14 +68,16 @@ def quantize(job: Job, terminal: Terminal) -> None:
         )
     checkpoint = Checkpoint.open(job.model)
     if job.out is None:
-        return _dry_run(job, checkpoint, terminal)
+        with limited(job.memory):
+            return _dry_run(job, checkpoint, terminal)
     check_target(job.format, job.out)
     start = time.perf_counter()
     terminal.say(f"loading {job.model} ({checkpoint.architecture.__name__})")
-    model = checkpoint.load(job.dtype)
-    plan = _plan(job, checkpoint, model, terminal)
-    terminal.say(f"writing {job.out}")
-    done = export(model, plan, job.format, job.out)
+    with process_group() as first:
+        one_run = job.data is not None and job.format in RESUMABLE and not in_a_group()
+        done = _resumable(job, checkpoint, terminal) if one_run else _exported(job, checkpoint, first, terminal)
+    if done is None:
+        return  # another rank writes
     seconds = time.perf_counter() - start
     layers = done.plan.layers
     found = {
@@ -85,13 +94,40 @@ def quantize(job: Job, terminal: Terminal) -> None:
     terminal.result(found, f"{done}\n{seconds:.1f} s")
 
 
-def _plan(job: Job, checkpoint: Checkpoint, model: nn.Module, terminal: Terminal) -> Plan:
-    if job.plan is not None:
-        return Plan.load(job.plan)
+def _resumable(job: Job, checkpoint: Checkpoint, terminal: Terminal) -> Exported:
+    """In a run that goes on where an earlier one was cut off."""
+    assert job.out is not None
+    data = _data(job, checkpoint, checkpoint.load(job.dtype), terminal)
+    work = f"{os.path.realpath(job.out)}.work"
+    if os.path.isdir(work):
+        terminal.say(f"going on with what {work} has of an earlier run")
+    terminal.left = lambda: (
+        f"the same command goes on with what {work} has" if os.path.isdir(work) else "nothing was written"
+    )
+    return quantize_checkpoint(
+        checkpoint.folder, data, job.out, recipe=job.recipe, format=job.format, model=checkpoint.architecture,
+        dtype=DTYPES.get(job.dtype), memory=job.memory, work=work, progress=terminal.progress,
+    )  # fmt: skip
+
+
+def _exported(job: Job, checkpoint: Checkpoint, first: bool, terminal: Terminal) -> Exported | None:
+    """By a plan that is there, or in another format, or by several ranks, of which the first one writes."""
+    assert job.out is not None
+    with limited(job.memory):
+        model = checkpoint.load(job.dtype)
+        if job.plan is not None:
+            plan = Plan.load(job.plan)
+        else:
+            data = _data(job, checkpoint, model, terminal)
+            plan = calibrate(model, data, recipe=job.recipe, max_batches=len(data), progress=terminal.progress)
+        return export(model, plan, job.format, job.out) if first else None
+
+
+def _data(job: Job, checkpoint: Checkpoint, model: nn.Module, terminal: Terminal) -> list[dict[str, Any]]:
     assert job.data is not None
     data = batches(job.data, checkpoint, model)
     terminal.say(f"calibrating on {_rows(data)} rows of {job.data.path}")
-    return calibrate(model, data, recipe=job.recipe, max_batches=len(data), progress=terminal.progress)
+    return data
 
 
 def _dry_run(job: Job, checkpoint: Checkpoint, terminal: Terminal) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,15 @@ class Terminal:
 
     Attributes:
         progress: whether bars are shown: not with ``--quiet``, nor where stderr is no terminal.
+        left: gives what Ctrl-C leaves, in words.
     """
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
-        self._json, self._quiet = as_json, quiet
+        rank = int(os.environ.get("RANK", "0"))  # of torchrun: one of the processes speaks for all
+        self._json, self._quiet, self._heard = as_json, quiet or rank > 0, rank == 0
+        self.left: Callable[[], str] = lambda: "nothing was written"
         self._out, self._err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
-        self.progress = not quiet and sys.stderr.isatty()
+        self.progress = not self._quiet and sys.stderr.isatty()
 
     def say(self, text: str) -> None:
         """A line for those who wait."""
@@ -44,6 +47,8 @@ class Terminal:
 
     def result(self, found: Mapping[str, Any], text: str | Table) -> None:
         """What the command found: as JSON, or as text for people."""
+        if not self._heard:
+            return
         if self._json:
             print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
         elif isinstance(text, str):
@@ -81,7 +86,7 @@ def command(as_json: bool = False, quiet: bool = False) -> Iterator[Terminal]:
         terminal.fail(e)
         sys.exit(FAILED)
     except KeyboardInterrupt:
-        print("interrupted: nothing was written; start the command again", file=sys.stderr)
+        print(f"interrupted: {terminal.left()}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(INTERRUPTED)  # at once: threads of a pool or of a compiler would be waited for
     except BrokenPipeError:  # the reader of a pipe has seen enough

@@ -135,7 +135,7 @@ def test_report_serve_show_and_bench(made: Path):
     assert "is a float model: quantize it first" in run("bench", made / "float").output
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "smoothed", "pt2"])
+@pytest.mark.parametrize("format", ["compressed-tensors", "smoothed"])
 def test_formats(made: Path, format: str):
     out = made / f"as-{format}"
     plan = made / "out" / "plan.safetensors"
@@ -147,13 +147,11 @@ def test_formats(made: Path, format: str):
             "\n", ""
         )
         assert run("eval", out, "--text", made / "texts.jsonl", "--samples", 2, "-q").exit_code == 0
-    elif format == "smoothed":
+    else:
         x = torch.arange(3, 40)[None]
         with torch.no_grad():
             a, b = (Checkpoint.open(str(p)).load()(input_ids=x).logits for p in (made / "float", out))
         assert float((a - b).norm() / a.norm()) < 1e-5
-    else:
-        assert torch.export.load(out).module()(input_ids=torch.arange(3, 40)[None]) is not None
 
 
 @pytest.mark.parametrize(
@@ -370,7 +368,6 @@ def test_a_user_starts_it(made: Path):
     assert err.splitlines() == [
         "loading float (LlamaForCausalLM)",
         "calibrating on 39 rows of texts.jsonl",
-        "writing fresh",
     ]
     usage = process("quantize", cwd=made)
     assert usage.wait(timeout=100) == 2 and "Missing argument" in usage.communicate()[1]
@@ -388,10 +385,11 @@ def test_ctrl_c_leaves_nothing_behind(made: Path, tmp_path: Path):
     start = time.monotonic()
     _, err = started.communicate(timeout=60)
     assert started.returncode == 130 and time.monotonic() - start < 20
-    assert (
-        err.splitlines()[-1] == "interrupted: nothing was written; start the command again" and "Traceback" not in err
-    )
-    assert [*tmp_path.iterdir()] == []
+    said = err.splitlines()[-1]
+    assert re.fullmatch(r"interrupted: (nothing was written|the same command goes on with what .*/out\.work has)", said)
+    assert "Traceback" not in err and {p.name for p in tmp_path.iterdir()} <= {"out.work"}
+    again = process("quantize", made / "float", *args, "-q", cwd=tmp_path)
+    assert again.wait(timeout=300) == 0 and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,27 @@
+"""ranks: a command that torchrun has started in several processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import distributed as dist
+
+
+@contextmanager
+def process_group() -> Iterator[bool]:
+    """The process group of torchrun, where it has started more than one; gives whether this is the first rank."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield not in_a_group() or dist.get_rank() == 0
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
+
+
+def in_a_group() -> bool:
+    """Whether there are other processes that do the same."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
