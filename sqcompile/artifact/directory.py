@@ -104,7 +104,7 @@ def check_saved_to(path: str | os.PathLike[str]) -> str:
     name = path_name(path)
     try:
         check_replaceable(os.path.realpath(name), (MANIFEST,))
-    except OSError as e:
+    except (OSError, ValueError) as e:  # of a path with a zero in it, too
         raise ArtifactError(f"the model cannot be saved to {name} ({said(e)})") from e
     return name
 

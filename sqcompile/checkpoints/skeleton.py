@@ -55,6 +55,10 @@ def skeleton(config: Any, make: Any, dtype: torch.dtype) -> Any:
     """
     from transformers.initialization import no_init_weights
 
+    config.dtype = dtype
+    for name in getattr(config, "sub_configs", None) or ():
+        if (part := getattr(config, name, None)) is not None:
+            part.dtype = dtype
     with no_init_weights():
         if hasattr(make, "from_config"):
             model = make.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -66,7 +70,6 @@ def skeleton(config: Any, make: Any, dtype: torch.dtype) -> Any:
 
 def _made(make: Callable[[Any], Any], config: Any, dtype: torch.dtype) -> Any:
     before = torch.get_default_dtype()
-    config.dtype = dtype
     torch.set_default_dtype(dtype)
     try:
         return make(config)

@@ -1,6 +1,10 @@
-"""Calibration of all batches piece by piece: the same statistics as batch by batch, and each weight read once."""
+"""All calls together, piece by piece or operation by operation: the same numbers, and each weight read or made once."""
 
 from __future__ import annotations
+
+import dataclasses
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +17,10 @@ from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
 from sqcompile.errors import CalibrationError
 from sqcompile.passes.attention.chains import find_attentions
+from sqcompile.passes.ir.about import about
+from sqcompile.pipeline import rewrite
 from sqcompile.statistics import observe, pieces
+from sqcompile.statistics.together import run_together
 
 
 def batches_of(call):
@@ -94,3 +101,30 @@ def test_a_batch_that_is_refused_is_named():
     batches[1] = torch.randn(4, 9)
     with sqcompile.memory_limit(2**40), pytest.raises(CalibrationError, match="calibration batch 1: "):
         observe.calibrate(gm, model, batches, progress=False)
+
+
+def test_int8_weights_are_made_once_as_they_are_reached_and_are_gone_afterwards():
+    model, batches = Net().eval(), [torch.randn(4, 8) for _ in range(3)]
+    plan = sqcompile.calibrate(model, batches, recipe=sqcompile.Recipe(0.5), progress=False)
+    traced = trace(model, as_call(model, (batches[0],)))
+    eager = rewrite(traced, plan, until="quantized")
+    lazy = rewrite(traced, plan, until="quantized", lazy=True)
+    assert lazy.graph.python_code("self").src == eager.graph.python_code("self").src
+    made, most, found = [], [], [None] * 3
+
+    def watched(make):
+        q, scale = make()
+        made.append(weakref.ref(q))
+        return q, scale
+
+    for name, entry in about(lazy).lazy.items():
+        about(lazy).lazy[name] = dataclasses.replace(entry, make=partial(watched, entry.make))
+
+    def see(call, n, y):
+        most.append(sum(ref() is not None for ref in made))
+        found[call] = y
+
+    with torch.no_grad():
+        run_together(lazy, [(x,) for x in batches], see)
+        assert len(made) == 20 and max(most) == 1 and all(ref() is None for ref in made)
+        assert all(torch.equal(y, eager(x)) for y, x in zip(found, batches, strict=True))

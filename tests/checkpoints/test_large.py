@@ -95,6 +95,7 @@ def test_a_run_goes_on_where_it_was_cut_off(step, checkpoint, whole, tmp_path, m
     assert done.format == "sqcompile" and done.plan.layers
 
 
+@pytest.mark.slow
 def test_what_was_damaged_meanwhile_is_made_anew(checkpoint, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr("sqcompile.artifact.directory._write_manifest", cut)

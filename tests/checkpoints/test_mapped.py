@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from checkpoint_cases import weights
-from families import CAUSAL, build, causal_lm, roughen, run, some_slow, token_ids
+from families import CAUSAL, FAMILIES, build, causal_lm, roughen, run, some_slow, token_ids
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
@@ -22,7 +22,6 @@ from sqcompile.errors import ArtifactError, RecipeError
 from sqcompile.files.weights import CODES, Later, write_weights
 from sqcompile.process import memory
 
-FAMILIES = ["llama", "mixtral", "qwen2_moe", "opt", "gpt2", "bert", "phi3"]
 MAPS = "/proc/self/maps"
 
 
@@ -36,11 +35,10 @@ def written(family, path, dtype=torch.float32, **kwargs):
     else:
         model, call = build(family)
     roughen(model.eval()).to(dtype).save_pretrained(path, **kwargs)
-    return kind(family), call
-
-
-def kind(family):
-    return AutoModel if family == "bert" else AutoModelForCausalLM
+    make = (
+        AutoModelForCausalLM if family in CAUSAL or family == "tied" else AutoModel if family == "bert" else type(model)
+    )
+    return make, {n: t.to(dtype) if t.is_floating_point() else t for n, t in call.items()}
 
 
 def in_files(t):
@@ -58,7 +56,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", [*FAMILIES, "tied"])
+@pytest.mark.parametrize("family", ["tied", *FAMILIES])
 def test_the_same_model_as_from_pretrained_bit_by_bit(family, dtype, tmp_path):
     make, call = written(family, tmp_path, dtype, max_shard_size="60KB")
     ours, theirs = sqcompile.open_checkpoint(tmp_path, make), make.from_pretrained(tmp_path)
@@ -136,7 +134,10 @@ def test_the_artifact_is_that_of_a_model_in_memory_byte_for_byte(family, recipe,
         plan = sqcompile.calibrate(mapped, batches, recipe=recipe, progress=False)
         done = sqcompile.export(mapped, plan, "sqcompile", tmp_path / "exported")
     names = sorted(os.listdir(tmp_path / "saved"))
-    assert names == sorted(os.listdir(tmp_path / "exported")) and len(names) == 3
+    beside = {
+        n for n in os.listdir(tmp_path / "model") if n == "generation_config.json"
+    }  # which has the tokenizer's place
+    assert {*names, *beside} == {*os.listdir(tmp_path / "exported")} and len(names) == 3
     assert filecmp.cmpfiles(tmp_path / "saved", tmp_path / "exported", names, shallow=False) == (names, [], [])
     assert done.bytes == os.path.getsize(tmp_path / "exported" / "model-00001-of-00001.safetensors")
 
@@ -299,12 +300,12 @@ print(before, quantize(large, "alpha=0.5", before + most, 1, 64)["peak"])
 def test_the_process_stays_within_its_limit(tmp_path):
     from sqcompile.bench.large import generate, llama_config
 
-    most = 200 * 2**20
+    most = 100 * 2**20
     sizes = []
-    for name, hidden, layers in (("small", 128, 12), ("large", 1024, 24)):
+    for name, hidden, layers in (("small", 128, 12), ("large", 1024, 12)):
         (tmp_path / name).mkdir()
         sizes.append(generate(str(tmp_path / name), llama_config(hidden, layers, 1000)))
     assert sizes[1] > 2.5 * most
     command = [sys.executable, "-c", _LARGE, str(tmp_path / "small"), str(tmp_path / "large"), str(most)]
     before, peak = map(int, subprocess.run(command, check=True, capture_output=True).stdout.split()[-2:])
-    assert peak < before + most + 100 * 2**20
+    assert peak < before + most + 100 * 2**20  # of weights at hand, and what is not worth to be looked for
