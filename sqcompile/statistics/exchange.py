@@ -18,7 +18,7 @@ from sqcompile.statistics.input_stats import InputStats
 from sqcompile.version import VERSION
 
 if TYPE_CHECKING:
-    from sqcompile.statistics.observe import Observer
+    from sqcompile.statistics.observer import Observer
 
 SAME_DATA = "pass every rank the same loader, with all batches in one order (no DistributedSampler, and one seed where it shuffles)"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element

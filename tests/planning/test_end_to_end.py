@@ -17,7 +17,7 @@ from sqcompile import Recipe
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
 from sqcompile.passes.planning.end_to_end import FEW, WHY, at_worst
-from sqcompile.statistics.observe import Observer
+from sqcompile.statistics.observer import Observer
 from sqcompile.statistics.sample import CALLS, LARGEST, ROWS, Sample
 
 FORMS = ("compile", "backend")
