@@ -145,7 +145,7 @@ class _Group(Ranks):
         if self._over.is_set():
             return
         words = str(error) if isinstance(error, SQCompileError) else f"{type(error).__name__}: {error}"
-        words = " ".join(words.split())
+        words = " ".join(words.split()).rstrip(": ")
         with contextlib.suppress(RuntimeError):  # a store that has ended
             if self._store.add(self._key("failing"), 1) == 1:
                 why = words if words == self._why else f"rank {self.rank} failed: {words}"
@@ -167,7 +167,8 @@ class _Group(Ranks):
         return self._store.check([self._key(*parts)])
 
     def _is_told(self, rank: int) -> bool:
-        return rank in self._dead or self._has("knows", rank) or not self._has("beat", rank)
+        gone = rank in self._dead or self._has("done", rank)
+        return gone or self._has("knows", rank) or not self._has("beat", rank)
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
@@ -214,9 +215,7 @@ class _Group(Ranks):
             return tensor.cpu().numpy().tobytes()
         except RuntimeError as e:
             end = time.monotonic() + SILENT + 4 * BEAT
-            while (
-                time.monotonic() < end
-            ):  # the backend does not say which rank is dead, and the others' signs of life do
+            while time.monotonic() < end:  # the backend does not say which rank is dead: who is silent does
                 checkpoint()
                 self.check()
                 time.sleep(_PAUSE)
