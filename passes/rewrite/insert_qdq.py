@@ -53,6 +53,7 @@ from sqcompile.passes.ir.graph import (
 )
 from sqcompile.passes.ir.origin import PLANNED
 from sqcompile.passes.ir.record import substitute
+from sqcompile.passes.ir.rows import Rows, rows_of
 from sqcompile.passes.planning.finite import check_tensor
 from sqcompile.passes.rewrite.insert_qdq_attention import quantize_attention
 from sqcompile.passes.rewrite.weight_store import Lazy, Shared
@@ -189,25 +190,33 @@ def quantized_weight(
     Raises:
         WeightError: for a weight that is not finite.
     """
-    w = effective_weight(folded, linear, nodes)
+    rows = rows_of(folded, nodes[linear.weight])
+    device = value(nodes[linear.weight]).device
+    q = torch.empty(linear.shape, dtype=qtype.dtype, device=device)
     if not linear.experts:
-        q, scale = _quantize_weight(w, per_channel, qtype)
+        scale = _quantize_weight(rows, q, per_channel, qtype)
     else:
-        q, scales = torch.empty(w.shape, dtype=qtype.dtype, device=w.device), []
-        for out, matrix in zip(q, w, strict=True):
-            values, scale = _quantize_weight(matrix, per_channel, qtype)
-            out.copy_(values)
-            scales.append(scale)
+        scales = []
+        for e, out in enumerate(q):
+            matrix = rows(slice(e, e + 1))[0]
+            scales.append(_quantize_weight(partial(torch.Tensor.__getitem__, matrix), out, per_channel, qtype))
         scale = torch.stack(scales)
     if not bool(scale.isfinite().all()):
-        check_tensor(w, linear.name.partition("#")[0])
+        check_tensor(effective_weight(folded, linear, nodes), linear.name.partition("#")[0])
     return q, scale
 
 
-def _quantize_weight(w: Tensor, per_channel: bool, qtype: QType) -> tuple[Tensor, Tensor]:
-    parts = row_parts(w)  # no float copy of the weight
-    scale = torch.cat([weight_scale(w[p].float(), True, qtype.q_max) for p in parts])
-    if not per_channel:
-        scale = scale.amax(dim=0, keepdim=True)
-    quantized = [quantize(w[p], scale[p] if per_channel else scale, dtype=qtype.dtype) for p in parts]
-    return torch.cat(quantized), scale.flatten()
+def _quantize_weight(rows: Rows, out: Tensor, per_channel: bool, qtype: QType) -> Tensor:
+    """Fills ``out`` [N, K] with the values of rows of a weight, and gives the scales, float32 [N] or [1]."""
+    parts = row_parts(out)  # no float copy of the weight
+    if per_channel:
+        scales = []
+        for p in parts:
+            w = rows(p)
+            scales.append(weight_scale(w.float(), True, qtype.q_max))
+            out[p] = quantize(w, scales[-1], dtype=qtype.dtype)
+        return torch.cat(scales).flatten()
+    scale = torch.cat([weight_scale(rows(p).float(), True, qtype.q_max) for p in parts]).amax(dim=0, keepdim=True)
+    for p in parts:
+        out[p] = quantize(rows(p), scale, dtype=qtype.dtype)
+    return scale.flatten()
