@@ -56,13 +56,11 @@ def test_every_number_of_ranks_gives_the_same_plan(folder, size, what):
 
 @pytest.mark.slow
 def test_families_have_the_same_plan_too(tmp_path):
-    """Of llamas, and of mixtures of experts, with padding in all of the batches but the first."""
+    """A Llama and a mixture of experts, with padding in most of the batches."""
     run(tmp_path, "families")
     for family, recipe in rank_worker.FAMILIES:
         plans = [
-            (tmp_path / f"{family}-{recipe}-{size}-{rank}").read_bytes()
-            for size in (0, 2, 3)
-            for rank in range(size or 1)
+            (tmp_path / f"{family}-{recipe}-{size}-{rank}").read_bytes() for size in (0, 2) for rank in range(size or 1)
         ]
         assert len(set(plans)) == 1, (family, recipe)
 
