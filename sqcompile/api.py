@@ -65,6 +65,9 @@ def compile(
 ) -> CompiledModel:
     """Compiles a float model to W8A8 INT8 with SmoothQuant. The model itself is never changed.
 
+    In a process group of `torch.distributed`, unless a plan is passed, all ranks call it with the same model and data, and
+    share the calibration; see `calibrate`.
+
     Args:
         model: an nn.Module in eval mode that torch.export can capture.
         calib_loader: calibration batches (tensors, tuples of arguments, dicts of keyword arguments), or a callable
@@ -143,6 +146,10 @@ def calibrate(
 ) -> Plan:
     """Makes the Plan that `compile` would make; ``compile(model, plan=plan)`` then needs no data.
 
+    In an initialized process group of `torch.distributed` it is a collective: every rank calls it with the same model,
+    recipe and whole loader, each observes its share of the batches, and all return the plan that one process would have
+    made.
+
     Args:
         model: as for `compile`.
         calib_loader: as for `compile`.
@@ -158,7 +165,8 @@ def calibrate(
         A Plan, which `Plan.save` writes to a file.
 
     Raises:
-        SQCompileError: as `compile`.
+        SQCompileError: as `compile`; on several ranks a CalibrationError where another rank fails, dies, does not come, or
+            was passed something else.
         KeyboardInterrupt: as `compile`.
     """
     with together() as ranks:

@@ -89,21 +89,25 @@ def quantize_checkpoint(
     check_target(format, out)
     data = [*each_at_once(batches)]
     limit = nullcontext() if memory is None else memory_limit(memory)
-    with deferred(), limit:
-        net = open_checkpoint(source, model, dtype=dtype, temporary=temporary)
-        inputs = {
-            "files of the checkpoint": _of_files(source),
-            "batches": _of_batches(data),
-            "recipe": repr(how),
-            "model": f"{type(net).__name__} {dtype}",
-            "format": format,
-            "versions": f"{VERSION} {torch.__version__} {transformers_version()}",
-        }
-        with Work(place, inputs).held() as kept:
-            plan = _plan(kept, net, data, how, progress)
-            if format != NATIVE:
-                return export(net, plan, format, out)
-            return export_artifact(net, plan, out, kept=kept)
+    try:
+        with deferred(), limit:
+            net = open_checkpoint(source, model, dtype=dtype, temporary=temporary)
+            inputs = {
+                "files of the checkpoint": _of_files(source),
+                "batches": _of_batches(data),
+                "recipe": repr(how),
+                "model": f"{type(net).__name__} {dtype}",
+                "format": format,
+                "versions": f"{VERSION} {torch.__version__} {transformers_version()}",
+            }
+            with Work(place, inputs).held() as kept:
+                plan = _plan(kept, net, data, how, progress)
+                if format != NATIVE:
+                    return export(net, plan, format, out)
+                return export_artifact(net, plan, out, kept=kept)
+    except OSError as e:  # a full disk, say; what is finished stays
+        hint = f"mend that and do the same again, which goes on with what {place} has"
+        raise ArtifactError(f"{out} cannot be written ({said(e)}): {hint}") from e
 
 
 def _plan(kept: Work, net: Any, data: list[Any], recipe: Recipe, progress: bool) -> Plan:

@@ -25,7 +25,8 @@ from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.process.interrupts import deferred
 from sqcompile.process.lock import analysing, compiling
 from sqcompile.process.progress import stages
-from sqcompile.statistics.observe import Calibration, Observer, calibrate
+from sqcompile.statistics.observe import Calibration, calibrate
+from sqcompile.statistics.observer import Observer
 from sqcompile.statistics.outputs import OutputObserver
 
 _Observer = TypeVar("_Observer", bound=Observer)

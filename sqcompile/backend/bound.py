@@ -17,7 +17,7 @@ from sqcompile.backend.weights import states, storage_of
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import state
 from sqcompile.pytorch.core import storage_expired
-from sqcompile.statistics.observe import Observer
+from sqcompile.statistics.observer import Observer
 
 
 class Weights:

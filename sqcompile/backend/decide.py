@@ -33,7 +33,8 @@ from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import LM_HEAD, Recipe
 from sqcompile.statistics.input_stats import InputStats
-from sqcompile.statistics.observe import Calibration, Observer
+from sqcompile.statistics.observe import Calibration
+from sqcompile.statistics.observer import Observer
 
 
 def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:

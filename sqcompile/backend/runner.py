@@ -30,7 +30,7 @@ from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import resolve_recipe
 from sqcompile.process.lock import compiling
-from sqcompile.statistics.observe import Observer
+from sqcompile.statistics.observer import Observer
 
 GRAD = (
     "backend 'smoothquant' computes no gradients, and this call asks for them: call the model under torch.no_grad() or "

@@ -22,17 +22,9 @@ from torch import Tensor
 import sqcompile
 from sqcompile.bench.timing import machine
 from sqcompile.files.weights import Later, write_weights
+from sqcompile.process.memory import bytes_of
 
 RECIPES = ("alpha=0.5", "default")
-_UNITS = {"": 1, "MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
-
-
-def bytes_of(text: str) -> int:
-    """A number of bytes such as 6GiB or 500MB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
-    if found is None or found[2] not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes: write it as 6GiB or 500MB")
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def llama_config(hidden: int, layers: int, vocabulary: int) -> Any:

@@ -71,9 +71,9 @@ def quantize(
 
     with command(json, quiet) as terminal:
         from sqcompile.cli.batches import Asked
-        from sqcompile.cli.memory import size
         from sqcompile.cli.quantize import Job, quantize
         from sqcompile.cli.recipes import recipe_from
+        from sqcompile.process.memory import bytes_of
 
         fields = {
             "alpha": alpha, "activation": activation, "weight": weight, "smooth": smooth, "rotate": rotate,
@@ -88,7 +88,7 @@ def quantize(
             raise CommandError("--plan says what is done: leave out --calib, --recipe and its fields")
         data = Asked(calib, samples, seq_len, seed, batch_size, tokenizer) if calib else None
         made = recipe_from(recipe, fields)
-        memory = None if max_memory is None else size(max_memory)
+        memory = None if max_memory is None else bytes_of(max_memory)
         quantize(Job(model, None if dry_run else out, format, made, plan, data, model_dtype, memory), terminal)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,13 @@ from sqcompile.capture.trace import trace
 from sqcompile.checkpoints.export import Exported
 from sqcompile.checkpoints.float_model import DTYPES, Checkpoint
 from sqcompile.cli.batches import Asked, batches
-from sqcompile.cli.memory import limited
 from sqcompile.cli.ranks import in_a_group, process_group
 from sqcompile.cli.terminal import CommandError, Terminal
 from sqcompile.large import RESUMABLE, quantize_checkpoint
 from sqcompile.passes.ir.graph import find_linears, get_tensor, nodes_by_name
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Recipe
+from sqcompile.process.memory import memory_limit
 from sqcompile.programs.export import FORMATS, check_target, export
 from sqcompile.show.load import example_of
 from sqcompile.show.summary import Summary
@@ -68,7 +69,7 @@ def quantize(job: Job, terminal: Terminal) -> None:
         )
     checkpoint = Checkpoint.open(job.model)
     if job.out is None:
-        with limited(job.memory):
+        with _limited(job.memory):
             return _dry_run(job, checkpoint, terminal)
     check_target(job.format, job.out)
     start = time.perf_counter()
@@ -110,10 +111,14 @@ def _resumable(job: Job, checkpoint: Checkpoint, terminal: Terminal) -> Exported
     )  # fmt: skip
 
 
+def _limited(most: int | None) -> AbstractContextManager[None]:
+    return nullcontext() if most is None else memory_limit(most)
+
+
 def _exported(job: Job, checkpoint: Checkpoint, first: bool, terminal: Terminal) -> Exported | None:
     """By a plan that is there, or in another format, or by several ranks, of which the first one writes."""
     assert job.out is not None
-    with limited(job.memory):
+    with _limited(job.memory):
         model = checkpoint.load(job.dtype)
         if job.plan is not None:
             plan = Plan.load(job.plan)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sqcompile.errors import SQCompileError
+from sqcompile.files.regular import said
 
 _OURS = str(Path(__file__).resolve().parent.parent)
 FAILED, INTERRUPTED = 2, 130  # exit codes
@@ -89,8 +90,11 @@ def command(as_json: bool = False, quiet: bool = False) -> Iterator[Terminal]:
         print(f"interrupted: {terminal.left()}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(INTERRUPTED)  # at once: threads of a pool or of a compiler would be waited for
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        os._exit(0)
+    except OSError as e:  # of a disk, as the system says it
+        if isinstance(e, BrokenPipeError):  # the reader of a pipe has seen enough
+            os._exit(0)
+        terminal.fail(CommandError(said(e)))
+        sys.exit(FAILED)
 
 
 def _show_own(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:

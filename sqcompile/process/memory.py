@@ -14,6 +14,7 @@ import ctypes
 import math
 import mmap
 import os
+import re
 import sys
 import warnings
 import weakref
@@ -29,6 +30,11 @@ from sqcompile.process.interrupts import watchers
 _PRESENT, _SWAPPED, _OF_A_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))  # of an entry of /proc/self/pagemap
 _AT_ONCE = 2**16  # entries that are read of it
 _WORTH = 2**26  # bytes
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{kind}": (1000 if kind == "B" else 1024) ** (i + 1)
+    for i, letter in enumerate("KMGT")
+    for kind in ("B", "iB")
+}
 
 
 class Mapped(mmap.mmap):
@@ -83,6 +89,18 @@ def _clean(address: int, size: int) -> Iterator[tuple[int, int]]:
             edges = np.flatnonzero(np.diff(np.concatenate([[True], kept, [True]]).astype(np.int8)))
             for start, end in edges.reshape(-1, 2).tolist():
                 yield (first + start) * page, min((first + end) * page, size)
+
+
+def bytes_of(text: str) -> int:
+    """The bytes that "6GiB", "500 MB" or "1000000" stands for.
+
+    Raises:
+        RecipeError: for other text.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:i?B)?)", text.strip())
+    if found is None or found[2] not in _UNITS or not float(found[1]):
+        raise RecipeError(f"{text!r} is no size: write it as 6GiB, 500MB or a number of bytes")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ from torch import distributed as dist
 from sqcompile.errors import CalibrationError, SQCompileError
 from sqcompile.process.interrupts import checkpoint
 
-BEAT, SILENT = 0.5, 30.0  # seconds: between two signs of life, and without one until a rank is taken for dead
+# seconds between two signs of life, and without one until a rank is taken for dead: some parsers let no other thread run
+BEAT, SILENT = 0.5, 60.0
 _LINGER = 5.0  # seconds for which a rank that has failed stays, so that the others read why: the store may be its own
 _PAUSE = 0.02  # seconds between two looks into the store
 
@@ -47,7 +48,10 @@ class Ranks:
         """Raises CalibrationError where another rank has failed or is dead."""
 
     def agree(self, said: Mapping[str, tuple[str, str]]) -> None:
-        """Compares what should be the same on all ranks: by what it is, a value and what to do where it differs.
+        """Compares what should be the same on all ranks.
+
+        Args:
+            said: a value, and what to do where it differs, by what a rank then has: "another model".
 
         Raises:
             CalibrationError: where it is not.
@@ -98,6 +102,7 @@ class _Group(Ranks):
         self._run = f"sqcompile/{self._store.add(f'sqcompile/runs/{self.rank}', 1)}"
         self._began, self._steps = time.monotonic(), 0
         self._why: str | None = None  # why this calibration ends
+        self._dead: set[int] = set()
         self._over = threading.Event()
         self._store.add(self._key("beat", self.rank), 1)
         self._watch = threading.Thread(target=self._watch_others, name="sqcompile ranks", daemon=True)
@@ -112,8 +117,7 @@ class _Group(Ranks):
         for rank, other in enumerate(others, 1):
             for what, (_, advice) in said.items():
                 if other.get(what) != first.get(what):
-                    values = f", {other.get(what)} and {first.get(what)}" if what.startswith("number") else ""
-                    self._why = self._why or f"rank {rank} has another {what} than rank 0{values}: {advice}"
+                    self._why = self._why or f"rank {rank} has {what} than rank 0: {advice}"
         self.check()
 
     def to_first(self, data: bytes) -> Iterator[bytes]:
@@ -141,7 +145,7 @@ class _Group(Ranks):
         if self._over.is_set():
             return
         words = str(error) if isinstance(error, SQCompileError) else f"{type(error).__name__}: {error}"
-        words = " ".join(words.split())
+        words = " ".join(words.split()).rstrip(": ")
         with contextlib.suppress(RuntimeError):  # a store that has ended
             if self._store.add(self._key("failing"), 1) == 1:
                 why = words if words == self._why else f"rank {self.rank} failed: {words}"
@@ -163,7 +167,8 @@ class _Group(Ranks):
         return self._store.check([self._key(*parts)])
 
     def _is_told(self, rank: int) -> bool:
-        return self._has("knows", rank) or not self._has("beat", rank)
+        gone = rank in self._dead or self._has("done", rank)
+        return gone or self._has("knows", rank) or not self._has("beat", rank)
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
@@ -210,9 +215,7 @@ class _Group(Ranks):
             return tensor.cpu().numpy().tobytes()
         except RuntimeError as e:
             end = time.monotonic() + SILENT + 4 * BEAT
-            while (
-                time.monotonic() < end
-            ):  # the backend does not say which rank is dead, and the others' signs of life do
+            while time.monotonic() < end:  # the backend does not say which rank is dead: who is silent does
                 checkpoint()
                 self.check()
                 time.sleep(_PAUSE)
@@ -234,6 +237,7 @@ class _Group(Ranks):
                     if rank not in heard or heard[rank][0] != beat:
                         heard[rank] = beat, now
                     elif now - heard[rank][1] > SILENT:
+                        self._dead.add(rank)
                         self._why = self._why or f"rank {rank} has ended: it gave no sign of life for {SILENT:g} s"
         except RuntimeError as e:
             self._why = self._why or _storeless(e)

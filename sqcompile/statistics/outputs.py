@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.passes.ir.graph import Linear
-from sqcompile.statistics.observe import Observer
+from sqcompile.statistics.observer import Observer
 
 
 class OutputObserver(Observer):

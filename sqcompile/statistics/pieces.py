@@ -18,7 +18,7 @@ from sqcompile.passes.ir.graph import LINEARS, constants
 from sqcompile.process.spool import Spool
 
 if TYPE_CHECKING:
-    from sqcompile.statistics.observe import Observer
+    from sqcompile.statistics.observer import Observer
 
 PIECE = 8  # linears of a piece: a decoder layer has 4 to 7
 MOST = 2**28  # bytes at a cut, of all batches, that are kept in memory

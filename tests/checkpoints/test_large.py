@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import os
 import re
@@ -112,6 +113,20 @@ def test_what_was_damaged_meanwhile_is_made_anew(checkpoint, whole, tmp_path, mo
     (work / ".out-1.tmp").mkdir()
     quantized(checkpoint, tmp_path / "out")
     assert same(whole, tmp_path / "out") and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(checkpoint, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as m:
+        m.setattr(large, "write_statistics", full)
+        with pytest.raises(
+            ArtifactError, match=r"out cannot be written \(OSError: .*No space left on device\): mend that"
+        ):
+            quantized(checkpoint, out)
+    assert not out.exists()
 
 
 def test_other_arguments_are_refused_in_words(checkpoint, tmp_path, monkeypatch):

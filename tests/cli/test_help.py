@@ -9,8 +9,8 @@ import typer
 from cli_cases import run
 
 from sqcompile.cli.app import _bench, app
-from sqcompile.cli.memory import size
-from sqcompile.cli.terminal import CommandError
+from sqcompile.errors import RecipeError
+from sqcompile.process.memory import bytes_of
 
 SNAPSHOT = Path(__file__).parent / "help.txt"
 
@@ -47,7 +47,7 @@ def test_help_is_printed(name: str) -> None:
 
 
 def test_sizes() -> None:
-    assert [size(t) for t in ("6GiB", "500 MB", "12", "1.5KB")] == [6 * 2**30, 500 * 10**6, 12, 1500]
+    assert [bytes_of(t) for t in ("6GiB", "500 MB", "12", "1.5KB")] == [6 * 2**30, 500 * 10**6, 12, 1500]
     for wrong in ("", "6 gigs", "-1", "0", "GiB", "1e9"):
-        with pytest.raises(CommandError, match="is no size"):
-            size(wrong)
+        with pytest.raises(RecipeError, match="is no size"):
+            bytes_of(wrong)

@@ -17,8 +17,8 @@ from sqcompile import Recipe
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
 from sqcompile.passes.planning.end_to_end import FEW, WHY, at_worst
-from sqcompile.statistics.observe import Observer
-from sqcompile.statistics.sample import CALLS, LARGEST, ROWS, Sample
+from sqcompile.statistics.observer import Observer
+from sqcompile.statistics.sample import CALLS, LARGEST, LOOKS, ROWS, Sample
 
 FORMS = ("compile", "backend")
 
@@ -108,6 +108,15 @@ def test_a_sample_is_bounded():
     for _ in range(CALLS):
         rows_of(torch.randn(10, 2**19), several)
     assert 0 < several.bytes <= LARGEST
+
+
+def test_a_sample_is_of_the_first_calls():
+    """A process that shares its batches with others runs all batches until the sample is full."""
+    sample = Sample()
+    for _ in range(LOOKS):
+        assert not sample.full
+        sample.add([torch.zeros(3)], [torch.arange(3)], lambda i, y: None, 0)
+    assert sample.full and not rows_of(torch.randn(1, 3, 8), sample).calls
 
 
 def test_a_sample_is_a_copy_without_padding():

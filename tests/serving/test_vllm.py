@@ -130,8 +130,7 @@ def _server(directory: Path, folder: Path) -> Iterator[str]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [
-        str(PYTHON), "-m", "vllm.entrypoints.openai.api_server",  # `vllm serve` looks for a package of another name
-        "--model", str(directory), "--served-model-name", "net", "--host", "127.0.0.1", "--port", str(port),
+        str(Path(str(PYTHON)).parent / "vllm"), "serve", str(directory), "--served-model-name", "net", "--host", "127.0.0.1", "--port", str(port),
         "--enforce-eager", "--dtype", "float32", "--max-model-len", "256",
     ]  # fmt: skip
     log = folder / "log"
