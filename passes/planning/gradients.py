@@ -180,6 +180,7 @@ class _Backward:
         wanted = [*leaves.values(), *read.values(), *outputs.values()]
         grads: Sequence[Tensor | None] = [None] * len(wanted)
         if ends and wanted:
+            checkpoint()  # backwards, all weights of the piece are read without one
             grads = torch.autograd.grad([y for y, _ in ends], wanted, [g for _, g in ends], allow_unused=True)
         every = [torch.zeros_like(x) if g is None else g.detach() for x, g in zip(wanted, grads, strict=True)]
         of_reads = every[len(leaves) : len(leaves) + len(read)]

@@ -112,7 +112,7 @@ def memory_limit(most: int) -> Iterator[None]:
     the weight at hand are the rest. Where these alone take more than the limit, a warning says so, once.
 
     Args:
-        most: bytes. Two gigabytes more than the largest weight has in float32 are a good start.
+        most: bytes. Two gigabytes more than the weights of one decoder layer are a good start.
 
     Raises:
         RecipeError: for what is no number of bytes, or on a system without /proc/self/pagemap (Linux has it).
