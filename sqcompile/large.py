@@ -16,7 +16,7 @@ from sqcompile.checkpoints.export import Exported
 from sqcompile.checkpoints.open_checkpoint import open_checkpoint
 from sqcompile.checkpoints.skeleton import transformers_version
 from sqcompile.errors import ArtifactError, CalibrationError
-from sqcompile.files.regular import said
+from sqcompile.files.regular import is_regular, said
 from sqcompile.files.work import Work
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Recipe, resolve_recipe
@@ -148,6 +148,8 @@ def _of_files(folder: str) -> str:
             continue
         path = os.path.join(folder, name)
         status = os.stat(path)
+        if not is_regular(status.st_mode):
+            continue
         digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
         with open(path, "rb") as f:
             first = f.read(8)

@@ -83,7 +83,7 @@ def loaded(
     constants: bool = True,
 ) -> CompiledModel:
     """As `load`. Without ``constants`` the compiled code is one that other processes can use, as that of ``code`` is."""
-    where, on = _device(device), Target.given(target)
+    where, on = device_of(device), Target.given(target)
     with deferred(), compiling(), torch.no_grad():
         register_kv_cache_pytree()
         if _is_checkpoint(path):
@@ -195,7 +195,12 @@ class CheckpointStages(SavedStages):
             return _lower(gm, self._target) if name == "lowered" else quantize_weights(gm)
 
 
-def _device(device: Any) -> torch.device | None:
+def device_of(device: Any) -> torch.device | None:
+    """The device that a user names; None for None.
+
+    Raises:
+        ArtifactError: if this machine has no such device.
+    """
     try:
         return None if device is None else torch.empty(0, device=device).device
     except Exception as e:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sqcompile.capture.call_spec import DTYPES, MOST_DIMS
 from sqcompile.errors import ArtifactError
+from sqcompile.files.directory import link_or_copy
 from sqcompile.files.safetensors_files import FILE_NAME, opened
 from sqcompile.files.weights import Later, write_weights
 from sqcompile.files.work import Work
@@ -76,7 +77,7 @@ def write_tensors(
 
         path, done = os.path.join(folder, file), None if kept is None else kept.find(file)
         if done is not None and isinstance(done[1], dict) and done[1].keys() == set(names):
-            os.link(done[0], path)
+            link_or_copy(done[0], path)
             sums |= done[1]
         else:
             write_weights(path, {n: _dense(tensors[n]) for n in names}, see=see)

@@ -62,15 +62,13 @@ class Checkpoint:
         inner = _inner(folder)
         if not os.path.exists(os.path.join(inner, CONFIG)):
             raise ArtifactError(f"{folder} has no {CONFIG}: pass the directory of a model that transformers can load")
-        try:
-            written = _json(inner, CONFIG)
-            config = transformers.AutoConfig.from_pretrained(inner, local_files_only=True, trust_remote_code=False)
-        except Exception as e:
-            raise ArtifactError(f"the {CONFIG} of {folder} cannot be read ({said(e)}): copy the model again") from e
+        config = config_of(inner)
+        written = _json(inner, CONFIG)
         if "quantization_config" in written:
             raise ArtifactError(f"{folder} is quantized already: pass the float model that it was made from")
         _check_weights(inner)
-        name = (written.get("architectures") or [None])[0]
+        classes = written.get("architectures")
+        name = classes[0] if isinstance(classes, list) and classes else None
         found = getattr(transformers, name, None) if isinstance(name, str) else None
         if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
             raise ArtifactError(
@@ -135,6 +133,20 @@ class Checkpoint:
             raise ArtifactError(
                 f"{self.folder} has no processor of {self.reads} ({said(e)}): copy its preprocessor_config.json"
             ) from e
+
+
+def config_of(folder: str) -> Any:
+    """The configuration in a directory, as transformers has it.
+
+    Raises:
+        ArtifactError: if it cannot be read.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as e:
+        raise ArtifactError(f"the {CONFIG} of {folder} cannot be read ({said(e)}): copy the model again") from e
 
 
 def load_tokenizer(folder: str) -> Any:

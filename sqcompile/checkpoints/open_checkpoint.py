@@ -69,7 +69,7 @@ def open_checkpoint(
             raise ArtifactError(f"{folder} cannot be opened: {e}") from e
         except OSError as e:
             raise ArtifactError(
-                f"{folder} cannot be opened ({said(e)}): pass temporary=, a directory on a disk with room"
+                f"{folder} cannot be opened ({said(e)}): make room, or name a directory on another disk with temporary= or TMPDIR"
             ) from e
         except Exception as e:  # of whatever a configuration that fits no model leads to
             raise ArtifactError(f"{folder} cannot be opened ({said(e)}): copy the directory again, whole") from e

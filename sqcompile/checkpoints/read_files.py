@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ def read_json(folder: str, file: str) -> dict[str, Any]:
         raise ArtifactError(f"{file} cannot be read ({said(e)}): copy the directory again, whole") from e
 
 
+def _names(folder: str, file: str) -> list[str]:
+    with opened(folder, file) as f:
+        return [*f.keys()]
+
+
 class Files:
     """The tensors of a directory.
 
@@ -40,8 +45,8 @@ class Files:
         found: the file of each tensor, by name.
     """
 
-    def __init__(self, folder: str) -> None:
-        """Looks at the index and at the headers of the files.
+    def __init__(self, folder: str, names: Callable[[str, str], Iterable[str]] = _names) -> None:
+        """Looks at the index and at the headers of the files, which ``names`` reads: of a directory and a file of it.
 
         Raises:
             ArtifactError: if a file is missing, damaged, a link, or not where the directory is.
@@ -59,11 +64,10 @@ class Files:
         elif not os.path.lexists(os.path.join(folder, SINGLE)):
             raise ArtifactError(f"it has no {SINGLE} and no {INDEX}: only weights in safetensors are read")
         for file in sorted({SINGLE} if index is None else {*index.values()}):
-            with opened(self.folder, file) as f:
-                for name in f.keys():  # noqa: SIM118  (no mapping)
-                    if name in self.found or (index is not None and index.get(name) != file):
-                        raise ArtifactError(f"{file} has {name[:100]!r}, which the index has elsewhere or twice")
-                    self.found[name] = file
+            for name in names(self.folder, file):
+                if name in self.found or (index is not None and index.get(name) != file):
+                    raise ArtifactError(f"{file} has {name[:100]!r}, which the index has elsewhere or twice")
+                self.found[name] = file
         for name in index or ():
             if name not in self.found:
                 raise ArtifactError(f"{name[:100]!r} is in {INDEX} and in no file: copy the directory again, whole")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from sqcompile.checkpoints.read_files import CONFIG
 from sqcompile.errors import ArtifactError
 
-_MOST_LAYERS, _MOST_SIZE = 1024, 2**24
+_MOST_LAYERS, _MOST_SIZE = 1024, 2**26
+_LAYERS = re.compile(r"n_layers?|(num_|n_)?(\w+_)?layers|num_(\w+_)?layers|layers_count|depth")  # how many there are
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -82,5 +84,5 @@ def _check_sizes(config: dict[str, Any]) -> None:
     for key, x in config.items():
         if isinstance(x, dict):
             _check_sizes(x)
-        elif type(x) is int and x > (_MOST_LAYERS if "layer" in key else _MOST_SIZE):
+        elif type(x) is int and x > (_MOST_LAYERS if _LAYERS.fullmatch(key) else _MOST_SIZE):
             raise ArtifactError(f"its {CONFIG} has {key[:100]}={x}, more than any model has")

@@ -201,7 +201,7 @@ def bench(
     context: typer.Context,
     what: Annotated[str, typer.Argument(metavar="DIR", help="a quantized model, or the name of a benchmark")] = "",
 ) -> None:
-    """Time a quantized model, or run one of the benchmarks: cpu, gpu, attention, generate, speedup, tools.
+    """Time a quantized model, or run one of the benchmarks: cpu, gpu, attention, generate, large, speedup, tools.
 
     **Examples**
 
@@ -230,7 +230,7 @@ def _time(
 ) -> None:
     """Time a quantized model on this machine, beside torch.compile of the float model if there is one.
 
-    The name of a benchmark in the place of DIR runs that: cpu, gpu, attention, generate, speedup, tools.
+    The name of a benchmark in the place of DIR runs that: cpu, gpu, attention, generate, large, speedup, tools.
 
     **Examples**
 
@@ -260,9 +260,12 @@ def show(context: typer.Context) -> None:
 
     `sqcompile show out --stage quantized`
     """
-    from sqcompile.show.__main__ import main
+    from sqcompile.cli.terminal import command
 
-    main(context.args)
+    with command():
+        from sqcompile.show.__main__ import run
+
+        run(context.args)
 
 
 @app.command(context_settings=_PASSED_ON)

@@ -55,18 +55,18 @@ def length_of(asked: Asked, checkpoint: Checkpoint) -> int:
     return asked.seq_len
 
 
-def batches(asked: Asked, checkpoint: Checkpoint, model: nn.Module | None) -> list[dict[str, Tensor]]:
+def batches(asked: Asked, checkpoint: Checkpoint, model: Callable[[], nn.Module]) -> list[dict[str, Tensor]]:
     """The batches, all of them in memory.
 
     Args:
         asked: see there.
         checkpoint: of the model.
-        model: in float, which gives a decoder's tokens; None where there is no decoder beside an encoder.
+        model: gives the float model, which writes a decoder's tokens; called where there is a decoder beside an encoder.
 
     Raises:
         CommandError: for data that the model does not read, or that is too little.
     """
-    kind = samples.kind_of(asked.path)
+    kind = samples.kind_of(asked.path, checkpoint.reads)
     if kind != checkpoint.reads and not (kind == "ids" and checkpoint.reads == "text"):
         raise CommandError(
             f"{asked.path} is {kind}, and {checkpoint.architecture.__name__} reads {checkpoint.reads}: pass {samples.KINDS}"
@@ -74,8 +74,9 @@ def batches(asked: Asked, checkpoint: Checkpoint, model: nn.Module | None) -> li
     found = [*_inputs(asked, checkpoint, kind)]
     if not found:
         raise CommandError(f"{asked.path} has nothing in it: pass real inputs of the model")
-    if checkpoint.encoder_decoder and model is not None:
-        found = [_with_decoder(model, batch) for batch in found]
+    if checkpoint.encoder_decoder:
+        net = model()
+        found = [_with_decoder(net, batch) for batch in found]
     return found
 
 
@@ -95,6 +96,10 @@ def _inputs(asked: Asked, checkpoint: Checkpoint, kind: str) -> Iterator[dict[st
                 yield {"input_ids": part}
             return
         for texts in _batched(itertools.islice(found, asked.samples), size):
+            if len(texts) > 1 and tokenizer.pad_token is None:
+                raise CommandError(
+                    "the tokenizer has no padding token, and texts differ in length: pass --batch-size 1"
+                )
             yield dict(
                 tokenizer(texts, padding=len(texts) > 1, truncation=True, max_length=length, return_tensors="pt")
             )
@@ -106,7 +111,12 @@ def _inputs(asked: Asked, checkpoint: Checkpoint, kind: str) -> Iterator[dict[st
             return
         rate = int(processor.sampling_rate)
         for sounds in _batched(itertools.islice(samples.sounds(asked.path, rate, asked.seed), asked.samples), size):
-            yield dict(processor(sounds, sampling_rate=rate, return_tensors="pt"))
+            yield dict(processor(sounds, sampling_rate=rate, return_tensors="pt", **_padding(processor)))
+
+
+def _padding(processor: Any) -> dict[str, Any]:
+    """Recordings of different lengths are padded to the longest, where the processor has not a length of its own."""
+    return {} if getattr(processor, "nb_max_frames", None) else {"padding": True}
 
 
 def windows(texts: Iterable[str], tokenizer: Any, length: int, most: int, path: str) -> Tensor:
@@ -164,7 +174,8 @@ def _batched(found: Iterable[Any], size: int) -> Iterator[list[Any]]:
 @torch.no_grad()
 def _with_decoder(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The batch with what the float model itself writes, which its decoder reads in use."""
-    tokens = model.generate(**batch, max_new_tokens=_NEW, do_sample=False)
+    here = {name: x.to(model.device) for name, x in batch.items()}
+    tokens = model.generate(**here, max_new_tokens=_NEW, do_sample=False).cpu()
     start = model.generation_config.decoder_start_token_id
     if not bool((tokens[:, 0] == start).all()):  # some leave it out
         tokens = torch.cat([torch.full_like(tokens[:, :1], start), tokens], 1)

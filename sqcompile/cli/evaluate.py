@@ -7,12 +7,12 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sqcompile.checkpoints.float_model import Checkpoint
 from sqcompile.cli.batches import Asked, batches, template_of, windows
 from sqcompile.cli.samples import kind_of, texts, token_ids
-from sqcompile.cli.saved import is_int8, load_any, tokenizer_of
+from sqcompile.cli.saved import is_int8, load_any, row_length, tokenizer_of
 from sqcompile.cli.terminal import CommandError, Terminal
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.evaluation import Evaluation, evaluate
@@ -32,18 +32,18 @@ def evaluate_directory(
     data: Any
     if source is not None:
         checkpoint = Checkpoint.open(source)
-        data = batches(asked, checkpoint, reference if source == against else model)
+        data = batches(asked, checkpoint, lambda: reference if reference is not None and source == against else model)
     else:
-        data = _windows(asked, folder)
+        data = _windows(asked, folder, model)
     if isinstance(model, CompiledModel) and "attention_mask" in model.plan.call["kwargs"]:
-        data = [{"attention_mask": torch.ones_like(batch["input_ids"]), **batch} for batch in data]
+        data = [b if "attention_mask" in b else {**b, "attention_mask": torch.ones_like(b["input_ids"])} for b in data]
     found = evaluate(model, data, against=reference, layers=False, progress=terminal.progress)
     terminal.result(as_dict(found), str(found).partition("\nSQNR per layer")[0])
 
 
-def _windows(asked: Asked, folder: str) -> list[dict[str, Tensor]]:
+def _windows(asked: Asked, folder: str, model: nn.Module) -> list[dict[str, Tensor]]:
     """Windows of text for a causal language model that nothing but its saved graph is known of."""
-    kind, length = kind_of(asked.path), asked.seq_len or 512
+    kind, length = kind_of(asked.path), asked.seq_len or row_length(folder, model)
     if kind not in ("text", "ids"):
         raise CommandError(f"{asked.path} is {kind}: pass --against with the float model, which says what it reads")
     size = asked.batch_size or 4

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from sqcompile.cli.saved import load_any, tokenizer_of
 from sqcompile.cli.terminal import CommandError, Terminal
 from sqcompile.compiled.emit import CompiledModel
+from sqcompile.errors import SQCompileError
+from sqcompile.files.regular import said as words
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,10 @@ def generate(folder: str, asked: Asked, backend: str, device: str | None, as_jso
         text = tokenizer.decode(new, skip_special_tokens=True)
         terminal.result({"prompt": asked.prompt, "text": text, "tokens": new, "tokens_per_second": speed}, "")
         return
-    print()
-    said = f", {speed:.1f} tokens/s without a KV cache" if speed else ""
-    terminal.say(f"{len(new)} tokens, the first after {first - start:.1f} s{said}")
+    _write(tokenizer.decode(new, skip_special_tokens=True)[len(written) :] + "\n")
+    said = f", the first after {first - start:.1f} s" if new else ""
+    said += f", {speed:.1f} tokens/s without a KV cache" if speed else ""
+    terminal.say(f"{len(new)} tokens{said}")
 
 
 def _write(text: str) -> None:
@@ -86,7 +89,12 @@ def tokens(model: nn.Module, ids: Tensor, asked: Asked, end: int | None) -> Iter
     masked = _reads_mask(model)
     ids = ids.to(device)
     for _ in range(asked.tokens):
-        out = model(input_ids=ids, attention_mask=torch.ones_like(ids)) if masked else model(input_ids=ids)
+        try:
+            out = model(input_ids=ids, attention_mask=torch.ones_like(ids)) if masked else model(input_ids=ids)
+        except SQCompileError:
+            raise
+        except (IndexError, TypeError, ValueError) as e:  # of a model that takes other inputs, or no longer text
+            raise CommandError(f"the model cannot go on after {ids.shape[1]} tokens ({words(e)})") from e
         logits: Any = getattr(out, "logits", out)
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[1] != ids.shape[1]:
             raise CommandError("the model gives no logits [batch, tokens, vocabulary]: generate needs a language model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from sqcompile.capture.trace import trace
 from sqcompile.checkpoints.export import Exported
 from sqcompile.checkpoints.float_model import DTYPES, Checkpoint
 from sqcompile.cli.batches import Asked, batches
-from sqcompile.cli.ranks import in_a_group, process_group
+from sqcompile.cli.ranks import follows, in_a_group, process_group
 from sqcompile.cli.terminal import CommandError, Terminal
 from sqcompile.large import RESUMABLE, quantize_checkpoint
 from sqcompile.passes.ir.graph import find_linears, get_tensor, nodes_by_name
@@ -61,6 +62,8 @@ def quantize(job: Job, terminal: Terminal) -> None:
     Raises:
         SQCompileError: one sentence; nothing was written then.
     """
+    if follows():
+        terminal.hush()
     if job.format not in FORMATS:
         raise CommandError(f"--format {job.format}: choose one of {', '.join(FORMATS)}")
     if job.out is not None and job.data is None and job.plan is None:
@@ -98,7 +101,8 @@ def quantize(job: Job, terminal: Terminal) -> None:
 def _resumable(job: Job, checkpoint: Checkpoint, terminal: Terminal) -> Exported:
     """In a run that goes on where an earlier one was cut off."""
     assert job.out is not None
-    data = _data(job, checkpoint, checkpoint.load(job.dtype), terminal)
+    with _limited(job.memory):
+        data = _data(job, checkpoint, lambda: checkpoint.load(job.dtype), terminal)
     work = f"{os.path.realpath(job.out)}.work"
     if os.path.isdir(work):
         terminal.say(f"going on with what {work} has of an earlier run")
@@ -123,12 +127,12 @@ def _exported(job: Job, checkpoint: Checkpoint, first: bool, terminal: Terminal)
         if job.plan is not None:
             plan = Plan.load(job.plan)
         else:
-            data = _data(job, checkpoint, model, terminal)
+            data = _data(job, checkpoint, lambda: model, terminal)
             plan = calibrate(model, data, recipe=job.recipe, max_batches=len(data), progress=terminal.progress)
         return export(model, plan, job.format, job.out) if first else None
 
 
-def _data(job: Job, checkpoint: Checkpoint, model: nn.Module, terminal: Terminal) -> list[dict[str, Any]]:
+def _data(job: Job, checkpoint: Checkpoint, model: Callable[[], nn.Module], terminal: Terminal) -> list[dict[str, Any]]:
     assert job.data is not None
     data = batches(job.data, checkpoint, model)
     terminal.say(f"calibrating on {_rows(data)} rows of {job.data.path}")
@@ -142,7 +146,7 @@ def _dry_run(job: Job, checkpoint: Checkpoint, terminal: Terminal) -> None:
     if job.data is None:
         example = example_of(model)
     else:
-        few = batches(dataclasses.replace(job.data, samples=2, batch_size=2), checkpoint, model)
+        few = batches(dataclasses.replace(job.data, samples=2, batch_size=2), checkpoint, lambda: model)
         example, total = few[0], job.data.samples
     gm = trace(model, as_call(model, example))
     summary, nodes = Summary.of(gm), nodes_by_name(gm)

@@ -22,6 +22,11 @@ def process_group() -> Iterator[bool]:
         dist.destroy_process_group()
 
 
+def follows() -> bool:
+    """Whether torchrun has started this process beside a first one, which speaks for all."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1") and os.environ.get("RANK", "0") not in ("", "0")
+
+
 def in_a_group() -> bool:
     """Whether there are other processes that do the same."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

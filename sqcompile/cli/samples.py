@@ -28,8 +28,8 @@ SOUND = ".wav"
 KINDS = ".txt, .jsonl, .parquet, .npy, or a directory of pictures or .wav files"
 
 
-def kind_of(path: str) -> str:
-    """What a path holds: "text", "ids", "images" or "audio".
+def kind_of(path: str, wanted: str = "text") -> str:
+    """What a path holds: "text", "ids", "images" or "audio"; of a directory with several, the one that is ``wanted``.
 
     Raises:
         CommandError: if it is there not, or holds none of these.
@@ -39,7 +39,10 @@ def kind_of(path: str) -> str:
     endings = {Path(path).suffix.lower()}
     if os.path.isdir(path):
         endings = {p.suffix.lower() for p in Path(path).iterdir()}
-    for kind, known in (("text", TEXTS), ("ids", (".npy",)), ("images", IMAGES), ("audio", (SOUND,))):
+    kinds: list[tuple[str, tuple[str, ...]]] = [
+        ("text", TEXTS), ("ids", (".npy",)), ("images", IMAGES), ("audio", (SOUND,)),
+    ]  # fmt: skip
+    for kind, known in sorted(kinds, key=lambda k: k[0] != wanted):
         if endings.intersection(known) and (kind != "ids" or not os.path.isdir(path)):
             return kind
     raise CommandError(f"{path} is none that can be read: pass {KINDS}")
@@ -167,7 +170,7 @@ def _parquet(path: Path) -> Iterator[Any]:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:  # with or without a byte order mark
             yield from f
     except (OSError, UnicodeDecodeError) as e:
         raise CommandError(f"{path} cannot be read as UTF-8 ({said(e)}): convert it first") from e

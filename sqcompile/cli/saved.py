@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from sqcompile.artifact.directory import MANIFEST
-from sqcompile.checkpoints.float_model import CONFIG, MODULES, Checkpoint, load_tokenizer
+from sqcompile.checkpoints.float_model import CONFIG, MODULES, Checkpoint, config_of, load_tokenizer
 from sqcompile.cli.terminal import CommandError
-from sqcompile.loading import is_saved, load
+from sqcompile.compiled.emit import CompiledModel
+from sqcompile.loading import device_of, is_saved, load
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
@@ -42,18 +43,24 @@ def load_any(folder: str, backend: str, device: str | None) -> nn.Module:
     if is_int8(folder):
         return load(folder, device=device, backend=backend)
     model: Any = Checkpoint.open(folder).load()
-    return model if device is None else model.to(device)
+    return model if device is None else model.to(device_of(device))
 
 
-def tokenizer_of(*folders: str | None) -> Any:
-    """The tokenizer in the first directory that has one.
+def row_length(folder: str, model: nn.Module) -> int:
+    """Tokens of a row of text where nobody says how many: 512, or as many as the model takes, or was calibrated with."""
+    if os.path.exists(os.path.join(folder, CONFIG)):
+        longest = getattr(config_of(folder).get_text_config(), "max_position_embeddings", None)
+        return min(512, longest) if isinstance(longest, int) and longest > 0 else 512
+    ids = model.plan.call["kwargs"].get("input_ids", {}) if isinstance(model, CompiledModel) else {}
+    return ids["shape"][1] if len(ids.get("shape", ())) == 2 else 512
+
+
+def tokenizer_of(given: str | None, folder: str) -> Any:
+    """The tokenizer in the directory that is given, or else in that of the model.
 
     Raises:
-        CommandError: if none has.
+        SQCompileError: if there is none.
     """
-    for folder in folders:
-        if folder is not None and any(os.path.exists(os.path.join(folder, name)) for name in _TOKENIZER):
-            return load_tokenizer(folder)
-    raise CommandError(
-        f"there is no tokenizer in {' or '.join(f for f in folders if f)}: pass a directory that has one with --tokenizer"
-    )
+    if given is None and not any(os.path.exists(os.path.join(folder, name)) for name in _TOKENIZER):
+        raise CommandError(f"there is no tokenizer in {folder}: pass a directory that has one with --tokenizer")
+    return load_tokenizer(given or folder)

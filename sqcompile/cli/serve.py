@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 
@@ -24,9 +25,7 @@ def serve(folder: str, port: int, terminal: Terminal) -> None:
         )
     name = os.path.basename(os.path.realpath(folder))
     line = f"vllm serve {shlex.quote(os.path.realpath(folder))} --served-model-name {shlex.quote(name)} --port {port}"
-    kind = "INT8 (compressed-tensors)" if int8 else "float"
-    ask = (
-        f"curl http://localhost:{port}/v1/completions -H 'Content-Type: application/json' "
-        f"""-d '{{"model": "{name}", "prompt": "def ", "max_tokens": 32}}'"""
-    )
+    kind = "quantized weights" if int8 else "float weights"
+    body = shlex.quote(json.dumps({"model": name, "prompt": "def ", "max_tokens": 32}))
+    ask = f"curl http://localhost:{port}/v1/completions -H 'Content-Type: application/json' -d {body}"
     terminal.result({"command": line, "weights": kind, "request": ask}, f"{line}\n\n# {kind}; a request:\n{ask}")

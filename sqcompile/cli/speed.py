@@ -11,11 +11,9 @@ from torch import nn
 
 from sqcompile.bench.timing import interleaved, machine
 from sqcompile.checkpoints.float_model import Checkpoint
-from sqcompile.cli.saved import is_int8, load_any
+from sqcompile.cli.saved import is_int8, load_any, row_length
 from sqcompile.cli.terminal import CommandError, Terminal, table
 from sqcompile.compiled.emit import CompiledModel
-
-SHAPES = ((1, 1), (1, 512), (4, 512))
 
 
 def bench(folder: str, against: str | None, seconds: float, terminal: Terminal) -> None:
@@ -35,8 +33,8 @@ def bench(folder: str, against: str | None, seconds: float, terminal: Terminal) 
     names = int8.plan.call["kwargs"]
     if "input_ids" not in names or set(names) - {"input_ids", "attention_mask"}:
         raise CommandError(f"{folder} is called with {', '.join(names) or 'arguments by position'}: only text is timed")
-    rows = []
-    for shape in SHAPES:
+    rows, length = [], row_length(folder, int8)
+    for shape in ((1, 1), (1, length), (4, length)):
         call: dict[str, Any] = {"input_ids": torch.ones(shape, dtype=torch.int64)}
         if "attention_mask" in names:
             call["attention_mask"] = torch.ones(shape, dtype=torch.int64)

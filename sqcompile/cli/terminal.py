@@ -35,11 +35,14 @@ class Terminal:
     """
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
-        rank = int(os.environ.get("RANK", "0"))  # of torchrun: one of the processes speaks for all
-        self._json, self._quiet, self._heard = as_json, quiet or rank > 0, rank == 0
+        self._json, self._quiet, self._heard = as_json, quiet, True
         self.left: Callable[[], str] = lambda: "nothing was written"
         self._out, self._err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
         self.progress = not self._quiet and sys.stderr.isatty()
+
+    def hush(self) -> None:
+        """Says nothing more, as another process does that for all."""
+        self._heard, self._quiet, self.progress = False, True, False
 
     def say(self, text: str) -> None:
         """A line for those who wait."""
@@ -59,7 +62,7 @@ class Terminal:
 
     def fail(self, error: BaseException) -> None:
         """One sentence on stderr; with ``--json`` an object on stdout, too."""
-        if self._json:
+        if self._json and self._heard:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}, ensure_ascii=False))
         print(f"error: {error}", file=sys.stderr)
 
@@ -81,7 +84,7 @@ def command(as_json: bool = False, quiet: bool = False) -> Iterator[Terminal]:
     _silence()
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_own  # type: ignore[assignment]
+            warnings.showwarning = _show_nothing if quiet else _show_own  # type: ignore[assignment]
             yield terminal
     except SQCompileError as e:
         terminal.fail(e)
@@ -99,8 +102,12 @@ def command(as_json: bool = False, quiet: bool = False) -> Iterator[Terminal]:
 
 def _show_own(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
     """Our own warnings as a line; those of other packages about themselves are nothing a user can act on."""
-    if os.path.abspath(filename).startswith(_OURS) and issubclass(category, UserWarning):
+    if os.path.realpath(filename).startswith(_OURS) and issubclass(category, UserWarning):
         print(f"warning: {message}", file=sys.stderr)
+
+
+def _show_nothing(*_: Any) -> None:
+    pass
 
 
 def _silence() -> None:

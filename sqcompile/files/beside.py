@@ -21,7 +21,7 @@ def copy_beside(source: str, folder: str) -> list[str]:
     for name in sorted(os.listdir(source)):
         path = os.path.join(source, name)
         wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in _COPIED)
-        if wanted and os.path.isfile(path) and os.path.getsize(path) <= _MOST_BYTES:
+        if wanted and not os.path.islink(path) and os.path.isfile(path) and os.path.getsize(path) <= _MOST_BYTES:
             shutil.copyfile(path, os.path.join(folder, name))
             copied.append(name)
     return copied

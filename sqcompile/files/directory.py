@@ -100,6 +100,18 @@ def _exchanged(a: str, b: str) -> bool:
     raise OSError(code, os.strerror(code), b)
 
 
+def link_or_copy(path: str, new: str) -> None:
+    """Makes a file have a second name, or a second file where the file system has no such links.
+
+    Raises:
+        OSError: if neither can be done.
+    """
+    try:
+        os.link(path, new)
+    except OSError:
+        shutil.copyfile(path, new)
+
+
 def flush(path: str) -> None:
     """Waits until a file, or the names in a directory, are on the disk."""
     if os.name != "posix" and os.path.isdir(path):

@@ -14,18 +14,21 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sqcompile.errors import ArtifactError
 from sqcompile.files.bounded_json import read_object
-from sqcompile.files.directory import flush
+from sqcompile.files.directory import flush, link_or_copy
 from sqcompile.files.regular import read_regular, replace_file, said
 
 _STATE, _LOCK = "state.json", "lock"
 _FORMAT = 1
 _MOST_BYTES = 2**28
+_TEMPORARY = re.compile(r"\..{1,110}-[0-9a-f]{16}\.tmp")  # of `new_file` and `new_directory`
 
 
 class Work:
@@ -39,6 +42,7 @@ class Work:
         """``inputs``: by name, what distinguishes the run's arguments from others."""
         self.folder, self.inputs = folder, dict(inputs)
         self._files: dict[str, dict[str, Any]] = {}
+        self._locked = False
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Work]:
@@ -50,24 +54,35 @@ class Work:
         try:
             if not os.path.lexists(self.folder):
                 os.mkdir(self.folder)
-            if not os.path.isdir(self.folder) or (os.listdir(self.folder) and not self._ours()):
-                raise ArtifactError(
-                    f"{self.folder} is there, and no other run has begun it: remove it, or pass another work="
-                )
+            if not os.path.isdir(self.folder) or not self._ours():
+                raise ArtifactError(f"{self.folder} is there, and no other run has begun it: move it away")
             lock = os.open(os.path.join(self.folder, _LOCK), os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as e:
-            raise ArtifactError(f"nothing can be written to {self.folder} ({said(e)}): pass another work=") from e
+            raise ArtifactError(
+                f"nothing can be written to {self.folder} ({said(e)}): write to another directory"
+            ) from e
+        done = False
         try:
             self._lock(lock)
             self._read()
             for left in os.listdir(self.folder):  # of a run that was cut off while it wrote
-                if left.endswith(".tmp"):
+                if _TEMPORARY.fullmatch(left):
                     path = os.path.join(self.folder, left)
                     shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
             yield self
-            shutil.rmtree(self.folder)
+            done = True
         finally:
             os.close(lock)
+            if done or (sys.exc_info()[0] is not None and not self._files and self._locked):
+                self._remove()
+
+    def _remove(self) -> None:
+        """Removes what is ours; a system that keeps open files under other names may leave the directory."""
+        for name in (*self._files, _STATE, _LOCK):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self.folder, name))
+        with contextlib.suppress(OSError):
+            os.rmdir(self.folder)
 
     def find(self, name: str) -> tuple[str, Any] | None:
         """The path of a finished file, and what was said of it; None if there is none, or not as it was."""
@@ -92,7 +107,7 @@ class Work:
         if os.path.abspath(path) != os.path.abspath(own):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(own)
-            os.link(path, own)
+            link_or_copy(path, own)
         flush(own)
         self._files[name] = {"sha256": _sha256(own), "said": about}
         self._write()
@@ -105,7 +120,9 @@ class Work:
         return own
 
     def _ours(self) -> bool:
-        return {_STATE, _LOCK} & set(os.listdir(self.folder)) != set()
+        """Whether nothing else is there than what a run leaves: with a state that can be read, or none yet."""
+        left = [name for name in os.listdir(self.folder) if not _TEMPORARY.fullmatch(name) and name != _LOCK]
+        return not left or _STATE in left
 
     def _lock(self, lock: int) -> None:
         try:
@@ -115,7 +132,8 @@ class Work:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            raise ArtifactError(f"another run works in {self.folder}: wait for it, or pass another work=") from e
+            raise ArtifactError(f"another run works in {self.folder}: wait for it, or write elsewhere") from e
+        self._locked = True
 
     def _read(self) -> None:
         path = os.path.join(self.folder, _STATE)
@@ -131,6 +149,9 @@ class Work:
             good = False
         if not good:
             raise ArtifactError(f"{path} cannot be read: remove {self.folder}, and begin anew")
+        if not files:  # nothing is lost
+            self._write()
+            return
         if other := [name for name in self.inputs if inputs.get(name) != self.inputs[name]]:
             raise ArtifactError(
                 f"{self.folder} was begun with {' and '.join(f'other {name}' for name in other)}: pass what it was begun "

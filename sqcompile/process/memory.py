@@ -53,7 +53,9 @@ class Mapped(mmap.mmap):
             OSError: if the system refuses.
         """
         if hasattr(mmap, "MAP_PRIVATE"):
-            new = Mapped(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            # Nothing is set aside for pages that might be written to: a file may be larger than memory.
+            kind = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+            new = Mapped(descriptor, size, flags=kind, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         else:
             new = Mapped(descriptor, size, access=mmap.ACCESS_COPY)
         new.address = torch.frombuffer(new, dtype=torch.uint8).data_ptr()
@@ -156,7 +158,7 @@ class _Watcher:
         if left > self.most and not self.told:
             self.told = True
             warnings.warn(
-                f"the process takes {left / 1e6:.0f} MB beside mapped weights, more than memory_limit({self.most}) allows: "
+                f"the process takes {left / 1e6:.0f} MB beside mapped weights, more than the limit of {self.most / 1e6:.0f} MB: "
                 "pass smaller calibration batches, or raise the limit",
                 stacklevel=2,
             )

@@ -31,10 +31,22 @@ from sqcompile.show.summary import Summary
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line.
+    """``python -m sqcompile.show``.
 
     Raises:
         SystemExit: with the message of what went wrong.
+    """
+    try:
+        run(argv)
+    except SQCompileError as e:
+        sys.exit(f"{type(e).__name__}: {e}")
+
+
+def run(argv: list[str] | None = None) -> None:
+    """The command line.
+
+    Raises:
+        SQCompileError: for what went wrong.
     """
     parser = argparse.ArgumentParser(
         prog="sqcompile show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -49,10 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # of torch about itself
-        try:
-            _show(args)
-        except SQCompileError as e:
-            sys.exit(f"{type(e).__name__}: {e}")
+        _show(args)
 
 
 def _show(args: argparse.Namespace) -> None:

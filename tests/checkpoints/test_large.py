@@ -115,7 +115,7 @@ def test_what_was_damaged_meanwhile_is_made_anew(checkpoint, whole, tmp_path, mo
     assert same(whole, tmp_path / "out") and os.listdir(tmp_path) == ["out"]
 
 
-def test_a_full_disk_is_one_sentence_and_nothing_is_lost(checkpoint, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(checkpoint, whole, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -127,6 +127,8 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(checkpoint, tmp_path, m
         ):
             quantized(checkpoint, out)
     assert not out.exists()
+    quantized(checkpoint, out)
+    assert same(out, whole) and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_other_arguments_are_refused_in_words(checkpoint, tmp_path, monkeypatch):

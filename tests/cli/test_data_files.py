@@ -40,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("a.jsonl", '{"text": "x"}\n', "has 2 tokens, too few for one window of 64"),
         ("a.txt", b"\xff\xfe\x00", "cannot be read as UTF-8"),
         ("a.npy", b"\x80\x04K\x01.", "cannot be read .* save an array of token ids"),
-        ("a.parquet", b"PAR1", "a.parquet"),
+        ("a.parquet", b"PAR1", "a.parquet (needs pyarrow: pip install pyarrow|cannot be read)"),
     ],
 )
 def test_damaged_data_is_named(made: Path, tmp_path: Path, name: str, content, says: str):
