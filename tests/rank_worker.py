@@ -22,7 +22,7 @@ import sqcompile
 from sqcompile.process import ranks
 
 SILENT = 3.0
-FAMILIES = (("llama", "default"), ("llama", "O3"), ("mixtral", "default"), ("mixtral", "O3"))
+FAMILIES = (("llama", "O3"), ("mixtral", "default"))
 
 
 class Tiny(nn.Module):

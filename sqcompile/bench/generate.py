@@ -106,11 +106,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=8 if device == "cuda" else 2)
     parser.add_argument("--new", type=int, default=129 if device == "cuda" else 17)
     parser.add_argument("--rounds", type=int, default=5 if device == "cuda" else 3)
+    parser.add_argument("--recipe", help="default, O1, O2 or O3; alpha=0.5 without rotation otherwise")
     args = parser.parse_args(argv)
     model = llama(device, args.layers)
     batches = [torch.randint(3, 32000, (2, 256), device=device)]
-    plan = sqcompile.calibrate(model, batches, recipe=sqcompile.Recipe(), progress=False)  # random weights: any alpha
-    print(f"{gpu() if device == 'cuda' else machine()}, {args.layers} layers\n")
+    recipe = args.recipe or sqcompile.Recipe()  # random weights: any alpha
+    plan = sqcompile.calibrate(model, batches, recipe=recipe, progress=False)
+    print(f"{gpu() if device == 'cuda' else machine()}, {args.layers} layers, {args.recipe or 'alpha=0.5'}\n")
     print("| | bf16 torch.compile, tokens/s | sqcompile INT8, tokens/s | vs bf16 |\n|---|---|---|---|")
     prompts = PROMPTS[device]
     net = contender("INT8", model, plan)
