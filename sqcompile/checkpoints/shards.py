@@ -17,6 +17,7 @@ from sqcompile.checkpoints.read_files import INDEX, SINGLE, Files
 from sqcompile.errors import ArtifactError
 from sqcompile.files.bounded_json import read_object
 from sqcompile.files.regular import is_regular, said
+from sqcompile.files.safetensors_files import check_no_link
 from sqcompile.files.weights import CODES
 from sqcompile.process.memory import Mapped
 
@@ -85,6 +86,7 @@ def stored(folder: str) -> dict[str, Stored]:
 
 
 def _read(folder: str, file: str) -> dict[str, Stored]:
+    check_no_link(os.path.join(folder, file), file)
     try:
         fd = os.open(
             os.path.join(folder, file), os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)

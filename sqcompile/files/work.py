@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -42,7 +41,7 @@ class Work:
         """``inputs``: by name, what distinguishes the run's arguments from others."""
         self.folder, self.inputs = folder, dict(inputs)
         self._files: dict[str, dict[str, Any]] = {}
-        self._locked = False
+        self._begun: set[str] = set()  # files that were asked for, finished or not
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Work]:
@@ -61,10 +60,11 @@ class Work:
             raise ArtifactError(
                 f"nothing can be written to {self.folder} ({said(e)}): write to another directory"
             ) from e
-        done = False
+        entered = done = False
         try:
             self._lock(lock)
             self._read()
+            entered = True
             for left in os.listdir(self.folder):  # of a run that was cut off while it wrote
                 if _TEMPORARY.fullmatch(left):
                     path = os.path.join(self.folder, left)
@@ -73,12 +73,12 @@ class Work:
             done = True
         finally:
             os.close(lock)
-            if done or (sys.exc_info()[0] is not None and not self._files and self._locked):
+            if done or (entered and not self._files):  # or an error before anything was finished
                 self._remove()
 
     def _remove(self) -> None:
         """Removes what is ours; a system that keeps open files under other names may leave the directory."""
-        for name in (*self._files, _STATE, _LOCK):
+        for name in (*self._files, *self._begun, _STATE, _LOCK):
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self.folder, name))
         with contextlib.suppress(OSError):
@@ -115,6 +115,7 @@ class Work:
     def path(self, name: str) -> str:
         """Where a new file is to be written; what is left there of an earlier run is removed."""
         own = os.path.join(self.folder, name)
+        self._begun.add(name)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(own)
         return own
@@ -133,7 +134,6 @@ class Work:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise ArtifactError(f"another run works in {self.folder}: wait for it, or write elsewhere") from e
-        self._locked = True
 
     def _read(self) -> None:
         path = os.path.join(self.folder, _STATE)

@@ -200,7 +200,7 @@ DAMAGES = {
     "missing": (lambda p: _tensors(p, lambda t: t.pop(HEAD)), r"there is no tensor 'lm_head.weight' in its files \(1 such\)"),
     "too many": (lambda p: _tensors(p, lambda t: t.update(more=torch.ones(3))), "has no place for the tensor 'more'"),
     "integers": (lambda p: _tensors(p, lambda t: t.update({NORM: torch.ones(64, dtype=torch.int8)})), "is int8"),
-    "truncated": (_truncate, "model.safetensors cannot be read"),
+    "truncated": (_truncate, "is of no dtype and place that a file has"),
     "a link": (_link, "model.safetensors is a link"),
     "elsewhere": (lambda p: _index(p, "../model.safetensors"), "is no file of the directory"),
     "not there": (lambda p: _index(p, "other.safetensors"), "other.safetensors cannot be read"),
@@ -232,7 +232,7 @@ def test_wrong_arguments_are_refused(tmp_path):
         sqcompile.open_checkpoint(tmp_path, dtype=torch.int8)
     with pytest.raises(ArtifactError, match="the path of a checkpoint is 3"):
         sqcompile.open_checkpoint(3)
-    with pytest.raises(ArtifactError, match="pass temporary="):
+    with pytest.raises(ArtifactError, match="make room, or name a directory on another disk with temporary="):
         sqcompile.open_checkpoint(tmp_path, dtype=torch.float16, temporary=tmp_path / "nowhere")
     for most in (0, -1, 1.5, True, "6GiB"):
         with pytest.raises(RecipeError, match="pass a number of bytes"), sqcompile.memory_limit(most):
