@@ -158,7 +158,7 @@ def test_what_cannot_be_exported_is_said(tmp_path):
 
     (tmp_path / "a file").write_text("")
     refused(
-        "there is no format 'gguf': choose one of compressed-tensors, smoothed, onnx, pt2",
+        "there is no format 'gguf': choose one of sqcompile, compressed-tensors, smoothed, onnx, pt2",
         model,
         plan,
         "gguf",
