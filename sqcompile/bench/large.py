@@ -33,7 +33,7 @@ def llama_config(hidden: int, layers: int, vocabulary: int) -> Any:
 
     heads = max(1, hidden // 128)
     return LlamaConfig(
-        hidden_size=hidden, intermediate_size=hidden * 11 // 4 // 64 * 64, num_attention_heads=heads,
+        hidden_size=hidden, intermediate_size=hidden * 7 // 2 // 64 * 64, num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 4), num_hidden_layers=layers, vocab_size=vocabulary,
         max_position_embeddings=2048, tie_word_embeddings=False, architectures=["LlamaForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sqcompile.bench large", description=__doc__)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--max-memory", type=bytes_of, default="6GiB", help="of the process, such as 6GiB")
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)

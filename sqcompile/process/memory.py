@@ -30,6 +30,7 @@ from sqcompile.process.interrupts import watchers
 _PRESENT, _SWAPPED, _OF_A_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))  # of an entry of /proc/self/pagemap
 _AT_ONCE = 2**16  # entries that are read of it
 _WORTH = 2**26  # bytes
+_BETWEEN = 2**28  # bytes that may come between two looks
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{kind}": (1000 if kind == "B" else 1024) ** (i + 1)
     for i, letter in enumerate("KMGT")
@@ -139,7 +140,8 @@ def limited() -> bool:
 
 class _Watcher:
     def __init__(self, most: int) -> None:
-        self.most, self.next, self.told = most, most, False
+        self.most, self.told = most, False
+        self.start = self.next = most - min(most // 8, _BETWEEN)
         self._statm = os.open("/proc/self/statm", os.O_RDONLY)
 
     def close(self) -> None:
@@ -154,7 +156,7 @@ class _Watcher:
             return
         give_back()
         left = self.resident()
-        self.next = max(self.most, left + _WORTH)  # no use to look through all files for a few pages
+        self.next = max(self.start, left + _WORTH)  # no use to look through all files for a few pages
         if left > self.most and not self.told:
             self.told = True
             warnings.warn(
