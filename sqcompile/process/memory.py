@@ -30,7 +30,7 @@ from sqcompile.process.interrupts import watchers
 _PRESENT, _SWAPPED, _OF_A_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))  # of an entry of /proc/self/pagemap
 _AT_ONCE = 2**16  # entries that are read of it
 _WORTH = 2**26  # bytes
-_BETWEEN = 2**28  # bytes that may come between two looks
+_BETWEEN = 2**29  # bytes that may come between two looks
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{kind}": (1000 if kind == "B" else 1024) ** (i + 1)
     for i, letter in enumerate("KMGT")
