@@ -30,7 +30,7 @@ from sqcompile.process.interrupts import watchers
 _PRESENT, _SWAPPED, _OF_A_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))  # of an entry of /proc/self/pagemap
 _AT_ONCE = 2**16  # entries that are read of it
 _WORTH = 2**26  # bytes
-_BETWEEN = 2**29  # bytes that may come between two looks
+_BETWEEN = 2**28  # bytes that may come between two looks, or the largest weight
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{kind}": (1000 if kind == "B" else 1024) ** (i + 1)
     for i, letter in enumerate("KMGT")
@@ -67,6 +67,7 @@ class Mapped(mmap.mmap):
         """The tensor that is at an offset of bytes, contiguous."""
         if not (count := math.prod(shape)):
             return torch.empty(tuple(shape), dtype=dtype)
+        _largest[0] = max(_largest[0], count * dtype.itemsize)
         return torch.frombuffer(self, dtype=dtype, count=count, offset=offset).view(tuple(shape))
 
     def drop(self) -> None:
@@ -76,6 +77,7 @@ class Mapped(mmap.mmap):
 
 
 _every: weakref.WeakSet[Mapped] = weakref.WeakSet()
+_largest = [0]  # bytes of a tensor of theirs, which one operation may read
 
 
 def _clean(address: int, size: int) -> Iterator[tuple[int, int]]:
@@ -140,8 +142,7 @@ def limited() -> bool:
 
 class _Watcher:
     def __init__(self, most: int) -> None:
-        self.most, self.told = most, False
-        self.start = self.next = most - min(most // 8, _BETWEEN)
+        self.most, self.told, self.left = most, False, 0
         self._statm = os.open("/proc/self/statm", os.O_RDONLY)
 
     def close(self) -> None:
@@ -152,11 +153,12 @@ class _Watcher:
         return int(os.pread(self._statm, 128, 0).split()[1]) * mmap.PAGESIZE
 
     def look(self) -> None:
-        if self.resident() <= self.next:
+        start = self.most - min(self.most // 2, max(_BETWEEN, _largest[0] + _WORTH))
+        if self.resident() <= max(start, self.left):  # no use to look through all files for a few pages
             return
         give_back()
         left = self.resident()
-        self.next = max(self.start, left + _WORTH)  # no use to look through all files for a few pages
+        self.left = left + _WORTH
         if left > self.most and not self.told:
             self.told = True
             warnings.warn(

@@ -108,7 +108,7 @@ def test_paths_and_formats(tmp_path):
     ):
         with pytest.raises(ArtifactError, match=match):
             sqcompile.export(model, plan, "pt2", path)
-    with pytest.raises(ArtifactError, match="'gguf': choose one of compressed-tensors, smoothed, onnx, pt2"):
+    with pytest.raises(ArtifactError, match="'gguf': choose one of sqcompile, compressed-tensors, smoothed, onnx, pt2"):
         sqcompile.export(model, plan, "gguf", tmp_path / "m")
     with pytest.raises(
         ArtifactError, match="source has the tokenizer of a checkpoint, and 'onnx' has none: leave it out"
