@@ -110,7 +110,7 @@ def test_what_was_damaged_meanwhile_is_made_anew(checkpoint, whole, tmp_path, mo
             data = bytearray((work / name).read_bytes())
             data[-3] ^= 1
             (work / name).write_bytes(data)
-    (work / ".out-1.tmp").mkdir()
+    (work / ".out-0123456789abcdef.tmp").mkdir()
     quantized(checkpoint, tmp_path / "out")
     assert same(whole, tmp_path / "out") and os.listdir(tmp_path) == ["out"]
 
