@@ -22,8 +22,7 @@ from sqcompile.kernels import reference
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.graph import Linear, constants, evaluate, is_mutable, nodes_by_name
 from sqcompile.process.interrupts import checkpoint
-
-PIECE = 8  # linears of a piece: a decoder layer has 4 to 7
+from sqcompile.statistics.pieces import PIECE
 
 Group = tuple[Linear, ...]
 Seed = Callable[[Tensor], Tensor]

@@ -33,6 +33,7 @@ from sqcompile.files.weights import Later
 from sqcompile.files.work import Work
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import constants, get_tensor, value
+from sqcompile.passes.ir.lazy import Weights
 from sqcompile.plan.plan import Plan
 from sqcompile.version import VERSION
 
@@ -111,21 +112,12 @@ def check_saved_to(path: str | os.PathLike[str]) -> str:
 
 def _tensors(quantized: fx.GraphModule) -> dict[str, Tensor | Later]:
     """The tensors of a graph by name. Those that are made later are made once, a weight and its scale together."""
-    lazy = {name: l for weight, l in about(quantized).lazy.items() for name in (weight, l.scale)}
-    made: dict[str, Tensor] = {}
-    of_scale = {l.scale: weight for weight, l in about(quantized).lazy.items()}
-
-    def make(name: str) -> Tensor:
-        if name not in made:
-            l = lazy[name]
-            made[of_scale.get(name, name)], made[l.scale] = l.make()
-        return made.pop(name)
-
+    weights = Weights(quantized)
     found: dict[str, Tensor | Later] = {}
     for n in quantized.graph.find_nodes(op="get_attr"):
         name = str(n.target)
         like = get_tensor(quantized, name)
-        found[name] = Later(like.dtype, tuple(like.shape), partial(make, name)) if name in lazy else like
+        found[name] = Later(like.dtype, tuple(like.shape), partial(weights.get, name)) if name in weights else like
     return found
 
 

@@ -12,9 +12,9 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from sqcompile.checkpoints.open_checkpoint import open_checkpoint
+from sqcompile.checkpoints.read_files import CONFIG
+from sqcompile.checkpoints.skeleton import DTYPES
 from sqcompile.errors import ArtifactError
 from sqcompile.files.regular import read_regular, said
 
@@ -25,8 +25,7 @@ _READS: dict[str, Reads] = {
     "input_features": "audio",
     "input_values": "audio",
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CONFIG, MODULES = "config.json", "modules.json"  # the latter of sentence-transformers
+MODULES = "modules.json"  # of sentence-transformers
 _MOST_BYTES = 2**24
 
 
@@ -93,8 +92,7 @@ class Checkpoint:
     @property
     def longest(self) -> int | None:
         """How many tokens a sequence may have at most, as far as the configuration says."""
-        found = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return found if isinstance(found, int) and found > 0 else None
+        return longest_of(self.config)
 
     def load(self, dtype: str = "auto") -> Any:
         """The model in eval mode, whose parameters lie in the files until they are looked at (`open_checkpoint`).
@@ -147,6 +145,12 @@ def config_of(folder: str) -> Any:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:
         raise ArtifactError(f"the {CONFIG} of {folder} cannot be read ({said(e)}): copy the model again") from e
+
+
+def longest_of(config: Any) -> int | None:
+    """How many tokens a sequence may have at most, as far as a configuration says."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def load_tokenizer(folder: str) -> Any:

@@ -16,7 +16,7 @@ from sqcompile.cli.terminal import CommandError
 from sqcompile.windows import encode_stream
 
 _TOKENS = 4096  # of a batch, where its size is left open
-_LENGTH = 512  # of a sequence, likewise
+LENGTH = 512  # of a sequence, likewise
 _NEW = 32  # tokens of a decoder
 
 
@@ -49,7 +49,7 @@ def length_of(asked: Asked, checkpoint: Checkpoint) -> int:
     """
     longest = checkpoint.longest
     if asked.seq_len is None:
-        return min(_LENGTH, longest or _LENGTH)
+        return min(LENGTH, longest or LENGTH)
     if longest is not None and asked.seq_len > longest:
         raise CommandError(f"--seq-len {asked.seq_len}: the model takes {longest} tokens at most")
     return asked.seq_len

@@ -17,7 +17,8 @@ from sqcompile.api import calibrate
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
 from sqcompile.checkpoints.export import Exported
-from sqcompile.checkpoints.float_model import DTYPES, Checkpoint
+from sqcompile.checkpoints.float_model import Checkpoint
+from sqcompile.checkpoints.skeleton import DTYPES
 from sqcompile.cli.batches import Asked, batches
 from sqcompile.cli.ranks import follows, in_a_group, process_group
 from sqcompile.cli.terminal import CommandError, Terminal

@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from sqcompile.artifact.directory import MANIFEST
-from sqcompile.checkpoints.float_model import CONFIG, MODULES, Checkpoint, config_of, load_tokenizer
+from sqcompile.checkpoints.float_model import MODULES, Checkpoint, config_of, load_tokenizer, longest_of
+from sqcompile.checkpoints.read_files import CONFIG
+from sqcompile.cli.batches import LENGTH
 from sqcompile.cli.terminal import CommandError
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.loading import device_of, is_saved, load
@@ -49,10 +51,9 @@ def load_any(folder: str, backend: str, device: str | None) -> nn.Module:
 def row_length(folder: str, model: nn.Module) -> int:
     """Tokens of a row of text where nobody says how many: 512, or as many as the model takes, or was calibrated with."""
     if os.path.exists(os.path.join(folder, CONFIG)):
-        longest = getattr(config_of(folder).get_text_config(), "max_position_embeddings", None)
-        return min(512, longest) if isinstance(longest, int) and longest > 0 else 512
+        return min(LENGTH, longest_of(config_of(folder)) or LENGTH)
     ids = model.plan.call["kwargs"].get("input_ids", {}) if isinstance(model, CompiledModel) else {}
-    return ids["shape"][1] if len(ids.get("shape", ())) == 2 else 512
+    return ids["shape"][1] if len(ids.get("shape", ())) == 2 else LENGTH
 
 
 def tokenizer_of(given: str | None, folder: str) -> Any:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
-from sqcompile.passes.ir.about import about
-from sqcompile.passes.ir.graph import constants, get_tensor
+from sqcompile.passes.ir.graph import constants
+from sqcompile.passes.ir.lazy import Weights
 from sqcompile.process.interrupts import checkpoint
 
 See = Callable[[int, fx.Node, Any], None]
@@ -30,7 +30,7 @@ def run_together(gm: fx.GraphModule, calls: Sequence[Sequence[Any]], see: See) -
     const, last = constants(gm), _last_uses(gm)
     common: dict[fx.Node, Any] = {}
     own: list[dict[fx.Node, Any]] = [{} for _ in calls]
-    given, weights = [iter(arguments) for arguments in calls], _Weights(gm)
+    given, weights = [iter(arguments) for arguments in calls], Weights(gm)
     for n in gm.graph.nodes:
         checkpoint()
         if n.op == "output":
@@ -63,21 +63,3 @@ def _last_uses(gm: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
     for old, n in last.items():
         found.setdefault(n, []).append(old)
     return found
-
-
-class _Weights:
-    """A graph's tensors; of a lazy weight, its scale is made with it and kept until it is asked for, or the other way."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.gm, self.lazy = gm, about(gm).lazy
-        self.of_scale = {lazy.scale: name for name, lazy in self.lazy.items()}
-        self.made: dict[str, Tensor] = {}
-
-    def get(self, name: str) -> Tensor:
-        weight = self.of_scale.get(name, name)
-        if weight not in self.lazy:
-            return get_tensor(self.gm, name)
-        if name not in self.made:
-            lazy = self.lazy[weight]
-            self.made[weight], self.made[lazy.scale] = lazy.make()
-        return self.made.pop(name)

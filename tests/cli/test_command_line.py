@@ -17,6 +17,7 @@ import pytest
 import torch
 import typer
 from cli_cases import (
+    FAST,
     ROOT,
     TEXTS,
     classifier,
@@ -38,8 +39,6 @@ from sqcompile.checkpoints.float_model import Checkpoint
 from sqcompile.cli.app import app
 from sqcompile.errors import ArtifactError
 from sqcompile.lm import load_lm, load_tokenizer
-
-FAST = ("--alpha", "0.5", "--rotate", "none", "-q")
 
 
 @pytest.fixture(scope="module")

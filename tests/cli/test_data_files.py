@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_cases import (
+    FAST,
     jsonl,
     llama,
     recordings,
@@ -18,8 +19,6 @@ from cli_cases import (
 import sqcompile
 from sqcompile.cli.samples import sounds, texts
 from sqcompile.lm import load_tokenizer
-
-FAST = ("--alpha", "0.5", "--rotate", "none", "-q")
 
 
 @pytest.fixture(scope="module")
