@@ -11,6 +11,7 @@ from sqcompile.api import calibrate, compile
 from sqcompile.checkpoints.act_scales import read_act_scales, write_act_scales
 from sqcompile.checkpoints.export import Exported
 from sqcompile.checkpoints.open_checkpoint import open_checkpoint
+from sqcompile.compiled.compare import Comparison
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.compiled.report import Report
 from sqcompile.errors import (
@@ -38,7 +39,7 @@ from sqcompile.process.memory import memory_limit
 from sqcompile.programs.export import export
 from sqcompile.reference_scales import get_act_scales, get_linear_absmax, get_static_decoder_layer_scales
 from sqcompile.refresh import refresh
-from sqcompile.results import plan_of, report_of
+from sqcompile.results import compare, plan_of, report_of
 from sqcompile.version import VERSION
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ __all__ = [
     "AttentionPlan",
     "CalibrationError",
     "CaptureError",
+    "Comparison",
     "CompiledModel",
     "DrawError",
     "Evaluation",
@@ -71,6 +73,7 @@ __all__ = [
     "StageError",
     "WeightError",
     "calibrate",
+    "compare",
     "compile",
     "debug",
     "evaluate",

@@ -22,6 +22,7 @@ from sqcompile.errors import CaptureError, StageError
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.flat import flatten
 from sqcompile.passes.ir.graph import get_tensor, set_tensor
+from sqcompile.plan.notebook import titled
 from sqcompile.plan.plan import Plan
 from sqcompile.programs.export import NATIVE, check_target, export, is_program, write_artifact, write_program
 from sqcompile.pytorch.core import pytree
@@ -39,7 +40,7 @@ class CompiledModel(nn.Module):
 
     Attributes:
         plan: what was decided; ``sqcompile.compile(model, plan=compiled.plan)`` gives the same module without data.
-        report: one line per linear.
+        report: what was done with each linear, and why.
         stages: the graphs "traced", "folded", "quantized" and "lowered".
         call: how it is called: the signature of the model that it was made from.
     """
@@ -133,6 +134,20 @@ class CompiledModel(nn.Module):
         if is_program(format, source):
             return write_program(self.stages["quantized"], self.plan, format, path)
         return export(self.stages.model(), self.plan, format, path, source)
+
+    def __repr__(self) -> str:
+        return f"CompiledModel({self._said()})"
+
+    def _repr_html_(self) -> str:
+        return titled(f"CompiledModel: {self._said()}", self.report._repr_html_())
+
+    def _said(self) -> str:
+        target = about(self.lowered).target
+        devices = sorted({str(b.device) for b in self.lowered.buffers()})
+        where = f" on {', '.join(devices)}" if target is None else f" for {target.name}"
+        done = sum(l.quantized for l in self.plan.layers)
+        what = f"{done} of {len(self.plan.layers)} linears in {self.plan.recipe.dtype.upper()}"
+        return f"{self.call.name or 'model'}, {what}, {self.weight_bytes() / 1e6:.1f} MB{where}"
 
     def weight_bytes(self) -> int:
         """Bytes of all tensors the compiled model holds; a packed weight counts as its int8 values."""

@@ -20,7 +20,7 @@ class Summary:
         linears: how many linears there are.
         sites: the sites, as a person would write them, those of repeated layers in one.
         count: how many sites.
-        refused: the linears at none, with the reasons.
+        refused: the linears at none, which run in INT8 with an explicit x·(1/s), and why no parameter can absorb it.
         refusals: how many linears.
     """
 
@@ -50,6 +50,9 @@ class Summary:
             *(f"  {line}" for line in self.sites),
         ]
         if self.refused:
-            lines += [f"{self.refusals} refused: x·(1/s) is multiplied before quantization"]
+            lines += [
+                f"{self.refusals} where none can, and INT8 runs all the same: smoothing is multiplied explicitly there, x·(1/s). "
+                "Why none can:"
+            ]
             lines += [f"  {line}" for line in self.refused]
         return "\n".join(lines)
