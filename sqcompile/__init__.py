@@ -36,6 +36,7 @@ from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import PRESETS, Recipe
 from sqcompile.process.memory import memory_limit
+from sqcompile.process.progress import Progress
 from sqcompile.programs.export import export
 from sqcompile.reference_scales import get_act_scales, get_linear_absmax, get_static_decoder_layer_scales
 from sqcompile.refresh import refresh
@@ -66,6 +67,7 @@ __all__ = [
     "NothingToQuantizeError",
     "Plan",
     "PlanError",
+    "Progress",
     "Recipe",
     "RecipeError",
     "Report",

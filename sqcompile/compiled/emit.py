@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ from sqcompile.passes.ir.flat import flatten
 from sqcompile.passes.ir.graph import get_tensor, set_tensor
 from sqcompile.plan.notebook import titled
 from sqcompile.plan.plan import Plan
+from sqcompile.process.progress import part
 from sqcompile.programs.export import NATIVE, check_target, export, is_program, write_artifact, write_program
 from sqcompile.pytorch.core import pytree
 
@@ -212,7 +214,8 @@ def emit(
     if not constants:
         compiler = partial(compile_without_constants, code={}, guarded=False)
     how = {"inductor": compiler, "eager": lambda flat: flat}
-    return CompiledModel(lowered, call, plan, stages, how[backend])
+    with part("inductor") if backend == "inductor" else nullcontext():
+        return CompiledModel(lowered, call, plan, stages, how[backend])
 
 
 def _copy(tensor: Tensor, copies: dict[Hashable, Tensor]) -> Tensor:

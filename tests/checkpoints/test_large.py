@@ -225,7 +225,7 @@ def test_files_that_were_finished_before_a_kill_are_kept(checkpoint, whole, tmp_
 def test_statistics_come_back_from_a_file_as_they_were(tmp_path):
     model, call = build("qwen2_moe")
     gm = trace(model, as_call(model, call))
-    want = calibrate(gm, model, batches(), False, find_attentions(gm))
+    want = calibrate(gm, model, batches(), find_attentions(gm))
     file.write_statistics(str(tmp_path / "x.safetensors"), want)
     found = file.read_statistics(str(tmp_path), "x.safetensors")
     assert found.batches == want.batches and want.heads
