@@ -5,6 +5,7 @@ compiled = sqcompile.compile(model, calib_loader)
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from sqcompile.api import calibrate, compile
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from sqcompile import debug
 
 __version__ = VERSION
+
+logging.getLogger("sqcompile").addHandler(logging.NullHandler())  # a program that wants the log says where it goes
 
 __all__ = [
     "PRESETS",

@@ -254,7 +254,7 @@ def _warn_reference(device: str, qtype: QType) -> None:
         without = " without AVX512-VNNI" if device == "cpu" and qtype is INT8 else ""
         warnings.warn(
             f"sqcompile has no {qtype.name.upper()} kernels for {device}{without}: the compiled model runs the plain-PyTorch "
-            f"{'integer ' if qtype is INT8 else ''}reference, correct but slow",
+            f"{'integer ' if qtype is INT8 else ''}reference, correct but slow. The page Devices of the documentation says where there are kernels",
             stacklevel=2,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from sqcompile.passes.ir.graph import value
 from sqcompile.passes.lowering.regions import Part, Region, cut, find_repeats
 from sqcompile.process.progress import each
 from sqcompile.pytorch.core import TracingContext, tracing
+
+log = logging.getLogger("sqcompile")
 
 
 def inductor(
@@ -124,6 +127,8 @@ def _compile_parts(
         run = None if region.key is None else code.get(region.key)
         if run is None:
             run = _compile_part(region, code, guarded)
+        else:
+            log.debug("%s runs the code of an equal part", name)
         setattr(outer, name, Part(region, run))
     return outer
 

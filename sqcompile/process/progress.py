@@ -35,7 +35,14 @@ _T = TypeVar("_T")
 
 _APART = 0.05  # seconds at least between two calls of a user's function, but for the first and the last of a stage
 _EVERY = 0.5  # seconds between two drawings of a line that nothing happens to
-_DONE = {"emit": "compiled", "plan": "planned", "calibrate": "measured", "layers": "evaluated", "write": "written"}
+_DONE = {
+    "emit": "compiled",
+    "plan": "planned",
+    "calibrate": "measured",
+    "evaluate": "evaluated",
+    "layers": "evaluated",
+    "write": "written",
+}
 
 
 @dataclass(frozen=True)
@@ -182,7 +189,9 @@ def part(name: str = "", total: int | None = None) -> Iterator[Callable[..., Non
     if name:
         step = steps.begin(name, total)
     else:
-        step, step.total, step.done = steps.open[0], total, 0
+        step = steps.open[0]
+        step.total, step.done = total, 0
+        steps.told()
 
     def add(done: int | None = None) -> None:
         step.done = step.done + 1 if done is None else done
@@ -221,7 +230,8 @@ class _Line:
 
     def show(self, now: Progress) -> None:
         stage, bar = now.stage.partition(":")[0], self._bar
-        place = f"[{self._names.index(stage) + 1}/{len(self._names)}] " if stage in self._names else ""
+        several = stage in self._names and len(self._names) > 1
+        place = f"[{self._names.index(stage) + 1}/{len(self._names)}] " if several else ""
         new = bar.desc != place + now.stage
         bar.desc, bar.n, bar.total = place + now.stage, now.done, now.total
         bar.start_t = time.time() - now.seconds
