@@ -10,7 +10,7 @@ from sqcompile.compiled.report import Report
 from sqcompile.compiled.report_text import span
 from sqcompile.errors import PlanError
 from sqcompile.plan.entries import LayerPlan
-from sqcompile.plan.names import grouped
+from sqcompile.plan.names import abbreviated, grouped
 from sqcompile.plan.notebook import line, table, titled
 from sqcompile.plan.recipe import Recipe
 
@@ -86,7 +86,7 @@ class Comparison:
                 of = [mine[i] for i in members]
                 a, b = ([getattr(d, side) for d in of] for side in ("a", "b"))
                 gain = span([d.gain_db for d in of], "+.1f", "", " dB")
-                row = (name, _said(a, self.dtypes[0]), _said(b, self.dtypes[1]), gain)
+                row = (abbreviated(name), _said(a, self.dtypes[0]), _said(b, self.dtypes[1]), gain)
                 found.append((self.differences.index(of[0]), row))
         return [row for _, row in sorted(found)]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
-from sqcompile.plan.names import PRODUCTS, collapse, grouped
+from sqcompile.plan.names import PRODUCTS, abbreviated, collapse, grouped
 
 if TYPE_CHECKING:
     from sqcompile.compiled.report import Report
@@ -36,7 +36,7 @@ class Line:
     """What several linears, or attentions, have in common.
 
     Attributes:
-        name: their names, with ranges of indices.
+        name: their names, with ranges of indices, of which many are said as their number.
         entries: those that it stands for.
         reason: why, with ranges of the numbers in which their reasons differ.
     """
@@ -84,7 +84,9 @@ def lines_of(entries: Sequence[LayerPlan | AttentionPlan], full: bool = False) -
     for members in kinds.values():
         for name, positions in grouped(entries[i].name for i in members):
             mine = [entries[members[p]] for p in positions]
-            found.append((members[positions[0]], Line(name, tuple(mine), _reason([x.reason for x in mine]))))
+            found.append(
+                (members[positions[0]], Line(abbreviated(name), tuple(mine), _reason([x.reason for x in mine])))
+            )
     return [line for _, line in sorted(found, key=lambda f: f[0])]
 
 

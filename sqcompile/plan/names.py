@@ -18,6 +18,8 @@ PRODUCTS = {"none": "float", "qk": "int8 QKᵀ", "qk_pv": "int8 QKᵀ, PV"}
 _OPERATION = re.compile(r"(layer_norm|rms_norm|mul|linear)(_(default|tensor))?(_\d+)?")
 _SPOKEN = {"layer_norm": "layernorm", "rms_norm": "rmsnorm", "mul": "scale"}
 
+_RUNS = 4  # ranges of indices that are said one by one where a line is to be short
+
 # A number that is a whole component of a qualified name: the index of a repeated block. Not one of "{0..2, 5}".
 _INDEX = re.compile(r"(?:(?<=[. ])|^)\d+(?=[.:, ]|$)(?![^{}]*\})")
 
@@ -179,6 +181,18 @@ def _ranges(values: Iterable[int]) -> str:
             runs.append([v, v])
     text = ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in runs)
     return text if len(runs) == 1 and runs[0][0] == runs[0][1] else f"{{{text}}}"
+
+
+def abbreviated(name: str) -> str:
+    """A name with ranges, where many of them are said as their number: "h.{0..1, 3, 5, 7..8, 10}.fc" -> "h.{7 of 0..10}.fc"."""
+
+    def said(found: re.Match[str]) -> str:
+        ends = [[int(n) for n in run.split("..")] for run in found[1].split(", ")]
+        if len(ends) <= _RUNS:
+            return found[0]
+        return f"{{{sum(run[-1] - run[0] + 1 for run in ends)} of {ends[0][0]}..{ends[-1][-1]}}}"
+
+    return re.sub(r"\{(\d[\d., ]*)\}", said, name)
 
 
 def _path(name: str) -> tuple[str, ...]:
