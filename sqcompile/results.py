@@ -46,7 +46,7 @@ def plan_of(net: Any) -> Plan:
 
 
 def report_of(net: Any) -> Report:
-    """One line per linear, with what was done and why, and the sites.
+    """What was done with each linear and why, and the sites.
 
     Args, Raises: as `plan_of`. What single kernels are expected to gain is told of what `sqcompile.compile` gave alone.
     """

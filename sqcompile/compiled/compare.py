@@ -174,7 +174,7 @@ def _said(layers: Sequence[LayerPlan], dtype: str) -> str:
         return "float"
     parts = [
         dtype,
-        "" if layers[0].smoothing == "none" else layers[0].smoothing,
+        "unsmoothed" if layers[0].smoothing == "none" else layers[0].smoothing,
         span([l.alpha for l in layers], ".2f", "α "),
         span([l.rotation for l in layers], "d", "H "),
         "static" if layers[0].input_scale is not None else "",

@@ -39,13 +39,13 @@ def test_the_same_statistics_as_batch_by_batch(family, monkeypatch):
     model, call = build(family)
     batches = batches_of(call) if "decoder_input_ids" not in call else [call, call]
     gm = trace(model, as_call(model, call))
-    want = observe.calibrate(gm, model, batches, False, find_attentions(gm))
+    want = observe.calibrate(gm, model, batches, find_attentions(gm))
     monkeypatch.setattr(pieces, "PIECE", 3)
     for most in (pieces.MOST, 0):
         monkeypatch.setattr(pieces, "MOST", most)
         monkeypatch.setattr(pieces, "_SMALL", 1)
         with sqcompile.memory_limit(2**40):
-            found = observe.calibrate(gm, model, batches, False, find_attentions(gm))
+            found = observe.calibrate(gm, model, batches, find_attentions(gm))
         assert found.batches == want.batches == len(batches) and found.inputs
         for name in ("inputs", "heads", "sample"):
             assert equal(getattr(found, name), getattr(want, name)), name

@@ -28,6 +28,9 @@ from sqcompile.statistics.observe import calibrate
 RECIPE = sqcompile.Recipe(0.5)
 
 
+SEEN: list[sqcompile.Progress] = []  # what was told of the run that is not cut off
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("llama") / "model"
@@ -48,7 +51,7 @@ def quantized(checkpoint, target, **changes):
 def whole(checkpoint, tmp_path_factory):
     """What a run gives that is not cut off."""
     target = tmp_path_factory.mktemp("whole") / "out"
-    quantized(checkpoint, target)
+    quantized(checkpoint, target, progress=SEEN.append)
     return target
 
 
@@ -71,6 +74,9 @@ def test_it_is_what_the_three_steps_give_and_nothing_else_is_left(checkpoint, wh
     sqcompile.export(model, plan, "sqcompile", tmp_path / "out")
     assert same(whole, tmp_path / "out")
     assert os.listdir(whole.parent) == ["out"]
+    stages = dict.fromkeys(p.stage.partition(":")[0] for p in SEEN)
+    assert [*stages] == ["open", "trace", "calibrate", "match", "plan", "write"]
+    assert any(p.stage == "write: tensors" and p.done == p.total and p.remaining == 0.0 for p in SEEN)
 
 
 STEPS = {
