@@ -50,9 +50,9 @@ class Summary:
             *(f"  {line}" for line in self.sites),
         ]
         if self.refused:
-            lines += [
-                f"{self.refusals} where none can, and INT8 runs all the same: smoothing is multiplied explicitly there, x·(1/s). "
-                "Why none can:"
-            ]
+            lines.append(
+                f"{self.refusals} of them at none: INT8 runs there all the same, with x·(1/s) multiplied explicitly, as no "
+                "parameter can absorb 1/s:"
+            )
             lines += [f"  {line}" for line in self.refused]
         return "\n".join(lines)
