@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, Protocol, get_args
 
 import torch
@@ -150,11 +150,11 @@ def _check_decision(x: LayerPlan | AttentionPlan, what: str) -> None:
 
 def _check_sites(plan: Contents, layers: dict[str, LayerPlan]) -> None:
     """Every smoothed linear has its scale in one site, or at least in ``columns``."""
-    commas = most_parts(layers)
+    commas = max((name.count(", ") for name in layers), default=0) + 1
     balanced: set[str] = set()
     for site, s in plan.scales.items():
         _tensor(s, f"scales of {_said(site)}", (None,), _SMOOTHING)
-        balance = balance_of(site, layers, commas) if isinstance(site, str) else []
+        balance = _balance(site, layers, commas) if isinstance(site, str) else []
         _need(bool(balance), f"its scales have {_said(site)}, which is no 'producer -> linears' with linears of it")
         _need(len({*balance} - balanced) == len(balance), f"it scales a linear of {site!r} twice")
         balanced.update(balance)
@@ -166,12 +166,7 @@ def _check_sites(plan: Contents, layers: dict[str, LayerPlan]) -> None:
             _need(scaled, f"linear {name!r}: smoothing is {l.smoothing!r}, and there are no scales for it")
 
 
-def most_parts(names: Collection[str]) -> int:
-    """How many parts the names of linears have at most, as commas part them."""
-    return max((name.count(", ") for name in names), default=0) + 1
-
-
-def balance_of(site: str, layers: Collection[str], commas: int) -> list[str]:
+def _balance(site: str, layers: dict[str, LayerPlan], commas: int) -> list[str]:
     """The linears of a site "producer -> linear, linear", empty if it is none; a name may have a comma in it."""
     producer, _, rest = site.partition(" -> ")
     parts, found, i = rest.split(", "), list[str](), 0

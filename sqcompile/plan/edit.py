@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 from sqcompile.errors import PlanError
-from sqcompile.plan.checks import balance_of, most_parts
 from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.names import linear_labels
 
@@ -65,15 +64,18 @@ def in_float(plan: Plan, floats: dict[str, LayerPlan]) -> Plan:
     layers = tuple(floats.get(l.name, l) for l in plan.layers)
     quantized = {l.name for l in layers if l.quantized}
     folded = any(name.endswith("/value_scale") for name in plan.heads)
-    names = {l.name for l in layers}
-    commas = most_parts(names)
     scales = {
         site: s
         for site, s in plan.scales.items()
-        if (folded and not site.startswith("input -> ")) or not quantized.isdisjoint(balance_of(site, names, commas))
+        if (folded and not site.startswith("input -> ")) or any(_balances(site, name) for name in quantized)
     }
     columns = {n: s for n, s in plan.columns.items() if n not in floats}
     return dataclasses.replace(plan, layers=layers, scales=scales, columns=columns)
+
+
+def _balances(site: str, name: str) -> bool:
+    """Whether a linear is one of those in the name of a site, "producer -> linear, linear"."""
+    return f", {name}, " in f", {site.partition(' -> ')[2]}, "
 
 
 def named_by(pattern: str, name: str) -> bool:
