@@ -57,7 +57,7 @@ def to_pandas(report: Report) -> Any:
     try:
         import pandas
     except ImportError as e:
-        raise StageError('report.to_pandas() needs pandas: pip install "pandas>=2"') from e
+        raise StageError('report.to_pandas() needs pandas: pip install "pandas>=2.2"') from e
     layers, labels = report.layers, linear_labels(l.name for l in report.layers)
     columns: dict[str, tuple[Sequence[Any], str]] = {
         "name": ([l.name for l in layers], "string"),
