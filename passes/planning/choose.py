@@ -33,6 +33,7 @@ from sqcompile.passes.planning.stay_float import check_any, float_layer, stay_fl
 from sqcompile.plan.entries import LayerPlan, Smoothing
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Activation, Recipe
+from sqcompile.process.progress import each
 from sqcompile.statistics.observe import Calibration
 
 UNTRIED = "by largest values without tokens, so that no α was tried"
@@ -76,7 +77,7 @@ def choose(
     look: Look | None = None
     if any(own.rotate == "auto" or own.may_leave_dynamic for own in chooser.own.values()):
         look = first_look(Chooser(gm, calibration, recipe, unsmoothed, felt), every, floats)
-    for site in every:
+    for site in each(every, "choose"):
         quantized = [l for l, _ in site.balance if l.name not in floats]
         if not quantized:
             continue

@@ -156,6 +156,7 @@ def generate(
 def report(
     folder: o.Folder,
     out: Annotated[str | None, typer.Option("--out", "-o", metavar="FILE.html", help="write a page instead")] = None,
+    full: Annotated[bool, typer.Option("--full", help="a line for each linear, where layers are alike, too")] = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -172,7 +173,7 @@ def report(
     with command(json, quiet) as terminal:
         from sqcompile.cli.report import report
 
-        report(folder, out, terminal)
+        report(folder, out, terminal, full)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import json
 from typing import Any
 
 from sqcompile.cli.terminal import CommandError, Terminal
@@ -32,8 +33,8 @@ tr.float {{ background: #fff4e5; }}
 """
 
 
-def report(folder: str, out: str | None, terminal: Terminal) -> None:
-    """Prints the report of a directory, or writes it as a page.
+def report(folder: str, out: str | None, terminal: Terminal, full: bool = False) -> None:
+    """Prints the report of a directory, with ``full`` a line for each linear, or writes it as a page.
 
     Raises:
         SQCompileError: for a directory without a model in INT8, or a path that cannot be written.
@@ -41,8 +42,8 @@ def report(folder: str, out: str | None, terminal: Terminal) -> None:
     plan = opened(folder)[0]
     found = Report.of(plan)
     if out is None:
-        layers = [dataclasses.asdict(l) for l in plan.layers]
-        terminal.result({"recipe": dataclasses.asdict(plan.recipe), "layers": layers}, str(found))
+        asked = {"recipe": dataclasses.asdict(plan.recipe)}
+        terminal.result(asked | json.loads(found.to_json()), found.to_text(full))
         return
     if not out.endswith(".html"):
         raise CommandError(f"-o {out}: name a file that ends in .html, or leave it out for text")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
@@ -22,7 +23,9 @@ from sqcompile.errors import CaptureError, StageError
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.flat import flatten
 from sqcompile.passes.ir.graph import get_tensor, set_tensor
+from sqcompile.plan.notebook import titled
 from sqcompile.plan.plan import Plan
+from sqcompile.process.progress import part
 from sqcompile.programs.export import NATIVE, check_target, export, is_program, write_artifact, write_program
 from sqcompile.pytorch.core import pytree
 
@@ -39,7 +42,7 @@ class CompiledModel(nn.Module):
 
     Attributes:
         plan: what was decided; ``sqcompile.compile(model, plan=compiled.plan)`` gives the same module without data.
-        report: one line per linear.
+        report: what was done with each linear, and why.
         stages: the graphs "traced", "folded", "quantized" and "lowered".
         call: how it is called: the signature of the model that it was made from.
     """
@@ -134,6 +137,20 @@ class CompiledModel(nn.Module):
             return write_program(self.stages["quantized"], self.plan, format, path)
         return export(self.stages.model(), self.plan, format, path, source)
 
+    def __repr__(self) -> str:
+        return f"CompiledModel({self._said()})"
+
+    def _repr_html_(self) -> str:
+        return titled(f"CompiledModel: {self._said()}", self.report._repr_html_())
+
+    def _said(self) -> str:
+        target = about(self.lowered).target
+        devices = sorted({str(b.device) for b in self.lowered.buffers()})
+        where = f" on {', '.join(devices)}" if target is None else f" for {target.name}"
+        done = sum(l.quantized for l in self.plan.layers)
+        what = f"{done} of {len(self.plan.layers)} linears in {self.plan.recipe.dtype.upper()}"
+        return f"{self.call.name or 'model'}, {what}, {self.weight_bytes() / 1e6:.1f} MB{where}"
+
     def weight_bytes(self) -> int:
         """Bytes of all tensors the compiled model holds; a packed weight counts as its int8 values."""
         return sum(tensor_bytes(b) for b in self.lowered.buffers())
@@ -197,7 +214,8 @@ def emit(
     if not constants:
         compiler = partial(compile_without_constants, code={}, guarded=False)
     how = {"inductor": compiler, "eager": lambda flat: flat}
-    return CompiledModel(lowered, call, plan, stages, how[backend])
+    with part("inductor") if backend == "inductor" else nullcontext():
+        return CompiledModel(lowered, call, plan, stages, how[backend])
 
 
 def _copy(tensor: Tensor, copies: dict[Hashable, Tensor]) -> Tensor:
