@@ -8,7 +8,8 @@ from typing import Any
 
 import networkx as nx
 
-from sqcompile.draw.layout import BLOCK_TITLE, MARGIN, Layout, layout
+from sqcompile.draw.frames import frames, overlap
+from sqcompile.draw.layout import MARGIN, Layout, layout
 
 _STYLE = """
 text { font-family: system-ui, "Segoe UI", Helvetica, Arial, sans-serif; font-size: 12px; fill: #0f172a; text-anchor: middle }
@@ -155,30 +156,17 @@ def _edge(g: nx.DiGraph, place: Layout, u: str, v: str) -> str:
 
 def _blocks(g: nx.DiGraph, place: Layout) -> tuple[list[str], list[str]]:
     """A frame behind each repeated block, and its title; none where it would overlap another's."""
-    frames: dict[str, tuple[float, float, float, float]] = {}
-    for n, data in g.nodes(data=True):
-        (x, y), w, h = place.boxes[n], data["width"] / 2 + 12, data["height"] / 2 + 8
-        if data["block"]:
-            frames[data["block"]] = _around(frames.get(data["block"]), x - w, y - h, x + w, y + h)
-    for (u, v), route in place.routes.items():  # the residuals around a block stand in its frame
-        for block in {g.nodes[u]["block"], g.nodes[v]["block"]} & set(frames):
-            for x, top, bottom in route:
-                if frames[block][1] < top and bottom < frames[block][3]:
-                    frames[block] = _around(frames[block], x - 12, top, x + 12, bottom)
-    shapes, titles, drawn = [], [], list[tuple[float, float, float, float]]()
-    for name, (a, b, c, d) in sorted(frames.items(), key=lambda f: (f[1][2] - f[1][0]) * (f[1][3] - f[1][1])):
-        b -= BLOCK_TITLE
-        if any(a < f[2] and f[0] < c and b < f[3] and f[1] < d for f in drawn):
+    shapes, titles, drawn = [], [], list[Any]()
+    found = frames(g, place.boxes, place.routes)
+    for name, frame in sorted(found.items(), key=lambda f: (f[1][2] - f[1][0]) * (f[1][3] - f[1][1])):
+        if any(overlap(frame, other) for other in drawn):
             continue
-        drawn.append((a, b, c, d))
+        drawn.append(frame)
+        a, b, c, d = frame
         shapes.append(_rect(a, b, c - a, d - b, 10, "block"))
         ground = _rect(a + 6, b + 5, _text_width(name, 6.4), 13, 3, "ground")
         titles.append(f'{ground}<text class="name" x="{a + 10:.1f}" y="{b + 16:.1f}">{escape(name)}</text>')
     return shapes, titles
-
-
-def _around(frame: tuple[float, float, float, float] | None, a: float, b: float, c: float, d: float) -> Any:
-    return (a, b, c, d) if frame is None else (min(frame[0], a), min(frame[1], b), max(frame[2], c), max(frame[3], d))
 
 
 def _legend(g: nx.DiGraph, reasons: list[str]) -> tuple[list[str], float, float]:
