@@ -51,7 +51,7 @@ def layout(g: nx.DiGraph) -> Layout:
     x = columns(points, layers)
     part_frames(g, layers, x)
     left = min(x[n] - points.nodes[n]["width"] / 2 for n in x)
-    x = {n: v - left + MARGIN for n, v in x.items()}
+    x = {n: float(round(v - left + MARGIN)) for n, v in x.items()}  # whole pixels: shorter texts
     top, middle, rows, titled = MARGIN, {}, [], {""}
     for layer in layers:
         blocks = {g.nodes[n]["block"] for n in layer if n in g}
