@@ -15,7 +15,8 @@ const ready = (async () => {
   data = JSON.parse(await new Response(stream).text());
   for (const stage of Object.values(data.stages)) {
     for (const [name, n] of Object.entries(stage.nodes)) {
-      n.search = [name, n.label, n.block, ...n.names, ...n.facts.filter(f => f[1].includes("->")).map(f => f[1])].join(" ").toLowerCase();
+      n.own = [name, n.label, n.block, ...n.names].join(" ").toLowerCase();
+      n.sites = n.facts.filter(f => f[1].includes("->")).map(f => f[1]).join(" ").toLowerCase();
     }
     stage.first = new Map(Object.entries(stage.copies).flatMap(([first, copies]) => copies.map(c => [c, first])));
   }
@@ -158,10 +159,11 @@ async function compare() {
   }
 }
 
-// The nodes that have all words of the query. Those that are drawn come alone, if there are such.
+// The nodes that have all words of the query in their names, else those with such a site. If some are drawn, they alone.
 function hits(pane) {
   const words = state.query.toLowerCase().split(/\s+/).filter(Boolean);
-  const found = Object.entries(drawing(pane).nodes).filter(([, n]) => words.every(w => n.search.includes(w))).map(([name]) => name);
+  const having = where => Object.entries(drawing(pane).nodes).filter(([, n]) => words.every(w => n[where].includes(w))).map(([x]) => x);
+  const own = having("own"), found = own.length ? own : having("sites");
   const drawn = found.filter(name => pane.box(name));
   return drawn.length ? drawn : found;
 }

@@ -106,7 +106,7 @@ function makePane(element, stage, {onChoose, onRepeat, onHover, onEnter}) {
   canvas.addEventListener("focusin", e => {
     const box = part(e);
     if (!box) return;
-    stop(box);
+    if (box.dataset.node !== undefined) stop(box);
     if (box.matches(":focus-visible")) reveal(box);
     light(box.dataset.node);
   });
@@ -128,7 +128,7 @@ function makePane(element, stage, {onChoose, onRepeat, onHover, onEnter}) {
   }
   // The one box that the Tab key comes to.
   function stop(box) {
-    for (const old of svg.querySelectorAll('[tabindex="0"]')) old.setAttribute("tabindex", "-1");
+    for (const old of svg.querySelectorAll('[data-node][tabindex="0"]')) old.setAttribute("tabindex", "-1");
     if (box) box.setAttribute("tabindex", "0");
   }
   function step(box, way) {

@@ -36,11 +36,12 @@ def _runs(g: nx.DiGraph, level: int) -> list[dict[str, list[str]]]:
     runs: list[dict[str, list[str]]] = []
     last: Any = None
     for block, nodes in blocks.items():
-        look = block.rpartition(".")[0], _look(g, nodes)
-        if not runs or look != last:
-            runs.append({})
-        runs[-1][block] = nodes
-        last = look
+        parent, count = block.rpartition(".")[0], len(last[1][0]) if last else 0
+        if last and (parent, _look(g, nodes[:count])) == last:
+            runs[-1][block] = nodes[:count]  # what comes after the last block may have been taken for its own
+        else:
+            runs.append({block: nodes})
+        last = parent, _look(g, nodes)
     return [run for run in runs if len(run) >= LONG_RUN]
 
 
@@ -57,7 +58,7 @@ def _fold(g: nx.DiGraph, run: dict[str, list[str]]) -> nx.DiGraph:
     out = nx.DiGraph()
     for n, data in g.nodes(data=True):
         if n not in at:
-            out.add_node(n, **data)
+            out.add_node(n, **(data if data["block"] not in run else {**data, "block": ""}))
         elif at[n] == (0, n):
             copies = [nodes[first.index(n)] for nodes in run.values()]
             known = [g.nodes[c]["sqnr"] for c in copies if g.nodes[c]["sqnr"] is not None]

@@ -77,7 +77,7 @@ def _drawn(graph: nx.DiGraph, interactive: bool) -> tuple[nx.DiGraph, Layout, li
     shapes, titles = _blocks(g, place, interactive)
     edges = [_edge(g, place, u, v) for u, v in g.edges]
     boxes = [_node(n, data, *place.boxes[n], interactive) for n, data in g.nodes(data=True)]
-    return g, place, [*shapes, *edges, *titles, *boxes]
+    return g, place, [*shapes, *edges, *boxes, *titles]
 
 
 def _size(data: dict[str, Any]) -> tuple[float, float]:
