@@ -9,14 +9,14 @@ from pathlib import Path
 from torch import fx
 
 from sqcompile.draw.condense import condense
-from sqcompile.draw.page import fragment, page
+from sqcompile.draw.page import document, fragment
 from sqcompile.draw.repeats import fold_repeats
 from sqcompile.draw.roles import Roles, roles_of
 from sqcompile.draw.svg import render
 from sqcompile.errors import DrawError
 from sqcompile.plan.plan import Plan
 
-__all__ = ["Roles", "condense", "draw", "fold_repeats", "fragment", "roles_of"]
+__all__ = ["Roles", "condense", "document", "draw", "fold_repeats", "fragment", "roles_of"]
 
 _SUFFIXES = (".svg", ".html")
 _COLOURS = ("role", "sqnr")
@@ -47,7 +47,7 @@ def draw(
     if colour not in _COLOURS:
         raise DrawError(f"colour={colour!r}: choose one of {', '.join(_COLOURS)}")
     if suffix == ".html":
-        text = page(stages, plan, Path(path).stem, stage=stage, full=full, colour=colour)
+        text = document(stages, plan, Path(path).stem, stage=stage, full=full, colour=colour)
     else:
         roles = roles_of(stages["traced"], plan)
         graph = condense(stages[stage], roles)

@@ -3,7 +3,7 @@
 const $ = css => root.querySelector(css);
 const button = name => $(`[data-do="${name}"]`);
 const pressed = (b, on) => b.setAttribute("aria-pressed", on ? "true" : "false");
-const whole = root.hasAttribute("data-page");
+const whole = root.hasAttribute("data-page"), framed = parent !== window;
 const panesAt = $(".sqd-panes"), details = $(".sqd-details"), note = $(".sqd-note"), search = $("input"), status = $(".sqd-found");
 const state = {full: button("full").getAttribute("aria-pressed") === "true", keys: [], query: "", at: -1};
 let data, active;
@@ -24,7 +24,7 @@ const ready = (async () => {
 })();
 
 const onEnter = {
-  wheel: e => whole || e.ctrlKey || e.metaKey || root.contains(document.activeElement),
+  wheel: e => (whole && !framed) || e.ctrlKey || e.metaKey || root.contains(document.activeElement),
   // Keys come to the whole of a page, and to a part of one where its user is.
   focus: () => { if ((whole || root.dataset.used) && !root.contains(document.activeElement)) root.focus({preventScroll: true}); },
 };
@@ -222,5 +222,5 @@ root.addEventListener("pointerdown", () => { root.dataset.used = "true"; });
   else if (e.target.tagName === "PRE" || !active.key(e)) return;
   e.preventDefault();
 });
-if (whole) root.focus({preventScroll: true});
+if (whole && !framed) root.focus({preventScroll: true});
 ready.then(() => { root.dataset.ready = ""; });

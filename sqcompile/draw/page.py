@@ -78,8 +78,10 @@ def fragment(
     return _MARK.sub(lambda m: words[m[1]], asset("page.html"))
 
 
-def page(stages: Mapping[str, fx.GraphModule], plan: Plan | None, title: str, **options: Any) -> str:
-    """An HTML page of its own around `fragment`, which takes the options."""
+def document(
+    stages: Mapping[str, fx.GraphModule], plan: Plan | None = None, title: str = "graph", **options: Any
+) -> str:
+    """An HTML page of its own around `fragment`, which takes the options; it may stand in a frame of another page."""
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,18 +17,9 @@ from torch import Tensor, nn
 import sqcompile
 from sqcompile.draw import fragment
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
-from selenium.webdriver.common.actions.wheel_input import ScrollOrigin  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+pytest.importorskip("selenium", reason="selenium is not installed")
+from drawing_page import CONTRAST, ActionChains, Keys, Page, started
 
-CHROME, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-SWITCHES = [
-    "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-    "disable-component-update", "disable-sync", "window-size=1500,950",
-]  # fmt: skip
 ODD = "a<b>&c @svg@ </script><script>boom()</script>"
 
 
@@ -74,69 +64,8 @@ def path(compiled: sqcompile.CompiledModel, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    if CHROME is None or DRIVER is None:
-        pytest.skip("no Chromium with its driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROME
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    for switch in [*SWITCHES, f"user-data-dir={tmp_path_factory.mktemp('chrome')}"]:
-        options.add_argument(f"--{switch}")
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
-class Page:
-    """What a person does with the page and sees of it."""
-
-    def __init__(self, driver: Any, path: Path) -> None:
-        self.driver = driver
-        driver.get(path.as_uri())
-        self.until(lambda: self.all("[data-ready]"))
-        self.keys("f")
-
-    def until(self, done: Any) -> Any:
-        return WebDriverWait(self.driver, 20, 0.02).until(lambda _: done())
-
-    def all(self, css: str) -> list[Any]:
-        return self.driver.find_elements(By.CSS_SELECTOR, css)
-
-    def keys(self, *keys: str) -> None:
-        ActionChains(self.driver).send_keys(*keys).perform()
-
-    def press(self, name: str) -> None:
-        next(b for b in self.all(".sqd-bar button") if name in (b.text, b.get_attribute("aria-label"))).click()
-
-    def labels(self, css: str = "[data-node]") -> list[str]:
-        return [str(b.get_attribute("aria-label")).partition(",")[0] for b in self.all(css)]
-
-    def box(self, label: str, css: str = "[data-node]") -> Any:
-        return next(b for b in self.all(css) if str(b.get_attribute("aria-label")).startswith(label))
-
-    def view(self, pane: int = 0) -> list[float]:
-        return [float(x) for x in self.all(".sqd-canvas svg")[pane].get_dom_attribute("viewBox").split()]
-
-    def wheel(self, by: int) -> None:
-        canvas = ScrollOrigin.from_element(self.all(".sqd-canvas")[0])
-        ActionChains(self.driver).scroll_from_origin(canvas, 0, by).perform()
-
-    def look_for(self, text: str) -> None:
-        """Writes over what is in the search field."""
-        keys = ActionChains(self.driver).key_down(Keys.CONTROL).send_keys("a").key_up(Keys.CONTROL)
-        keys.send_keys(text, Keys.ENTER).perform()
-
-    def details(self) -> str:
-        return str(self.all(".sqd-details")[0].text)
-
-    def seen(self, box: Any) -> bool:
-        """Whether a box is inside the first drawing's pane."""
-        return bool(
-            self.driver.execute_script(
-                "const b = arguments[0].getBoundingClientRect(), c = arguments[0].closest('.sqd-canvas').getBoundingClientRect();"
-                "return b.left >= c.left && b.top >= c.top && b.right <= c.right && b.bottom <= c.bottom;",
-                box,
-            )
-        )
+    with started(tmp_path_factory.mktemp("chrome")) as driver:
+        yield driver
 
 
 @pytest.fixture
@@ -307,18 +236,6 @@ def test_it_is_accessible_in_both_schemes(page: Page, scheme: str) -> None:
     assert page.driver.execute_script(CONTRAST) >= 4.5
     page.keys("d")
     assert page.driver.execute_script(CONTRAST) >= 4.5
-
-
-# The smallest contrast of a text with the box that it stands on.
-CONTRAST = """
-const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(x => x / 255).map(x => x <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4);
-  return .2126 * r + .7152 * g + .0722 * b; };
-const ratio = (a, b) => (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-return Math.min(...[...document.querySelectorAll(".sqd-canvas [data-node] text")].filter(t => getComputedStyle(t).display !== "none").map(t => {
-  const behind = t.previousElementSibling.matches(".chip") ? t.previousElementSibling : t.parentNode.querySelector(".box");
-  return ratio(light(getComputedStyle(t).fill), light(getComputedStyle(behind).fill));
-}));
-"""
 
 
 def test_names_are_escaped(page: Page) -> None:
