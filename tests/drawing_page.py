@@ -43,11 +43,13 @@ def started(folder: Path) -> Iterator[Any]:
 class Page:
     """What a person does with the page and sees of it."""
 
-    def __init__(self, driver: Any, path: Path) -> None:
+    def __init__(self, driver: Any, path: Path | None = None) -> None:
         self.driver = driver
-        driver.get(path.as_uri())
+        if path is not None:
+            driver.get(path.as_uri())
         self.until(lambda: self.all("[data-ready]"))
-        self.keys("f")
+        if path is not None:
+            self.keys("f")
 
     def until(self, done: Any) -> Any:
         return WebDriverWait(self.driver, 20, 0.02).until(lambda _: done())

@@ -26,7 +26,7 @@ const ready = (async () => {
 const onEnter = {
   wheel: e => (whole && !framed) || e.ctrlKey || e.metaKey || root.contains(document.activeElement),
   // Keys come to the whole of a page, and to a part of one where its user is.
-  focus: () => { if ((whole || root.dataset.used) && !root.contains(document.activeElement)) root.focus({preventScroll: true}); },
+  focus: () => { if (((whole && !framed) || root.dataset.used) && !root.contains(document.activeElement)) root.focus({preventScroll: true}); },
 };
 
 function addPane(element, stage) {

@@ -269,6 +269,19 @@ def test_two_fragments_in_a_page_keep_to_themselves(
     assert chrome.get_log("browser") == []
 
 
+def test_a_page_in_a_narrow_frame_leaves_the_focus_to_what_is_around_it(
+    chrome: Any, path: Path, tmp_path: Path
+) -> None:
+    frame = f'<iframe src="{path.as_uri()}" style="width: 600px; height: 600px"></iframe>'
+    (tmp_path / "framed.html").write_text(f"<!DOCTYPE html><title>x</title>{frame}", encoding="utf-8")
+    chrome.get((tmp_path / "framed.html").as_uri())
+    chrome.switch_to.frame(0)
+    page = Page(chrome)
+    assert page.seen(page.box("x"))  # the legend stands below and leaves room
+    chrome.switch_to.default_content()
+    assert chrome.switch_to.active_element.tag_name == "body"
+
+
 def test_a_page_of_many_layers_is_small(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     packed = re.search(r'class="sqd-data">([^<]*)<', text)
