@@ -39,7 +39,10 @@ def _channels(alt: Any) -> Any:
     """rows: kind ("line", "outlier", "dead"), when, channel, value."""
     x = alt.X("channel:Q", title="channel", scale=alt.Scale(nice=False), axis=alt.Axis(grid=False, format="d"))
     y = alt.Y(
-        "value:Q", title="largest absolute value", scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=5, format="~g")
+        "value:Q",
+        title="largest absolute value",
+        scale=alt.Scale(type="log", nice=False, padding=10),
+        axis=alt.Axis(tickCount=5, format="~g"),
     )
     color = alt.Color("when:N", title=None, scale=alt.Scale(**_WHEN), legend=alt.Legend(orient="top", offset=2))
     lines = (
@@ -78,7 +81,7 @@ def _heat(alt: Any) -> Any:
             y2="top:Q",
             color=alt.Color(
                 "value:Q",
-                scale=alt.Scale(type="log", range=["@heat0", "@heat1", "@heat2", "@heat3"], clamp=True),
+                scale=alt.Scale(type="sqrt", nice=False, range=["@heat0", "@heat1", "@heat2", "@heat3"], clamp=True),
                 legend=alt.Legend(title="|x|", labelExpr="format(datum.value, '~g')", tickCount=4, gradientLength=130, orient="right"),
             ),
             tooltip=[
@@ -129,7 +132,7 @@ def _codes(alt: Any) -> Any:
         .mark_line(interpolate="step", strokeWidth=1.8)
         .encode(
             x=alt.X("code:Q", title="@codes", scale=alt.Scale(domain=[-130, 130], nice=False), axis=alt.Axis(values=[-127, -100, -50, 0, 50, 100, 127], grid=False)),
-            y=alt.Y("share:Q", title="share of values, %", axis=alt.Axis(tickCount=5, format="~g")),
+            y=alt.Y("share:Q", title="share of values, %", axis=alt.Axis(tickCount=5, labelExpr="format(datum.value, '~g')")),
             color=alt.Color("what:N", title=None, scale=alt.Scale(**domain), legend=alt.Legend(orient="top", offset=2)),
             strokeDash=alt.StrokeDash("what:N", title=None, legend=alt.Legend(orient="top", offset=2), scale=alt.Scale(domain=domain["domain"], range=[[1, 0], [5, 3]])),
             tooltip=["what:N", alt.Tooltip("span:N", title="codes"), alt.Tooltip("share:Q", title="share, %", format=".3g")],
@@ -156,7 +159,7 @@ def _sqnr(alt: Any) -> Any:
 
 
 def _ranking(alt: Any) -> Any:
-    """rows: name, cost, kind, share, site (index)."""
+    """rows: name, cost, kind, share, site (index). The page says how high it is."""
     return (
         _base(alt)
         .mark_bar(height={"band": 0.72})
@@ -166,5 +169,5 @@ def _ranking(alt: Any) -> Any:
             color=alt.Color("kind:N", title=None, scale=alt.Scale(**_KINDS), legend=alt.Legend(orient="top", offset=2)),
             tooltip=["name:N", alt.Tooltip("cost:Q", format=".3g"), alt.Tooltip("share:N", title="share of all")],
         )
-        .properties(width="container", height={"step": 19}, autosize=alt.AutoSizeParams(type="fit-x", contains="padding"))
+        .properties(width="container")
     )  # fmt: skip

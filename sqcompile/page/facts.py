@@ -222,7 +222,7 @@ def _of_quality(plan: Plan, evidence: Evidence, measured: Evaluation | None) -> 
     if measured is not None and measured.increase is not None:
         most = measured.increase + 2 * (measured.increase_error or 0.0)
         level: Level = "good" if most < SMALL_LOSS else "look" if most < LARGE_LOSS else "bad"
-        yield Finding(level, f"On {measured.tokens:,} held-out tokens perplexity is {measured.increase:+.2f} % ± {_error(measured.increase_error, '.2f')} % of the float model's.")  # fmt: skip
+        yield Finding(level, f"On {measured.tokens:,} held-out tokens perplexity is {measured.increase:+.2f} % ± {_error(measured.increase_error, '.2f')} % against the float model's.")  # fmt: skip
         return
     if measured is not None:
         yield Finding("look", "The evaluation has no float model beside it, so that it does not say what was lost.")
@@ -271,7 +271,7 @@ def size(n: int) -> str:
     """Bytes in words: 16.1 GB."""
     for unit, one in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if n >= one:
-            return f"{n / one:.3g} {unit}" if n < 1000 * one else f"{n / one:,.0f} {unit}"
+            return f"{n / one:#.3g}".rstrip(".") + f" {unit}" if n < 999 * one else f"{n / one:,.0f} {unit}"
     return f"{n} bytes"
 
 

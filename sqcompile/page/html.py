@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable
 from html import escape
 from importlib import resources
@@ -20,6 +21,7 @@ _DARK = """color-scheme: dark;
   --accent: #86b1ff; --on-accent: #0b1220;
   --before: #f2a33c; --after: #6ea8ff; --float: #e58bf2; --weights: #45cbb9;
   --good: #7fe0a4; --look: #f5c65b; --bad: #ff9a9a; --good-bg: #15301f; --look-bg: #362a0f; --bad-bg: #3b1a1c;
+  --float-bg: #2a1c30; --chosen-bg: #1d2c49;
   --rot0: #a3afbf; --rot1: #38c6dc; --rot2: #6ea8ff; --rot3: #b69cff; --rot4: #ff7fb6;
   --heat0: #28364d; --heat1: #4d83c4; --heat2: #c07bd9; --heat3: #ffb347;"""
 _TAGS = {"good": "good", "look": "look", "bad": "concern"}
@@ -77,7 +79,8 @@ def _json(found: Any) -> str:
 
 
 def _card(title: str, value: str, note: str) -> str:
-    return f'<div><dt>{escape(title)}</dt><dd>{escape(value)}</dd><dd class="sub">{escape(note)}</dd></div>'
+    note = re.sub(r"(?<=\w)\.(?=[a-z_])", ".<wbr>", escape(note))  # long names break at their dots
+    return f'<li><span>{escape(title)}</span> <strong>{escape(value)}</strong> <span>{note}</span></li>'
 
 
 def _finding(found: Finding) -> str:

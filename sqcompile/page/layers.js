@@ -31,7 +31,7 @@ function ranking() {
   if (share != null) words += ` Those of them in ${DATA.dtype} are ${percent(share)} of what all cost.`;
   if (rows.some(r => r.kind === "float")) words += " Those in float would cost so much.";
   $("c-ranking").textContent = words;
-  if (rows.length) lazily($("p-ranking"), `Which linears cost most. ${words}`, () => draw($("p-ranking"), "ranking", rows, { unit }, "svg", opens));
+  if (rows.length) lazily($("p-ranking"), `Which linears cost most. ${words}`, () => draw($("p-ranking"), "ranking", rows, { unit, height: 20 * rows.length }, "svg", opens));
   else $("p-ranking").remove();
 }
 

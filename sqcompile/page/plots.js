@@ -34,7 +34,7 @@ let started = false;
 function startVega() {
   if (started) return;
   started = true;
-  document.head.append(make("script", {}, `(function(){${$("vega").textContent}\n})();`));
+  document.head.append(make("script", {}, `(function(){${$("vega-bundle").textContent}\n})();`));
 }
 
 const color = name => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim() || name;
@@ -58,10 +58,14 @@ async function draw(box, kind, rows, words = {}, renderer = "svg", then = null) 
   startVega();
   const text = JSON.stringify(SPECS[kind]).replace(/@([a-z]\w*)/g, (_, name) => JSON.stringify(words[name] ?? color(name)).slice(1, -1));
   const spec = { ...JSON.parse(text), datasets: { rows } };
+  if (words.height) spec.height = words.height;
   const old = drawn.get(box);
   drawn.set(box, { again: () => draw(box, kind, rows, words, renderer, then), free: null });
   old?.free?.();
-  const result = await window.vegaEmbed(box, spec, { actions: false, renderer, logLevel: 1, config: config(), tooltip: { theme: "custom" } });
+  // vega names what it draws into in its own words; the box around that has ours
+  const inside = make("div", { "aria-hidden": "true" });
+  box.replaceChildren(inside);
+  const result = await window.vegaEmbed(inside, spec, { actions: false, renderer, logLevel: 1, config: config(), tooltip: { theme: "custom" } });
   const entry = drawn.get(box);
   if (!entry) return result.finalize();
   entry.free = () => result.finalize();

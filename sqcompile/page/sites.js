@@ -45,7 +45,7 @@ function panel(s, i) {
       make("button", { type: "button", disabled: i === SITES.length - 1, onclick: () => show(i + 1) }, "Next"))),
     make("ul", { class: "floats mono" }, ...s.linears.map(k => make("li", {}, `${plain(L.name[k])}: ${L.quantized[k] ? db(k) : "float"}`))),
     s.spikes ? make("p", {}, make("span", { class: "tag look" }, "Spikes"), ` ${s.spikes}`) : null,
-    make("dl", { class: "facts" }, ...facts.map(([k, v]) => make("div", {}, make("dt", {}, k), make("dd", {}, v)))));
+    make("ul", { class: "facts" }, ...facts.map(([k, v]) => make("li", {}, make("span", {}, k), v))));
   const plots = make("div", { class: "plots" }, ...channels(s, int, rotation), ...heats(s, int), ...curve(s, alpha, rotation), ...codes(s));
   return [head, plots, largest(s, int, rotation)];
 }
@@ -111,6 +111,8 @@ function curve(s, alpha, rotation) {
   const chosen = shown.find(is), plainly = shown.find(t => t[0] == null && t[1] == null);
   let words = chosen ? `Chosen, with a ring: ${say(chosen)}, ${number(chosen[3])}.` : "What runs is none of these.";
   if (chosen && plainly && chosen !== plainly) words += ` Without smoothing and rotation: ${number(plainly[3])}.`;
+  if (chosen && shown.some(t => t[3] < chosen[3]))
+    words += " Some are lower: a rotation must pay for its additions, repeated layers stay alike, and smoothing guards against larger outliers than the sample has.";
   const unit = s.curve.loss ? (DATA.logits ? "cost, nats per output row" : "cost, of the outputs") : "relative error, summed";
   return [figure("What was tried", words, "curve", rows, { unit })];
 }

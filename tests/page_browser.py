@@ -1,0 +1,51 @@
+"""A headless Chromium for tests of the page; tests that need one are skipped, with a word, where there is none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1300,900",
+)  # fmt: skip
+
+
+@contextmanager
+def chromium(folder: Path) -> Iterator[Any]:
+    """A driver; ``folder`` is for the browser's own files."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    browser, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if browser is None or driver is None:
+        pytest.skip("no Chromium with its chromedriver on this machine")
+    options = webdriver.ChromeOptions()
+    for flag in (*_FLAGS, f"--user-data-dir={folder}"):
+        options.add_argument(flag)
+    options.binary_location = browser
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        found.set_script_timeout(60)
+        yield found
+    finally:
+        found.quit()
+
+
+def requests(driver: Any) -> list[str]:
+    """What the browser has asked the network for since the last call."""
+    every = (json.loads(entry["message"])["message"] for entry in driver.get_log("performance"))
+    urls = [m["params"]["request"]["url"] for m in every if m["method"] == "Network.requestWillBeSent"]
+    return [u for u in urls if not u.startswith(("file:", "data:", "blob:", "chrome:", "about:"))]
+
+
+def until(driver: Any, script: str, seconds: float = 30.0) -> Any:
+    """Waits for a script's value to be true, and gives it."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(driver, seconds, 0.05).until(lambda d: d.execute_script(f"return {script}"))
