@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+NASTY = "</script><script>window.bad = 1</script><!--<b>&amp;\"'"
+
 _FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1300,900",
@@ -49,3 +51,21 @@ def until(driver: Any, script: str, seconds: float = 30.0) -> Any:
     from selenium.webdriver.support.ui import WebDriverWait
 
     return WebDriverWait(driver, seconds, 0.05).until(lambda d: d.execute_script(f"return {script}"))
+
+
+def click(driver: Any, css: str) -> None:
+    found = driver.find_element("css selector", css)
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
+    found.click()
+
+
+def texts(driver: Any, css: str) -> list[str]:
+    return driver.execute_script(f"return [...document.querySelectorAll({css!r})].map(x => x.textContent)")
+
+
+def scroll_through(driver: Any) -> None:
+    """To everything that is drawn when it is seen, until it is."""
+    boxes = driver.execute_script("return document.querySelectorAll('.plot').length")
+    for i in range(boxes):
+        driver.execute_script(f"document.querySelectorAll('.plot')[{i}].scrollIntoView({{block: 'center'}})")
+        until(driver, f"document.querySelectorAll('.plot')[{i}].dataset.drawn")

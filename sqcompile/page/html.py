@@ -80,7 +80,7 @@ def _json(found: Any) -> str:
 
 def _card(title: str, value: str, note: str) -> str:
     note = re.sub(r"(?<=\w)\.(?=[a-z_])", ".<wbr>", escape(note))  # long names break at their dots
-    return f'<li><span>{escape(title)}</span> <strong>{escape(value)}</strong> <span>{note}</span></li>'
+    return f"<li><span>{escape(title)}</span> <strong>{escape(value)}</strong> <span>{note}</span></li>"
 
 
 def _finding(found: Finding) -> str:
