@@ -82,7 +82,7 @@ def _heat(alt: Any) -> Any:
             color=alt.Color(
                 "value:Q",
                 scale=alt.Scale(type="sqrt", nice=False, range=["@heat0", "@heat1", "@heat2", "@heat3"], clamp=True),
-                legend=alt.Legend(title="|x|", labelExpr="format(datum.value, '~g')", tickCount=4, gradientLength=130, orient="right"),
+                legend=alt.Legend(title="|x|", labelExpr="format(datum.value, '.2~r')", tickCount=4, gradientLength=130, orient="right"),
             ),
             tooltip=[
                 alt.Tooltip("token:Q", title="sampled token"), alt.Tooltip("channel:Q", title="channel, from"),
@@ -164,7 +164,7 @@ def _ranking(alt: Any) -> Any:
         _base(alt)
         .mark_bar(height={"band": 0.72})
         .encode(
-            x=alt.X("cost:Q", title="@unit", axis=alt.Axis(tickCount=6, format=".1e")),
+            x=alt.X("cost:Q", title="@unit", axis=alt.Axis(tickCount=6, labelExpr="datum.value ? format(datum.value, '.1e') : '0'")),
             y=alt.Y("name:N", title=None, sort=None, axis=alt.Axis(labelLimit=330, ticks=False, domain=False)),
             color=alt.Color("kind:N", title=None, scale=alt.Scale(**_KINDS), legend=alt.Legend(orient="top", offset=2)),
             tooltip=["name:N", alt.Tooltip("cost:Q", format=".3g"), alt.Tooltip("share:N", title="share of all")],

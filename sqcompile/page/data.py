@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sqcompile.page.charts import HEAT_DEPTH, HEAT_SHEAR
-from sqcompile.page.facts import expected_loss, inputs_of
+from sqcompile.page.facts import inputs_of
+from sqcompile.page.findings import expected_loss
 from sqcompile.plan.evidence import CODES, OCTAVES, Curve, Evidence, InputEvidence
 from sqcompile.plan.names import linear_labels, site_labels
 from sqcompile.plan.plan import Plan

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
+from sqcompile.page.findings import Finding, expected_loss, findings_of
+from sqcompile.page.words import change, error_of, grown, percent, size
 from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.evidence import Evidence, InputEvidence
 from sqcompile.plan.names import refusal_lines
 from sqcompile.plan.plan import Plan
+from sqcompile.plan.recipe import Recipe
 
 if TYPE_CHECKING:
     from sqcompile.evaluation import Evaluation
-
-Level = Literal["good", "look", "bad"]
-
-LOW_DB, VERY_LOW_DB = 20.0, 10.0  # a linear whose error has a tenth, or a third, of its output's size
-SMALL_LOSS, LARGE_LOSS = 1.0, 3.0  # percent of perplexity
-CLIPS = 1e-3  # share of values
 
 
 @dataclass(frozen=True)
@@ -43,14 +40,6 @@ class Subject:
     drawing: str | None = None
     no_drawing: str = ""
     title: str | None = None
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One sentence on whether to trust the model; "look" and "bad" ask for somebody's eyes."""
-
-    level: Level
-    text: str
 
 
 @dataclass(frozen=True)
@@ -95,7 +84,7 @@ def facts_of(subject: Subject) -> Facts:
     found.cards.append(_quality(plan, evidence, subject.evaluation))
     found.cards.append(_worst(done))
     found.cards.append(_speed(subject))
-    found.findings.extend(_findings(plan, evidence, subject.evaluation))
+    found.findings.extend(findings_of(plan, evidence, subject.evaluation))
     found.floats.extend(refusal_lines([(l.name, l.reason) for l in left], [l.name for l in plan.layers]))
     found.rows.extend(_rows(subject, evidence, memory))
     return found
@@ -132,16 +121,16 @@ def _kinds(done: list[LayerPlan]) -> str:
 
 def _quality(plan: Plan, evidence: Evidence, measured: Evaluation | None) -> tuple[str, str, str]:
     if measured is not None and measured.increase is not None:
-        value = f"{measured.increase:+.2f} % ± {_error(measured.increase_error, '.2f')}"
+        value = f"{measured.increase:+.2f} % ± {error_of(measured.increase_error, '.2f')}"
         return "Perplexity, measured", value, "beside the float model"
     if measured is not None and measured.perplexity is not None:
         return (
             "Perplexity, measured",
-            f"{measured.perplexity:.2f} ± {_error(measured.perplexity_error, '.2f')}",
+            f"{measured.perplexity:.2f} ± {error_of(measured.perplexity_error, '.2f')}",
             "of the INT8 model",
         )
     if measured is not None and measured.relative_error is not None:
-        value = f"{100 * measured.relative_error:.2f} % ± {_error(measured.relative_error_error, '.2f', 100)}"
+        value = f"{100 * measured.relative_error:.2f} % ± {error_of(measured.relative_error_error, '.2f', 100)}"
         return "Error of the outputs", value, "measured, relative to the float model's"
     expected = expected_loss(plan)
     if expected is None:
@@ -149,17 +138,11 @@ def _quality(plan: Plan, evidence: Evidence, measured: Evaluation | None) -> tup
     if evidence.logits:
         return (
             "Perplexity, expected",
-            f"+{100 * _expm1(expected):.2g} %",
+            f"+{100 * grown(expected):.2g} %",
             "by gradients on the calibration sample, not measured",
         )
     error = 100 * math.sqrt(2 * expected)
     return "Error of the outputs", f"about {error:.2g} %", "by gradients on the calibration sample, not measured"
-
-
-def expected_loss(plan: Plan) -> float | None:
-    """What the roundings of all INT8 linears cost the outputs together, as `LayerPlan.loss`; None where that is not known."""
-    losses = [l.loss for l in plan.layers if l.quantized]
-    return sum(x for x in losses if x is not None) if any(x is not None for x in losses) else None
 
 
 def _worst(done: list[LayerPlan]) -> tuple[str, str, str]:
@@ -167,7 +150,7 @@ def _worst(done: list[LayerPlan]) -> tuple[str, str, str]:
     if not known:
         return "Lowest SQNR of a linear", "not known", "the plan has no numbers of it"
     low, name = min(known)
-    return "Lowest SQNR of a linear", f"{low:.1f} dB", f"{name.removesuffix('.weight')}, an error of {_percent(low)}"
+    return "Lowest SQNR of a linear", f"{low:.1f} dB", f"{name.removesuffix('.weight')}, an error of {percent(low)}"
 
 
 def _speed(subject: Subject) -> tuple[str, str, str]:
@@ -185,53 +168,6 @@ def _speed(subject: Subject) -> tuple[str, str, str]:
     if subject.gemms:
         return "Speed", "expected", "by a table of this GPU, below"
     return "Speed", "not measured", "pass an evaluation, or compile for a GPU"
-
-
-def _findings(plan: Plan, evidence: Evidence, measured: Evaluation | None) -> Iterable[Finding]:
-    yield from _of_quality(plan, evidence, measured)
-    done = [l for l in plan.layers if l.quantized]
-    known = [l for l in done if l.sqnr_db is not None]
-    low = sorted((l for l in known if (l.sqnr_db or 0) < LOW_DB), key=lambda l: l.sqnr_db or 0.0)
-    if low:
-        level: Level = "bad" if (low[0].sqnr_db or 0) < VERY_LOW_DB else "look"
-        names = _some([l.name.removesuffix(".weight") for l in low])
-        yield Finding(level, f"{_count(len(low), 'linear is', 'linears are')} below {LOW_DB:.0f} dB: {names}.")
-    elif known:
-        yield Finding(
-            "good", f"Every INT8 linear keeps {LOW_DB:.0f} dB or more of its output on the calibration sample."
-        )
-    for text, of in (("has a few tokens many times as large as the others", "spikes"), ("clips more than 0.1 % of the sampled values", "clipped")):  # fmt: skip
-        inputs = [i for i in evidence.inputs if (bool(i.spikes) if of == "spikes" else (i.clipped or 0) > CLIPS)]
-        if inputs:
-            names = _some([i.linears[0].removesuffix(".weight") for i in inputs])
-            yield Finding("look", f"{_count(len(inputs), 'input', 'inputs')} of linears {text if len(inputs) == 1 else text.replace('has', 'have').replace('clips', 'clip')}: read by {names}.")  # fmt: skip
-    rough = [i for i in evidence.inputs if i.site and i.ratio[1] > 0.5 * i.ratio[0] > 5]
-    if rough:
-        names = _some([i.linears[0].removesuffix(".weight") for i in rough])
-        yield Finding("look", f"Outlier channels stay outliers after smoothing in {_count(len(rough), 'input', 'inputs')}: read by {names}.")  # fmt: skip
-    left = len(plan.layers) - len(done)
-    if left:
-        yield Finding("good" if left < len(done) else "look", f"{_count(left, 'linear stays', 'linears stay')} in float; the reasons stand below.")  # fmt: skip
-    if plan.evidence is None or not plan.evidence.inputs:
-        yield Finding("look", "This plan has no evidence: an older version made it, or it was read from another tool's file. Channels, tokens, codes and the curves of what was tried are missing here; calibrate again to see them.")  # fmt: skip
-    elif any(i.tokens == 0 for i in evidence.inputs):
-        yield Finding("look", "The plan was made from activation scales alone: there were no tokens, so nothing was tried, and there are no heat maps and codes of activations.")  # fmt: skip
-
-
-def _of_quality(plan: Plan, evidence: Evidence, measured: Evaluation | None) -> Iterable[Finding]:
-    if measured is not None and measured.increase is not None:
-        most = measured.increase + 2 * (measured.increase_error or 0.0)
-        level: Level = "good" if most < SMALL_LOSS else "look" if most < LARGE_LOSS else "bad"
-        yield Finding(level, f"On {measured.tokens:,} held-out tokens perplexity is {measured.increase:+.2f} % ± {_error(measured.increase_error, '.2f')} % against the float model's.")  # fmt: skip
-        return
-    if measured is not None:
-        yield Finding("look", "The evaluation has no float model beside it, so that it does not say what was lost.")
-        return
-    expected = expected_loss(plan)
-    told = ""
-    if expected is not None and evidence.logits:
-        told = f" Gradients on the calibration sample expect +{100 * _expm1(expected):.2g} % of perplexity."
-    yield Finding("look", f"What the model has lost was not measured on held-out data: pass an evaluation (sqcompile eval --against).{told}")  # fmt: skip
 
 
 def _rows(subject: Subject, evidence: Evidence, memory: Memory) -> Iterable[tuple[str, str]]:
@@ -260,25 +196,21 @@ def _rows(subject: Subject, evidence: Evidence, memory: Memory) -> Iterable[tupl
             ("Cosine", measured.cosine, measured.cosine_error),
         ):
             if value is not None:
-                yield name, f"{value:.4g} ± {_error(error, '.2g')}"
+                yield name, f"{value:.4g} ± {error_of(error, '.2g')}"
+    if subject.no_drawing:
+        yield "Graph", f"not drawn: {subject.no_drawing}"
     for line in subject.gemms:
         yield "Expected speed against bfloat16", line
     yield "Made with", evidence.versions or "not known"
-    yield "Recipe", str(plan.recipe)
+    yield "Recipe", recipe_text(plan.recipe)
 
 
-def size(n: int) -> str:
-    """Bytes in words: 16.1 GB."""
-    for unit, one in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if n >= one:
-            return f"{n / one:#.3g}".rstrip(".") + f" {unit}" if n < 999 * one else f"{n / one:,.0f} {unit}"
-    return f"{n} bytes"
-
-
-def change(before: int, after: int) -> str:
-    """Bytes before and after, the unit once where it is one: 16.1 → 8.4 GB."""
-    (one, unit), (other, same) = (size(n).rsplit(" ", 1) for n in (before, after))
-    return f"{one} → {other} {unit}" if unit == same else f"{one} {unit} → {other} {same}"
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as Python, with what is not the default."""
+    given = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    given["overrides"] = {pattern: dict(own) for pattern, own in recipe.by_pattern}
+    defaults = {f.name: f.default for f in fields(recipe)} | {"overrides": {}}
+    return f"Recipe({', '.join(f'{n}={v!r}' for n, v in given.items() if v != defaults[n])})"
 
 
 def inputs_of(plan: Plan) -> tuple[InputEvidence, ...]:
@@ -286,23 +218,3 @@ def inputs_of(plan: Plan) -> tuple[InputEvidence, ...]:
     shapes: dict[str, Any] = {l.name: l.shape for l in plan.layers}
     every = plan.evidence.inputs if plan.evidence is not None else ()
     return tuple(i for i in every if all(n in shapes and shapes[n][-1] == i.channels for n in i.linears))
-
-
-def _percent(db: float) -> str:
-    return f"{100 * 10 ** (-db / 20):.2g} % of its output"
-
-
-def _error(x: float | None, form: str, times: float = 1.0) -> str:
-    return "?" if x is None or math.isnan(x) else format(x * times, form)
-
-
-def _expm1(x: float) -> float:
-    return math.expm1(x) if x < 700 else math.inf
-
-
-def _count(n: int, one: str, many: str) -> str:
-    return f"{n} {one if n == 1 else many}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

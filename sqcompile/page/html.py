@@ -13,7 +13,8 @@ from typing import Any
 
 from sqcompile.page.charts import specs
 from sqcompile.page.data import data_of
-from sqcompile.page.facts import Facts, Finding, Subject, facts_of
+from sqcompile.page.facts import Facts, Subject, facts_of
+from sqcompile.page.findings import Finding
 
 _SCRIPTS = ("plots.js", "sites.js", "table.js", "layers.js")
 _DARK = """color-scheme: dark;

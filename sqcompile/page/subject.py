@@ -46,9 +46,9 @@ def subject_of(report: Report, evaluation: Any = None, title: Any = None) -> Sub
 
 
 def _drawing(report: Report) -> tuple[str | None, str]:
-    """The drawing as a page of its own, and why there is none."""
+    """The drawing as a page of its own; and in words why there is none, where there might be one."""
     if report.stages is None:
-        return None, "a plan alone has no graph"
+        return None, ""  # a plan alone has no graph
     try:
         traced: fx.GraphModule = report.stages["traced"]
     except StageError as e:  # the float model is gone
