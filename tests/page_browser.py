@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,8 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import page_cases
 import pytest
 
+from sqcompile import Evaluation
+from sqcompile.compiled.report import Report
+from sqcompile.page import html
+
+FAKE = "window.vegaEmbed = async () => ({ finalize() {}, view: { addEventListener() {} } });"
 NASTY = "</script><script>window.bad = 1</script><!--<b>&amp;\"'"
 
 _FLAGS = (
@@ -69,3 +76,48 @@ def scroll_through(driver: Any) -> None:
     for i in range(boxes):
         driver.execute_script(f"document.querySelectorAll('.plot')[{i}].scrollIntoView({{block: 'center'}})")
         until(driver, f"document.querySelectorAll('.plot')[{i}].dataset.drawn")
+
+
+def without_vega() -> Iterator[None]:
+    """Pages that draw nothing: vega's scripts take seconds to be put together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "_bundle", lambda module: FAKE)
+        yield
+
+
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A browser."""
+    with chromium(tmp_path_factory.mktemp("browser")) as found:
+        yield found
+
+
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a page with names that could be taken for HTML."""
+    plan = page_cases.synthetic(2, NASTY)
+    recipe = dataclasses.replace(plan.recipe, overrides={"*.0.mlp.up_proj": {"alpha": (0.3, 0.5)}})
+    entries = (dataclasses.replace(plan.layers[0], reason=NASTY), *plan.layers[1:])
+    measured = Evaluation(
+        "next tokens", 8, 4096, 12.5, 0.4, 12.4, 0.4, 0.8, 0.05, tokens_per_second=200.0, float_tokens_per_second=100.0
+    )
+    found = tmp_path_factory.mktemp("page") / "report.html"
+    plan = dataclasses.replace(plan, recipe=recipe, layers=entries)
+    Report.of(plan).to_html(found, evaluation=measured, title=NASTY)
+    return found
+
+
+def page(driver: Any, path: Path) -> Iterator[Any]:
+    """Opened anew; afterwards no script has failed, and nothing was asked of the network."""
+    driver.get(path.as_uri())
+    requests(driver)
+    driver.get_log("browser")
+    yield driver
+    assert [e for e in driver.get_log("browser") if e["level"] in ("SEVERE", "WARNING")] == []
+    assert requests(driver) == []
+    assert driver.execute_script("return window.bad") is None
+
+
+def fixtures(module: dict[str, Any]) -> None:
+    """Gives a test file the fixtures of this one."""
+    for fixture in (without_vega, driver, path):
+        module[fixture.__name__] = pytest.fixture(scope="module")(fixture)
+    module["page"] = pytest.fixture(page)

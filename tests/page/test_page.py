@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 
+import page_browser
 import page_cases
 import pytest
 import torch
@@ -22,6 +23,7 @@ from sqcompile.page.facts import Subject, facts_of, memory_of
 pytest.importorskip("altair", reason="altair is not installed")
 pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
 pytestmark = pytest.mark.usefixtures("without_vega")
+without_vega = pytest.fixture(scope="module")(page_browser.without_vega)
 
 
 class Tiny(nn.Module):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 
 import pytest
-from page_browser import NASTY, click, texts, until
+from page_browser import NASTY, click, fixtures, texts, until
 
 from sqcompile import Recipe
 
 pytest.importorskip("altair", reason="altair is not installed")
 pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
 pytestmark = pytest.mark.usefixtures("without_vega")
+fixtures(globals())
 
 
 def test_names_are_text(page):

@@ -6,13 +6,14 @@ import time
 
 import page_cases
 import pytest
-from page_browser import click, scroll_through, texts, until
+from page_browser import click, fixtures, scroll_through, texts, until
 
 from sqcompile.compiled.report import Report
 
 pytest.importorskip("altair", reason="altair is not installed")
 pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
 pytestmark = pytest.mark.slow  # half a minute of two cores: a browser, and vega's scripts
+fixtures(globals())
 
 
 def test_every_plot_is_drawn_when_it_is_seen(page):
