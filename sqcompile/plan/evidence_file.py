@@ -109,12 +109,15 @@ def _curve(found: Any) -> Curve:
     return Curve(found[0], tuple(Tried(*t) for t in found[1]))
 
 
-def check_evidence(found: Evidence) -> None:
-    """Checks types, shapes and ranges. What a plan has no linears for is allowed: nobody shows it.
+def check_evidence(found: Any) -> None:
+    """Checks types, shapes and ranges of evidence; None is none. What a plan has no linears for is allowed: nobody shows it.
 
     Raises:
         PlanError: names the field and its value.
     """
+    if found is None:
+        return
+    need(isinstance(found, Evidence), f"its evidence is {said(found)}")
     for name in ("model", "versions", "dtype"):
         _line(getattr(found, name), f"evidence: {name}")
     need(isinstance(found.logits, bool), f"evidence: logits is {said(found.logits)}, not True or False")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sqcompile.errors import PlanError, RecipeError
-from sqcompile.plan.checks import check_values, need, said
+from sqcompile.plan.checks import check_values
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.evidence import Evidence
 from sqcompile.plan.evidence_file import check_evidence
@@ -92,9 +92,7 @@ class Plan:
                 of = f" of {part.__name__}" if part else ""
                 raise PlanError(f"the plan's {name} are no {kind.__name__}{of}: pass what sqcompile.calibrate gives")
         check_values(self)
-        if self.evidence is not None:
-            need(isinstance(self.evidence, Evidence), f"its evidence is {said(self.evidence)}")
-            check_evidence(self.evidence)
+        check_evidence(self.evidence)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as one safetensors file: the tensors, and all else as JSON in its header.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 
+import page_cases
 import pytest
 from page_browser import NASTY, click, fixtures, texts, until
 
 from sqcompile import Recipe
+from sqcompile.page import Subject, write_page
 
 pytest.importorskip("altair", reason="altair is not installed")
 pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
@@ -51,6 +53,19 @@ def test_selected_rows_become_overrides(page):
     assert page.execute_async_script("navigator.clipboard.readText().then(arguments[0])") == text
     click(page, "#none")
     assert not page.find_element("id", "copy").is_enabled() and not page.find_element("id", "overrides").is_displayed()
+
+
+def test_a_drawing_is_a_frame_that_waits_until_it_is_seen(page, tmp_path):
+    drawing = "<!doctype html><html lang=en><title>g</title><p id=drawn>all <b>of</b> it</p></html>"
+    write_page(tmp_path / "r.html", Subject(page_cases.synthetic(2), drawing=drawing))
+    page.get((tmp_path / "r.html").as_uri())
+    assert texts(page, "nav a")[-1] == "Graph" and page.find_element("tag name", "iframe").get_attribute("srcdoc") == ""
+    click(page, 'nav a[href="#graph"]')
+    until(page, "document.querySelector('iframe').srcdoc")
+    page.switch_to.frame(page.find_element("tag name", "iframe"))
+    until(page, "document.getElementById('drawn')")
+    assert texts(page, "#drawn") == ["all of it"]
+    page.switch_to.default_content()
 
 
 def test_a_name_in_the_table_opens_its_site(page):

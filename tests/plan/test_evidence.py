@@ -145,6 +145,9 @@ def test_every_field_is_checked(tmp_path):
                 assert len(str(e)) < 2000
     assert refused > 0.8 * len(places) * len(BAD)
     meta, tensors = parts(dynamic_plan(), tmp_path / "p")
+    for wrong in (3, meta):
+        with pytest.raises(PlanError):
+            dataclasses.replace(dynamic_plan(), evidence=wrong).check()
     for wrong in (None, [], {**meta["evidence"], "more": 1}, {**meta["evidence"], "bytes": -1}):
         write(tmp_path / "p", {**meta, "evidence": wrong}, tensors)
         with pytest.raises(PlanError):
