@@ -146,7 +146,7 @@ class _Of:
             codes[0], clipped, zeros = self._codes()
         codes[1] = torch.stack([w.codes for w in weights]).sum(0)
         of_weights = (torch.stack([w.absmax[i] for w in weights]).amax(0) for i in (0, 1))
-        absmax = torch.stack([before, after, *of_weights]).cpu().nan_to_num(0.0, _HUGE).clamp_max(_HUGE / 4)
+        absmax = torch.stack([before.cpu(), after.cpu(), *of_weights]).nan_to_num(0.0, _HUGE).clamp_max(_HUGE / 4)
         k, silence = absmax.shape[1], _silence(absmax[0])
         order = absmax[0].argsort(descending=True, stable=True)[:LARGEST]
         width, cells = math.ceil(k / self.size[0]), math.ceil(k / self.size[2])
@@ -240,7 +240,7 @@ class _Weight:
                 each = how.weight(matrix, part)
                 scale = absmax_scale(after.amax(), qtype.q_max) if per_tensor else weight_scale(each, True, qtype.q_max)
                 self.codes += _histogram(quantize(each, scale, dtype=qtype.dtype).float(), qtype)
-        self.absmax = torch.stack(befores).amax(0), torch.stack(afters).amax(0)
+        self.absmax = torch.stack(befores).amax(0).cpu(), torch.stack(afters).amax(0).cpu()
 
 
 def _histogram(q: Tensor, qtype: QType) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ from sqcompile.plan.recipe import Recipe
 
 if TYPE_CHECKING:
     from sqcompile.evaluation import Evaluation
+
+
+_COSTS = re.compile(r"(costs|error is) (\d[\d.e+-]*) %")  # in the reasons of `budget`
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,19 @@ def facts_of(subject: Subject) -> Facts:
     found.cards.append(_worst(done))
     found.cards.append(_speed(subject))
     found.findings.extend(findings_of(plan, evidence, subject.evaluation))
-    found.floats.extend(refusal_lines([(l.name, l.reason) for l in left], [l.name for l in plan.layers]))
+    found.floats.extend(refusal_lines(_in_common(left), [l.name for l in plan.layers]))
     found.rows.extend(_rows(subject, evidence, memory))
     return found
+
+
+def _in_common(left: list[LayerPlan]) -> list[tuple[str, str]]:
+    """Names and reasons; of those that differ in what a linear costs alone, one reason with the largest cost."""
+    kinds = [(l.name, _COSTS.sub(r"\1 up to @ %", l.reason), _COSTS.search(l.reason)) for l in left]
+    largest: dict[str, float] = {}
+    for _, kind, cost in kinds:
+        if cost is not None:
+            largest[kind] = max(largest.get(kind, 0.0), float(cost[2]))
+    return [(name, kind.replace("@", f"{largest[kind]:.2g}") if cost else kind) for name, kind, cost in kinds]
 
 
 def memory_of(plan: Plan, weight_bytes: int | None) -> Memory:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from sqcompile.page.words import count, error_of, grown, some
-from sqcompile.plan.evidence import Evidence
+from sqcompile.plan.evidence import Evidence, InputEvidence
 from sqcompile.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Finding:
 
 
 def findings_of(plan: Plan, evidence: Evidence, measured: Evaluation | None) -> Iterable[Finding]:
+    """The sentences, what was measured first."""
     yield from _of_quality(plan, evidence, measured)
     done = [l for l in plan.layers if l.quantized]
     known = [l for l in done if l.sqnr_db is not None]
@@ -41,15 +42,22 @@ def findings_of(plan: Plan, evidence: Evidence, measured: Evaluation | None) -> 
         yield Finding(
             "good", f"Every INT8 linear keeps {LOW_DB:.0f} dB or more of its output on the calibration sample."
         )
-    for text, of in (("has a few tokens many times as large as the others", "spikes"), ("clips more than 0.1 % of the sampled values", "clipped")):  # fmt: skip
-        inputs = [i for i in evidence.inputs if (bool(i.spikes) if of == "spikes" else (i.clipped or 0) > CLIPS)]
+    shared = {
+        l.name for l in done if (l.activation or plan.recipe.activation) != "per_token"
+    }  # one scale for all tokens
+    spiky = [i for i in evidence.inputs if i.spikes and not shared.isdisjoint(i.linears)]
+    clipped = [i for i in evidence.inputs if (i.clipped or 0) > CLIPS]
+    for inputs, one, many in (
+        (spiky, "has one scale and a few tokens many times as large as the others", "have one scale and a few tokens many times as large as the others"),
+        (clipped, "clips more than 0.1 % of the sampled values", "clip more than 0.1 % of the sampled values"),
+    ):  # fmt: skip
         if inputs:
-            names = some([i.linears[0].removesuffix(".weight") for i in inputs])
-            yield Finding("look", f"{count(len(inputs), 'input', 'inputs')} of linears {text if len(inputs) == 1 else text.replace('has', 'have').replace('clips', 'clip')}: read by {names}.")  # fmt: skip
+            what = f"{count(len(inputs), 'input', 'inputs')} of linears {one if len(inputs) == 1 else many}"
+            yield Finding("look", f"{what}: read by {_read_by(inputs)}.")
     rough = [i for i in evidence.inputs if i.site and i.ratio[1] > 0.5 * i.ratio[0] > 5]
     if rough:
-        names = some([i.linears[0].removesuffix(".weight") for i in rough])
-        yield Finding("look", f"Outlier channels stay outliers after smoothing in {count(len(rough), 'input', 'inputs')}: read by {names}.")  # fmt: skip
+        what = f"Outlier channels stay outliers after smoothing in {count(len(rough), 'input', 'inputs')}"
+        yield Finding("look", f"{what}: read by {_read_by(rough)}.")
     left = len(plan.layers) - len(done)
     if left:
         yield Finding("good" if left < len(done) else "look", f"{count(left, 'linear stays', 'linears stay')} in float; the reasons stand below.")  # fmt: skip
@@ -57,6 +65,10 @@ def findings_of(plan: Plan, evidence: Evidence, measured: Evaluation | None) -> 
         yield Finding("look", "This plan has no evidence: an older version made it, or it was read from another tool's file. Channels, tokens, codes and the curves of what was tried are missing here; calibrate again to see them.")  # fmt: skip
     elif any(i.tokens == 0 for i in evidence.inputs):
         yield Finding("look", "The plan was made from activation scales alone: there were no tokens, so nothing was tried, and there are no heat maps and codes of activations.")  # fmt: skip
+
+
+def _read_by(inputs: list[InputEvidence]) -> str:
+    return some([i.linears[0].removesuffix(".weight") for i in inputs])
 
 
 def _of_quality(plan: Plan, evidence: Evidence, measured: Evaluation | None) -> Iterable[Finding]:

@@ -95,6 +95,30 @@ def test_80_layers_are_less_than_3_mb(tmp_path):
     assert memory_of(plan, None).linears[0] == 2 * sum(l.shape[0] * l.shape[1] for l in plan.layers if l.quantized)
 
 
+def test_reasons_that_differ_in_a_cost_are_one_line():
+    plan = page_cases.synthetic(8)
+    costs = {f"model.layers.{i}.mlp.up_proj.weight": c for i, c in enumerate(("0.02", "1.5e-05", "0.4"))}
+    layers = tuple(
+        dataclasses.replace(l, quantized=False, reason=f"left in float: costs {costs[l.name]} % of perplexity, and max_degradation=0.5")
+        if l.name in costs
+        else l
+        for l in plan.layers
+    )  # fmt: skip
+    found = facts_of(Subject(dataclasses.replace(plan, layers=layers))).floats
+    line = "model.layers.{0..2}: up_proj: left in float: costs up to 0.4 % of perplexity, and max_degradation=0.5"
+    assert line in found and len(found) == 3
+
+
+def test_spikes_matter_where_tokens_share_a_scale():
+    plan = page_cases.synthetic(2)
+    texts = [f.text for f in facts_of(Subject(plan)).findings]
+    shared = dataclasses.replace(plan, recipe=Recipe(activation="per_tensor"))
+    more = [f.text for f in facts_of(Subject(shared)).findings if f.text not in texts]
+    assert len(more) == 1 and more[0].startswith(
+        "2 inputs of linears have one scale and a few tokens many times as large"
+    )
+
+
 def test_what_was_measured_decides_what_is_said():
     plan = page_cases.synthetic(2)
 
