@@ -45,25 +45,13 @@ def draw(
     suffix = Path(path).suffix.lower()
     if suffix not in (".svg", ".html"):
         raise DrawError(f"cannot draw to {os.fspath(path)!r}: name a file that ends in .svg or .html")
-    text = picture(traced, plan, stage, full)
+    roles = roles_of(traced, plan)
+    graph = condense(traced if stage is None else stage, roles)
+    text = render(graph if full else fold_repeats(graph), roles.reasons)
     try:
         Path(path).write_text(page(text, Path(path).stem) if suffix == ".html" else text, encoding="utf-8")
     except OSError as e:
         raise DrawError(f"cannot write {os.fspath(path)} ({e.strerror}): name a file in a folder you can write") from e
-
-
-def picture(
-    traced: fx.GraphModule, plan: Plan | None = None, stage: fx.GraphModule | None = None, full: bool = False
-) -> str:
-    """The drawing as an SVG document; arguments as for `draw`."""
-    roles = roles_of(traced, plan)
-    graph = condense(traced if stage is None else stage, roles)
-    return render(graph if full else fold_repeats(graph), roles.reasons)
-
-
-def document(traced: fx.GraphModule, plan: Plan | None = None, title: str = "graph") -> str:
-    """The drawing as an HTML page, for a frame of another page; arguments as for `draw`."""
-    return page(picture(traced, plan), title)
 
 
 def roles_of(traced: fx.GraphModule, plan: Plan | None = None) -> Roles:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import fx
-
-from sqcompile.draw import document
 from sqcompile.errors import ReportError, StageError
+from sqcompile.page.drawing import drawing
 from sqcompile.page.facts import Subject
 from sqcompile.plan.plan import Plan
 
@@ -40,17 +38,16 @@ def subject_of(report: Report, evaluation: Any = None, title: Any = None) -> Sub
     if title is not None and not (isinstance(title, str) and 0 < len(title) <= _LONGEST and title.isprintable()):
         raise ReportError(f"title={title!r:.60}: pass one line of text, or None for the model's class")
     plan = plan_of(report)
-    drawing, why = _drawing(report)
+    picture, why = _drawing(report, plan)
     gemms = tuple(map(str, report.gemms))
-    return Subject(plan, gemms, evaluation, report.weight_bytes, drawing, why, title)
+    return Subject(plan, gemms, evaluation, report.weight_bytes, picture, why, title)
 
 
-def _drawing(report: Report) -> tuple[str | None, str]:
+def _drawing(report: Report, plan: Plan) -> tuple[str | None, str]:
     """The drawing as a page of its own; and in words why there is none, where there might be one."""
     if report.stages is None:
         return None, ""  # a plan alone has no graph
     try:
-        traced: fx.GraphModule = report.stages["traced"]
+        return drawing(report.stages, plan), ""
     except StageError as e:  # the float model is gone
         return None, str(e)
-    return document(traced, report.plan, title="graph"), ""
