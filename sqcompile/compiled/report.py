@@ -144,6 +144,10 @@ class Report:
             plan.layers, sites, _gemms(lowered), plan.attention, _attentions(lowered), plan.recipe.dtype, plan, stages, held,
         )  # fmt: skip
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: all but the stages, which are this process's."""
+        return {**vars(self), "stages": None}
+
     def to_html(
         self, path: str | os.PathLike[str], *, evaluation: Evaluation | None = None, title: str | None = None
     ) -> None:

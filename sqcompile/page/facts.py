@@ -12,7 +12,7 @@ from sqcompile.page.findings import Finding, expected_loss, findings_of
 from sqcompile.page.words import change, error_of, grown, percent, size
 from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.evidence import Evidence, InputEvidence
-from sqcompile.plan.names import refusal_lines
+from sqcompile.plan.names import collapse, refusal_lines
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Recipe
 
@@ -90,6 +90,7 @@ def facts_of(subject: Subject) -> Facts:
     found.cards.append(_speed(subject))
     found.findings.extend(findings_of(plan, evidence, subject.evaluation))
     found.floats.extend(refusal_lines(_in_common(left), [l.name for l in plan.layers]))
+    found.floats.extend(collapse(f"{a.name}: attention: {a.reason}" for a in plan.attention if a.quantized == "none"))
     found.rows.extend(_rows(subject, evidence, memory))
     return found
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import builtins
+import copy
 import dataclasses
+import gc
 import json
+import pickle
 import re
 
 import page_browser
 import page_cases
 import pytest
 import torch
+from plan_cases import dynamic_plan
 from torch import nn
 
 import sqcompile
@@ -60,6 +63,30 @@ def test_a_page_of_a_compiled_model_has_its_graph(compiled, tmp_path):
         compiled.plan.evidence.bytes,
         want,
     )
+
+
+def test_a_report_is_copied_and_pickled_without_its_graph(compiled, tmp_path):
+    for again in (copy.deepcopy(compiled.report), pickle.loads(pickle.dumps(compiled.report))):
+        assert again == compiled.report and again.stages is None
+        again.to_html(tmp_path / "r.html")
+        assert 'id="graph"' not in (tmp_path / "r.html").read_text()
+
+
+def test_without_the_float_model_the_page_says_why_there_is_no_graph(tmp_path):
+    found = sqcompile.compile(
+        Tiny().eval(), [torch.randn(40, 32)], recipe=Recipe(alpha=0.5), backend="eager", progress=False
+    )
+    gc.collect()
+    found.report.to_html(tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert 'id="graph"' not in text and "not drawn: the float model was freed" in text
+
+
+def test_attentions_in_float_have_their_reasons():
+    plan = dynamic_plan()
+    attention = tuple(dataclasses.replace(a, quantized="none", reason="has no kernel") for a in plan.attention)
+    lines = facts_of(Subject(dataclasses.replace(plan, attention=attention))).floats
+    assert f"{plan.attention[0].name}: attention: has no kernel" in lines and len(attention) == 1
 
 
 def test_a_page_of_a_plan_alone(compiled, tmp_path):
@@ -183,7 +210,7 @@ def test_without_the_extra(missing, use, compiled, tmp_path, monkeypatch):
     monkeypatch.setattr(extras.importlib, "import_module", imported)
     with pytest.raises(ReportError, match=r"not installed: pip install 'sqcompile\[report\]'"):
         getattr(compiled.report, use)(tmp_path / "r.html" if use == "to_html" else 0)
-    assert not list(tmp_path.iterdir()) and builtins.__import__
+    assert not list(tmp_path.iterdir())
 
 
 def test_plot_by_matplotlib(compiled, tmp_path):
