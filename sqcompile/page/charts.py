@@ -12,7 +12,7 @@ from typing import Any
 HEAT_DEPTH, HEAT_SHEAR = 0.55, 0.22  # of a 3-D view: how far back the last token stands, in heights and in widths
 
 _WHEN = {"domain": ["before", "after"], "range": ["@before", "@after"]}
-_KINDS = {"domain": ["INT8", "float"], "range": ["@after", "@float"]}
+_KINDS = {"domain": ["@dtype", "float"], "range": ["@after", "@float"]}
 _ROTATIONS = {
     "domain": ["none", "16", "32", "64", "128"],
     "range": ["@rot0", "@rot1", "@rot2", "@rot3", "@rot4"],

@@ -142,7 +142,7 @@ def _quality(plan: Plan, evidence: Evidence, measured: Evaluation | None) -> tup
         return (
             "Perplexity, measured",
             f"{measured.perplexity:.2f} ± {error_of(measured.perplexity_error, '.2f')}",
-            "of the INT8 model",
+            "of the quantized model",
         )
     if measured is not None and measured.relative_error is not None:
         value = f"{100 * measured.relative_error:.2f} % ± {error_of(measured.relative_error_error, '.2f', 100)}"
@@ -191,7 +191,7 @@ def _rows(subject: Subject, evidence: Evidence, memory: Memory) -> Iterable[tupl
     if evidence.dtype:
         yield "Weights of linears in the float model", evidence.dtype
     if memory.linears:
-        yield "Weights of the INT8 linears", f"{size(memory.linears[0])} before, {size(memory.linears[1])} after"
+        yield "Weights of the quantized linears", f"{size(memory.linears[0])} before, {size(memory.linears[1])} after"
     if memory.model:
         exact = "the compiled model's tensors" if subject.weight_bytes is not None else "by the plan"
         yield "Whole model", f"{size(memory.model[0])} before, {size(memory.model[1])} after ({exact})"

@@ -40,7 +40,8 @@ def findings_of(plan: Plan, evidence: Evidence, measured: Evaluation | None) -> 
         yield Finding(level, f"{count(len(low), 'linear is', 'linears are')} below {LOW_DB:.0f} dB: {names}.")
     elif known:
         yield Finding(
-            "good", f"Every INT8 linear keeps {LOW_DB:.0f} dB or more of its output on the calibration sample."
+            "good",
+            f"Every linear in {plan.recipe.dtype.upper()} keeps {LOW_DB:.0f} dB or more of its output on the calibration sample.",
         )
     shared = {
         l.name for l in done if (l.activation or plan.recipe.activation) != "per_token"

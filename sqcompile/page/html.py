@@ -31,17 +31,17 @@ _TAGS = {"good": "good", "look": "look", "bad": "concern"}
 def page(subject: Subject, altair: ModuleType, vl_convert: ModuleType) -> str:
     """The whole page as text."""
     facts, model = facts_of(subject), subject.plan.evidence.model if subject.plan.evidence else ""
-    heading = subject.title or model or "A model in INT8"
+    heading, dtype = subject.title or model or "A quantized model", subject.plan.recipe.dtype.upper()
     parts = {
-        "title": escape(f"{heading}: INT8 report"),
+        "title": escape(f"{heading}: {dtype} report"),
         "css": _asset("page.css").replace("/*DARK*/", _DARK),
         "kicker": escape("sqcompile report" + (f" on {model}" if model and model != heading else "")),
         "heading": escape(heading),
         "nav": '<li><a href="#graph">Graph</a></li>' if subject.drawing is not None else "",
-        "dtype": escape(subject.plan.recipe.dtype.upper()),
+        "dtype": escape(dtype),
         "cards": "".join(_card(*card) for card in facts.cards),
         "findings": "".join(_finding(f) for f in facts.findings),
-        "floats": _floats(facts),
+        "floats": _floats(facts, dtype),
         "rows": "".join(f"<dt>{escape(k)}</dt><dd>{_value(k, v)}</dd>" for k, v in facts.rows),
         "graph": _graph(subject),
         "data": _json(data_of(subject.plan)),
@@ -89,9 +89,9 @@ def _finding(found: Finding) -> str:
     return f"<li>{tag}<span>{escape(found.text)}</span></li>"
 
 
-def _floats(facts: Facts) -> str:
+def _floats(facts: Facts, dtype: str) -> str:
     if not facts.floats:
-        return "<p>Nothing: every linear runs in INT8.</p>"
+        return f"<p>Nothing: every linear runs in {escape(dtype)}.</p>"
     return '<ul class="floats">' + "".join(f"<li>{escape(line)}</li>" for line in facts.floats) + "</ul>"
 
 
@@ -104,7 +104,7 @@ def _graph(subject: Subject) -> str:
         return ""
     return (
         '<section id="graph" aria-labelledby="h-graph"><h2 id="h-graph">Graph</h2>'
-        '<p class="note">What absorbs 1/s and s, what runs in INT8, and what stays in float. Repeated blocks are drawn once.</p>'
+        '<p class="note">What absorbs 1/s and s, what is quantized, and what stays in float. Repeated blocks are drawn once.</p>'
         '<iframe title="Drawing of the graph" data-page="drawing"></iframe></section>'
         f'<script type="application/json" id="drawing">{_json(subject.drawing)}</script>'
     )

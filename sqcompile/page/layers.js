@@ -2,7 +2,7 @@
 function bars() {
   const known = L.sqnr.filter(x => x != null), most = known.length ? Math.max(...known) : 1;
   const rows = L.name.map((name, i) => ({
-    place: i, end: i + (L.name.length < 200 ? 0.86 : 1), kind: L.quantized[i] ? "INT8" : "float", name: plain(name), site: L.site[i],
+    place: i, end: i + (L.name.length < 200 ? 0.86 : 1), kind: L.quantized[i] ? DATA.dtype : "float", name: plain(name), site: L.site[i],
     db: L.quantized[i] ? L.exact[i] ? most : L.sqnr[i] : most, note: L.quantized[i] ? db(i) : "in float",
   })).filter(r => r.db != null);
   const low = L.name.map((_, i) => i).filter(i => L.sqnr[i] != null).sort((a, b) => L.sqnr[a] - L.sqnr[b]);
@@ -22,7 +22,7 @@ function ranking() {
   const cost = i => known ? L.loss[i] : L.sqnr[i] == null ? null : 10 ** (-L.sqnr[i] / 10);
   const order = L.name.map((_, i) => i).filter(i => cost(i) > 0).sort((a, b) => cost(b) - cost(a)).slice(0, 20);
   const rows = order.map(i => ({
-    name: plain(L.name[i]), cost: cost(i), kind: L.quantized[i] ? "INT8" : "float", site: L.site[i],
+    name: plain(L.name[i]), cost: cost(i), kind: L.quantized[i] ? DATA.dtype : "float", site: L.site[i],
     share: L.quantized[i] && known && total ? percent(cost(i) / total) : "left in float",
   }));
   const unit = known ? (DATA.logits ? "cost, nats per output row" : "cost, half of the outputs' relative error energy") : "relative error energy of its own output";

@@ -56,7 +56,7 @@ const drawn = new Map();
 
 async function draw(box, kind, rows, words = {}, renderer = "svg", then = null) {
   startVega();
-  const text = JSON.stringify(SPECS[kind]).replace(/@([a-z]\w*)/g, (_, name) => JSON.stringify(words[name] ?? color(name)).slice(1, -1));
+  const text = JSON.stringify(SPECS[kind]).replace(/@([a-z]\w*)/g, (_, name) => JSON.stringify(words[name] ?? (name === "dtype" ? DATA.dtype : color(name))).slice(1, -1));
   const spec = { ...JSON.parse(text), datasets: { rows } };
   if (words.height) spec.height = words.height;
   const old = drawn.get(box);
