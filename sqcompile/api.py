@@ -29,6 +29,7 @@ from sqcompile.passes.planning.absmax_alone import calibration_of, settled
 from sqcompile.passes.planning.budget import by_divergence, within_budget
 from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
+from sqcompile.passes.planning.evidence import with_evidence
 from sqcompile.passes.planning.feel import feel
 from sqcompile.passes.planning.finite import check_weights
 from sqcompile.passes.planning.stay_float import wanted
@@ -259,6 +260,7 @@ def analyse(
             else:
                 loses = by_value(model, traced, evaluate, target)
             plan = within_budget(traced, plan, calibration, loses)
+        plan = with_evidence(traced, sites, refusals, calibration, plan, type(model).__name__)
     if ranks.count > 1:
         ranks.from_first(plan.encoded())
     return traced, plan

@@ -57,7 +57,7 @@ class CompiledModel(nn.Module):
     ) -> None:
         super().__init__()
         self.lowered = lowered
-        self.plan, self.report, self.stages = plan, Report.of(plan, lowered), stages
+        self.plan, self.report, self.stages = plan, Report.of(plan, lowered, stages), stages
         self.call = call
         self._captured, self._out_spec = about(lowered).calls, about(lowered).out_spec
         flat, self._used = flatten(lowered)

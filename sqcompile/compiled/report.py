@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
@@ -18,6 +19,10 @@ from sqcompile.passes.ir.graph import value
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.names import SiteLabel, site_labels
 from sqcompile.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from sqcompile.compiled.stages import Stages
+    from sqcompile.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,9 @@ class Report:
         attention: one entry per attention, where the recipe quantizes them (see AttentionPlan).
         int8_attention: the INT8 attentions by kind.
         dtype: the number format of quantized linears.
+        plan: that it is on.
+        stages: of the compiled model, for a drawing; None where there are none.
+        weight_bytes: of all tensors of the compiled model; None where there is none.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -121,14 +129,64 @@ class Report:
     attention: tuple[AttentionPlan, ...] = ()
     int8_attention: tuple[Int8Attention, ...] = ()
     dtype: str = "int8"
+    plan: Plan | None = field(default=None, repr=False, compare=False)
+    stages: Stages | None = field(default=None, repr=False, compare=False)
+    weight_bytes: int | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
-    def of(plan: Plan, lowered: fx.GraphModule | None = None) -> Report:
-        """The report on a plan, and on the kernels of a lowered graph."""
+    def of(plan: Plan, lowered: fx.GraphModule | None = None, stages: Stages | None = None) -> Report:
+        """The report on a plan, and on the kernels of a lowered graph; with its stages, the page has a drawing."""
         sites = site_labels(plan.scales, [l.name for l in plan.layers])
         if lowered is None:
-            return Report(plan.layers, sites, attention=plan.attention, dtype=plan.recipe.dtype)
-        return Report(plan.layers, sites, _gemms(lowered), plan.attention, _attentions(lowered), plan.recipe.dtype)
+            return Report(
+                plan.layers, sites, attention=plan.attention, dtype=plan.recipe.dtype, plan=plan, stages=stages
+            )
+        held = sum(b.numel() * b.element_size() for b in lowered.buffers())
+        return Report(
+            plan.layers, sites, _gemms(lowered), plan.attention, _attentions(lowered), plan.recipe.dtype, plan, stages, held,
+        )  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: all but the stages, which are this process's."""
+        return {**vars(self), "stages": None}
+
+    def to_html(
+        self, path: str | os.PathLike[str], *, evaluation: Evaluation | None = None, title: str | None = None
+    ) -> None:
+        """Writes the report as a page: one HTML file, which needs no network and no other file.
+
+        It shows what was measured, what stayed in float and why; for each site the largest values of channels, sampled
+        tokens, what was tried and the INT8 codes; and a table from which overrides can be copied. A graph is drawn where
+        there is the float model that it was compiled from.
+
+        Args:
+            path: where to; it ends in .html.
+            evaluation: what `evaluate` has measured, for the overview.
+            title: of the page; None for the model's class.
+
+        Raises:
+            ReportError: without the packages of ``pip install 'sqcompile[report]'``; for an evaluation or a title that is
+                none; or for a path that cannot be written.
+        """
+        from sqcompile.page import check_path, write_page
+        from sqcompile.page.subject import subject_of
+
+        write_page(check_path(path), subject_of(self, evaluation, title))
+
+    def plot(self, site: str | int) -> Any:
+        """Plots of one site, as a matplotlib Figure.
+
+        Args:
+            site: the name of one of its linears, or a part of it that no other site has; the name of a site; or a number,
+                in graph order.
+
+        Raises:
+            ReportError: without matplotlib, or for a site that the plan has no evidence of.
+        """
+        from sqcompile.page.figures import plot
+        from sqcompile.page.subject import plan_of
+
+        return plot(plan_of(self), site)
 
     def __str__(self) -> str:
         return text(self)
