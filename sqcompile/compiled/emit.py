@@ -18,7 +18,7 @@ from sqcompile.capture.inputs import Forward
 from sqcompile.checkpoints.export import Exported, source_of
 from sqcompile.compiled.inductor import compile_regions, compile_without_constants, inductor
 from sqcompile.compiled.report import Report
-from sqcompile.compiled.stages import Stages
+from sqcompile.compiled.stages import Graphs, Stages
 from sqcompile.errors import CaptureError, StageError
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.flat import flatten
@@ -80,21 +80,24 @@ class CompiledModel(nn.Module):
             out = self._run(*used)
         return pytree.tree_unflatten(list(out), self._out_spec)
 
-    def draw(self, path: str | os.PathLike[str], stage: str = "traced", full: bool = False) -> None:
-        """Draws a stage to a .svg or .html file: what absorbs 1/s, what absorbs s, INT8 GEMMs, refusals.
+    def draw(
+        self, path: str | os.PathLike[str], stage: str = "traced", full: bool = False, colour: str = "role"
+    ) -> None:
+        """Draws a stage to an .svg file, or all of them to an .html file: what absorbs 1/s and s, what runs in INT8, and why not.
 
         Args:
-            path: where to; the page shows each node's text and reason where the pointer is.
-            stage: "traced", "folded", "quantized" or "lowered".
-            full: draws every block; otherwise of four and more equal blocks in a row, one.
+            path: where to; in a page each box can be chosen, to read its operations, its site and its numbers.
+            stage: "traced", "folded", "quantized" or "lowered"; a page begins with it.
+            full: draws every block; otherwise four and more equal blocks in a row are drawn as one, which a page can unfold.
+            colour: "role", or "sqnr": by the signal to quantization noise ratio on the calibration sample.
 
         Raises:
-            DrawError: for another suffix, or a path that cannot be written.
+            DrawError: for another suffix or colour, or a path that cannot be written.
             StageError: if the float model is gone, from which stages are rebuilt, or its parameters changed.
         """
         from sqcompile.draw import draw
 
-        draw(path, self.stages["traced"], self.plan, self.stages[stage], full)
+        draw(path, Graphs(self.stages, self.lowered), self.plan, stage, full, colour)
 
     def save(self, path: str | os.PathLike[str], *, shard_bytes: int = SHARD, code: bool = False) -> None:
         """Writes a directory that `sqcompile.load` makes a compiled model of, without this model's class and its data.
