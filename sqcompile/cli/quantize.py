@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from sqcompile.api import calibrate
 from sqcompile.capture.inputs import as_call
@@ -30,6 +31,8 @@ from sqcompile.process.memory import memory_limit
 from sqcompile.programs.export import FORMATS, check_target, export
 from sqcompile.show.load import example_of
 from sqcompile.show.summary import Summary
+
+_WHILE = 10.0  # seconds of a dry run for the time that calibration will take
 
 
 @dataclass(frozen=True)
@@ -169,13 +172,33 @@ def _dry_run(job: Job, checkpoint: Checkpoint, terminal: Terminal) -> None:
     terminal.result(found, "\n".join([*lines, "nothing was written"]))
 
 
+class _Enough(Exception):
+    """A call has taken long enough to tell how long all of it would take."""
+
+
 @torch.no_grad()
 def _seconds(model: nn.Module, example: dict[str, Any]) -> float:
-    """Of a call, the second one: the first reads the weights from the disk."""
-    model(**example)
-    start = time.perf_counter()
-    model(**example)
-    return time.perf_counter() - start
+    """Of a call: the second one, as the first reads the weights from the disk; or by the part of one that a while is for."""
+    of = {m: sum(p.numel() for p in m.parameters(recurse=False) if p.dim() > 1) for m in model.modules()}
+    of |= {m: 0 for m in of if isinstance(m, nn.Embedding)}
+    start, seen = time.perf_counter(), 0
+
+    def see(module: nn.Module, args: Any, out: Any) -> None:
+        nonlocal seen
+        seen += of.get(module, 0)
+        if seen and time.perf_counter() - start > _WHILE:
+            raise _Enough
+
+    hook = register_module_forward_hook(see)
+    try:
+        model(**example)
+        seen, start = 0, time.perf_counter()
+        model(**example)
+        return time.perf_counter() - start
+    except _Enough:
+        return (time.perf_counter() - start) * max(1.0, sum(of.values()) / seen)
+    finally:
+        hook.remove()
 
 
 def _rows(data: list[dict[str, Any]]) -> int:
