@@ -24,6 +24,7 @@ from sqcompile.passes.planning.smoothing import smoothing_scale
 from sqcompile.passes.planning.spikes import spikes
 from sqcompile.plan.recipe import AUTO, Recipe
 from sqcompile.process.interrupts import checkpoint
+from sqcompile.process.progress import each
 
 # A site is left unsmoothed only where smoothing makes its error on the sample this much worse. Below that, smoothing is
 # kept even without a gain: the sample holds few tokens, and the absmax it is built from saw them all. Static scales are
@@ -66,7 +67,7 @@ def first_look(chooser: Chooser, sites: Sequence[Site], floats: dict[str, str]) 
     """
     costs: dict[Any, Counter[int | None]] = {}
     keys, static = {}, dict[str, float]()
-    for site in sites:
+    for site in each(sites, "rotations"):
         linears = [l for l, _ in site.balance if l.name not in floats]
         if not linears:
             continue

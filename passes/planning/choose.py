@@ -35,6 +35,7 @@ from sqcompile.plan.entries import LayerPlan, Smoothing
 from sqcompile.plan.evidence import Evidence
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Activation, Recipe
+from sqcompile.process.progress import each
 from sqcompile.statistics.observe import Calibration
 
 UNTRIED = "by largest values without tokens, so that no α was tried"
@@ -79,7 +80,7 @@ def choose(
     first = Chooser(gm, calibration, recipe, unsmoothed, felt)
     if any(own.rotate == "auto" or own.may_leave_dynamic for own in chooser.own.values()):
         look = first_look(first, every, floats)
-    for site in every:
+    for site in each(every, "choose"):
         quantized = [l for l, _ in site.balance if l.name not in floats]
         if not quantized:
             continue

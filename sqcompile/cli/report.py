@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from typing import Any
@@ -18,8 +19,8 @@ _MOST = 2**20  # bytes of a file with an evaluation
 _KINDS = {"int": int, "str": str, "float | None": (float, int)}  # of fields of an Evaluation, as they are annotated
 
 
-def report(folder: str, out: str | None, evaluation: str | None, terminal: Terminal) -> None:
-    """Prints the report of a directory, or writes it as a page.
+def report(folder: str, out: str | None, evaluation: str | None, terminal: Terminal, full: bool = False) -> None:
+    """Prints the report of a directory, with ``full`` a line for each linear, or writes it as a page.
 
     Raises:
         SQCompileError: for a directory without a model in INT8, an evaluation that is none, or a path that cannot be written.
@@ -30,8 +31,8 @@ def report(folder: str, out: str | None, evaluation: str | None, terminal: Termi
     plan = opened(folder)[0]
     found = Report.of(plan)
     if out is None:
-        layers = [dataclasses.asdict(l) for l in plan.layers]
-        terminal.result({"recipe": dataclasses.asdict(plan.recipe), "layers": layers}, str(found))
+        asked = {"recipe": dataclasses.asdict(plan.recipe)}
+        terminal.result(asked | json.loads(found.to_json()), found.to_text(full))
         return
     found.to_html(out, evaluation=measured, title=os.path.basename(os.path.abspath(folder)))
     terminal.result({"path": out}, f"written to {out}")

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from sqcompile.compiled import report_data
+from sqcompile.compiled.report_text import counts, text
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.speedup import ROWS, expected, expected_attention
 from sqcompile.kernels.targets import target_of
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import value
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
-from sqcompile.plan.names import PRODUCTS, SiteLabel, collapse, site_labels
+from sqcompile.plan.names import SiteLabel, site_labels
 from sqcompile.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -105,9 +107,9 @@ def _attentions(lowered: fx.GraphModule) -> tuple[Int8Attention, ...]:
 
 @dataclass(frozen=True)
 class Report:
-    """One entry per linear, in graph order; ``print(report)`` gives one line each, then the sites.
+    """One entry per linear, in graph order; ``print(report)`` gives a line for each kind of them, then the sites.
 
-    "H 32" in a line says that the linear's input is rotated in blocks of 32 channels.
+    Repeated blocks are one line, with the ranges of their α, rotations ("H 32": in blocks of 32 channels) and SQNR.
 
     Attributes:
         layers: name, kind, quantized, smoothing, reason, alpha, rotation, sqnr_db (see LayerPlan).
@@ -187,37 +189,37 @@ class Report:
         return plot(plan_of(self), site)
 
     def __str__(self) -> str:
-        width = max((len(l.name) for l in self.layers), default=0)
-        turns = [f"H {l.rotation}" if l.rotation else "" for l in self.layers]
-        room = max(map(len, turns), default=0)
-        lines = [
-            _line(l, width, self.dtype if l.quantized else "float", f"{turn:{room}}  " if room else "")
-            for l, turn in zip(self.layers, turns, strict=True)
-        ]
-        if self.attention:
-            width = max(len(a.name) for a in self.attention)
-            lines += ["attention:", *(f"  {_line(a, width, PRODUCTS[a.quantized])}" for a in self.attention)]
-        if self.sites:
-            lines += ["sites:", *(f"  {line}" for line in collapse(map(str, self.sites)))]
-        if self.gemms:
-            lines += ["INT8 GEMMs, expected speed against bf16:", *(f"  {gemm}" for gemm in self.gemms)]
-        if any(a.gains or a.without_kernel for a in self.int8_attention):
-            lines += ["INT8 attention, expected speed against bf16:", *(f"  {a}" for a in self.int8_attention)]
-        done = sum(l.quantized for l in self.layers)
-        folded = sum(l.smoothing == "folded" for l in self.layers)
-        rotated = sum(bool(l.rotation) for l in self.layers)
-        lines.append(
-            f"{done} of {len(self.layers)} linears in {self.dtype.upper()}, {folded} with smoothing folded into parameters"
-            + (f", {rotated} with rotated inputs" if rotated else "")
-        )
-        if self.attention:
-            lines.append(
-                f"{sum(a.quantized != 'none' for a in self.attention)} of {len(self.attention)} attentions in INT8"
-            )
-        return "\n".join(lines)
+        return text(self)
 
+    def __repr__(self) -> str:
+        return f"Report({counts(self.layers, self.dtype)})"
 
-def _line(x: LayerPlan | AttentionPlan, width: int, kind: str, turn: str = "") -> str:
-    alpha = f"α {x.alpha:.2f}" if x.alpha is not None else ""
-    sqnr = f"{x.sqnr_db:5.1f} dB" if x.sqnr_db is not None else ""
-    return f"{x.name:{width}}  {kind:5}  {x.smoothing:10}  {alpha:6}  {turn}{sqnr:8}  {x.reason}".rstrip()
+    def _repr_html_(self) -> str:
+        return report_data.shown(self)
+
+    def to_text(self, full: bool = False) -> str:
+        """What ``print(report)`` gives; with ``full`` a line for each linear, attention and site."""
+        return text(self, full)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The report as JSON, without NaN and infinities: what is not known, or infinite, is null.
+
+        An object of ``format`` (1), ``dtype``, ``summary`` (how many linears there are, and how many of them are quantized,
+        folded, multiplied and rotated), and lists of objects that have the fields of these classes: ``layers``
+        (LayerPlan), ``attention`` (AttentionPlan), ``sites`` (SiteLabel), ``gemms`` (Gemm) and ``int8_attention``
+        (Int8Attention). ``gains`` are a list of objects, too: ``rows`` and ``gain`` of a GEMM; ``batch``, ``queries``, ``keys``
+        and ``gain`` of an attention.
+        """
+        return report_data.to_json(self, indent)
+
+    def to_pandas(self) -> Any:
+        """A pandas.DataFrame with a row for each linear, in graph order.
+
+        Columns are ``name`` and ``label`` (str), ``kind``, ``runs_in`` and ``smoothing`` (category), ``quantized`` (bool),
+        ``alpha``, ``sqnr_db``, ``loss`` and ``input_scale`` (float64, NaN where there is none), ``rotation`` and ``experts``
+        (Int64, NA where there is none), ``out_features`` and ``in_features`` (int64) and ``reason`` (str).
+
+        Raises:
+            StageError: if pandas is not installed.
+        """
+        return report_data.to_pandas(self)

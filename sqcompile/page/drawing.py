@@ -6,18 +6,14 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from sqcompile.draw import fold_repeats, roles_of
-from sqcompile.draw.condense import condense
-from sqcompile.draw.svg import page, render
+from sqcompile.draw import document
 from sqcompile.plan.plan import Plan
 
 
 def drawing(stages: Mapping[str, fx.GraphModule], plan: Plan) -> str:
-    """A page of its own with the traced graph; of equal blocks in a row, one is drawn.
+    """A page of its own with the traced graph, which other stages differ from in single operations.
 
     Raises:
         StageError: if the float model is gone, from which stages are rebuilt, or its parameters changed.
     """
-    traced = stages["traced"]
-    roles = roles_of(traced, plan)
-    return page(render(fold_repeats(condense(traced, roles)), roles.reasons), "graph")
+    return document({"traced": stages["traced"]}, plan, "graph")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sqcompile.errors import PlanError, RecipeError
+from sqcompile.plan import edit
 from sqcompile.plan.checks import check_values
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.evidence import Evidence
@@ -24,6 +25,7 @@ from sqcompile.plan.evidence_file import decoded as decoded_evidence
 from sqcompile.plan.evidence_file import encoded as encoded_evidence
 from sqcompile.plan.file import bytes_of, checksum, parts_of, read_plan_file, write_plan_file
 from sqcompile.plan.recipe import LM_HEAD, Recipe, resolve_recipe
+from sqcompile.plan.said import said, shown
 
 # 2 had no checksum, and "lm_head" among what its recipe skips where 3 has ``Recipe.lm_head``; 4 has rotations, and
 # 5 evidence
@@ -75,6 +77,38 @@ class Plan:
 
     def __hash__(self) -> int:
         return hash((self.recipe, self.layers, self.attention, frozenset(self.scales)))
+
+    def __repr__(self) -> str:
+        return said(self)
+
+    def _repr_html_(self) -> str:
+        return shown(self)
+
+    def worst(self, n: int = 5, by: edit.By | None = None) -> tuple[LayerPlan, ...]:
+        """The quantized linears that cost most, the worst first.
+
+        Args:
+            n: how many at most.
+            by: "loss" (what they cost the outputs), "sqnr" (the lowest SQNR of their own output), or None: the loss where
+                the plan knows it. Linears of which it is not known are left out.
+
+        Raises:
+            PlanError: for another argument.
+        """
+        return edit.worst(self, n, by)
+
+    def keep_float(self, names: str | LayerPlan | Iterable[str | LayerPlan]) -> Plan:
+        """A new plan in which some linears stay in float; all else is as it was, scales of the others included.
+
+        The recipe stays what was asked for. Attentions are left alone.
+
+        Args:
+            names: one or several names or patterns of linears, as in ``Recipe.skip``, or entries such as `worst` gives.
+
+        Raises:
+            PlanError: for a name that no linear has, with the nearest ones; or if no linear would be quantized any more.
+        """
+        return edit.keep_float(self, names)
 
     def check(self) -> None:
         """Checks what can be known without a model: types, ranges, shapes, and that the parts agree.
