@@ -156,10 +156,10 @@ def generate(
 def report(
     folder: o.Folder,
     out: Annotated[str | None, typer.Option("--out", "-o", metavar="FILE.html", help="write a page instead")] = None,
+    full: Annotated[bool, typer.Option("--full", help="a line for each linear, where layers are alike, too")] = False,
     evaluation: Annotated[
         str | None, typer.Option(metavar="FILE.json", help="what `sqcompile eval --json` has printed, for the page")
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="a line for each linear, where layers are alike, too")] = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -176,7 +176,7 @@ def report(
     with command(json, quiet) as terminal:
         from sqcompile.cli.report import report
 
-        report(folder, out, evaluation, terminal, full)
+        report(folder, out, full, evaluation, terminal)
 
 
 @app.command()

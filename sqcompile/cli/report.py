@@ -19,7 +19,7 @@ _MOST = 2**20  # bytes of a file with an evaluation
 _KINDS = {"int": int, "str": str, "float | None": (float, int)}  # of fields of an Evaluation, as they are annotated
 
 
-def report(folder: str, out: str | None, evaluation: str | None, terminal: Terminal, full: bool = False) -> None:
+def report(folder: str, out: str | None, full: bool, evaluation: str | None, terminal: Terminal) -> None:
     """Prints the report of a directory, with ``full`` a line for each linear, or writes it as a page.
 
     Raises:

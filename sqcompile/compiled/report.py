@@ -220,6 +220,6 @@ class Report:
         (Int64, NA where there is none), ``out_features`` and ``in_features`` (int64) and ``reason`` (str).
 
         Raises:
-            StageError: if pandas is not installed.
+            ReportError: if pandas is not installed.
         """
         return report_data.to_pandas(self)

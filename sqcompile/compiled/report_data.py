@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sqcompile.compiled.report_text import counts, legend, lines_of, span
-from sqcompile.errors import StageError
+from sqcompile.errors import ReportError
 from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.names import PRODUCTS, collapse, linear_labels
 from sqcompile.plan.notebook import folded, line, table, titled
@@ -57,7 +57,7 @@ def to_pandas(report: Report) -> Any:
     try:
         import pandas
     except ImportError as e:
-        raise StageError('report.to_pandas() needs pandas: pip install "pandas>=2.2"') from e
+        raise ReportError('report.to_pandas() needs pandas: pip install "pandas>=2.2"') from e
     layers, labels = report.layers, linear_labels(l.name for l in report.layers)
     columns: dict[str, tuple[Sequence[Any], str]] = {
         "name": ([l.name for l in layers], "string"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sqcompile.draw.page import document
 from sqcompile.errors import ReportError, StageError
-from sqcompile.page.drawing import drawing
 from sqcompile.page.facts import Subject
 from sqcompile.plan.plan import Plan
 
@@ -48,6 +48,6 @@ def _drawing(report: Report, plan: Plan) -> tuple[str | None, str]:
     if report.stages is None:
         return None, ""  # a plan alone has no graph
     try:
-        return drawing(report.stages, plan), ""
+        return document(report.stages, plan), ""
     except StageError as e:  # the float model is gone
         return None, str(e)

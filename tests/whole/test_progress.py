@@ -74,7 +74,8 @@ def test_a_function_is_told_of_every_stage_in_the_thread_that_compiles() -> None
         threads.add(threading.get_ident())
         seen.append(now)
 
-    net = compiled(tell)
+    model = two_linears()
+    net = compiled(tell, model)
     assert stages_of(seen) == PIPELINE and threads == {threading.get_ident()}
     assert {"plan: gradients", "plan: choose", "plan: compare", "lower: pack"} <= {p.stage for p in seen}
     (last,) = [p for p in seen if p.stage == "calibrate" and p.done == 3]
@@ -84,7 +85,7 @@ def test_a_function_is_told_of_every_stage_in_the_thread_that_compiles() -> None
     with pytest.raises(dataclasses.FrozenInstanceError):
         first.done = 1  # type: ignore[misc]
     seen.clear()
-    sqcompile.evaluate(net, batches(2), against=net.stages.model(), progress=tell)
+    sqcompile.evaluate(net, batches(2), against=model, progress=tell)
     assert stages_of(seen) == ["evaluate", "layers"] and any(p.done == 2 for p in seen if p.stage == "evaluate")
 
 

@@ -174,7 +174,7 @@ def test_pandas_has_a_row_for_each_linear() -> None:
 
 def test_without_pandas_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(sqcompile.StageError, match=r'needs pandas: pip install "pandas>=2.2"$'):
+    with pytest.raises(sqcompile.ReportError, match=r'needs pandas: pip install "pandas>=2.2"$'):
         Report.of(deep(1)).to_pandas()
 
 
