@@ -104,7 +104,7 @@ def _graph(subject: Subject) -> str:
         return ""
     return (
         '<section id="graph" aria-labelledby="h-graph"><h2 id="h-graph">Graph</h2>'
-        '<p class="note">What absorbs 1/s and s, what is quantized, and what stays in float. Repeated blocks are drawn once.</p>'
+        '<p class="note">What absorbs 1/s and s, what is quantized, and what stays in float. Repeated blocks are drawn once; choose a box to read its numbers.</p>'
         '<iframe title="Drawing of the graph" data-page="drawing"></iframe></section>'
         f'<script type="application/json" id="drawing">{_json(subject.drawing)}</script>'
     )

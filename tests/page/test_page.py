@@ -54,7 +54,11 @@ def data(text, name="data"):
 def test_a_page_of_a_compiled_model_has_its_graph(compiled, tmp_path):
     compiled.report.to_html(tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
-    assert "<svg" in data(text, "drawing") and data(text)["layers"]["name"] == ["up.weight", "down.weight"]
+    drawing = data(text, "drawing")
+    assert [f'data-stage="{name}"' in drawing for name in ("traced", "folded", "quantized", "lowered")] == [
+        True
+    ] * 3 + [False]
+    assert "<svg" in drawing and data(text)["layers"]["name"] == ["up.weight", "down.weight"]
     assert "2 of 2" in text and "Tiny" in text and "href=" in text and "http-equiv" in text
     page = text.partition('<script type="text/plain" id="vega-bundle">')[0]
     assert not re.search(r'(src|href)="(?!#)', page)  # nothing of elsewhere
