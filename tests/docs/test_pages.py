@@ -51,7 +51,7 @@ def test_blocks_share_a_namespace_a_folder_and_the_page_names_their_lines(tmp_pa
         "<!-- not run: it would fail -->\n```sh\nfalse\n```\n\n```text\nx\n```\n\n```python\nraise ValueError(x)\n```\n"
     )
     done = subprocess.run([sys.executable, pages.__file__, str(page)], capture_output=True, text=True)
-    assert done.returncode == 1 and "ValueError: 2" in done.stderr and f'"{page}", line 28' in done.stderr
+    assert done.returncode == 1 and "ValueError: 2" in done.stderr and f'"{page}", line 29' in done.stderr
     assert not (tmp_path / "x").exists()
 
 
