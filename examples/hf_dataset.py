@@ -57,7 +57,7 @@ def main() -> None:
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     else:
         model, tokenizer = load_lm()
-    # without max_batches the first batches with 512 rows together are taken; more are safer, and slower
+    # 32 rows, so that the example is quick; without max_batches the first batches with 512 rows together are taken
     plan = sqcompile.calibrate(model, batches(rows(args.data), tokenizer), max_batches=4)
     plan.save("plan.safetensors")
     print(f"plan.safetensors: {sum(layer.quantized for layer in plan.layers)} of {len(plan.layers)} linears in INT8")

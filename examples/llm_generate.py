@@ -30,7 +30,7 @@ def main() -> None:
         model, tokenizer = load_lm()
     text = args.calib.read_text() if args.calib else "\n".join(calibration_texts())
 
-    # 16 windows of 256 tokens are 4,096 rows of calibration; real text, or the scales are those of something else
+    # 16 windows of 256 tokens; real text, or the scales are those of something else
     ids = tokenizer(text[:200_000], return_tensors="pt").input_ids[0]
     windows = ids[: len(ids) // 256 * 256].view(-1, 256)[:16]
     plan = sqcompile.calibrate(model, windows.split(4))
