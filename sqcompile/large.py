@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from sqcompile.api import ANALYSES, analyse
 from sqcompile.checkpoints.export import Exported
@@ -101,27 +101,28 @@ def quantize_checkpoint(
                 "versions": f"{VERSION} {torch.__version__} {transformers_version()}",
             }
             with Work(place, inputs).held() as kept:
-                plan = _plan(kept, net, data, how, progress)
+                plan, traced = _plan(kept, net, data, how, progress)
                 if format != NATIVE:
                     return export(net, plan, format, out)
-                return export_artifact(net, plan, out, kept=kept)
+                return export_artifact(net, plan, out, kept=kept, traced=traced)
     except OSError as e:  # a full disk, say; what is finished stays
         hint = f"mend that and do the same again, which goes on with what {place} has"
         raise ArtifactError(f"{out} cannot be written ({said(e)}): {hint}") from e
 
 
-def _plan(kept: Work, net: Any, data: list[Any], recipe: Recipe, progress: bool) -> Plan:
-    """The plan of an earlier run, or one that is made now. It comes from its file either way."""
+def _plan(kept: Work, net: Any, data: list[Any], recipe: Recipe, progress: bool) -> tuple[Plan, fx.GraphModule | None]:
+    """The plan of an earlier run, or one that is made now, and the traced graph then. It comes from its file either way."""
+    traced = None
     if kept.find(_PLAN) is None:
         with stages(ANALYSES, progress) as enter:
-            plan = analyse(
+            traced, plan = analyse(
                 net, data, recipe, None, "auto", progress, enter, max_batches=max(1, len(data)),
                 observed=lambda make: _statistics(kept, make),
-            )[1]  # fmt: skip
+            )  # fmt: skip
         new = kept.path(_PLAN)
         plan.save(new)
         kept.add(_PLAN, new)
-    return Plan.load(os.path.join(kept.folder, _PLAN))
+    return Plan.load(os.path.join(kept.folder, _PLAN)), traced
 
 
 def _statistics(kept: Work, make: Callable[[], Calibration]) -> Calibration:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.config
+import torch._inductor.config
 from families import CAUSAL, causal_lm, roughen
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
@@ -28,6 +29,10 @@ from sqcompile.plan.plan import Plan
 
 # as many threads as `make test` has cores, over its processes
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+# Inductor's pool of processes costs a fifth of the time of tests that use it
+torch._inductor.config.compile_threads = 1
+if "PYTEST_XDIST_WORKER" in os.environ:  # the processes that tests start do alike
+    os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 # what is remembered of fake tensors helps where layers repeat; of many small models it costs a fifth of the tests' time
 torch._dynamo.config.fake_tensor_cache_enabled = False
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

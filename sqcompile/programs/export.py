@@ -72,17 +72,30 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
 
 
 def export_artifact(
-    model: nn.Module, plan: Plan, path: str | os.PathLike[str], source: Any = None, kept: Work | None = None
+    model: nn.Module,
+    plan: Plan,
+    path: str | os.PathLike[str],
+    source: Any = None,
+    kept: Work | None = None,
+    traced: fx.GraphModule | None = None,
 ) -> Exported:
-    """`export` in the format "sqcompile"; ``kept`` has files that an earlier run has finished."""
+    """`export` in the format "sqcompile".
+
+    ``kept`` has files that an earlier run has finished. ``traced`` is the model's traced graph, if the plan was made from it
+    just now.
+    """
     given, beside = given_plan(plan, None, None), checkpoints.source_of(model, source)
     with deferred(), analysing(model), compiling(), torch.no_grad():
-        return write_artifact(_quantized(model, given, lazy=True), given, Forward.of(model), path, beside, kept)
+        quantized = _quantized(model, given, lazy=True, traced=traced)
+        return write_artifact(quantized, given, Forward.of(model), path, beside, kept)
 
 
-def _quantized(model: nn.Module, plan: Plan, lazy: bool = False) -> fx.GraphModule:
-    call = from_spec(plan.call, next((p.device for p in model.parameters()), torch.device("cpu")))
-    return rewrite(trace(model, call), plan, until="quantized", lazy=lazy)
+def _quantized(
+    model: nn.Module, plan: Plan, lazy: bool = False, traced: fx.GraphModule | None = None
+) -> fx.GraphModule:
+    if traced is None:
+        traced = trace(model, from_spec(plan.call, next((p.device for p in model.parameters()), torch.device("cpu"))))
+    return rewrite(traced, plan, until="quantized", lazy=lazy)
 
 
 def is_program(format: Any, source: Any) -> bool:

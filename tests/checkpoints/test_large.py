@@ -222,6 +222,54 @@ def test_files_that_were_finished_before_a_kill_are_kept(checkpoint, whole, tmp_
     assert torch.equal(logits, sqcompile.load(whole, backend="eager")(**batches()[0]).logits)
 
 
+# A process that has imported everything forks: its children begin at once, and are killed at moments of a run.
+_TEN = """
+import os, random, signal, sys, time, warnings
+import torch
+import test_large as cases
+torch.set_num_threads(1)  # a forked process has no threads of its parent
+warnings.simplefilter("ignore")
+checkpoint, folder, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+def run(target):
+    child = os.fork()
+    if not child:
+        try:
+            cases.quantized(checkpoint, target)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return child
+
+begin = time.monotonic()
+_, status = os.waitpid(run(f"{folder}/first"), 0)
+assert status == 0, status
+whole, moments = time.monotonic() - begin, random.Random(7)
+for i in range(kills):
+    child = run(f"{folder}/{i}")
+    time.sleep(moments.uniform(0, whole))
+    os.kill(child, signal.SIGKILL)  # a zombie, if it has ended
+    print("killed" if os.waitpid(child, 0)[1] == signal.SIGKILL else "ended", *sorted(os.listdir(folder)), flush=True)
+    _, status = os.waitpid(run(f"{folder}/{i}"), 0)
+    assert status == 0, status
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments_it_writes_the_same_bytes(checkpoint, whole, tmp_path):
+    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    ran = subprocess.run(
+        [sys.executable, "-c", _TEN, str(checkpoint), str(tmp_path), "10"],
+        env={**os.environ, "PYTHONPATH": paths, "SQCOMPILE_VERIFY": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.count("killed") >= 8  # the others' moment came after their end
+    assert sorted(os.listdir(tmp_path)) == sorted(["first", *map(str, range(10))])
+    assert all(same(whole, tmp_path / name) for name in os.listdir(tmp_path))
+
+
 def test_statistics_come_back_from_a_file_as_they_were(tmp_path):
     model, call = build("qwen2_moe")
     gm = trace(model, as_call(model, call))
