@@ -127,9 +127,8 @@ def environment() -> dict[str, str]:
     bin_first = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     paths = os.pathsep.join([str(ROOT), str(ROOT / "docs" / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])])
     quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "agg"}
-    own = {
-        name: v for name, v in os.environ.items() if name != "SQCOMPILE_VERIFY"
-    }  # of the tests; users run without it
+    # of the tests' own checks users know nothing
+    own = {name: v for name, v in os.environ.items() if name != "SQCOMPILE_VERIFY"}
     return {**own, **quiet, "PATH": bin_first, "PYTHONPATH": paths}
 
 

@@ -30,7 +30,7 @@ def test_code_that_is_run_from_the_readme_alone_is_the_same_there():
 
     readme = [line for b in pages.blocks(pages.ROOT / "README.md") for line in lines(b)]
     same = [b for p in ALL for b in pages.blocks(p) if b.skipped.startswith("README.md has the same code")]
-    assert len(same) == 3 and all(line in readme for b in same for line in lines(b))
+    assert len(same) == 4 and all(line in readme for b in same for line in lines(b))
 
 
 @pytest.mark.parametrize(
