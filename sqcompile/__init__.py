@@ -5,12 +5,14 @@ compiled = sqcompile.compile(model, calib_loader)
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from sqcompile.api import calibrate, compile
 from sqcompile.checkpoints.act_scales import read_act_scales, write_act_scales
 from sqcompile.checkpoints.export import Exported
 from sqcompile.checkpoints.open_checkpoint import open_checkpoint
+from sqcompile.compiled.compare import Comparison
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.compiled.report import Report
 from sqcompile.errors import (
@@ -24,6 +26,7 @@ from sqcompile.errors import (
     NothingToQuantizeError,
     PlanError,
     RecipeError,
+    ReportError,
     SQCompileError,
     StageError,
     WeightError,
@@ -35,10 +38,11 @@ from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import PRESETS, Recipe
 from sqcompile.process.memory import memory_limit
+from sqcompile.process.progress import Progress
 from sqcompile.programs.export import export
 from sqcompile.reference_scales import get_act_scales, get_linear_absmax, get_static_decoder_layer_scales
 from sqcompile.refresh import refresh
-from sqcompile.results import plan_of, report_of
+from sqcompile.results import compare, plan_of, report_of
 from sqcompile.version import VERSION
 
 if TYPE_CHECKING:
@@ -46,12 +50,15 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 
+logging.getLogger("sqcompile").addHandler(logging.NullHandler())  # a program that wants the log says where it goes
+
 __all__ = [
     "PRESETS",
     "ArtifactError",
     "AttentionPlan",
     "CalibrationError",
     "CaptureError",
+    "Comparison",
     "CompiledModel",
     "DrawError",
     "Evaluation",
@@ -64,13 +71,16 @@ __all__ = [
     "NothingToQuantizeError",
     "Plan",
     "PlanError",
+    "Progress",
     "Recipe",
     "RecipeError",
     "Report",
+    "ReportError",
     "SQCompileError",
     "StageError",
     "WeightError",
     "calibrate",
+    "compare",
     "compile",
     "debug",
     "evaluate",

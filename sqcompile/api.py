@@ -29,6 +29,7 @@ from sqcompile.passes.planning.absmax_alone import calibration_of, settled
 from sqcompile.passes.planning.budget import by_divergence, within_budget
 from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
+from sqcompile.passes.planning.evidence import with_evidence
 from sqcompile.passes.planning.feel import feel
 from sqcompile.passes.planning.finite import check_weights
 from sqcompile.passes.planning.stay_float import wanted
@@ -37,7 +38,7 @@ from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.plan.recipe import Recipe, resolve_recipe
 from sqcompile.process.interrupts import deferred
 from sqcompile.process.lock import analysing, compiling
-from sqcompile.process.progress import Enter, stages
+from sqcompile.process.progress import Enter, Show, stages
 from sqcompile.process.ranks import ALONE, Ranks, together
 from sqcompile.statistics.exchange import in_common
 from sqcompile.statistics.observe import Calibration
@@ -57,7 +58,7 @@ def compile(
     dynamic_shapes: Any = "auto",
     backend: str = "inductor",
     regional: bool = False,
-    progress: bool = True,
+    progress: Show = True,
     target: str | Target | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     act_scales: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
@@ -81,7 +82,10 @@ def compile(
         backend: "inductor", or "eager" to run the lowered graph as it is.
         regional: whether Inductor compiles one of the repeated blocks for all of them, so that its part does not grow
             with the number of layers. Nothing is fused across blocks, and each is a call of its own.
-        progress: whether to show progress bars: the stage that runs, and the calibration batches.
+        progress: True for a line on the terminal, if there is one: the stage that runs, what is counted of it and how long
+            the rest will take; False for none; or a function, which is called with a `Progress` in the thread that compiles
+            as each stage begins and each step of it is done. What it raises is raised, and nothing was changed. It should
+            return at once: other compilations wait for it.
         target: another machine to lower for, such as "cuda-sm90" or "arm64" (see `Target.named`), to look at what would run
             there; the compiled model runs here as well, but not by that machine's kernels. None for the devices of the model.
         evaluate: what ``Recipe.max_degradation`` is percent of, instead of perplexity: a function of a model that gives a
@@ -110,11 +114,11 @@ def compile(
         target = target_for(model, target)
         if plan is not None and evaluate is not None:
             raise PlanError("plan and evaluate: a plan needs no calibration, leave one of them out")
-        with deferred(), stages(stage_names, progress and ranks.first) as enter:
+        with deferred(), stages(stage_names, progress if ranks.first else False) as enter:
             if plan is None:
-                how, shown = resolve_recipe(recipe), progress and ranks.first
+                how = resolve_recipe(recipe)
                 traced, plan = analyse(
-                    model, calib_loader, how, example_inputs, dynamic_shapes, shown, enter, evaluate, target, act_scales,
+                    model, calib_loader, how, example_inputs, dynamic_shapes, enter, evaluate, target, act_scales,
                     max_batches, ranks,
                 )  # fmt: skip
                 ranks.done()
@@ -139,7 +143,7 @@ def calibrate(
     recipe: str | Recipe = "default",
     example_inputs: Any = None,
     dynamic_shapes: Any = "auto",
-    progress: bool = True,
+    progress: Show = True,
     evaluate: Callable[[nn.Module], float] | None = None,
     act_scales: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
     max_batches: int | None = None,
@@ -171,10 +175,10 @@ def calibrate(
     """
     with together() as ranks:
         check_model(model)
-        how, shown = resolve_recipe(recipe), progress and ranks.first
-        with deferred(), stages(ANALYSES, shown) as enter:
+        how = resolve_recipe(recipe)
+        with deferred(), stages(ANALYSES, progress if ranks.first else False) as enter:
             return analyse(
-                model, calib_loader, how, example_inputs, dynamic_shapes, shown, enter, evaluate, None, act_scales, max_batches,
+                model, calib_loader, how, example_inputs, dynamic_shapes, enter, evaluate, None, act_scales, max_batches,
                 ranks,
             )[1]  # fmt: skip
 
@@ -185,7 +189,6 @@ def analyse(
     recipe: Recipe,
     example: Any,
     dynamic_shapes: Any,
-    progress: bool,
     enter: Enter,
     evaluate: Callable[[nn.Module], float] | None = None,
     target: Target | None = None,
@@ -239,7 +242,7 @@ def analyse(
         else:
             total = length(loader)
             total = max_batches if max_batches is not None and (total is None or total > max_batches) else total
-            make = partial(observe, traced, model, data, progress, attentions, total, reader, None, ranks)
+            make = partial(observe, traced, model, data, attentions, total, reader, None, ranks)
             calibration = observed(make)
     if not ranks.first:
         return traced, Plan.decoded(ranks.from_first(b""))
@@ -257,6 +260,7 @@ def analyse(
             else:
                 loses = by_value(model, traced, evaluate, target)
             plan = within_budget(traced, plan, calibration, loses)
+        plan = with_evidence(traced, sites, refusals, calibration, plan, type(model).__name__)
     if ranks.count > 1:
         ranks.from_first(plan.encoded())
     return traced, plan

@@ -49,5 +49,9 @@ class DrawError(SQCompileError, ValueError):
     """A drawing in a format there is none for, or at a path that cannot be written."""
 
 
+class ReportError(SQCompileError, ValueError):
+    """The page of a report that cannot be made or written, or a plot of what a plan does not know."""
+
+
 class InternalError(SQCompileError):
     """A fault of sqcompile itself, such as a rule that fails on a layout. Nothing was changed; please report the message."""

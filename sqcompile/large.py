@@ -22,7 +22,7 @@ from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Recipe, resolve_recipe
 from sqcompile.process.interrupts import deferred, each_at_once
 from sqcompile.process.memory import memory_limit
-from sqcompile.process.progress import stages
+from sqcompile.process.progress import Enter, Show, stages
 from sqcompile.programs.export import NATIVE, check_target, export, export_artifact
 from sqcompile.pytorch.core import pytree
 from sqcompile.statistics.file import read_statistics, write_statistics
@@ -45,7 +45,7 @@ def quantize_checkpoint(
     memory: int | None = None,
     temporary: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    progress: Show = True,
 ) -> Exported:
     """Opens a checkpoint of transformers, calibrates it, and writes it in INT8: `open_checkpoint`, `calibrate` and `export`.
 
@@ -64,7 +64,7 @@ def quantize_checkpoint(
         memory: as for `memory_limit`; None for no limit.
         work: the directory of what is finished; that of the target with ".work" behind it by default. It is on the disk of
             the target.
-        progress: whether to show progress bars.
+        progress: as for `compile`.
 
     Returns:
         What was written; it prints well.
@@ -90,7 +90,8 @@ def quantize_checkpoint(
     data = [*each_at_once(batches)]
     limit = nullcontext() if memory is None else memory_limit(memory)
     try:
-        with deferred(), limit:
+        with deferred(), limit, stages(("open", *ANALYSES, "write"), progress) as enter:
+            enter("open")
             net = open_checkpoint(source, model, dtype=dtype, temporary=temporary)
             inputs = {
                 "files of the checkpoint": _of_files(source),
@@ -101,7 +102,8 @@ def quantize_checkpoint(
                 "versions": f"{VERSION} {torch.__version__} {transformers_version()}",
             }
             with Work(place, inputs).held() as kept:
-                plan, traced = _plan(kept, net, data, how, progress)
+                plan, traced = _plan(kept, net, data, how, enter)
+                enter("write")
                 if format != NATIVE:
                     return export(net, plan, format, out)
                 return export_artifact(net, plan, out, kept=kept, traced=traced)
@@ -110,15 +112,14 @@ def quantize_checkpoint(
         raise ArtifactError(f"{out} cannot be written ({said(e)}): {hint}") from e
 
 
-def _plan(kept: Work, net: Any, data: list[Any], recipe: Recipe, progress: bool) -> tuple[Plan, fx.GraphModule | None]:
+def _plan(kept: Work, net: Any, data: list[Any], recipe: Recipe, enter: Enter) -> tuple[Plan, fx.GraphModule | None]:
     """The plan of an earlier run, or one that is made now, and the traced graph then. It comes from its file either way."""
     traced = None
     if kept.find(_PLAN) is None:
-        with stages(ANALYSES, progress) as enter:
-            traced, plan = analyse(
-                net, data, recipe, None, "auto", progress, enter, max_batches=max(1, len(data)),
-                observed=lambda make: _statistics(kept, make),
-            )  # fmt: skip
+        traced, plan = analyse(
+            net, data, recipe, None, "auto", enter, max_batches=max(1, len(data)),
+            observed=lambda make: _statistics(kept, make),
+        )  # fmt: skip
         new = kept.path(_PLAN)
         plan.save(new)
         kept.add(_PLAN, new)

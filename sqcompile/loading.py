@@ -93,7 +93,9 @@ def loaded(
         saved = read(path, where)
         if code and (why := taken(path, saved.code)):
             warnings.warn(
-                f"the code of {os.fsdecode(path)} is not used, and the model is compiled: {why}", stacklevel=3
+                f"the code of {os.fsdecode(path)} is not used, and the model is compiled: {why}. Save it again here, with "
+                "code=True, to have it used",
+                stacklevel=3,
             )
         try:
             history = SavedStages(path, where, on)

@@ -5,6 +5,10 @@ What comes before, trace -> calibrate -> match -> plan, is in `api`; what comes 
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
+from typing import Any
+
 from torch import fx
 
 from sqcompile.errors import PlanError
@@ -24,6 +28,8 @@ from sqcompile.passes.rewrite.insert_qdq import insert_qdq, quantize_weights
 from sqcompile.passes.rewrite.weight_store import Shared
 from sqcompile.plan.plan import Plan
 from sqcompile.process.progress import Enter, silent
+
+log = logging.getLogger("sqcompile")
 
 
 def rewrite(
@@ -76,8 +82,16 @@ def rewrite(
     handed_over = [gm]
     del gm  # lower frees each plain int8 weight as it packs it, which no other reference may prevent
     gm = verify(lower(handed_over.pop(), shared, target), "lowered")
+    if log.isEnabledFor(logging.DEBUG):
+        kernels = Counter(n.target.name().partition("::")[2] for n in gm.graph.nodes if _is_ours(n.target))
+        on = "this machine" if target is None else target.name
+        log.debug("lowered for %s: %s", on, ", ".join(f"{count} x {name}" for name, count in kernels.items()))
     show(gm, "lowered", text)
     return gm
+
+
+def _is_ours(target: Any) -> bool:
+    return getattr(target, "namespace", "") == "sqcompile"
 
 
 def check_plan(gm: fx.GraphModule, plan: Plan, linears: list[Linear], attentions: list[Attention]) -> None:

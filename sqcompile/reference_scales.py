@@ -24,7 +24,7 @@ from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.process.interrupts import deferred
 from sqcompile.process.lock import analysing, compiling
-from sqcompile.process.progress import stages
+from sqcompile.process.progress import Show, stages
 from sqcompile.statistics.observe import Calibration, calibrate
 from sqcompile.statistics.observer import Observer
 from sqcompile.statistics.outputs import OutputObserver
@@ -52,7 +52,7 @@ def get_act_scales(
     *,
     example_inputs: Any = None,
     dynamic_shapes: Any = "auto",
-    progress: bool = True,
+    progress: Show = True,
 ) -> dict[str, Tensor]:
     """The largest absolute value of each input channel of the linears, as `write_act_scales` takes it.
 
@@ -81,7 +81,7 @@ def get_linear_absmax(
     *,
     example_inputs: Any = None,
     dynamic_shapes: Any = "auto",
-    progress: bool = True,
+    progress: Show = True,
 ) -> dict[str, dict[str, float]]:
     """The largest absolute values of each linear's input and output, all in float.
 
@@ -111,7 +111,7 @@ def get_static_decoder_layer_scales(
     *,
     example_inputs: Any = None,
     dynamic_shapes: Any = "auto",
-    progress: bool = True,
+    progress: Show = True,
 ) -> tuple[list[dict[str, float]], dict[str, dict[str, float]]]:
     """Static INT8 scales of the decoder layers of an OPT, as engines with kernels for just these layers take them.
 
@@ -146,7 +146,7 @@ def _absmax(
     plan: Any,
     example: Any,
     dynamic_shapes: Any,
-    progress: bool,
+    progress: Show,
     check: Callable[[list[str]], Any] | None = None,
 ) -> dict[str, dict[str, float]]:
     """What `get_linear_absmax` gives; ``check`` looks at the linears' modules before any data is run."""
@@ -172,7 +172,7 @@ def _observed(
     loader: Any,
     example: Any,
     dynamic_shapes: Any,
-    progress: bool,
+    progress: Show,
     kind: Callable[[fx.GraphModule], _Observer],
     change: Callable[[fx.GraphModule], fx.GraphModule] = lambda traced: traced,
 ) -> tuple[Calibration, _Observer]:
@@ -188,7 +188,7 @@ def _observed(
             graph = change(traced)
             observer = kind(graph)
         enter("calibrate")
-        found = calibrate(graph, model, data, progress, (), length(loader), reader, observer)
+        found = calibrate(graph, model, data, (), length(loader), reader, observer)
     return found, observer
 
 

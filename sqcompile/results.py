@@ -1,4 +1,4 @@
-"""plan_of, report_of: what was decided for a model, whichever way it was compiled."""
+"""plan_of, report_of, compare: what was decided for a model, whichever way it was compiled; for two recipes, side by side."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from sqcompile.compiled.compare import Comparison, compared
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.compiled.report import Report
 from sqcompile.errors import StageError
@@ -45,11 +46,27 @@ def plan_of(net: Any) -> Plan:
 
 
 def report_of(net: Any) -> Report:
-    """One line per linear, with what was done and why, and the sites.
+    """What was done with each linear and why, and the sites.
 
     Args, Raises: as `plan_of`. What single kernels are expected to gain is told of what `sqcompile.compile` gave alone.
     """
     return net.report if isinstance(net, CompiledModel) else Report.of(plan_of(net))
+
+
+def compare(a: Any, b: Any) -> Comparison:
+    """What two recipes do with one model: the linears that differ, and a summary. ``print`` it for a table.
+
+    Args:
+        a, b: reports, plans, or compiled models as for `report_of`, in any combination.
+
+    Raises:
+        PlanError: if they are of different models.
+        StageError: for a model that has no plan.
+    """
+    plans = [None if isinstance(x, Report) else x if isinstance(x, Plan) else plan_of(x) for x in (a, b)]
+    first, second = (x if p is None else Report.of(p) for x, p in zip((a, b), plans, strict=True))
+    recipes = [None if p is None else p.recipe for p in plans]
+    return compared(first, second, (recipes[0], recipes[1]))
 
 
 def is_quantized(net: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
 
 import sqcompile
@@ -50,7 +50,7 @@ def parts(plan, path):
     """JSON and tensors of a saved plan."""
     plan.save(path)
     with safe_open(path, "pt") as f:
-        return json.loads(f.metadata()[KEY]), load_file(path)
+        return json.loads(f.metadata()[KEY]), load(path.read_bytes())  # not mapped: the file is written over
 
 
 def write(path, meta, tensors):

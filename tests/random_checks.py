@@ -123,7 +123,7 @@ def _examine(c: Capture, r: random.Random, found: Found) -> None:
     )
     found.static = recipe.activation == "per_tensor_static"
     attentions = find_attentions(gm) if recipe.attention != "none" else []
-    calibration = calibrate(gm, model, [model.inputs(2, 40, seed) for seed in (1, 2, 3, 4)], False, attentions)
+    calibration = calibrate(gm, model, [model.inputs(2, 40, seed) for seed in (1, 2, 3, 4)], attentions)
     sites, refusals = match(gm)
 
     quantize = functools.cache(functools.partial(rewrite, gm, until="quantized"))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import time
 import warnings
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("sqcompile")
 
 
 def built(*names: str) -> Any | None:
@@ -13,9 +17,18 @@ def built(*names: str) -> Any | None:
 
     try:
         source = "\n".join((Path(__file__).parent / name).read_text() for name in names)
-        return CppCodeCache.load(source, device_type="cpu")
+        start = time.perf_counter()
+        library = CppCodeCache.load(source, device_type="cpu")
+        log.debug(
+            "CPU kernels %s: built, or found in Inductor's cache, in %.2f s",
+            ", ".join(names),
+            time.perf_counter() - start,
+        )
+        return library
     except Exception as e:
         warnings.warn(
-            f"sqcompile's CPU kernels do not build here, slower ones of PyTorch take their place: {e}", stacklevel=2
+            f"sqcompile's CPU kernels do not build here, slower ones of PyTorch take their place. Install a C++ compiler for "
+            f"Inductor, such as g++: {e}",
+            stacklevel=2,
         )
         return None

@@ -55,6 +55,7 @@ from sqcompile.passes.lowering.int8_attention import lower_int8_attention
 from sqcompile.passes.lowering.rotated import fuse_rotations
 from sqcompile.passes.rewrite.weight_store import Lazy, Merged, Shared
 from sqcompile.process.memory import release_freed_memory
+from sqcompile.process.progress import each
 
 _warned: set[str] = set()
 
@@ -102,7 +103,7 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | Non
             found = _Quantized(node, q, weight, scale, weight_scale, bias, dtype, offsets, static)
             groups.setdefault(found.key, []).append(found)
     fuses = False
-    for group in groups.values():
+    for group in each([*groups.values()], "pack"):
         on = of(value(group[0].weight).device)
         qtype = BY_DTYPE[value(group[0].weight).dtype]
         if qtype is FP8:
@@ -253,7 +254,7 @@ def _warn_reference(device: str, qtype: QType) -> None:
         without = " without AVX512-VNNI" if device == "cpu" and qtype is INT8 else ""
         warnings.warn(
             f"sqcompile has no {qtype.name.upper()} kernels for {device}{without}: the compiled model runs the plain-PyTorch "
-            f"{'integer ' if qtype is INT8 else ''}reference, correct but slow",
+            f"{'integer ' if qtype is INT8 else ''}reference, correct but slow. The page Devices of the documentation says where there are kernels",
             stacklevel=2,
         )
 

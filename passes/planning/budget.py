@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from sqcompile.errors import CalibrationError, NothingToQuantizeError
 from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.planning.feel import logits_of
-from sqcompile.passes.planning.uses import balanced
+from sqcompile.plan.edit import in_float
 from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.plan import Plan
 from sqcompile.statistics.observe import Calibration
@@ -115,20 +115,8 @@ def ranked(gm: fx.GraphModule, plan: Plan, calibration: Calibration) -> list[Uni
 
 
 def without(plan: Plan, names: set[str], most: float, logits: bool) -> Plan:
-    """The plan with some linears in float: scales of sites that none is quantized of are dropped, others stay.
-
-    Static Δ of attentions' values count on the scales folded into what makes them: with these, folded sites stay.
-    """
-    layers = tuple(_left(l, most, logits) if l.name in names else l for l in plan.layers)
-    quantized = {l.name for l in layers if l.quantized}
-    folded = any(name.endswith("/value_scale") for name in plan.heads)
-    scales = {
-        site: s
-        for site, s in plan.scales.items()
-        if (folded and not site.startswith("input -> ")) or not quantized.isdisjoint(balanced(site))
-    }
-    columns = {n: s for n, s in plan.columns.items() if n not in names}
-    return replace(plan, layers=layers, scales=scales, columns=columns)
+    """The plan with some linears in float: scales of sites that none is quantized of are dropped, others stay."""
+    return in_float(plan, {l.name: _left(l, most, logits) for l in plan.layers if l.name in names})
 
 
 def _left(l: LayerPlan, most: float, logits: bool) -> LayerPlan:

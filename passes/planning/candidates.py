@@ -24,6 +24,7 @@ from sqcompile.passes.planning.smoothing import smoothing_scale
 from sqcompile.passes.planning.spikes import spikes
 from sqcompile.plan.recipe import AUTO, Recipe
 from sqcompile.process.interrupts import checkpoint
+from sqcompile.process.progress import each
 
 # A site is left unsmoothed only where smoothing makes its error on the sample this much worse. Below that, smoothing is
 # kept even without a gain: the sample holds few tokens, and the absmax it is built from saw them all. Static scales are
@@ -66,7 +67,7 @@ def first_look(chooser: Chooser, sites: Sequence[Site], floats: dict[str, str]) 
     """
     costs: dict[Any, Counter[int | None]] = {}
     keys, static = {}, dict[str, float]()
-    for site in sites:
+    for site in each(sites, "rotations"):
         linears = [l for l, _ in site.balance if l.name not in floats]
         if not linears:
             continue
@@ -114,6 +115,7 @@ def best(
         return Choice(scales[alpha], alpha, block), {block: 0.0}
     by_loss = chooser.by_loss(linears) and chooser.felt.knows(touched)
     errors: dict[tuple[float | None, int | None, bool], tuple[float, Choice]] = {}
+    plain: dict[tuple[float | None, int | None, bool], float] = {}
     blocks = _blocks(own, linears) if look is None else (look.rotations[site.name],)
     costly = look is not None and site.name in look.costly
 
@@ -122,7 +124,7 @@ def best(
             if key not in errors:
                 checkpoint()
                 choice = Choice(scales[key[0]], *key)
-                error = chooser.tried(site, choice, touched, by_loss)
+                error = plain[key] = chooser.tried(site, choice, touched, by_loss)
                 errors[key] = error * _handicap(own, choice, by_loss, costly), choice
         return min(errors.values(), key=lambda found: found[0])[1]
 
@@ -134,6 +136,7 @@ def best(
     while chosen is not before and chosen.alpha is not None:
         i = alphas.index(chosen.alpha)
         before, chosen = chosen, try_all(alphas[max(0, i - 1) : i + 2], [chosen.block], [chosen.dynamic])
+    chooser.curves[site.name] = by_loss, plain
     costs: dict[int | None, float] = {}
     for (_, block, _), (error, _) in errors.items():
         costs[block] = min(error, costs.get(block, math.inf))

@@ -25,14 +25,17 @@ from sqcompile.passes.planning import weight_outliers
 from sqcompile.passes.planning.candidates import Look, best, first_look
 from sqcompile.passes.planning.choose_attention import choose_attention
 from sqcompile.passes.planning.error import Chooser, Note
+from sqcompile.passes.planning.evidence import curves
 from sqcompile.passes.planning.feel import Felt
 from sqcompile.passes.planning.overrides import check_agreement, said
 from sqcompile.passes.planning.sqnr import sqnr_db
 from sqcompile.passes.planning.static_scales import warn_of_few
 from sqcompile.passes.planning.stay_float import check_any, float_layer, stay_float
 from sqcompile.plan.entries import LayerPlan, Smoothing
+from sqcompile.plan.evidence import Evidence
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Activation, Recipe
+from sqcompile.process.progress import each
 from sqcompile.statistics.observe import Calibration
 
 UNTRIED = "by largest values without tokens, so that no α was tried"
@@ -74,9 +77,10 @@ def choose(
     every = sites + input_sites(refusals, {l.name for l in linears} - set(floats))
     check_agreement(every, chooser.own, floats)
     look: Look | None = None
+    first = Chooser(gm, calibration, recipe, unsmoothed, felt)
     if any(own.rotate == "auto" or own.may_leave_dynamic for own in chooser.own.values()):
-        look = first_look(Chooser(gm, calibration, recipe, unsmoothed, felt), every, floats)
-    for site in every:
+        look = first_look(first, every, floats)
+    for site in each(every, "choose"):
         quantized = [l for l, _ in site.balance if l.name not in floats]
         if not quantized:
             continue
@@ -109,7 +113,8 @@ def choose(
     losses = chooser.losses([l for l in open_ if chooser.felt.knows([l])])
     layers = tuple(_layer(chooser, l, floats, notes, losses.get(l.name)) for l in linears)
     columns = {name: s for name, s in chooser.columns.items() if name not in floats}
-    return Plan(recipe, call, scales, layers, attention, heads, columns)
+    evidence = Evidence(curves=curves(first.curves, chooser.curves))
+    return Plan(recipe, call, scales, layers, attention, heads, columns, evidence)
 
 
 def _layer(

@@ -26,10 +26,11 @@ from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.attention.head_sites import HeadSite, match_heads
 from sqcompile.passes.attention.value_sites import value_labels
 from sqcompile.passes.planning.error import Chooser
-from sqcompile.passes.planning.overrides import names, recipe_of_attention
+from sqcompile.passes.planning.overrides import recipe_of_attention
 from sqcompile.passes.planning.smoothing import awake, smoothing_scale
 from sqcompile.passes.planning.sqnr import relative, sqnr_db
 from sqcompile.passes.planning.static_scales import margin, margin_of_channels
+from sqcompile.plan.edit import named
 from sqcompile.plan.entries import AttentionPlan, Smoothing
 from sqcompile.plan.recipe import Recipe
 from sqcompile.statistics.input_stats import InputStats
@@ -145,7 +146,7 @@ def _stays_float(chooser: Chooser, a: Attention) -> str | None:
         return a.refused
     own = recipe_of_attention(a, chooser.recipe)
     for pattern in own.skip:
-        if names(pattern, a.name):
+        if named(pattern, a.name):
             return f"skipped by the recipe ({pattern!r})"
     if any(node not in chooser.calibration.heads for node in a.operands.values()):
         return "no calibration token reached it"

@@ -7,6 +7,7 @@ backend of torch.compile each graph is judged by its own outputs.
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from torch import Tensor, fx
 from sqcompile.passes.ir.explain import first_line
 from sqcompile.plan.plan import Plan
 from sqcompile.statistics.sample import Sample
+
+log = logging.getLogger("sqcompile")
 
 # Smoothing is left out unless a loss of so much can be ruled out. The sample is small, and smoothing guards against larger
 # outliers than it holds: so it needs no gain.
@@ -57,9 +60,12 @@ def smoothed_or_not(choose: Callable[..., Plan], sample: Sample, quantize: Calla
         worst = _at_worst(sample, quantize, plan, plain)
     except Exception as e:  # memory, say; neither plan is wrong for it
         warnings.warn(
-            f"whether smoothing helps the outputs was not compared: {type(e).__name__}: {first_line(e)}", stacklevel=2
+            f"whether smoothing helps the outputs was not compared: {type(e).__name__}: {first_line(e)}. The model is smoothed "
+            "as the recipe says; evaluate it, or calibrate with smaller batches if it is memory that lacks",
+            stacklevel=2,
         )
         return plan
+    log.debug("with smoothing, the outputs' noise is %.1f dB above that without, at worst", worst)
     return plain if worst > TOLERANCE_DB else plan
 
 

@@ -47,6 +47,8 @@ class Choice:
     dynamic: bool = False
 
 
+# By α, block and dynamic, what the candidates of a site cost, and whether that is what the outputs lose.
+Costs = tuple[bool, dict[tuple[float | None, int | None, bool], float]]
 Note = tuple[Smoothing, str, float | None]  # what was done with a linear's input, why, and the site's alpha
 
 # what `Chooser.apply` adds to
@@ -81,6 +83,7 @@ class Chooser:
         self.nodes = nodes_by_name(gm)
         self.qtype = recipe.qtype
         self.own = {l.name: recipe_of(gm, l, recipe) for l in self.linears.values()}  # recipes, by linear
+        self.curves: dict[str, Costs] = {}  # by site, what was tried; without any candidate's handicap
         self._energies: dict[str, Tensor] = {}
 
     def weight(self, l: Linear) -> Tensor:

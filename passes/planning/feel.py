@@ -31,6 +31,7 @@ from sqcompile.passes.planning.gradients import Group, Seed, gradients
 from sqcompile.passes.planning.overrides import recipe_of
 from sqcompile.passes.planning.stay_float import stay_float
 from sqcompile.plan.recipe import Recipe
+from sqcompile.process.progress import each
 from sqcompile.pytorch.core import pytree
 from sqcompile.statistics.observe import Calibration
 from sqcompile.statistics.sample import LEAST
@@ -102,13 +103,13 @@ def feel(
         for l in dict.fromkeys(l for l, _ in site.balance):
             if l.name not in floats:
                 groups.setdefault((site.name, l.x, l.offsets), []).append(l)
-    each = max((stats.count for stats in calibration.inputs.values()), default=0) / max(1, calibration.batches)
-    calls, logits = calibration.sample.calls[: math.ceil(TOKENS / max(1, each))], logits_of(gm)
+    rows = max((stats.count for stats in calibration.inputs.values()), default=0) / max(1, calibration.batches)
+    calls, logits = calibration.sample.calls[: math.ceil(TOKENS / max(1, rows))], logits_of(gm)
     if not calls:
         return Felt(why="no call can be run again")
     found = _Found(max(LEAST_ROWS, ROWS // len(calls)))
     try:
-        for call in calls:
+        for call in each(calls, "gradients"):
             seeds = found.seeds(gm, call.rows, logits)
             found.batch = call.batch
             with contextlib.ExitStack() as stack:

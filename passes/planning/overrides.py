@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import Linear
 from sqcompile.passes.labels.match import Site
 from sqcompile.passes.planning.lm_head import is_lm_head
+from sqcompile.plan.edit import named, named_by
 from sqcompile.plan.overrides import overridden
 from sqcompile.plan.recipe import LM_HEAD, Recipe
 
@@ -37,7 +37,7 @@ def recipe_of(gm: fx.GraphModule, l: Linear, recipe: Recipe) -> Recipe:
 
 def recipe_of_attention(a: Attention, recipe: Recipe) -> Recipe:
     """The recipe of one attention, as `recipe_of`."""
-    return _merged(recipe, a.name, lambda pattern: names(pattern, a.name))
+    return _merged(recipe, a.name, lambda pattern: named(pattern, a.name))
 
 
 def said(gm: fx.GraphModule, l: Linear, recipe: Recipe) -> str:
@@ -104,13 +104,5 @@ def _names(gm: fx.GraphModule, l: Linear, pattern: str) -> bool:
 
 def names_linear(gm: fx.GraphModule, l: Linear, pattern: str) -> bool:
     """Whether a pattern names a linear: its module or its weight, by any of the names of a tied weight."""
-    for name in about(gm).aliases.get(l.name.partition("#")[0], (l.name,)):
-        module = name.rpartition(".")[0] or name
-        if fnmatch.fnmatch(module, pattern) or names(pattern, name):
-            return True
-    return False
-
-
-def names(pattern: str, name: str) -> bool:
-    """Whether a pattern of ``Recipe.skip`` names something: as a glob, or as dotted parts of its name."""
-    return fnmatch.fnmatch(name, pattern) or f".{pattern}." in f".{name}."
+    aliases = about(gm).aliases.get(l.name.partition("#")[0], (l.name,))
+    return any(named_by(pattern, name) for name in aliases)

@@ -60,6 +60,7 @@ from sqcompile.passes.rewrite.weight_store import Lazy, Shared
 from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.plan import Plan
 from sqcompile.process.memory import release_freed_memory
+from sqcompile.process.progress import each
 
 
 def insert_qdq(gm: fx.GraphModule, plan: Plan, shared: Shared | None = None, lazy: bool = False) -> fx.GraphModule:
@@ -77,7 +78,7 @@ def insert_qdq(gm: fx.GraphModule, plan: Plan, shared: Shared | None = None, laz
     inserter = _Inserter(gm, plan, folded, shared, lazy)
     layers = {l.name: l for l in plan.layers if l.quantized}
     # Match first: once a weight is quantized, its graph has other linears.
-    for linear in find_linears(gm):
+    for linear in each(find_linears(gm), "quantize"):
         if linear.name in layers:
             inserter.linear(linear, layers[linear.name])
             release_freed_memory()
@@ -86,7 +87,7 @@ def insert_qdq(gm: fx.GraphModule, plan: Plan, shared: Shared | None = None, laz
 
 def quantize_weights(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph of lazy weights that is run as it is, without `lower`: its weights are quantized now. In place."""
-    for name, lazy in about(gm).lazy.items():
+    for name, lazy in each([*about(gm).lazy.items()], "quantize"):
         w, scale = lazy.make()
         set_tensor(gm, name, w)
         set_tensor(gm, lazy.scale, scale)

@@ -7,6 +7,7 @@ their INT8 weights, the second finds them, and needs no float weight for it: so 
 from __future__ import annotations
 
 import hashlib
+import logging
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch import Tensor, fx
 
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import FOLD_CAST, get_tensor
+
+log = logging.getLogger("sqcompile")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +69,8 @@ class Shared:
         if merged is None:
             self.check(key)
             self._made[key] = merged = make()
+        else:
+            log.debug("an INT8 weight was taken from another graph of the model")
         held(gm).append(merged)
         return merged
 

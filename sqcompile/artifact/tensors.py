@@ -13,7 +13,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from sqcompile.files.safetensors_files import FILE_NAME, opened
 from sqcompile.files.weights import Later, write_weights
 from sqcompile.files.work import Work
 from sqcompile.process.interrupts import checkpoint
+from sqcompile.process.progress import part
 
 SHARD = 4_000_000_000  # bytes of a file, unless one tensor has more
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -67,6 +68,20 @@ def write_tensors(
             room = most
         shards[-1].append(name)
         room -= t.nbytes
+    with part("tensors", sum(map(len, shards))) as wrote:
+        _write_shards(folder, tensors, shards, index, kept, wrote)
+    return index
+
+
+def _write_shards(
+    folder: str,
+    tensors: Mapping[str, Tensor | Later],
+    shards: list[list[str]],
+    index: dict[str, Any],
+    kept: Work | None,
+    wrote: Callable[..., None],
+) -> None:
+    """Writes the files, and notes in the index which tensor is where."""
     for i, names in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         sums: dict[str, str] = {}
@@ -74,11 +89,14 @@ def write_tensors(
         def see(name: str, values: Any, sums: dict[str, str] = sums) -> None:
             sums[name] = hashlib.sha256(values).hexdigest()
             checkpoint()
+            wrote()
 
         path, done = os.path.join(folder, file), None if kept is None else kept.find(file)
         if done is not None and isinstance(done[1], dict) and done[1].keys() == set(names):
             link_or_copy(done[0], path)
             sums |= done[1]
+            for _ in names:
+                wrote()
         else:
             write_weights(path, {n: _dense(tensors[n]) for n in names}, see=see)
             if kept is not None:
@@ -86,7 +104,6 @@ def write_tensors(
         for entry in index.values():
             if entry["key"] in sums:
                 entry |= {"file": file, "sha256": sums[entry["key"]]}
-    return index
 
 
 def _memory(name: str, t: Tensor | Later) -> Hashable:

@@ -14,6 +14,7 @@ buffers.
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 import weakref
@@ -26,6 +27,8 @@ from torch import Tensor
 from sqcompile.passes.ir.explain import first_line
 from sqcompile.pytorch.core import is_same_element_twice
 from sqcompile.pytorch.dynamo import has_static_address
+
+log = logging.getLogger("sqcompile")
 
 _MOST = 16  # recordings of one graph: batch sizes and caches in use at a time
 
@@ -64,13 +67,16 @@ class Recorder:
         found = self.recordings.pop(key, None)
         if found is None and not (again and self._can_record(args)):
             return None
-        found = found or Recording(self.run, args, self.fixed)
+        if found is None:
+            log.debug("a CUDA graph is recorded, the %d. of its graph", len(self.recordings) + 1)
+            found = Recording(self.run, args, self.fixed)
         self.pool.follow()
         try:
             results = found(args, self.pool)
         except NotRecorded as e:
             warnings.warn(
-                f"a graph cannot be recorded as a CUDA graph and runs kernel by kernel: {first_line(e.__cause__ or e)}",
+                f"a graph cannot be recorded as a CUDA graph and runs kernel by kernel: {first_line(e.__cause__ or e)}. Leave out "
+                "mode='reduce-overhead', or what the message names",
                 stacklevel=2,
             )
             self.recordable = False

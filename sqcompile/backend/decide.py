@@ -23,6 +23,7 @@ from sqcompile.passes.labels.match import match
 from sqcompile.passes.planning.budget import by_divergence, within_budget
 from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
+from sqcompile.passes.planning.evidence import with_evidence
 from sqcompile.passes.planning.feel import feel
 from sqcompile.passes.planning.overrides import names_linear
 from sqcompile.passes.planning.stay_float import float_layer, stay_float, wanted
@@ -93,6 +94,7 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
                 if recipe.max_degradation is not None:
                     loses = by_divergence(gm, calibration.sample, partial(_quantized, gm))
                     more = within_budget(gm, more, calibration, loses)
+                more = with_evidence(gm, sites, refusals, calibration, more)
         except NothingToQuantizeError as e:
             error = e
             reasons = stay_float(gm, o.linears, calibration, own)
@@ -177,4 +179,5 @@ def _joined(plan: Plan, more: Plan) -> Plan:
         attention=plan.attention + attention,
         heads=plan.heads | {k: t for k, t in more.heads.items() if k.rpartition("/")[0] in heads},
         columns=plan.columns | {k: s for k, s in more.columns.items() if k in new},
+        evidence=plan.evidence.joined(more.evidence) if plan.evidence and more.evidence else None,
     )

@@ -15,6 +15,7 @@ from sqcompile.compiled.emit import BACKENDS
 from sqcompile.errors import RecipeError
 from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.plan.recipe import Recipe, resolve_recipe
+from sqcompile.process.progress import Show, check_show
 from sqcompile.pytorch.dynamo import OptimizedModule, original
 
 MODES = ("default", "reduce-overhead")
@@ -35,6 +36,8 @@ class Options:
         compiler: "inductor", or "eager" to run the lowered graphs as they are.
         stage: "lowered", or "quantized" to run INT8 values in plain float arithmetic: the reference of what is lowered,
             to tell what quantization costs from what a kernel does. Each graph has its own INT8 weights then.
+        progress: as for `sqcompile.compile`, False by default: told when a plan is made and when a graph is rewritten and compiled.
+            What a function raises while Dynamo compiles, Dynamo raises as a BackendCompilerFailed.
         regional: whether repeated blocks are compiled once, see `sqcompile.compile`.
         model: whose parameters these are: names in plans are its. Given as a module, or as a weak reference to one where
             models come and go: PyTorch keeps options until ``torch._dynamo.reset()``. Without it the model is looked for
@@ -49,12 +52,14 @@ class Options:
     compiler: str = "inductor"
     stage: str = "lowered"
     regional: bool = False
+    progress: Show = False
     model: weakref.ref[nn.Module] | None = None
 
     @property
     def key(self) -> Hashable:
         """Equal for options that give the same graphs."""
-        return id(self.plan), *(getattr(self, f.name) for f in fields(self) if f.name not in ("plan", "model"))
+        others = ("plan", "model", "progress")
+        return id(self.plan), *(getattr(self, f.name) for f in fields(self) if f.name not in others)
 
 
 _plans: dict[str, tuple[tuple[int, ...], Plan]] = {}
@@ -82,6 +87,7 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     if given.get("model") is not None:
         given["model"] = _weakly(given["model"])
     found = Options(**{**given, "recipe": resolve_recipe(given.get("recipe"))})
+    check_show(found.progress)
     if found.mode not in MODES:
         raise RecipeError(f"mode={found.mode!r} of backend 'smoothquant': choose one of {', '.join(MODES)}")
     if found.compiler not in BACKENDS:

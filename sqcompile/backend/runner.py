@@ -30,6 +30,7 @@ from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import resolve_recipe
 from sqcompile.process.lock import compiling
+from sqcompile.process.progress import stages
 from sqcompile.statistics.observer import Observer
 
 GRAD = (
@@ -130,11 +131,12 @@ class Runner:
         """Rewrites and compiles the graph for these weights; graphs of weights that are no more are dropped."""
         session.runners.add(self)
         session.warn_of_uncounted(tensors)
-        with torch.inference_mode(False), torch.no_grad():
+        passes = ("fold", "insert_qdq", "lower", "emit")
+        with torch.inference_mode(False), torch.no_grad(), stages(passes, self.options.progress) as enter:
             names = self._names(session, tensors)
             traced = self._attach(session, tensors, names)
             plan = session.plan_of(traced)
-            lowered = rewrite(traced, plan, self.options.stage, session.shared)
+            lowered = rewrite(traced, plan, self.options.stage, session.shared, enter)
             read = {str(n.target) for n in lowered.graph.find_nodes(op="get_attr")}
             for name, t in zip(names, tensors, strict=True):
                 if name in read and is_freed(t):
@@ -144,6 +146,7 @@ class Runner:
             freed = _quantized_only(traced, lowered, plan) if self.options.free_float else set()
             del traced
             keep = held(lowered)
+            enter("emit")
             run, used = self._emit(lowered, guarded, session, tensors)
             session.blocks.free((name, t) for name, t in zip(names, tensors, strict=True) if name in freed)
         self._warn_of_waste()

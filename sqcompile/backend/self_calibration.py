@@ -14,6 +14,7 @@ from sqcompile.backend.floats import PATIENCE
 from sqcompile.backend.session import Session
 from sqcompile.passes.planning.uses import first_use
 from sqcompile.plan.recipe import resolve_recipe
+from sqcompile.process.progress import stages
 
 
 def step(session: Session, observed: Observed, graphs: Sequence[Observed]) -> None:
@@ -43,7 +44,8 @@ def step(session: Session, observed: Observed, graphs: Sequence[Observed]) -> No
     for o in observers:
         o.stop()
     recipe = resolve_recipe(session.options.recipe)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), stages(("plan",), session.options.progress) as enter:
+        enter("plan")
         plan = decide(observers, recipe, own if own >= steps else max(runs))
         session.plan = measured(plan, observers, session.torn)
     session.forget(compiled=False)

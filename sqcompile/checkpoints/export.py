@@ -32,6 +32,7 @@ from sqcompile.passes.ir.about import about
 from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.process.interrupts import checkpoint, deferred
 from sqcompile.process.lock import analysing, compiling
+from sqcompile.process.progress import part
 
 FORMATS = ("compressed-tensors", "smoothed")
 
@@ -120,9 +121,11 @@ def _write(
 ) -> tuple[int, tuple[str, ...]]:
     """Writes all but the mark, and gives the bytes of the weights and what there is to know."""
     weights = Weights(folder)
-    for block in blocks:
-        weights.add(block)
-        checkpoint()
+    with part("blocks") as done:
+        for block in blocks:
+            weights.add(block)
+            checkpoint()
+            done()
     weights.finish()
     copied = copy_beside(beside, folder) if beside else []
     write_config(model, folder, quantized.config() if quantized else None)

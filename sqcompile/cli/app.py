@@ -156,6 +156,10 @@ def generate(
 def report(
     folder: o.Folder,
     out: Annotated[str | None, typer.Option("--out", "-o", metavar="FILE.html", help="write a page instead")] = None,
+    full: Annotated[bool, typer.Option("--full", help="a line for each linear, where layers are alike, too")] = False,
+    evaluation: Annotated[
+        str | None, typer.Option(metavar="FILE.json", help="what `sqcompile eval --json` has printed, for the page")
+    ] = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -165,14 +169,14 @@ def report(
 
     `sqcompile report out`
 
-    `sqcompile report out -o report.html`
+    `sqcompile report out -o report.html --evaluation eval.json`
     """
     from sqcompile.cli.terminal import command
 
     with command(json, quiet) as terminal:
         from sqcompile.cli.report import report
 
-        report(folder, out, terminal)
+        report(folder, out, full, evaluation, terminal)
 
 
 @app.command()

@@ -3,72 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
-import html
+import json
+import math
+import os
 from typing import Any
 
 from sqcompile.cli.terminal import CommandError, Terminal
 from sqcompile.compiled.report import Report
-from sqcompile.files.regular import replace_file, said
+from sqcompile.evaluation import Evaluation
+from sqcompile.files.bounded_json import read_object
+from sqcompile.files.regular import read_regular, said
 from sqcompile.loading import opened
-from sqcompile.plan.plan import Plan
 
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; width: 100%; font-size: 13px; }}
-th, td {{ text-align: left; padding: 3px 8px; border-bottom: 1px solid #ddd; vertical-align: top; }}
-td:nth-child(n+4):nth-child(-n+7) {{ text-align: right; white-space: nowrap; }}
-td:first-child {{ font-family: monospace; }}
-tr.float {{ background: #fff4e5; }}
-</style>
-<h1>{title}</h1>
-<p>{summary}</p>
-<p>Recipe: <code>{recipe}</code></p>
-<table><tr><th>linear<th>runs in<th>smoothing<th>α<th>rotation<th>SQNR, dB<th>weight<th>why</tr>
-{rows}
-</table>
-</html>
-"""
+_MOST = 2**20  # bytes of a file with an evaluation
+_KINDS = {"int": int, "str": str, "float | None": (float, int)}  # of fields of an Evaluation, as they are annotated
 
 
-def report(folder: str, out: str | None, terminal: Terminal) -> None:
-    """Prints the report of a directory, or writes it as a page.
+def report(folder: str, out: str | None, full: bool, evaluation: str | None, terminal: Terminal) -> None:
+    """Prints the report of a directory, with ``full`` a line for each linear, or writes it as a page.
 
     Raises:
-        SQCompileError: for a directory without a model in INT8, or a path that cannot be written.
+        SQCompileError: for a directory without a model in INT8, an evaluation that is none, or a path that cannot be written.
     """
+    if evaluation is not None and out is None:
+        raise CommandError("--evaluation is for the page: add -o FILE.html, or leave it out")
+    measured = None if evaluation is None else read_evaluation(evaluation)
     plan = opened(folder)[0]
     found = Report.of(plan)
     if out is None:
-        layers = [dataclasses.asdict(l) for l in plan.layers]
-        terminal.result({"recipe": dataclasses.asdict(plan.recipe), "layers": layers}, str(found))
+        asked = {"recipe": dataclasses.asdict(plan.recipe)}
+        terminal.result(asked | json.loads(found.to_json()), found.to_text(full))
         return
-    if not out.endswith(".html"):
-        raise CommandError(f"-o {out}: name a file that ends in .html, or leave it out for text")
-    try:
-        replace_file(out, page(plan, folder).encode())
-    except OSError as e:
-        raise CommandError(f"{out} cannot be written ({said(e)}): name a file in a directory that exists") from e
+    found.to_html(out, evaluation=measured, title=os.path.basename(os.path.abspath(folder)))
     terminal.result({"path": out}, f"written to {out}")
 
 
-def page(plan: Plan, title: str) -> str:
-    """The report as an HTML page that needs nothing else."""
-    rows = []
-    for l in plan.layers:
-        cells: list[Any] = [
-            l.name,
-            plan.recipe.dtype.upper() if l.quantized else "float",
-            l.smoothing,
-            "" if l.alpha is None else f"{l.alpha:.2f}",
-            l.rotation or "",
-            "" if l.sqnr_db is None else f"{l.sqnr_db:.1f}",
-            " x ".join(map(str, l.shape)),
-            l.reason,
-        ]
-        kind = "" if l.quantized else ' class="float"'
-        rows.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(str(c))}" for c in cells) + "</tr>")
-    summary = str(Report.of(plan)).splitlines()[-1]
-    named = {k: html.escape(v) for k, v in {"title": title, "summary": summary, "recipe": str(plan.recipe)}.items()}
-    return _PAGE.format(**named, rows="\n".join(rows))
+def read_evaluation(path: str) -> Evaluation:
+    """What `sqcompile eval --json` has printed into a file.
+
+    Raises:
+        CommandError: if the file holds something else.
+    """
+    try:
+        found = read_object(read_regular(path, _MOST, "an evaluation").decode(), "the evaluation")
+        return Evaluation(**_fields(found))
+    except Exception as e:  # whatever the system and the parser have to say of it
+        hint = "make one with `sqcompile eval DIR --text TEXT --against FLOAT --json > FILE.json`"
+        raise CommandError(f"{path} is no evaluation ({said(e)}): {hint}") from e
+
+
+def _fields(found: dict[str, Any]) -> dict[str, Any]:
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(Evaluation)}
+    plain = {name: value for name, value in found.items() if kinds.get(name) in _KINDS}
+    for name, value in plain.items():
+        optional = value is None and kinds[name].endswith("None")
+        good = isinstance(value, _KINDS[kinds[name]]) and not isinstance(value, bool)  # type: ignore[arg-type]
+        if not (optional or good) or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"its {name} is {value!r:.40}")
+    if missing := {"compared", "windows", "tokens"} - plain.keys():
+        raise ValueError(f"it has no {min(missing)}")
+    numbers = {n: float(v) for n, v in plain.items() if kinds[n] == "float | None" and v is not None}
+    return {**plain, **numbers}

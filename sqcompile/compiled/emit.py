@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
@@ -17,12 +18,14 @@ from sqcompile.capture.inputs import Forward
 from sqcompile.checkpoints.export import Exported, source_of
 from sqcompile.compiled.inductor import compile_regions, compile_without_constants, inductor
 from sqcompile.compiled.report import Report
-from sqcompile.compiled.stages import Stages
+from sqcompile.compiled.stages import Graphs, Stages
 from sqcompile.errors import CaptureError, StageError
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.flat import flatten
 from sqcompile.passes.ir.graph import get_tensor, set_tensor
+from sqcompile.plan.notebook import titled
 from sqcompile.plan.plan import Plan
+from sqcompile.process.progress import part
 from sqcompile.programs.export import NATIVE, check_target, export, is_program, write_artifact, write_program
 from sqcompile.pytorch.core import pytree
 
@@ -39,7 +42,7 @@ class CompiledModel(nn.Module):
 
     Attributes:
         plan: what was decided; ``sqcompile.compile(model, plan=compiled.plan)`` gives the same module without data.
-        report: one line per linear.
+        report: what was done with each linear, and why.
         stages: the graphs "traced", "folded", "quantized" and "lowered".
         call: how it is called: the signature of the model that it was made from.
     """
@@ -54,7 +57,7 @@ class CompiledModel(nn.Module):
     ) -> None:
         super().__init__()
         self.lowered = lowered
-        self.plan, self.report, self.stages = plan, Report.of(plan, lowered), stages
+        self.plan, self.report, self.stages = plan, Report.of(plan, lowered, stages), stages
         self.call = call
         self._captured, self._out_spec = about(lowered).calls, about(lowered).out_spec
         flat, self._used = flatten(lowered)
@@ -77,21 +80,24 @@ class CompiledModel(nn.Module):
             out = self._run(*used)
         return pytree.tree_unflatten(list(out), self._out_spec)
 
-    def draw(self, path: str | os.PathLike[str], stage: str = "traced", full: bool = False) -> None:
-        """Draws a stage to a .svg or .html file: what absorbs 1/s, what absorbs s, INT8 GEMMs, refusals.
+    def draw(
+        self, path: str | os.PathLike[str], stage: str = "traced", full: bool = False, colour: str = "role"
+    ) -> None:
+        """Draws a stage to an .svg file, or all of them to an .html file: what absorbs 1/s and s, what runs in INT8, and why not.
 
         Args:
-            path: where to; the page shows each node's text and reason where the pointer is.
-            stage: "traced", "folded", "quantized" or "lowered".
-            full: draws every block; otherwise of four and more equal blocks in a row, one.
+            path: where to; in a page each box can be chosen, to read its operations, its site and its numbers.
+            stage: "traced", "folded", "quantized" or "lowered"; a page begins with it.
+            full: draws every block; otherwise four and more equal blocks in a row are drawn as one, which a page can unfold.
+            colour: "role", or "sqnr": by the signal to quantization noise ratio on the calibration sample.
 
         Raises:
-            DrawError: for another suffix, or a path that cannot be written.
+            DrawError: for another suffix or colour, or a path that cannot be written.
             StageError: if the float model is gone, from which stages are rebuilt, or its parameters changed.
         """
         from sqcompile.draw import draw
 
-        draw(path, self.stages["traced"], self.plan, self.stages[stage], full)
+        draw(path, Graphs(self.stages, self.lowered), self.plan, stage, full, colour)
 
     def save(self, path: str | os.PathLike[str], *, shard_bytes: int = SHARD, code: bool = False) -> None:
         """Writes a directory that `sqcompile.load` makes a compiled model of, without this model's class and its data.
@@ -133,6 +139,20 @@ class CompiledModel(nn.Module):
         if is_program(format, source):
             return write_program(self.stages["quantized"], self.plan, format, path)
         return export(self.stages.model(), self.plan, format, path, source)
+
+    def __repr__(self) -> str:
+        return f"CompiledModel({self._said()})"
+
+    def _repr_html_(self) -> str:
+        return titled(f"CompiledModel: {self._said()}", self.report._repr_html_())
+
+    def _said(self) -> str:
+        target = about(self.lowered).target
+        devices = sorted({str(b.device) for b in self.lowered.buffers()})
+        where = f" on {', '.join(devices)}" if target is None else f" for {target.name}"
+        done = sum(l.quantized for l in self.plan.layers)
+        what = f"{done} of {len(self.plan.layers)} linears in {self.plan.recipe.dtype.upper()}"
+        return f"{self.call.name or 'model'}, {what}, {self.weight_bytes() / 1e6:.1f} MB{where}"
 
     def weight_bytes(self) -> int:
         """Bytes of all tensors the compiled model holds; a packed weight counts as its int8 values."""
@@ -197,7 +217,8 @@ def emit(
     if not constants:
         compiler = partial(compile_without_constants, code={}, guarded=False)
     how = {"inductor": compiler, "eager": lambda flat: flat}
-    return CompiledModel(lowered, call, plan, stages, how[backend])
+    with part("inductor") if backend == "inductor" else nullcontext():
+        return CompiledModel(lowered, call, plan, stages, how[backend])
 
 
 def _copy(tensor: Tensor, copies: dict[Hashable, Tensor]) -> Tensor:

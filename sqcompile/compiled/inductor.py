@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -16,7 +17,10 @@ from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.explain import fixed_sizes
 from sqcompile.passes.ir.graph import value
 from sqcompile.passes.lowering.regions import Part, Region, cut, find_repeats
+from sqcompile.process.progress import each
 from sqcompile.pytorch.core import TracingContext, tracing
+
+log = logging.getLogger("sqcompile")
 
 
 def inductor(
@@ -119,10 +123,12 @@ def _compile_parts(
     flat: fx.GraphModule, blocks: list[list[fx.Node]], code: dict[str, Callable[..., Any]], guarded: bool
 ) -> Callable[..., Any]:
     outer, regions = cut(flat, blocks)
-    for name, region in regions.items():
+    for name, region in each([*regions.items()], "inductor"):
         run = None if region.key is None else code.get(region.key)
         if run is None:
             run = _compile_part(region, code, guarded)
+        else:
+            log.debug("%s runs the code of an equal part", name)
         setattr(outer, name, Part(region, run))
     return outer
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from sqcompile.compiled import report_data
+from sqcompile.compiled.report_text import counts, text
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.speedup import ROWS, expected, expected_attention
 from sqcompile.kernels.targets import target_of
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import value
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
-from sqcompile.plan.names import PRODUCTS, SiteLabel, collapse, site_labels
+from sqcompile.plan.names import SiteLabel, site_labels
 from sqcompile.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from sqcompile.compiled.stages import Stages
+    from sqcompile.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -99,9 +107,9 @@ def _attentions(lowered: fx.GraphModule) -> tuple[Int8Attention, ...]:
 
 @dataclass(frozen=True)
 class Report:
-    """One entry per linear, in graph order; ``print(report)`` gives one line each, then the sites.
+    """One entry per linear, in graph order; ``print(report)`` gives a line for each kind of them, then the sites.
 
-    "H 32" in a line says that the linear's input is rotated in blocks of 32 channels.
+    Repeated blocks are one line, with the ranges of their α, rotations ("H 32": in blocks of 32 channels) and SQNR.
 
     Attributes:
         layers: name, kind, quantized, smoothing, reason, alpha, rotation, sqnr_db (see LayerPlan).
@@ -110,6 +118,9 @@ class Report:
         attention: one entry per attention, where the recipe quantizes them (see AttentionPlan).
         int8_attention: the INT8 attentions by kind.
         dtype: the number format of quantized linears.
+        plan: that it is on.
+        stages: of the compiled model, for a drawing; None where there are none.
+        weight_bytes: of all tensors of the compiled model; None where there is none.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -118,47 +129,97 @@ class Report:
     attention: tuple[AttentionPlan, ...] = ()
     int8_attention: tuple[Int8Attention, ...] = ()
     dtype: str = "int8"
+    plan: Plan | None = field(default=None, repr=False, compare=False)
+    stages: Stages | None = field(default=None, repr=False, compare=False)
+    weight_bytes: int | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
-    def of(plan: Plan, lowered: fx.GraphModule | None = None) -> Report:
-        """The report on a plan, and on the kernels of a lowered graph."""
+    def of(plan: Plan, lowered: fx.GraphModule | None = None, stages: Stages | None = None) -> Report:
+        """The report on a plan, and on the kernels of a lowered graph; with its stages, the page has a drawing."""
         sites = site_labels(plan.scales, [l.name for l in plan.layers])
         if lowered is None:
-            return Report(plan.layers, sites, attention=plan.attention, dtype=plan.recipe.dtype)
-        return Report(plan.layers, sites, _gemms(lowered), plan.attention, _attentions(lowered), plan.recipe.dtype)
+            return Report(
+                plan.layers, sites, attention=plan.attention, dtype=plan.recipe.dtype, plan=plan, stages=stages
+            )
+        held = sum(b.numel() * b.element_size() for b in lowered.buffers())
+        return Report(
+            plan.layers, sites, _gemms(lowered), plan.attention, _attentions(lowered), plan.recipe.dtype, plan, stages, held,
+        )  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: all but the stages, which are this process's."""
+        return {**vars(self), "stages": None}
+
+    def to_html(
+        self, path: str | os.PathLike[str], *, evaluation: Evaluation | None = None, title: str | None = None
+    ) -> None:
+        """Writes the report as a page: one HTML file, which needs no network and no other file.
+
+        It shows what was measured, what stayed in float and why; for each site the largest values of channels, sampled
+        tokens, what was tried and the INT8 codes; and a table from which overrides can be copied. A graph is drawn where
+        there is the float model that it was compiled from.
+
+        Args:
+            path: where to; it ends in .html.
+            evaluation: what `evaluate` has measured, for the overview.
+            title: of the page; None for the model's class.
+
+        Raises:
+            ReportError: without the packages of ``pip install 'sqcompile[report]'``; for an evaluation or a title that is
+                none; or for a path that cannot be written.
+        """
+        from sqcompile.page import check_path, write_page
+        from sqcompile.page.subject import subject_of
+
+        write_page(check_path(path), subject_of(self, evaluation, title))
+
+    def plot(self, site: str | int) -> Any:
+        """Plots of one site, as a matplotlib Figure.
+
+        Args:
+            site: the name of one of its linears, or a part of it that no other site has; the name of a site; or a number,
+                in graph order.
+
+        Raises:
+            ReportError: without matplotlib, or for a site that the plan has no evidence of.
+        """
+        from sqcompile.page.figures import plot
+        from sqcompile.page.subject import plan_of
+
+        return plot(plan_of(self), site)
 
     def __str__(self) -> str:
-        width = max((len(l.name) for l in self.layers), default=0)
-        turns = [f"H {l.rotation}" if l.rotation else "" for l in self.layers]
-        room = max(map(len, turns), default=0)
-        lines = [
-            _line(l, width, self.dtype if l.quantized else "float", f"{turn:{room}}  " if room else "")
-            for l, turn in zip(self.layers, turns, strict=True)
-        ]
-        if self.attention:
-            width = max(len(a.name) for a in self.attention)
-            lines += ["attention:", *(f"  {_line(a, width, PRODUCTS[a.quantized])}" for a in self.attention)]
-        if self.sites:
-            lines += ["sites:", *(f"  {line}" for line in collapse(map(str, self.sites)))]
-        if self.gemms:
-            lines += ["INT8 GEMMs, expected speed against bf16:", *(f"  {gemm}" for gemm in self.gemms)]
-        if any(a.gains or a.without_kernel for a in self.int8_attention):
-            lines += ["INT8 attention, expected speed against bf16:", *(f"  {a}" for a in self.int8_attention)]
-        done = sum(l.quantized for l in self.layers)
-        folded = sum(l.smoothing == "folded" for l in self.layers)
-        rotated = sum(bool(l.rotation) for l in self.layers)
-        lines.append(
-            f"{done} of {len(self.layers)} linears in {self.dtype.upper()}, {folded} with smoothing folded into parameters"
-            + (f", {rotated} with rotated inputs" if rotated else "")
-        )
-        if self.attention:
-            lines.append(
-                f"{sum(a.quantized != 'none' for a in self.attention)} of {len(self.attention)} attentions in INT8"
-            )
-        return "\n".join(lines)
+        return text(self)
 
+    def __repr__(self) -> str:
+        return f"Report({counts(self.layers, self.dtype)})"
 
-def _line(x: LayerPlan | AttentionPlan, width: int, kind: str, turn: str = "") -> str:
-    alpha = f"α {x.alpha:.2f}" if x.alpha is not None else ""
-    sqnr = f"{x.sqnr_db:5.1f} dB" if x.sqnr_db is not None else ""
-    return f"{x.name:{width}}  {kind:5}  {x.smoothing:10}  {alpha:6}  {turn}{sqnr:8}  {x.reason}".rstrip()
+    def _repr_html_(self) -> str:
+        return report_data.shown(self)
+
+    def to_text(self, full: bool = False) -> str:
+        """What ``print(report)`` gives; with ``full`` a line for each linear, attention and site."""
+        return text(self, full)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The report as JSON, without NaN and infinities: what is not known, or infinite, is null.
+
+        An object of ``format`` (1), ``dtype``, ``summary`` (how many linears there are, and how many of them are quantized,
+        folded, multiplied and rotated), and lists of objects that have the fields of these classes: ``layers``
+        (LayerPlan), ``attention`` (AttentionPlan), ``sites`` (SiteLabel), ``gemms`` (Gemm) and ``int8_attention``
+        (Int8Attention). ``gains`` are a list of objects, too: ``rows`` and ``gain`` of a GEMM; ``batch``, ``queries``, ``keys``
+        and ``gain`` of an attention.
+        """
+        return report_data.to_json(self, indent)
+
+    def to_pandas(self) -> Any:
+        """A pandas.DataFrame with a row for each linear, in graph order.
+
+        Columns are ``name`` and ``label`` (str), ``kind``, ``runs_in`` and ``smoothing`` (category), ``quantized`` (bool),
+        ``alpha``, ``sqnr_db``, ``loss`` and ``input_scale`` (float64, NaN where there is none), ``rotation`` and ``experts``
+        (Int64, NA where there is none), ``out_features`` and ``in_features`` (int64) and ``reason`` (str).
+
+        Raises:
+            ReportError: if pandas is not installed.
+        """
+        return report_data.to_pandas(self)

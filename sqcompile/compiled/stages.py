@@ -43,13 +43,28 @@ class Stages(Mapping[str, fx.GraphModule]):
     def __getitem__(self, name: str) -> fx.GraphModule:
         if name not in STAGES:
             raise KeyError(f"no stage {name!r}: the stages are {', '.join(STAGES)}")
+        return self._stage(name, lazy=False)
+
+    def graph(self, name: str) -> fx.GraphModule:
+        """A stage to look at: INT8 weights of the quantized one are made when they are asked for.
+
+        Raises:
+            StageError: as ``stages[name]``.
+        """
+        if name not in STAGES:
+            raise KeyError(f"no stage {name!r}: the stages are {', '.join(STAGES)}")
+        return self._stage(name, lazy=name == "quantized")
+
+    def _stage(self, name: str, lazy: bool) -> fx.GraphModule:
         stage = self._cache.get(name)
         if stage is not None and self._model() is None:
             return stage  # no one can change its tensors any more
         own = self._own()  # what is kept of a stage is over the model's own tensors, too
         if stage is None:
             with compiling():
-                self._cache[name] = stage = rewrite(self._traced(own), self._plan, until=name, target=self._target)
+                stage = rewrite(self._traced(own), self._plan, until=name, target=self._target, lazy=lazy)
+            if not lazy:
+                self._cache[name] = stage
         return stage
 
     def __iter__(self) -> Iterator[str]:
@@ -90,6 +105,26 @@ class Stages(Mapping[str, fx.GraphModule]):
         traced = clone(gm)
         _ownerless(gm)
         return traced
+
+
+class Graphs(Mapping[str, fx.GraphModule]):
+    """The graphs of the stages to look at, of which no weight is computed that is not there.
+
+    Raises:
+        StageError: as `Stages`.
+    """
+
+    def __init__(self, stages: Stages, lowered: fx.GraphModule) -> None:
+        self._stages, self._lowered = stages, lowered
+
+    def __getitem__(self, name: str) -> fx.GraphModule:
+        return self._lowered if name == "lowered" else self._stages.graph(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stages)
+
+    def __len__(self) -> int:
+        return len(self._stages)
 
 
 def _ownerless(gm: fx.GraphModule) -> fx.Graph:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 
 from sqcompile.api import analyse, target_for
 from sqcompile.capture.captured import contiguous, flatten_like
@@ -35,7 +34,7 @@ from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.plan.recipe import Recipe, resolve_recipe
 from sqcompile.process.interrupts import deferred
 from sqcompile.process.lock import analysing, compiling
-from sqcompile.process.progress import Enter, stages
+from sqcompile.process.progress import Enter, Show, each, stages
 
 __all__ = ["Bisection", "NodeError", "SiteError", "bisect"]
 
@@ -47,7 +46,7 @@ def bisect(
     recipe: str | Recipe | None = None,
     plan: Plan | str | os.PathLike[str] | None = None,
     dynamic_shapes: Any = "auto",
-    progress: bool = True,
+    progress: Show = True,
     target: str | Target | None = None,
 ) -> Bisection:
     """Finds the smoothing site whose fold changes the model, and the lowered operator that computes something else.
@@ -86,7 +85,7 @@ def bisect(
         recipe: as for `sqcompile.compile`. Attentions are examined where it quantizes them.
         plan: the plan to examine, or the path of a saved one, instead of a recipe.
         dynamic_shapes: as for `sqcompile.compile`.
-        progress: whether to show progress bars, and to print the result.
+        progress: as for `sqcompile.compile`; True prints the result, too.
         target: as for `sqcompile.compile`.
 
     Returns:
@@ -102,31 +101,31 @@ def bisect(
     with deferred(), stages(("trace", "calibrate", "match", "plan", "fold", "lower"), progress) as enter:
         call = as_call(model, inputs)
         if plan is None:
-            traced, plan = analyse(model, [inputs], resolve_recipe(recipe), None, dynamic_shapes, progress, enter)
+            traced, plan = analyse(model, [inputs], resolve_recipe(recipe), None, dynamic_shapes, enter)
         else:
             plan = given_plan(plan, recipe, None)
             enter("trace")
             with analysing(model), compiling():
                 traced = trace(model, call, dynamic_shapes)
         with compiling(), torch.no_grad(), without_autocast(model.parameters()):
-            found = _compare(traced, plan, _arguments(call, traced), progress, enter, target)
-    if progress:
+            found = _compare(traced, plan, _arguments(call, traced), enter, target)
+    if progress is True:
         print(found)
     return found
 
 
 def _compare(
-    traced: fx.GraphModule, plan: Plan, arguments: list[Any], progress: bool, enter: Enter, target: Target | None
+    traced: fx.GraphModule, plan: Plan, arguments: list[Any], enter: Enter, target: Target | None
 ) -> Bisection:
     linears = find_linears(traced)
     attentions = find_attentions(traced) if any(a.quantized != "none" for a in plan.attention) else []
     check_plan(traced, plan, linears, [a for a in attentions if not a.refused])
     enter("fold")
 
-    def each(parts: list[Part]) -> Iterable[Part]:
-        return tqdm(parts, desc="sites", unit="site", disable=not progress, leave=False)
+    def counted(parts: list[Part]) -> Iterable[Part]:
+        return each(parts, "sites")
 
-    folds, together, wrong_together, dtype = compare_folds(traced, plan, arguments, each)
+    folds, together, wrong_together, dtype = compare_folds(traced, plan, arguments, counted)
     nodes: tuple[NodeError, ...] = ()
     if not together.failure:
         enter("lower")

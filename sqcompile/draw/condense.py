@@ -11,20 +11,17 @@ two drawn nodes (a residual addition, a gate). All else becomes edges. Masks and
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
 from torch import Tensor, fx
 
+from sqcompile.draw.roles import NORMS, Roles, operation, parameters_of
 from sqcompile.passes.ir.about import about
-from sqcompile.passes.ir.graph import LINEARS, Linear, aten, constants, first_leaf, value
+from sqcompile.passes.ir.graph import LINEARS, constants, first_leaf, value
 from sqcompile.passes.ir.text import show
-from sqcompile.passes.labels.interpreter import vector_operand
-from sqcompile.plan.names import Names
 
 _PRODUCTS = ("mm", "matmul", "linear", "einsum", "conv")
-_NORMS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"}
 _ACTIVATIONS = {
     "gelu", "silu", "relu", "relu6", "leaky_relu", "tanh", "sigmoid", "softmax", "softplus", "elu", "mish", "hardtanh",
     "hardswish", "hardsigmoid", "topk",
@@ -38,6 +35,7 @@ _PIECES = {
     "quantize_rows": ("quantize", "quantize"), "rotate": ("quantize", "rotate"),
     "rotate_quantize": ("quantize", "rotate, quantize"),
 }  # fmt: skip
+_ATTENTIONS = {"scaled_dot_product_attention", "attention", "int8_attention", "int8_scores", "attend", "int8_attend"}
 _INT8_ATTENTION = {"int8_attention", "int8_attend", "attend"}  # the last node of one
 _JOINS = {"add": "+", "sub": "−", "mul": "×", "div": "÷", "cat": "concat", "where": "where"}
 
@@ -56,47 +54,6 @@ _STAGE_SUFFIX = re.compile(r"_(int8|fp8|packed|merged|all|columns)(_\d+)?$")
 _USE = re.compile(r"_use(\d+)$")  # "weight#2" in the name of a tensor
 
 
-@dataclass
-class Roles:
-    """What the norms, linears and attentions of a traced graph are to smoothing and quantization.
-
-    Attributes:
-        linears: by name.
-        parameters: node -> parameter, for norms and linears.
-        names: short names of these parameters.
-        roles: linear's name, or norm's or attention's node -> "producer", "balance", "explicit", "refused", "quantized", "float".
-        notes: the same -> lines to read on hover.
-        producers: balance layer -> what absorbs 1/s for it.
-        reasons: why no parameter can absorb 1/s, or why linears stay in float: one line per reason.
-        attentions: attention's node -> which of its products are in INT8, in words; in the order of their results.
-    """
-
-    linears: dict[str, Linear]
-    parameters: dict[str, str]
-    names: Names
-    roles: dict[str, set[str]] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)
-    producers: dict[str, str] = field(default_factory=dict)
-    reasons: list[str] = field(default_factory=list)
-    attentions: dict[str, str] = field(default_factory=dict)
-
-    def add(self, key: str, role: str, note: str) -> None:
-        self.roles.setdefault(key, set()).add(role)
-        self.notes.setdefault(key, []).append(note)
-
-
-def parameters_of(gm: fx.GraphModule) -> dict[str, str]:
-    """The parameter of each norm, by node: of its weight, or of the vector it is multiplied with."""
-    const, found = constants(gm), {}
-    for n in gm.graph.nodes:
-        at = 2 if _operation(n) in _NORMS else vector_operand(n, const) if n.target == aten.mul.Tensor else None
-        vector = n.args[at] if at is not None and len(n.args) > at else None
-        leaf = first_leaf(vector) if isinstance(vector, fx.Node) else None
-        if leaf:
-            found[n.name] = leaf
-    return found
-
-
 def condense(gm: fx.GraphModule, roles: Roles) -> nx.DiGraph:
     """The drawn nodes by name, in graph order.
 
@@ -105,9 +62,16 @@ def condense(gm: fx.GraphModule, roles: Roles) -> nx.DiGraph:
         roles: its roles.
 
     Returns:
-        Nodes have ``kind`` ("input", "output", "embedding", "norm", "product", "activation", "quantize", "join"),
-        ``roles`` (a set), ``label``, ``detail``, ``title`` (for hovering), ``block`` (the repeated block around it) and
-        ``linears`` (their names). Edges have ``smooth``: from the producer of a site to its balance layers.
+        Nodes have
+
+        - ``kind``: "input", "output", "embedding", "norm", "product", "activation", "quantize" or "join";
+        - ``label`` and ``detail``, two lines of text, and ``roles``, a set;
+        - ``linears``, their names, and ``keys``: names that are those of the same things in other stages;
+        - ``blocks``, the repeated blocks around it, the outermost first, and ``block``, that one;
+        - ``facts``, what there is to read, as (term, text), ``sqnr`` in dB or None, and ``lines``, the text of the operations
+          that it stands for.
+
+        Edges have ``smooth``: from the producer of a site to its balance layers.
     """
     boxes = _Boxes(gm, roles)
     const, g = boxes.const, nx.DiGraph()
@@ -116,7 +80,7 @@ def condense(gm: fx.GraphModule, roles: Roles) -> nx.DiGraph:
     for n in (n for n in gm.graph.nodes if n not in const):
         if n.op != "output" and not isinstance(value(n), (Tensor, tuple, list)):
             continue  # a size
-        count = _DATA_ARGS.get(_operation(n))
+        count = _DATA_ARGS.get(operation(n))
         read = n.all_input_nodes if count is None else [a for a in n.args[:count] if isinstance(a, fx.Node)]
         sources = [data[a] for a in read if data.get(a)]
         flat = list(dict.fromkeys(s for part in sources for s in part))
@@ -129,7 +93,9 @@ def condense(gm: fx.GraphModule, roles: Roles) -> nx.DiGraph:
         g.add_edges_from(((s, n.name) for s in flat or other), smooth=False)
         ids = kind == "input" and not value(n).dtype.is_floating_point
         data[n], loose[n] = [] if ids else [n.name], [n.name]
-    return _finish(g, roles)
+    g = _finish(g, roles)
+    boxes.tell(g)
+    return g
 
 
 class _Boxes:
@@ -138,17 +104,17 @@ class _Boxes:
     def __init__(self, gm: fx.GraphModule, roles: Roles) -> None:
         self.roles, self.const = roles, constants(gm)
         self.vectors = parameters_of(gm)
-        self.lines = {line[1:].partition(":")[0]: line for line in show(gm).splitlines()}
+        self.gm = gm
         self.uses: dict[str, int] = {}
         self.aliases = about(gm).aliases
-        self.attentions = iter(roles.attentions)
+        self.attentions, self.scores = iter(roles.attentions), iter(roles.attentions)
 
     def kind(self, n: fx.Node, joins: bool) -> str | None:
         """None where a node is contracted. ``joins``: its operands come from different drawn nodes."""
-        name = _operation(n)
+        name = operation(n)
         if n.op in ("placeholder", "output"):
             return "input" if n.op == "placeholder" else "output"
-        if name in _NORMS or n.name in self.vectors:
+        if name in NORMS or n.name in self.vectors:
             return "norm"
         if name in _PIECES:
             return _PIECES[name][0]
@@ -165,36 +131,66 @@ class _Boxes:
         roles, parameter = self.roles, self.roles.parameters.get(n.name)
         linears = self._linears(n) if kind == "product" else []
         owners = linears or ([parameter] if parameter else [])
-        # a later stage has a node of its own for an attention of the traced graph
-        own = next(self.attentions, n.name) if _operation(n) in _INT8_ATTENTION else n.name
+        own = self._attention(n)
         keys, block = linears or [own], roles.names.block(owners)
         label, detail = self._label(n, kind, block), roles.attentions.get(own, "")
         if linears:
             of = [roles.linears[name] for name in linears]
             label = ", ".join(roles.names.short(name, block) for name in linears)
             detail = f"{of[0].in_features} → {' + '.join(str(l.out_features) for l in of)}"
-        notes = [note for key in keys for note in roles.notes.get(key, [])]
-        title = "\n".join(dict.fromkeys(t for t in [*owners, *notes, self.lines.get(n.name, "")] if t))
         found = {role for key in keys for role in roles.roles.get(key, ())}
-        found |= {"quantized"} if _operation(n) == "int8_scores" else set()
-        outer = _outer(block) if owners else None  # None: that of the nodes before it
+        found |= {"attention"} if operation(n) in _ATTENTIONS else set()
+        blocks = _nested(block) if owners else None  # None: those of the nodes before it
         return {
-            "kind": kind, "roles": found, "label": label, "detail": detail, "title": title, "block": outer,
-            "linears": tuple(linears),
+            "kind": kind, "roles": found, "label": label, "detail": detail, "blocks": blocks, "linears": tuple(linears),
+            "keys": tuple(owners) or ((f"{roles.owners[own]} {label}",) if own in roles.owners else ()),
+            "facts": self._facts(keys, block),
+            "sqnr": min((roles.sqnr[k] for k in keys if k in roles.sqnr), default=None), "lines": [],
         }  # fmt: skip
 
+    def _facts(self, keys: list[str], block: str) -> list[tuple[str, str]]:
+        """What there is to read of some linears: what all of them share, then what is each one's own."""
+        facts = {key: self.roles.facts.get(key, []) for key in keys}
+        shared = [fact for fact in facts[keys[0]] if all(fact in own for own in facts.values())]
+        own = [(k, term, text) for k in keys for term, text in facts[k] if (term, text) not in shared]
+        return shared + [(f"{self.roles.names.short(k, block)}: {term}", text) for k, term, text in own]
+
+    def _attention(self, n: fx.Node) -> str:
+        """The node of the traced graph whose attention this is; a later stage has nodes of its own for it."""
+        if operation(n) in _INT8_ATTENTION:
+            return next(self.attentions, n.name)
+        return next(self.scores, n.name) if operation(n) == "int8_scores" else n.name
+
+    def tell(self, g: nx.DiGraph) -> None:
+        """Gives each line of the graph's text to the box that it is part of: the first that reads its value."""
+        lines = {line[1:].partition(":")[0]: line for line in show(self.gm).splitlines()}
+        owner: dict[fx.Node, str] = {}
+        place = {name: i for i, name in enumerate(g)}
+        for n in reversed(self.gm.graph.nodes):
+            readers = [owner[user] for user in n.users if user in owner]
+            if n.name in place:
+                owner[n] = n.name
+            elif readers:
+                owner[n] = min(readers, key=place.__getitem__)
+        for n in self.gm.graph.nodes:
+            if n in owner and n.op != "get_attr":
+                g.nodes[owner[n]]["lines"].append(lines.get(n.name, "") or f"%{n.name}")
+        for _, data in g.nodes(data=True):
+            if data["kind"] == "output":
+                data["lines"][-1:] = [line for line in lines.values() if line.startswith("return ")]
+
     def _label(self, n: fx.Node, kind: str, block: str) -> str:
-        operation = _operation(n)
+        of = operation(n)
         if kind in ("input", "output"):
             return n.name if kind == "input" else "output"
-        if kind == "norm" and operation not in _PIECES:
+        if kind == "norm" and of not in _PIECES:
             parameter = self.roles.parameters.get(n.name, self.vectors.get(n.name, n.name))
             return "× 1/s" if parameter.startswith("smooth_") else self.roles.names.producer(parameter, block)
         if kind == "embedding" and isinstance(table := n.args[0], fx.Node):
             leaf = first_leaf(table) or "embedding"
             names = [x for x in self.aliases.get(leaf, ()) if x not in self.roles.linears]  # not that of a tied head
             return (names or [leaf])[0].removesuffix(".weight").rpartition(".")[2]
-        return _PIECES[operation][1] if operation in _PIECES else _JOINS.get(operation, operation)
+        return _PIECES[of][1] if of in _PIECES else _JOINS.get(of, of)
 
     def _linears(self, n: fx.Node) -> list[str]:
         """The linears a product computes: one, or those that `lower` merged, which read one input."""
@@ -222,25 +218,24 @@ def _finish(g: nx.DiGraph, roles: Roles) -> nx.DiGraph:
         [n for n, d in g.nodes(data=True) if n not in read and d["kind"] != "input" and not d["linears"]]
     )
     place = {n: i for i, n in enumerate(g)}
+    for n in reversed(list(g)):  # what prepares the input of linears belongs to them
+        data, readers = g.nodes[n], {g.nodes[s]["blocks"] for s in g.succ[n]}
+        if (data["kind"] == "quantize" or data["label"] == "× 1/s") and len(readers) == 1:
+            data["blocks"] = data["blocks"] or readers.pop()
     for n, data in g.nodes(data=True):
         if data["kind"] == "input" and not g.succ[n]:
-            data["title"] += "\nread by masks and positions alone, which are not drawn"
-        if data["block"] is None:
+            data["facts"].append(("read by", "masks and positions alone, which are not drawn"))
+        if data["blocks"] is None:
             inner = data["kind"] not in ("input", "output", "embedding") and g.pred[n]
-            data["block"] = g.nodes[max(g.pred[n], key=place.__getitem__)]["block"] if inner else ""
+            data["blocks"] = g.nodes[max(g.pred[n], key=place.__getitem__)]["blocks"] if inner else ()
+        data["block"] = (*data["blocks"], "")[0]
     for u, v, data in g.edges(data=True):
         absorbing = {roles.producers.get(name) for name in g.nodes[v]["linears"]}
         data["smooth"] = not absorbing.isdisjoint({u, *g.nodes[u]["linears"]})
     return g
 
 
-def _outer(block: str) -> str:
-    """The outermost repeated block: "encoder.block.0.layer.1" -> "encoder.block.0"."""
+def _nested(block: str) -> tuple[str, ...]:
+    """ "encoder.block.0.layer.1" -> "encoder.block.0" and "encoder.block.0.layer.1"."""
     parts = block.split(".")
-    index = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
-    return ".".join(parts[: index + 1])
-
-
-def _operation(n: fx.Node) -> str:
-    packet = getattr(n.target, "overloadpacket", None)
-    return str(getattr(packet or n.target, "__name__", n.target))
+    return tuple(".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit())

@@ -6,7 +6,6 @@ boxes like a box, so that no edge crosses one; few crossings by barycenters; the
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right, insort
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from typing import Any
 
 import networkx as nx
 
-GAP_X, GAP_Y, MARGIN = 22.0, 30.0, 28.0
-BLOCK_TITLE = 20.0  # room above the first rank of a block
-_SWEEPS = 12
+from sqcompile.draw.columns import SWEEPS, columns
+from sqcompile.draw.frames import BLOCK_TITLE, part_frames
+
+GAP_Y, MARGIN = 30.0, 28.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,10 @@ def layout(g: nx.DiGraph) -> Layout:
     rank = _ranks(g)
     points = _with_points(g, rank)
     layers = _order(points)
-    x = _columns(points, layers)
+    x = columns(points, layers)
+    part_frames(g, layers, x)
+    left = min(x[n] - points.nodes[n]["width"] / 2 for n in x)
+    x = {n: float(round(v - left + MARGIN)) for n, v in x.items()}  # whole pixels: shorter texts
     top, middle, rows, titled = MARGIN, {}, [], {""}
     for layer in layers:
         blocks = {g.nodes[n]["block"] for n in layer if n in g}
@@ -78,13 +81,32 @@ def _ranks(g: nx.DiGraph) -> dict[Hashable, int]:
         next_in_block = any(g.nodes[s]["block"] == block for s in g.succ[n])
         if g.succ[n] and (not g.pred[n] or (block and next_in_block and not own)):
             rank[n] = min(rank[s] for s in g.succ[n]) - 1
+    _sink(g, rank)
     used = {r: i for i, r in enumerate(sorted(set(rank.values())))}
     return {n: used[r] for n, r in rank.items()}
 
 
+def _sink(g: nx.DiGraph, rank: dict[Hashable, int]) -> None:
+    """Moves what comes from some of the inputs alone down to its first reader: a decoder begins beside its encoder's end."""
+    sources: dict[Hashable, frozenset[Hashable]] = {}
+    for n in nx.topological_sort(g):
+        sources[n] = frozenset({n}).union(*(sources[p] for p in g.pred[n])) if g.pred[n] else frozenset({n})
+        sources[n] = frozenset(s for s in sources[n] if not g.pred[s])
+    groups: dict[frozenset[Hashable], list[Hashable]] = {}
+    for n in g:
+        groups.setdefault(sources[n], []).append(n)
+    for members in sorted(groups.values(), key=lambda m: -max(rank[n] for n in m)):
+        own = set(members)
+        slack = [rank[s] - rank[n] - 1 for n in members for s in g.succ[n] if s not in own]
+        before = any(p not in own for n in members for p in g.pred[n])
+        if slack and not before:
+            for n in members:
+                rank[n] += min(slack)
+
+
 def _with_points(g: nx.DiGraph, rank: dict[Hashable, int]) -> nx.DiGraph:
     """The graph with long edges cut into edges from rank to rank; ``weight`` says how much an edge pulls at its ends."""
-    out = nx.DiGraph()
+    out, beside = nx.DiGraph(), _side_entries(g)
     for n, data in g.nodes(data=True):
         out.add_node(n, rank=rank[n], width=data["width"], height=data["height"])
     for u, v in g.edges:
@@ -93,8 +115,23 @@ def _with_points(g: nx.DiGraph, rank: dict[Hashable, int]) -> nx.DiGraph:
             out.add_node(point, rank=point[2], width=8.0, height=0.0)
         for a, b in pairwise(chain):
             # a residual goes round its block, and does not pull the block to its side
-            out.add_edge(a, b, weight=0.001 if len(chain) > 3 and (a in g or b in g) else 1.0)
+            loose = len(chain) > 3 and (a in g or b in g)
+            out.add_edge(a, b, weight=1e-5 if loose or v in beside else 1.0)
     return out
+
+
+def _side_entries(g: nx.DiGraph) -> set[Hashable]:
+    """Where a block reads what is not the block before it, as cross-attention does its encoder: it stands with its block."""
+
+    def inside(n: Hashable, near: Any) -> bool:
+        return any(g.nodes[m]["block"] == g.nodes[n]["block"] for m in near)
+
+    entries = {n for n, block in g.nodes(data="block") if block and not inside(n, g.pred[n])}
+    return {
+        n
+        for n in entries
+        if any(m not in entries and inside(n, [s]) and inside(n, [m]) for s in g.succ[n] for m in g.pred[s])
+    }
 
 
 def _order(points: nx.DiGraph) -> list[list[Any]]:
@@ -108,7 +145,7 @@ def _order(points: nx.DiGraph) -> list[list[Any]]:
     for n in found:
         layers[points.nodes[n]["rank"]].append(n)
     best, fewest = [list(l) for l in layers], _crossings(points, layers)
-    for sweep in range(_SWEEPS):
+    for sweep in range(SWEEPS):
         if not fewest:
             break
         near = points.pred if sweep % 2 == 0 else points.succ
@@ -133,66 +170,3 @@ def _crossings(points: nx.DiGraph, layers: list[list[Any]]) -> int:
             for end in ends:
                 insort(seen, end)
     return count
-
-
-def _columns(points: nx.DiGraph, layers: list[list[Any]]) -> dict[Any, float]:
-    """x of every node: near its neighbours, in the rank's order, without overlap."""
-    x: dict[Any, float] = {}
-    for layer in layers:
-        x.update(zip(layer, _spread(points, layer, [0.0] * len(layer)), strict=True))
-    for sweep in range(3 * _SWEEPS + 1):
-        # one side alone straightens chains in one sweep, both sides put a box in the middle of its neighbours
-        down, both = sweep % 2 == 0, 2 * _SWEEPS <= sweep < 3 * _SWEEPS
-        for layer in layers if down else reversed(layers):
-            wishes = []
-            for n in layer:
-                sides = [points.pred[n]] * (down or both) + [points.succ[n]] * (both or not down)
-                means = [_mean(x, near) for near in sides if near]
-                wishes.append(sum(means) / len(means) if means else x[n])
-            x.update(zip(layer, _spread(points, layer, wishes), strict=True))
-    _straighten(points, layers, x)
-    left = min(x[n] - points.nodes[n]["width"] / 2 for n in x)
-    return {n: v - left + MARGIN for n, v in x.items()}
-
-
-def _straighten(points: nx.DiGraph, layers: list[list[Any]], x: dict[Any, float]) -> None:
-    """Draws each long edge straight down, as near to its ends as the boxes beside it allow."""
-    chains: dict[Any, list[tuple[Any, Any, Any]]] = {}
-    for layer in layers:
-        for left, n, right in zip([None, *layer], layer, [*layer[1:], None], strict=False):
-            if isinstance(n, tuple):
-                chains.setdefault(n[:2], []).append((left, n, right))
-    for _ in range(2):  # the second time, those inside have made room
-        for (u, v), chain in sorted(chains.items(), key=lambda c: len(c[1])):
-            low = max((x[a] + _gap(points, a, n) for a, n, _ in chain if a is not None), default=-math.inf)
-            high = min((x[b] - _gap(points, n, b) for _, n, b in chain if b is not None), default=math.inf)
-            if low <= high:
-                x.update(dict.fromkeys((n for _, n, _ in chain), min(max((x[u] + x[v]) / 2, low), high)))
-
-
-def _gap(points: nx.DiGraph, a: Any, b: Any) -> float:
-    """The distance of the middles of two neighbours."""
-    return (points.nodes[a]["width"] + points.nodes[b]["width"]) / 2 + GAP_X
-
-
-def _mean(x: dict[Any, float], near: Any) -> float:
-    return sum(x[m] * e["weight"] for m, e in near.items()) / sum(e["weight"] for e in near.values())
-
-
-def _spread(points: nx.DiGraph, layer: list[Any], wish: list[float]) -> list[float]:
-    """The places nearest to the wished ones (least squares) that keep the order and the gaps.
-
-    Without the gaps that is isotonic regression: neighbours in the wrong order are pooled at their mean.
-    """
-    offsets = [0.0]
-    for a, b in pairwise(layer):
-        offsets.append(offsets[-1] + _gap(points, a, b))
-    pools: list[list[float]] = []  # [sum, weight, count]
-    for n, w, offset in zip(layer, wish, offsets, strict=True):
-        weight = 0.01 if isinstance(n, tuple) else 1.0  # a line makes way for a box
-        pools.append([weight * (w - offset), weight, 1])
-        while len(pools) > 1 and pools[-2][0] / pools[-2][1] > pools[-1][0] / pools[-1][1]:
-            last = pools.pop()
-            pools[-1] = [a + b for a, b in zip(pools[-1], last, strict=True)]
-    means = [total / weight for total, weight, count in pools for _ in range(int(count))]
-    return [m + offset for m, offset in zip(means, offsets, strict=True)]

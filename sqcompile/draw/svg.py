@@ -1,296 +1,239 @@
-"""svg: a condensed graph as SVG text, and as a page of its own. Nothing in either refers to anything outside of it."""
+"""svg: a condensed graph as SVG. Nothing in it refers to anything outside of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import cache
 from html import escape
+from importlib import resources
 from typing import Any
 
 import networkx as nx
 
-from sqcompile.draw.layout import BLOCK_TITLE, MARGIN, Layout, layout
+from sqcompile.draw.frames import frames, overlap
+from sqcompile.draw.layout import MARGIN, Layout, layout
+from sqcompile.draw.legend import CHIP_WORDS, CHIPS, classes, legend, sqnr_legend
+from sqcompile.draw.roles import Reason, by_done
 
-_STYLE = """
-text { font-family: system-ui, "Segoe UI", Helvetica, Arial, sans-serif; font-size: 12px; fill: #0f172a; text-anchor: middle }
-.detail { font-size: 9.5px; fill: #64748b }
-.left { text-anchor: start }
-.name { font-size: 11px; fill: #94a3b8; text-anchor: start }
-.page { fill: #ffffff }
-.block { fill: #f8fafc; stroke: #e2e8f0 }
-.ground { fill: #f8fafc }
-.edge { fill: none; stroke: #a3b1c6; stroke-width: 1.3 }
-.edge.smooth { stroke: #2563eb; stroke-width: 2 }
-.tip { fill: #a3b1c6 }
-.tip.smooth { fill: #2563eb }
-.box { fill: #ffffff; stroke: #94a3b8; stroke-width: 1.3 }
-.input .box, .output .box { fill: #e2e8f0; stroke: #64748b }
-.repeat .box { fill: #f1f5f9; stroke: #64748b; stroke-dasharray: 2 3 }
-.norm.producer .box { fill: #dbeafe; stroke: #2563eb }
-.balance .box { fill: #ede9fe; stroke: #7c3aed }
-.refused .box { fill: #fef3c7; stroke: #d97706 }
-.quantized .box { fill: #d1fae5; stroke: #059669 }
-.quantized.refused .box { stroke: #d97706 }
-.float .box { fill: #fee2e2; stroke: #dc2626; stroke-dasharray: 5 3 }
-.chip.producer { fill: #2563eb }
-.chip.balance { fill: #7c3aed }
-.chip.explicit { fill: #d97706 }
-.chiptext { font-size: 9.5px; fill: #ffffff; font-weight: 600 }
-"""
-
-# role -> (text of the chip, its width)
-_CHIPS = {"producer": ("1/s", 22.0), "balance": ("s", 14.0), "explicit": ("× 1/s", 31.0)}
-
-# (classes that a box must have, classes that it must not have, what the colour means)
-_LEGEND = [
-    ("norm producer", "", "norm or scale that absorbs 1/s"),
-    ("linear quantized", "refused", "GEMM in INT8"),
-    ("linear quantized refused", "", "GEMM in INT8 whose 1/s no parameter can absorb"),
-    ("linear float", "", "linear that stays in float"),
-    ("product quantized", "", "attention in INT8"),
-    ("product float", "", "attention that stays in float"),
-    ("linear balance", "quantized float", "balance layer"),
-    ("linear refused", "quantized float", "linear whose 1/s no parameter can absorb"),
-]
-_CHIP_LEGEND = {
-    "producer": "producer: absorbs 1/s", "balance": "balance layer: absorbs s",
-    "explicit": "input multiplied by 1/s",
-}  # fmt: skip
 _REASONS, _REASON_LENGTH = 8, 120
 
 
-def render(graph: nx.DiGraph, reasons: Iterable[str] = ()) -> str:
-    """The drawing as an SVG document.
+def render(graph: nx.DiGraph, reasons: Sequence[Reason] = (), by_sqnr: bool = False) -> str:
+    """The drawing as an SVG document, with its legend.
 
     Args:
         graph: from `condense`.
-        reasons: lines of the legend: why linears are refused.
+        reasons: for the legend: why linears have no parameter that absorbs 1/s, or stay in float.
+        by_sqnr: colours boxes by SQNR.
     """
+    g, place, parts = _drawn(graph, interactive=False)
+    above, legend_width, top = _legend(g, reasons, by_sqnr)
+    width, height = max(place.size[0], legend_width), top + place.size[1]
+    left = (width - place.size[0]) / 2
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" class="sqd{" sqd-db" if by_sqnr else ""}" width="{width:.0f}" '
+            f'height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}">',
+            f"<style>{asset('drawing.css')}</style>",
+            f'<rect class="page" width="{width:.0f}" height="{height:.0f}"/>',
+            *above,
+            f'<g transform="translate({left:.1f} {top:.1f})">',
+            *parts,
+            "</g>",
+            "</svg>",
+        ]
+    )
+
+
+def interactive(graph: nx.DiGraph, label: str) -> str:
+    """The drawing alone, for the script of a page: boxes can have the keyboard's focus, and say what they are.
+
+    Args:
+        graph: from `condense`.
+        label: what the drawing is, for those who hear it.
+    """
+    _, place, parts = _drawn(graph, interactive=True)
+    size = f"{place.size[0]:.0f} {place.size[1]:.0f}"
+    return f'<svg viewBox="0 0 {size}" role="group" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+
+
+@cache
+def asset(name: str) -> str:
+    """A file that lies beside this one."""
+    return resources.files("sqcompile.draw").joinpath(name).read_text(encoding="utf-8")
+
+
+def swatch(css: str) -> str:
+    """A small box of a colour."""
+    return f'<g class="{css}">{_rect(0.7, 0.7, 22.6, 14.6, 4)}</g>'
+
+
+def _drawn(graph: nx.DiGraph, interactive: bool) -> tuple[nx.DiGraph, Layout, list[str]]:
     g = graph.copy()
     for _, data in g.nodes(data=True):
         data["classes"] = classes(data)
         data["width"], data["height"] = _size(data)
     place = layout(g)
-    legend, legend_width, top = _legend(g, list(reasons))
-    width, height = max(place.size[0], legend_width), top + place.size[1]
-    left = (width - place.size[0]) / 2
-    frames, titles = _blocks(g, place)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}">',
-        f"<style>{_STYLE}</style>",
-        f'<rect class="page" width="{width:.0f}" height="{height:.0f}"/>',
-        *legend,
-        f'<g transform="translate({left:.1f} {top:.1f})">',
-        *frames,
-        *(_edge(g, place, u, v) for u, v in g.edges),
-        *titles,
-        *(_node(n, data, *place.boxes[n]) for n, data in g.nodes(data=True)),
-        "</g>",
-        "</svg>",
-    ]
-    return "\n".join(parts)
-
-
-def classes(data: dict[str, Any]) -> str:
-    """The CSS classes of a box: what it is, then its roles. They carry the colours."""
-    return " ".join(["node", "linear" if data["linears"] else data["kind"], *sorted(data["roles"])])
+    shapes, titles = _blocks(g, place, interactive)
+    edges = [_edge(g, place, u, v) for u, v in g.edges]
+    boxes = [_node(n, data, *place.boxes[n], interactive) for n, data in g.nodes(data=True)]
+    return g, place, [*shapes, *edges, *boxes, *titles]
 
 
 def _size(data: dict[str, Any]) -> tuple[float, float]:
-    if data["kind"] == "join" and len(data["label"]) == 1:
+    if _is_round(data):
         return 24.0, 24.0
-    chips = sum(w + 4 for role, (_, w) in _CHIPS.items() if role in data["roles"])
+    chips = sum(w + 4 for role, (_, w) in CHIPS.items() if role in data["roles"])
     text = max(_text_width(data["label"], 6.7), _text_width(data["detail"], 5.3))
-    return text + chips + 24, 38.0 if data["detail"] else 28.0
+    return 2.0 * round((text + chips + 24) / 2), 38.0 if data["detail"] or data["sqnr"] is not None else 28.0
+
+
+def _is_round(data: dict[str, Any]) -> bool:
+    return data["kind"] == "join" and len(data["label"]) == 1
 
 
 def _text_width(text: str, size: float) -> float:
-    return size * len(text)
+    return float(round(size * len(text)))
 
 
-def _node(name: str, data: dict[str, Any], x: float, y: float) -> str:
+def _node(name: str, data: dict[str, Any], x: float, y: float, interactive: bool) -> str:
+    """A box around its own origin, so that those of equal blocks are equal texts, which pack well."""
     w, h = data["width"], data["height"]
-    head = f'<g class="{data["classes"]}" data-node="{escape(name)}"><title>{escape(data["title"] or name)}</title>'
-    if data["kind"] == "join" and len(data["label"]) == 1:
-        shape = f'<circle class="box" cx="{x:.1f}" cy="{y:.1f}" r="{w / 2:.1f}"/>'
-        return f'{head}{shape}<text x="{x:.1f}" y="{y + 4:.1f}">{escape(data["label"])}</text></g>'
-    round_ = h / 2 if data["kind"] in ("input", "output") else 7
-    parts = [head, _rect(x - w / 2, y - h / 2, w, h, round_)]
-    right = x + w / 2 - 6
-    for role, (text, width) in reversed(_CHIPS.items()):
+    head = f'<g class="{data["classes"]}" data-node="{escape(name)}" transform="translate({x:g} {y:g})" '
+    head += 'role="button" tabindex="-1">' if interactive else f'id="box-{escape(name)}">'
+    if not interactive:
+        head += f"<title>{escape(_title(name, data))}</title>"
+    if _is_round(data):
+        return f'{head}<circle class="box" r="{w / 2:g}"/><text y="4">{escape(data["label"])}</text></g>'
+    parts = [head, _rect(-w / 2, -h / 2, w, h, h / 2 if data["kind"] in ("input", "output") else 7)]
+    right = w / 2 - 6
+    for role, (text, width) in reversed(CHIPS.items()):
         if role in data["roles"]:
-            parts.append(_chip(role, text, right - width, y - 7.5, width))
+            parts.append(_chip(role, text, right - width, -7.5, width))
             right -= width + 4
-    middle = (x - w / 2 + right) / 2 if data["roles"] & set(_CHIPS) else x
-    up = 3 if data["detail"] else -4
-    parts.append(f'<text x="{middle:.1f}" y="{y - up:.1f}">{escape(data["label"])}</text>')
+    middle = round((right - w / 2) / 2) if data["roles"] & set(CHIPS) else 0
+    parts.append(f'<text x="{middle}" y="{-3 if h > 30 else 4}">{escape(data["label"])}</text>')
     if data["detail"]:
-        parts.append(f'<text class="detail" x="{middle:.1f}" y="{y + 11:.1f}">{escape(data["detail"])}</text>')
+        parts.append(f'<text class="detail size" x="{middle}" y="11">{escape(data["detail"])}</text>')
+    if data["sqnr"] is not None:
+        parts.append(f'<text class="detail db" x="{middle}" y="11">{data["sqnr"]:.1f} dB</text>')
     return "".join([*parts, "</g>"])
 
 
+def _title(name: str, data: dict[str, Any]) -> str:
+    """What a pointer shows in an .svg file."""
+    facts = [f"{term}: {text}" for term, text in data["facts"]]
+    return "\n".join([*data["linears"], *facts, *data["lines"][-1:]]) or name
+
+
 def _rect(x: float, y: float, w: float, h: float, r: float, css: str = "box") -> str:
-    return f'<rect class="{css}" x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="{r:g}"/>'
+    return f'<rect class="{css}" x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="{r:g}"/>'
 
 
 def _chip(role: str, text: str, x: float, y: float, width: float) -> str:
     body = _rect(x, y, width, 15, 4, f"chip {role}")
-    return f'{body}<text class="chiptext" x="{x + width / 2:.1f}" y="{y + 11:.1f}">{escape(text)}</text>'
+    return f'{body}<text class="chiptext" x="{x + width / 2:g}" y="{y + 11:g}">{escape(text)}</text>'
 
 
 def _edge(g: nx.DiGraph, place: Layout, u: str, v: str) -> str:
-    """A curve that bends between ranks alone and passes each rank straight down."""
+    """A curve from its own origin, that bends between ranks alone and passes each rank straight down."""
     (x0, y0), (x1, y1) = place.boxes[u], place.boxes[v]
     start, end = y0 + g.nodes[u]["height"] / 2, y1 - g.nodes[v]["height"] / 2 - 6
-    d = f"M{x0:.1f} {start:.1f}V{place.rows[u][1]:.1f}"
-    x, y = x0, place.rows[u][1]
+    d, down, x, y = "M0 0", place.rows[u][1] - start, x0, place.rows[u][1]
     for nx_, top, bottom in [*place.routes[u, v], (x1, place.rows[v][0] - 6, end)]:
-        middle = (y + top) / 2
-        d += f"C{x:.1f} {middle:.1f} {nx_:.1f} {middle:.1f} {nx_:.1f} {top:.1f}V{bottom:.1f}"
+        by, gap = nx_ - x, top - y
+        if by:
+            d += f"{f'v{down:g}' if down else ''}c0 {gap / 2:g} {by:g} {gap / 2:g} {by:g} {gap:g}"
+            down = 0.0
+        else:
+            down += gap
+        down += bottom - top
         x, y = nx_, bottom
+    d += f"v{down:g}" if down else ""
     smooth = " smooth" if g.edges[u, v]["smooth"] else ""
-    tip = f'<path class="tip{smooth}" d="M{x1 - 3.5:.1f} {end:.1f}h7l-3.5 6z"/>'
-    ends = f'data-from="{escape(u)}" data-to="{escape(v)}"'
+    tip = f'<path class="tip{smooth}" d="M{x1 - x0 - 3.5:g} {end - start:g}h7l-3.5 6z"/>'
+    ends = f'data-from="{escape(u)}" data-to="{escape(v)}" transform="translate({x0:g} {start:g})"'
     return f'<g {ends}><path class="edge{smooth}" d="{d}"/>{tip}</g>'
 
 
-def _blocks(g: nx.DiGraph, place: Layout) -> tuple[list[str], list[str]]:
+def _blocks(g: nx.DiGraph, place: Layout, interactive: bool) -> tuple[list[str], list[str]]:
     """A frame behind each repeated block, and its title; none where it would overlap another's."""
-    frames: dict[str, tuple[float, float, float, float]] = {}
-    for n, data in g.nodes(data=True):
-        (x, y), w, h = place.boxes[n], data["width"] / 2 + 12, data["height"] / 2 + 8
-        if data["block"]:
-            frames[data["block"]] = _around(frames.get(data["block"]), x - w, y - h, x + w, y + h)
-    for (u, v), route in place.routes.items():  # the residuals around a block stand in its frame
-        for block in {g.nodes[u]["block"], g.nodes[v]["block"]} & set(frames):
-            for x, top, bottom in route:
-                if frames[block][1] < top and bottom < frames[block][3]:
-                    frames[block] = _around(frames[block], x - 12, top, x + 12, bottom)
-    shapes, titles, drawn = [], [], list[tuple[float, float, float, float]]()
-    for name, (a, b, c, d) in sorted(frames.items(), key=lambda f: (f[1][2] - f[1][0]) * (f[1][3] - f[1][1])):
-        b -= BLOCK_TITLE
-        if any(a < f[2] and f[0] < c and b < f[3] and f[1] < d for f in drawn):
+    repeats = {d["block"]: d["repeat"] for _, d in g.nodes(data=True) if "repeat" in d}
+    found = frames(g, place.boxes, place.routes)
+    shapes, titles, drawn = list[str](), list[str](), list[Any]()
+    # the frame of many blocks says how many they are, and comes first
+    for name, frame in sorted(
+        found.items(), key=lambda f: (f[0] not in repeats, (f[1][2] - f[1][0]) * (f[1][3] - f[1][1]))
+    ):
+        if name not in repeats and any(overlap(frame, other) for other in drawn):
             continue
-        drawn.append((a, b, c, d))
+        drawn.append(frame)
+        a, b, c, d = frame
+        if name in repeats:
+            shapes += [_rect(a + k, b + k, c - a, d - b, 10, "block") for k in (8, 4)]
         shapes.append(_rect(a, b, c - a, d - b, 10, "block"))
         ground = _rect(a + 6, b + 5, _text_width(name, 6.4), 13, 3, "ground")
         titles.append(f'{ground}<text class="name" x="{a + 10:.1f}" y="{b + 16:.1f}">{escape(name)}</text>')
+        if name in repeats:
+            text = f"× {repeats[name]}"
+            width = _text_width(text, 6.4) + 8
+            chip = _chip("repeat", text, a + 16 + _text_width(name, 6.4), b + 4, width)
+            spoken_ = f"{repeats[name]} equal blocks {name}: draw each of them"
+            use = f' role="button" tabindex="-1" aria-label="{escape(spoken_)}"' if interactive else ""
+            titles.append(f'<g data-repeat="{escape(name)}"{use}>{chip}</g>')
     return shapes, titles
 
 
-def _around(frame: tuple[float, float, float, float] | None, a: float, b: float, c: float, d: float) -> Any:
-    return (a, b, c, d) if frame is None else (min(frame[0], a), min(frame[1], b), max(frame[2], c), max(frame[3], d))
-
-
-def _legend(g: nx.DiGraph, reasons: list[str]) -> tuple[list[str], float, float]:
+def _legend(g: nx.DiGraph, reasons: Sequence[Reason], by_sqnr: bool) -> tuple[list[str], float, float]:
     """The legend of what is in the drawing: its elements, width and height."""
-    found = [set(c.split()) for _, c in g.nodes(data="classes")]
-    out, x, y, width = [], MARGIN, 20.0, 0.0
+    out, x, y, width = list[str](), MARGIN, 20.0, 0.0
 
-    def entry(body: str, swatch: float, text: str) -> None:
+    def entry(body: str, size: float, text: str) -> None:
         nonlocal x, y, width
-        size = swatch + 6 + _text_width(text, 6.9) + 18
-        if x + size > 860:
+        whole = size + 6 + _text_width(text, 6.6) + 18
+        if x + whole > 860 and x > MARGIN:
             x, y = MARGIN, y + 24
         place = f'<g transform="translate({x:.1f} {y:.1f})">'
-        out.append(f'{place}{body}<text class="left" x="{swatch + 6:.1f}" y="12">{escape(text)}</text></g>')
-        x += size
+        out.append(f'{place}{body}<text class="left" x="{size + 6:.1f}" y="12">{escape(text)}</text></g>')
+        x += whole
         width = max(width, x)
 
-    for want, without, text in _LEGEND:
-        if any(set(want.split()) <= c and not c & set(without.split()) for c in found):
-            entry(f'<g class="node {want}">{_rect(0, 0, 24, 16, 4)}</g>', 24, text)
-    for role, text in _CHIP_LEGEND.items():
-        if any(role in c for c in found):
-            label, size = _CHIPS[role]
+    found = [c for _, c in g.nodes(data="classes")]
+    for css, text in sqnr_legend() if by_sqnr else legend(found):
+        entry(swatch(css), 24, text)
+    for role, text in CHIP_WORDS.items():
+        if any(role in c.split() for c in found):
+            label, size = CHIPS[role]
             entry(f'<g class="node">{_chip(role, label, 0, 0.5, size)}</g>', size, text)
-    shown = reasons[:_REASONS] + ([f"and {len(reasons) - _REASONS} more"] if len(reasons) > _REASONS else [])
     y += 34 if out else 0
-    for line in shown:
-        short = line if len(line) <= _REASON_LENGTH else line[: _REASON_LENGTH - 1] + "…"
-        text = f'<text class="left" x="{MARGIN:.1f}" y="{y:.1f}">{escape(short)}</text>'
-        out.append(f'<g class="reason"><title>{escape(line)}</title>{text}</g>')
-        width, y = max(width, MARGIN + _text_width(short, 6.9)), y + 17
+    left = _REASONS
+    for heading, members in by_done(reasons).items():
+        width = max(width, MARGIN + _text_width(heading, 7.2))
+        out.append(f'<text class="head" x="{MARGIN:g}" y="{y:g}">{escape(heading)}</text>')
+        for reason in members[:left]:
+            body, more = _reason(g, reason, y)
+            out.append(body)
+            width = max(width, *(MARGIN + 12 + _text_width(line, 6.6) for line in map(_short, reason.lines)))
+            y += more
+        if hidden := len(members) - left if len(members) > left else 0:
+            y += 17
+            out.append(f'<text class="left" x="{MARGIN + 12:g}" y="{y:g}">and {hidden} more</text>')
+        left = max(0, left - len(members))
+        y += 22
     return out, width + MARGIN, y
 
 
-def page(svg: str, title: str) -> str:
-    """An HTML page around a drawing: drag or scroll to move, Ctrl + scroll to zoom, hover for details."""
-    return _PAGE.replace("@title@", escape(title)).replace("@svg@", svg)
+def _reason(g: nx.DiGraph, reason: Reason, y: float) -> tuple[str, float]:
+    """The lines of a reason below y, as a link to the first of its boxes, and their height."""
+    box = next((n for n, names in g.nodes(data="linears") if set(names) & set(reason.linears)), None)
+    lines = "".join(
+        f'<text class="left" x="{MARGIN + 12:g}" y="{y + 17 * (i + 1):g}">{escape(_short(line))}</text>'
+        for i, line in enumerate(reason.lines)
+    )
+    body = f'<a href="#box-{escape(box)}">{lines}</a>' if box else lines
+    title = escape("\n".join(reason.lines))
+    return f'<g class="reason"><title>{title}</title>{body}</g>', 17.0 * len(reason.lines)
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>@title@</title>
-<style>
-html, body { margin: 0; height: 100%; overflow: hidden; background: #ffffff }
-svg { width: 100%; height: 100%; cursor: grab; display: block }
-#note, #help { position: fixed; font: 12px/1.5 system-ui, sans-serif; pointer-events: none }
-#note { display: none; max-width: 46em; padding: 8px 12px; border-radius: 8px; background: #0f172af0; color: #f8fafc;
-  white-space: pre-wrap; overflow-wrap: anywhere }
-#help { right: 12px; bottom: 8px; color: #94a3b8 }
-.dim { opacity: 0.25 }
-</style>
-</head>
-<body>
-@svg@
-<div id="note"></div>
-<div id="help">drag or scroll to move, Ctrl + scroll to zoom, double-click to start over</div>
-<script>
-const svg = document.querySelector("svg"), note = document.getElementById("note");
-const size = svg.viewBox.baseVal, full = [size.width, size.height];
-svg.setAttribute("preserveAspectRatio", "xMinYMin");
-let x, y, zoom, from = null;
-const show = () => svg.setAttribute("viewBox", [x, y, innerWidth / zoom, innerHeight / zoom].join(" "));
-function start() {
-  zoom = Math.min(1, innerWidth / full[0]);
-  x = (full[0] - innerWidth / zoom) / 2;
-  y = 0;
-  show();
-}
-svg.addEventListener("wheel", e => {
-  e.preventDefault();
-  if (e.ctrlKey || e.metaKey) {
-    const next = Math.min(8, Math.max(0.02, zoom * Math.exp(-e.deltaY / 300)));
-    x += e.clientX / zoom - e.clientX / next;
-    y += e.clientY / zoom - e.clientY / next;
-    zoom = next;
-  } else {
-    x += e.deltaX / zoom;
-    y += e.deltaY / zoom;
-  }
-  show();
-}, {passive: false});
-svg.addEventListener("pointerdown", e => { from = [e.clientX, e.clientY]; svg.setPointerCapture(e.pointerId); });
-svg.addEventListener("pointerup", () => { from = null; });
-svg.addEventListener("pointermove", e => {
-  note.style.left = Math.min(e.clientX + 14, Math.max(0, innerWidth - note.offsetWidth - 8)) + "px";
-  note.style.top = Math.min(e.clientY + 14, Math.max(0, innerHeight - note.offsetHeight - 8)) + "px";
-  if (!from) return;
-  x -= (e.clientX - from[0]) / zoom;
-  y -= (e.clientY - from[1]) / zoom;
-  from = [e.clientX, e.clientY];
-  show();
-});
-svg.addEventListener("dblclick", start);
-addEventListener("resize", show);
-const edges = [...svg.querySelectorAll("[data-from]")];
-for (const g of svg.querySelectorAll(".node[data-node], .reason")) {
-  const title = g.querySelector("title"), text = title.textContent, name = g.dataset.node;
-  title.remove();
-  g.addEventListener("pointerenter", () => {
-    note.textContent = text;
-    note.style.display = "block";
-    if (name) for (const e of edges) e.classList.toggle("dim", e.dataset.from !== name && e.dataset.to !== name);
-  });
-  g.addEventListener("pointerleave", () => {
-    note.style.display = "none";
-    for (const e of edges) e.classList.remove("dim");
-  });
-}
-start();
-</script>
-</body>
-</html>
-"""
+def _short(line: str) -> str:
+    return line if len(line) <= _REASON_LENGTH else line[: _REASON_LENGTH - 1] + "…"

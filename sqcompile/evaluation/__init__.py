@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from sqcompile.capture.inputs import Call, Reader
 from sqcompile.compiled.emit import CompiledModel
@@ -25,6 +24,7 @@ from sqcompile.evaluation.result import Evaluation, LayerError
 from sqcompile.evaluation.runs import Run, evaluating, forward_of, original
 from sqcompile.evaluation.scores import mean_and_error
 from sqcompile.process.interrupts import deferred, each_at_once
+from sqcompile.process.progress import Show, part, stages
 from sqcompile.results import calibrates_itself, is_quantized
 
 __all__ = ["Evaluation", "LayerError", "evaluate"]
@@ -43,7 +43,7 @@ def evaluate(
     batch_size: int = 4,
     compare: str = "auto",
     layers: bool = True,
-    progress: bool = True,
+    progress: Show = True,
 ) -> Evaluation:
     """Measures a model on data, and what it has lost beside its float model.
 
@@ -76,7 +76,7 @@ def evaluate(
         compare: "auto", or which of the four kinds above it is.
         layers: whether to measure the SQNR of each quantized linear's output, on up to 1024 rows of the first batches. It
             takes ``against`` and a model that `sqcompile.compile` made, whose stages are rebuilt for it.
-        progress: whether to show a progress bar.
+        progress: as for `sqcompile.compile`: True, False, or a function that is told.
 
     Returns:
         An Evaluation; ``print`` it for a table.
@@ -98,8 +98,11 @@ def evaluate(
     calls = list[Call]()
     if _calibrates(model):
         raise EvaluationError(f"{_CALIBRATES}: {_CALIBRATE}")
-    with deferred(), torch.no_grad(), evaluating([r.model for r in runs]):
-        with tqdm(desc="evaluate", unit="batch", total=total, disable=not progress, leave=False) as bar:
+    left_out = _without_layers(model, beside) if layers else "layers=False"
+    names = ("evaluate", "layers") if left_out is None else ("evaluate",)
+    with deferred(), torch.no_grad(), evaluating([r.model for r in runs]), stages(names, progress) as enter:
+        enter("evaluate")
+        with part(total=total) as done:
             for i, batch in enumerate(each_at_once(found)):
                 if isinstance(batch, (str, bytes)):
                     raise EvaluationError("data gives text: pass a list of it, list(data), and the model's tokenizer")
@@ -112,13 +115,13 @@ def evaluate(
                 del outs  # logits of the next batch would lie beside them
                 if len(calls) < _CALLS:
                     calls.append(call)
-                bar.update()
+                done()
                 if limit is not None and measure.windows >= limit:
                     break  # before the loader makes another one
         result = _result(measure, runs, against)
-        left_out = _without_layers(model, beside) if layers else "layers=False"
         if left_out is None:
-            return _with_layers(result, model, runs[0], calls, progress)
+            enter("layers")
+            return _with_layers(result, model, runs[0], calls)
     return dataclasses.replace(result, without_layers=left_out)
 
 
@@ -220,10 +223,10 @@ def _without_layers(model: nn.Module, beside: nn.Module | None) -> str | None:
     return None
 
 
-def _with_layers(result: Evaluation, model: nn.Module, run: Run, calls: Sequence[Call], progress: bool) -> Evaluation:
+def _with_layers(result: Evaluation, model: nn.Module, run: Run, calls: Sequence[Call]) -> Evaluation:
     assert isinstance(model, CompiledModel)
     moved = [dataclasses.replace(c, args=args, kwargs=kwargs) for c in calls for args, kwargs in [run.moved(c)]]
     try:
-        return dataclasses.replace(result, layers=layer_errors(model, moved, progress))
+        return dataclasses.replace(result, layers=layer_errors(model, moved))
     except (StageError, CalibrationError) as e:  # the float model is gone or changed; padding that cannot be told
         return dataclasses.replace(result, without_layers=str(e))

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from tqdm import tqdm
 
 from sqcompile.capture.captured import contiguous, flatten_like
 from sqcompile.capture.inputs import Call
@@ -26,18 +25,18 @@ from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.ir.origin import PLANNED
 from sqcompile.plan.names import linear_labels
+from sqcompile.process.progress import part
 from sqcompile.statistics.padding import Padding
 
 ROWS = 1024  # of an output that are compared, over all calls
 
 
-def layer_errors(compiled: CompiledModel, calls: Sequence[Call], progress: bool) -> tuple[LayerError, ...]:
+def layer_errors(compiled: CompiledModel, calls: Sequence[Call]) -> tuple[LayerError, ...]:
     """The error of each quantized linear, in graph order.
 
     Args:
         compiled: the compiled model; it is not run itself.
         calls: calls of the model. Once `ROWS` rows have been seen no more of them is run.
-        progress: whether to show a progress bar.
 
     Raises:
         SQCompileError: if its stages cannot be had, or do not serve the calls.
@@ -49,10 +48,7 @@ def layer_errors(compiled: CompiledModel, calls: Sequence[Call], progress: bool)
     padding = Padding(graphs[0], {l.node: -1 for l in linears})
     labels = linear_labels(l.name for l in find_linears(graphs[0]))
     sums = {l.name: [0.0, 0.0, 0] for l in linears}  # signal, noise, rows
-    with (
-        tqdm(desc="layers", unit="layer", disable=not progress, leave=False) as bar,
-        without_autocast(b for gm in graphs for b in gm.buffers()),
-    ):
+    with part(total=len(calls) * len(linears)) as done, without_autocast(b for gm in graphs for b in gm.buffers()):
         for call in calls:
             if all(seen[2] >= ROWS for seen in sums.values()):
                 break
@@ -61,7 +57,7 @@ def layer_errors(compiled: CompiledModel, calls: Sequence[Call], progress: bool)
             runs = [_Outputs(gm, arguments, names) for gm, names in zip(graphs, named, strict=True)]
             for l in linears:
                 of = [run.take(l.name) for run in runs]
-                bar.update()
+                done()
                 # rows of experts lie in the order of the experts, and the router of the compiled model may choose others
                 if l.experts is None and len({x.shape for x in of}) == 1:
                     _add(sums[l.name], of, padding.real(l.node, of[0]))

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sqcompile.plan.notebook import folded, preformatted, table, titled
+
 _SHOWN = 5  # layers in the table
 
 
@@ -97,6 +99,18 @@ class Evaluation:
         elif self.layers is None and (self.kl is not None or self.cosine is not None):
             lines.append(f"SQNR per layer is not measured: {self.without_layers}")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        said = [f"{row[0]} {row[1]}" for row in self._rows() if row[0] and not row[0].startswith("tokens/s")]
+        return f"Evaluation({'; '.join([f'{self.compared}; {self.windows:,} windows', *said])})"
+
+    def _repr_html_(self) -> str:
+        found = [[*row, "", ""][:3] for row in self._rows()]
+        headings = found.pop(0) if found and not found[0][0] else ["", "model", ""]
+        parts = [table(headings, found, right=(1, 2))]
+        if self.layers:
+            parts.append(folded("SQNR of layers", preformatted("\n".join(self._of_layers(self.layers)))))
+        return titled(str(self).partition("\n")[0], *parts)
 
     def _rows(self) -> Iterable[tuple[str, ...]]:
         beside = self.float_perplexity is not None or self.float_tokens_per_second is not None

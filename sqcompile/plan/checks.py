@@ -69,22 +69,22 @@ def check_values(plan: Contents) -> None:
     check_spec(plan.call)
     layers = {l.name: l for l in plan.layers if _named(l.name, "linear")}
     attention = {a.name: a for a in plan.attention if _named(a.name, "attention")}
-    _need(len(layers) == len(plan.layers), "it names a linear twice")
-    _need(len(attention) == len(plan.attention), "it names an attention twice")
+    need(len(layers) == len(plan.layers), "it names a linear twice")
+    need(len(attention) == len(plan.attention), "it names an attention twice")
     for l in plan.layers:
         _check_layer(l, f"linear {l.name!r}", plan.recipe)
     for a in plan.attention:
         _check_attention(a, f"attention {a.name!r}", plan)
-    _need(any(l.quantized for l in plan.layers), "it quantizes no linear")
+    need(any(l.quantized for l in plan.layers), "it quantizes no linear")
     for name, s in plan.columns.items():
-        _need(name in layers, f"its columns belong to {_said(name)}, which is none of its linears")
+        need(name in layers, f"its columns belong to {said(name)}, which is none of its linears")
         _tensor(s, f"columns of {name!r}", layers[name].shape[-1:], _SMOOTHING)
     for name, t in plan.heads.items():
         whose, _, what = name.rpartition("/") if isinstance(name, str) else ("", "", "")
         known = whose in attention and what in _HEADS
-        _need(known, f"its heads have {_said(name)}, which is nothing of one of its attentions")
+        need(known, f"its heads have {said(name)}, which is nothing of one of its attentions")
         static = plan.recipe.granularity == "per_tensor_static"
-        _need(static or what != "value_scale", f"its heads have {name!r}, and its recipe is dynamic")
+        need(static or what != "value_scale", f"its heads have {name!r}, and its recipe is dynamic")
         shape, bounds = _HEADS[what]
         _tensor(t, f"heads {name!r}", shape(*attention[whose].shape), bounds)
     _check_sites(plan, layers)
@@ -92,60 +92,60 @@ def check_values(plan: Contents) -> None:
 
 def _check_layer(l: LayerPlan, what: str, recipe: Recipe) -> None:
     _choice(l.kind, ("linear", "experts"), f"{what}: kind")
-    _need(isinstance(l.quantized, bool), f"{what}: quantized is {_said(l.quantized)}, not True or False")
+    need(isinstance(l.quantized, bool), f"{what}: quantized is {said(l.quantized)}, not True or False")
     _sizes(l.shape, what, 3 if l.kind == "experts" else 2)
     _check_decision(l, what)
     if l.input_scale is not None:
-        _number(l.input_scale, f"{what}: input_scale", *_STEP)
+        number(l.input_scale, f"{what}: input_scale", *_STEP)
     if l.rotation is not None:
         known = type(l.rotation) is int and l.rotation in blocks_of(l.shape[-1])
-        _need(
-            known, f"{what}: rotation is {_said(l.rotation)}, no size of blocks that divides its {l.shape[-1]} channels"
+        need(
+            known, f"{what}: rotation is {said(l.rotation)}, no size of blocks that divides its {l.shape[-1]} channels"
         )
-        _need(l.quantized, f"{what} is rotated, and stays in float")
+        need(l.quantized, f"{what} is rotated, and stays in float")
     for name, choices in (("activation", get_args(Activation)), ("weight", get_args(Weight))):
         if (own := getattr(l, name)) is not None:
             _choice(own, choices, f"{what}: {name}")
             left = name == "activation" and own == "per_token" and recipe.activation == "per_tensor_static"
-            _need(bool(recipe.overrides) or left, f"{what}: {name} is {own!r}, and its recipe overrides nothing")
+            need(bool(recipe.overrides) or left, f"{what}: {name} is {own!r}, and its recipe overrides nothing")
     if l.loss is not None:
-        _number(l.loss, f"{what}: loss", 0.0, math.inf)
+        number(l.loss, f"{what}: loss", 0.0, math.inf)
     if l.quantized:
         static = (l.activation or recipe.activation) == "per_tensor_static"
         how = "an input_scale, as its recipe is static" if static else "no input_scale, as its recipe is dynamic"
-        _need((l.input_scale is not None) == static, f"{what} needs {how}")
+        need((l.input_scale is not None) == static, f"{what} needs {how}")
 
 
 def _check_attention(a: AttentionPlan, what: str, plan: Contents) -> None:
     _choice(a.quantized, get_args(AttentionProducts), f"{what}: quantized")
     _sizes(a.shape, what, 3)
-    _need(a.shape[0] % a.shape[1] == 0, f"{what}: its {a.shape[1]} key heads do not share {a.shape[0]} heads evenly")
+    need(a.shape[0] % a.shape[1] == 0, f"{what}: its {a.shape[1]} key heads do not share {a.shape[0]} heads evenly")
     _check_decision(a, what)
     for name in ("q_scale", "k_scale"):
         if (step := getattr(a, name)) is not None:
-            _number(step, f"{what}: {name}", *_STEP)
+            number(step, f"{what}: {name}", *_STEP)
     if a.quantized == "none":
         return
-    _need(a.quantized == plan.recipe.attention, f"{what}: quantized is {a.quantized!r}, and not so in the recipe")
+    need(a.quantized == plan.recipe.attention, f"{what}: quantized is {a.quantized!r}, and not so in the recipe")
     static = plan.recipe.granularity == "per_tensor_static"
     how = (
         "a q_scale and a k_scale, as its recipe is static"
         if static
         else "no q_scale and k_scale, as its recipe is dynamic"
     )
-    _need((a.q_scale is not None) == (a.k_scale is not None) == static, f"{what} needs {how}")
+    need((a.q_scale is not None) == (a.k_scale is not None) == static, f"{what} needs {how}")
     both = all(f"{a.name}/{by}" in plan.heads for by in ("query_by", "key_by"))
-    _need(a.smoothing == "none" or both, f"{what}: smoothing is {a.smoothing!r}, without heads query_by and key_by")
+    need(a.smoothing == "none" or both, f"{what}: smoothing is {a.smoothing!r}, without heads query_by and key_by")
 
 
 def _check_decision(x: LayerPlan | AttentionPlan, what: str) -> None:
     """What linears and attentions have in common."""
     _choice(x.smoothing, ("folded", "multiplied", "none"), f"{what}: smoothing")
-    _need(_is_text(x.reason), f"{what}: reason is {_said(x.reason)}, not a line of text")
+    need(is_text(x.reason), f"{what}: reason is {said(x.reason)}, not a line of text")
     if x.alpha is not None:
-        _number(x.alpha, f"{what}: alpha", 0.0, 1.0)
+        number(x.alpha, f"{what}: alpha", 0.0, 1.0)
     if x.sqnr_db is not None:  # infinite where the output is exact
-        _number(x.sqnr_db, f"{what}: sqnr_db", *_ANY[:1], math.inf)
+        number(x.sqnr_db, f"{what}: sqnr_db", *_ANY[:1], math.inf)
 
 
 def _check_sites(plan: Contents, layers: dict[str, LayerPlan]) -> None:
@@ -153,17 +153,17 @@ def _check_sites(plan: Contents, layers: dict[str, LayerPlan]) -> None:
     commas = max((name.count(", ") for name in layers), default=0) + 1
     balanced: set[str] = set()
     for site, s in plan.scales.items():
-        _tensor(s, f"scales of {_said(site)}", (None,), _SMOOTHING)
+        _tensor(s, f"scales of {said(site)}", (None,), _SMOOTHING)
         balance = _balance(site, layers, commas) if isinstance(site, str) else []
-        _need(bool(balance), f"its scales have {_said(site)}, which is no 'producer -> linears' with linears of it")
-        _need(len({*balance} - balanced) == len(balance), f"it scales a linear of {site!r} twice")
+        need(bool(balance), f"its scales have {said(site)}, which is no 'producer -> linears' with linears of it")
+        need(len({*balance} - balanced) == len(balance), f"it scales a linear of {site!r} twice")
         balanced.update(balance)
     for name, l in layers.items():
         if l.quantized and l.smoothing == "none":
-            _need(name not in balanced, f"linear {name!r}: smoothing is 'none', and it is in a site with scales")
+            need(name not in balanced, f"linear {name!r}: smoothing is 'none', and it is in a site with scales")
         elif l.quantized:
             scaled = name in balanced or name in plan.columns
-            _need(scaled, f"linear {name!r}: smoothing is {l.smoothing!r}, and there are no scales for it")
+            need(scaled, f"linear {name!r}: smoothing is {l.smoothing!r}, and there are no scales for it")
 
 
 def _balance(site: str, layers: dict[str, LayerPlan], commas: int) -> list[str]:
@@ -177,53 +177,53 @@ def _balance(site: str, layers: dict[str, LayerPlan], commas: int) -> list[str]:
             return []
         found.append(name)
         i += name.count(", ") + 1
-    return found if _is_text(producer) and producer else []
+    return found if is_text(producer) and producer else []
 
 
 def _tensor(t: Any, what: str, shape: tuple[int | None, ...], bounds: tuple[float, float]) -> None:
-    _need(isinstance(t, Tensor), f"{what} are {_said(t)}, no tensor")
-    _need(t.dtype == torch.float32, f"{what} are {t.dtype}, not torch.float32")
+    need(isinstance(t, Tensor), f"{what} are {said(t)}, no tensor")
+    need(t.dtype == torch.float32, f"{what} are {t.dtype}, not torch.float32")
     fits = len(t.shape) == len(shape) and all(n == want or want is None for n, want in zip(t.shape, shape, strict=True))
     sizes = " x ".join("any" if n is None else str(n) for n in shape)
-    _need(fits and t.numel() > 0, f"{what} have the shape {tuple(t.shape)}, not {sizes}")
-    _need(t.layout == torch.strided and not t.is_meta, f"{what} hold no numbers")
+    need(fits and t.numel() > 0, f"{what} have the shape {tuple(t.shape)}, not {sizes}")
+    need(t.layout == torch.strided and not t.is_meta, f"{what} hold no numbers")
     low, high = bounds
     inside = (t >= low) & (t <= high)
     if not bool(inside.all()):  # nor is a NaN
-        _need(False, f"{what} have {float(t[~inside][0])}, and must lie in [{low:.3g}, {high:.3g}]")
+        need(False, f"{what} have {float(t[~inside][0])}, and must lie in [{low:.3g}, {high:.3g}]")
 
 
-def _number(x: Any, what: str, low: float, high: float) -> None:
-    _need(isinstance(x, float) and low <= x <= high, f"{what} is {_said(x)}, not a float in [{low:.3g}, {high:.3g}]")
+def number(x: Any, what: str, low: float, high: float) -> None:
+    need(isinstance(x, float) and low <= x <= high, f"{what} is {said(x)}, not a float in [{low:.3g}, {high:.3g}]")
 
 
 def _choice(x: Any, choices: tuple[str, ...], what: str) -> None:
-    _need(isinstance(x, str) and x in choices, f"{what} is {_said(x)}, not one of {', '.join(choices)}")
+    need(isinstance(x, str) and x in choices, f"{what} is {said(x)}, not one of {', '.join(choices)}")
 
 
 def _sizes(shape: Any, what: str, dims: int) -> None:
     good = isinstance(shape, tuple) and len(shape) == dims
     good = good and all(type(n) is int and 0 < n <= _LARGEST_SIZE for n in shape)
-    _need(good, f"{what}: shape is {_said(shape)}, not {dims} sizes")
+    need(good, f"{what}: shape is {said(shape)}, not {dims} sizes")
 
 
 def _named(name: Any, what: str) -> bool:
-    good = _is_text(name) and 0 < len(name) <= _LONGEST_NAME
-    _need(good, f"the name of one {what} is {_said(name)}, not a name of a parameter or module")
+    good = is_text(name) and 0 < len(name) <= _LONGEST_NAME
+    need(good, f"the name of one {what} is {said(name)}, not a name of a parameter or module")
     return True
 
 
-def _is_text(x: Any) -> bool:
+def is_text(x: Any) -> bool:
     """Whether x is one line that can be printed: no control characters of a terminal, no halves of surrogate pairs."""
     return isinstance(x, str) and x.isprintable()
 
 
-def _need(good: bool, otherwise: str) -> None:
+def need(good: bool, otherwise: str) -> None:
     if not good:
         raise PlanError(f"the plan cannot be right: {otherwise}. Calibrate again")
 
 
-def _said(x: Any) -> str:
+def said(x: Any) -> str:
     """A value in a few words, whatever it is."""
     try:
         return reprlib.repr(x)

@@ -18,6 +18,8 @@ PRODUCTS = {"none": "float", "qk": "int8 QKᵀ", "qk_pv": "int8 QKᵀ, PV"}
 _OPERATION = re.compile(r"(layer_norm|rms_norm|mul|linear)(_(default|tensor))?(_\d+)?")
 _SPOKEN = {"layer_norm": "layernorm", "rms_norm": "rmsnorm", "mul": "scale"}
 
+_RUNS = 4  # ranges of indices that are said one by one where a line is to be short
+
 # A number that is a whole component of a qualified name: the index of a repeated block. Not one of "{0..2, 5}".
 _INDEX = re.compile(r"(?:(?<=[. ])|^)\d+(?=[.:, ]|$)(?![^{}]*\})")
 
@@ -139,27 +141,33 @@ def refusal_lines(refusals: Iterable[tuple[str, str]], linears: Iterable[str]) -
 
 def collapse(lines: Iterable[str]) -> list[str]:
     """Lines that differ in the index of a block alone become one: "layers.0: x", "layers.1: x" -> "layers.{0..1}: x"."""
-    out = list(lines)
-    for place in reversed(range(max((len(_INDEX.findall(l)) for l in out), default=0))):
+    return [line for line, _ in grouped(lines)]
+
+
+def grouped(lines: Iterable[str]) -> list[tuple[str, list[int]]]:
+    """The lines that `collapse` gives, each with the positions of those it stands for."""
+    out = [(line, [i]) for i, line in enumerate(lines)]
+    for place in reversed(range(max((len(_INDEX.findall(l)) for l, _ in out), default=0))):
         out = _merge(out, [place])
     return _merge(out, None)
 
 
-def _merge(lines: list[str], places: list[int] | None) -> list[str]:
+def _merge(lines: list[tuple[str, list[int]]], places: list[int] | None) -> list[tuple[str, list[int]]]:
     """Merges lines equal up to the index at some places; None: all indices, where they differ by a constant."""
-    groups: dict[tuple[object, ...], list[list[int]]] = {}
-    for line in lines:
+    groups: dict[tuple[object, ...], list[tuple[list[int], list[int]]]] = {}
+    for line, members in lines:
         found = list(_INDEX.finditer(line))
         chosen = found if places is None else [found[p] for p in places if p < len(found)]
         cuts = [0, *(c for m in chosen for c in m.span()), len(line)]
         between = [line[a:b] for a, b in zip(cuts[::2], cuts[1::2], strict=True)]
         values = [int(m[0]) for m in chosen]
-        groups.setdefault((*between, *(v - values[0] for v in values)), []).append(values)
+        groups.setdefault((*between, *(v - values[0] for v in values)), []).append((values, members))
     merged = []
     for key, rows in groups.items():
-        columns = [_ranges(column) for column in zip(*rows, strict=True)]
+        columns = [_ranges(column) for column in zip(*(values for values, _ in rows), strict=True)]
         between = [str(part) for part in key[: len(columns) + 1]]
-        merged.append(between[0] + "".join(c + b for c, b in zip(columns, between[1:], strict=True)))
+        text = between[0] + "".join(c + b for c, b in zip(columns, between[1:], strict=True))
+        merged.append((text, [i for _, members in rows for i in members]))
     return merged
 
 
@@ -173,6 +181,18 @@ def _ranges(values: Iterable[int]) -> str:
             runs.append([v, v])
     text = ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in runs)
     return text if len(runs) == 1 and runs[0][0] == runs[0][1] else f"{{{text}}}"
+
+
+def abbreviated(name: str) -> str:
+    """A name with ranges, where many of them are said as their number: "h.{0..1, 3, 5, 7..8, 10}.fc" -> "h.{7 of 0..10}.fc"."""
+
+    def said(found: re.Match[str]) -> str:
+        ends = [[int(n) for n in run.split("..")] for run in found[1].split(", ")]
+        if len(ends) <= _RUNS:
+            return found[0]
+        return f"{{{sum(run[-1] - run[0] + 1 for run in ends)} of {ends[0][0]}..{ends[-1][-1]}}}"
+
+    return re.sub(r"\{(\d[\d., ]*)\}", said, name)
 
 
 def _path(name: str) -> tuple[str, ...]:

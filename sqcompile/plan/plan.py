@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,23 +16,31 @@ import torch
 from torch import Tensor
 
 from sqcompile.errors import PlanError, RecipeError
+from sqcompile.plan import edit
 from sqcompile.plan.checks import check_values
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
+from sqcompile.plan.evidence import Evidence
+from sqcompile.plan.evidence_file import check_evidence
+from sqcompile.plan.evidence_file import decoded as decoded_evidence
+from sqcompile.plan.evidence_file import encoded as encoded_evidence
 from sqcompile.plan.file import bytes_of, checksum, parts_of, read_plan_file, write_plan_file
 from sqcompile.plan.recipe import LM_HEAD, Recipe, resolve_recipe
+from sqcompile.plan.said import said, shown
 
-# 2 had no checksum, and "lm_head" among what its recipe skips where 3 has ``Recipe.lm_head``; 4 has rotations
-FORMAT = 4
-READABLE = (2, 3, 4)
+# 2 had no checksum, and "lm_head" among what its recipe skips where 3 has ``Recipe.lm_head``; 4 has rotations, and
+# 5 evidence
+FORMAT = 5
+READABLE = (2, 3, 4, 5)
 
 _T = TypeVar("_T")
 _HEADS = "attention: "  # before the names of ``Plan.heads`` in a file
 _COLUMNS = "columns: "  # and of ``Plan.columns``
+_EVIDENCE = "evidence: "  # and of what ``Plan.evidence`` holds
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Decisions for one model. Plans are equal if all they say is, wherever their tensors are.
+    """Decisions for one model. Plans are equal if all they decide is, wherever their tensors are.
 
     Attributes:
         recipe: what was asked for.
@@ -46,6 +54,8 @@ class Plan:
             [G, Dv] (static Δ of V in the folded graph).
         columns: s of each smoothed linear's input channels, float32 [K], by linear name: for graphs that hold a linear
             and not all of its site, where it is multiplied explicitly.
+        evidence: what calibration saw and tried, for the page of a report; None where that is not known. It is saved, and no
+            part of equality.
     """
 
     recipe: Recipe
@@ -55,6 +65,7 @@ class Plan:
     attention: tuple[AttentionPlan, ...] = ()
     heads: dict[str, Tensor] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
+    evidence: Evidence | None = field(default=None, repr=False)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
@@ -66,6 +77,38 @@ class Plan:
 
     def __hash__(self) -> int:
         return hash((self.recipe, self.layers, self.attention, frozenset(self.scales)))
+
+    def __repr__(self) -> str:
+        return said(self)
+
+    def _repr_html_(self) -> str:
+        return shown(self)
+
+    def worst(self, n: int = 5, by: edit.By | None = None) -> tuple[LayerPlan, ...]:
+        """The quantized linears that cost most, the worst first.
+
+        Args:
+            n: how many at most.
+            by: "loss" (what they cost the outputs), "sqnr" (the lowest SQNR of their own output), or None: the loss where
+                the plan knows it. Linears of which it is not known are left out.
+
+        Raises:
+            PlanError: for another argument.
+        """
+        return edit.worst(self, n, by)
+
+    def keep_float(self, names: str | LayerPlan | Iterable[str | LayerPlan]) -> Plan:
+        """A new plan in which some linears stay in float; all else is as it was, scales of the others included.
+
+        The recipe stays what was asked for. Attentions are left alone.
+
+        Args:
+            names: one or several names or patterns of linears, as in ``Recipe.skip``, or entries such as `worst` gives.
+
+        Raises:
+            PlanError: for a name that no linear has, with the nearest ones; or if no linear would be quantized any more.
+        """
+        return edit.keep_float(self, names)
 
     def check(self) -> None:
         """Checks what can be known without a model: types, ranges, shapes, and that the parts agree.
@@ -83,6 +126,7 @@ class Plan:
                 of = f" of {part.__name__}" if part else ""
                 raise PlanError(f"the plan's {name} are no {kind.__name__}{of}: pass what sqcompile.calibrate gives")
         check_values(self)
+        check_evidence(self.evidence)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as one safetensors file: the tensors, and all else as JSON in its header.
@@ -110,6 +154,9 @@ class Plan:
         }
         tensors = self.scales | {_HEADS + k: v for k, v in self.heads.items()}
         tensors |= {_COLUMNS + k: v for k, v in self.columns.items()}
+        if self.evidence is not None:
+            meta["evidence"], seen = encoded_evidence(self.evidence)
+            tensors |= {_EVIDENCE + k: v for k, v in seen.items()}
         return {**meta, "sha256": checksum(meta, tensors)}, tensors
 
     @staticmethod
@@ -168,7 +215,7 @@ def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 def _checked(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
     sha256 = meta.pop("sha256", None)
-    plan = _decoded(meta, tensors)
+    plan = _decoded(dict(meta), tensors)
     plan.check()
     if meta["format"] != 2 and sha256 != checksum(meta, tensors):
         raise PlanError("its checksum differs: it was damaged or edited. Copy it again, or calibrate again")
@@ -182,19 +229,22 @@ def _decoded(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
         raise PlanError(
             f"it has plan format {version!r}, and this version reads {', '.join(map(str, READABLE))}: calibrate again"
         )
+    evidence = meta.pop("evidence", None) if version >= 5 else None
     if meta.keys() != {"format", "recipe", "call", "layers", "attention"}:
         raise PlanError(f"its fields are {', '.join(sorted(meta))}, and not recipe, call, layers and attention")
     for name in ("layers", "attention"):
         if not isinstance(meta[name], list):
             raise PlanError(f"its {name} are no list")
+    seen = {k.removeprefix(_EVIDENCE): v for k, v in tensors.items() if k.startswith(_EVIDENCE)}
     return Plan(
         _fields(Recipe, _old_recipe(meta["recipe"]) if version == 2 else meta["recipe"]),
         meta["call"],
-        {k: v for k, v in tensors.items() if not k.startswith((_HEADS, _COLUMNS))},
+        {k: v for k, v in tensors.items() if not k.startswith((_HEADS, _COLUMNS, _EVIDENCE))},
         tuple(_fields(LayerPlan, l) for l in meta["layers"]),
         tuple(_fields(AttentionPlan, a) for a in meta["attention"]),
         {k.removeprefix(_HEADS): v for k, v in tensors.items() if k.startswith(_HEADS)},
         {k.removeprefix(_COLUMNS): v for k, v in tensors.items() if k.startswith(_COLUMNS)},
+        decoded_evidence(evidence, seen) if evidence is not None or seen else None,
     )
 
 

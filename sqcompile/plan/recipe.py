@@ -5,12 +5,13 @@ from __future__ import annotations
 import numbers
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, cast, get_args
 
 from sqcompile.errors import RecipeError
 from sqcompile.kernels.qtypes import QTYPES, QType
 from sqcompile.kernels.rotation import BLOCKS
+from sqcompile.plan.notebook import table
 from sqcompile.plan.overrides import Overrides, canonical
 
 Activation = Literal["per_token", "per_tensor", "per_tensor_static"]
@@ -132,6 +133,17 @@ class Recipe:
             object.__setattr__(self, "max_degradation", float(self.max_degradation))
         self._check_alpha()
         object.__setattr__(self, "overrides", canonical(self, self.overrides))
+
+    def __repr__(self) -> str:
+        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in self.chosen())})"
+
+    def _repr_html_(self) -> str:
+        return table(["recipe", ""], self.chosen())
+
+    def chosen(self) -> list[tuple[str, Any]]:
+        """α, and the fields that are not as by default, with their values."""
+        found = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        return [(name, value) for name, value, default in found if value != default or name == "alpha"]
 
     def _check_alpha(self) -> None:
         if isinstance(self.alpha, str):

@@ -19,7 +19,7 @@ import sqcompile
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
 from sqcompile.compiled.report import Report
-from sqcompile.draw import draw
+from sqcompile.draw import check_path, draw
 from sqcompile.errors import DrawError, SQCompileError
 from sqcompile.loading import is_saved, opened
 from sqcompile.passes.ir.text import show
@@ -52,9 +52,14 @@ def run(argv: list[str] | None = None) -> None:
         prog="sqcompile show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", help="a directory, lm, a transformers model type, or module:callable")
-    parser.add_argument("--stage", choices=STAGES, help="print this stage, too; also the stage that is drawn")
-    parser.add_argument("--draw", metavar="FILE", help="draw to a .svg or .html file")
+    parser.add_argument(
+        "--stage",
+        choices=STAGES,
+        help="print this stage, too; also the stage that is drawn, or that a page begins with",
+    )
+    parser.add_argument("--draw", metavar="FILE", help="draw to an .svg file, or all stages to an .html file")
     parser.add_argument("--full", action="store_true", help="draw every block, even where many are equal")
+    parser.add_argument("--colour", choices=("role", "sqnr"), default="role", help="what the drawing is coloured by")
     parser.add_argument("--plan", metavar="FILE", help="a plan from Plan.save, for later stages and for the drawing")
     parser.add_argument("--input", metavar="[NAME=]DTYPE[SHAPE]", action="append", default=[], help="i64[2, 16]")
     parser.add_argument("--layers", type=int, default=2, help="layers of a transformers model (default 2)")
@@ -73,13 +78,19 @@ def _show(args: argparse.Namespace) -> None:
     traced = trace(model, as_call(model, example))
     print(Summary.of(traced))
     plan = _plan(args, model, example)
-    stage = traced
-    if args.stage and plan is not None:
-        stage = rewrite(traced, plan, until=args.stage)
+    stage, stages = args.stage or "traced", {"traced": traced}
+    drawn = args.draw is not None and check_path(args.draw) == ".html"
+    if plan is not None:
+        wanted = STAGES if drawn else [stage]
+        stages |= {
+            name: rewrite(traced, plan, until=name, lazy=drawn and name == "quantized")
+            for name in wanted
+            if name != "traced"
+        }
     if args.stage:
-        print(f"\n{show(stage)}")
+        print(f"\n{show(stages[stage])}")
     if args.draw:
-        draw(args.draw, traced, plan, stage, args.full)
+        draw(args.draw, stages, plan, stage, args.full, args.colour)
         print(f"\ndrawn to {args.draw}")
 
 

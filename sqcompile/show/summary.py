@@ -20,7 +20,7 @@ class Summary:
         linears: how many linears there are.
         sites: the sites, as a person would write them, those of repeated layers in one.
         count: how many sites.
-        refused: the linears at none, with the reasons.
+        refused: the linears at none, which run in INT8 with an explicit x·(1/s), and why no parameter can absorb it.
         refusals: how many linears.
     """
 
@@ -50,6 +50,9 @@ class Summary:
             *(f"  {line}" for line in self.sites),
         ]
         if self.refused:
-            lines += [f"{self.refusals} refused: x·(1/s) is multiplied before quantization"]
+            lines.append(
+                f"{self.refusals} of them at none: INT8 runs there all the same, with x·(1/s) multiplied explicitly, as no "
+                "parameter can absorb 1/s:"
+            )
             lines += [f"  {line}" for line in self.refused]
         return "\n".join(lines)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 
 from sqcompile.capture.captured import flatten_like
 from sqcompile.capture.inputs import Call, Reader
@@ -22,6 +21,7 @@ from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.ir.about import about
 from sqcompile.process.interrupts import each_at_once
 from sqcompile.process.memory import limited
+from sqcompile.process.progress import part
 from sqcompile.process.ranks import ALONE, Ranks
 from sqcompile.statistics.exchange import SAME_DATA, Digest, gather
 from sqcompile.statistics.input_stats import InputStats
@@ -48,7 +48,6 @@ def calibrate(
     gm: fx.GraphModule,
     model: nn.Module,
     loader: Iterable[Any] | Callable[..., Any],
-    progress: bool = True,
     attentions: Sequence[Attention] = (),
     total: int | None = None,
     reader: Reader | None = None,
@@ -65,9 +64,8 @@ def calibrate(
         model: the module it was traced from, for its signature (and to be run, where ``loader`` is a callable).
         loader: batches, or a callable that runs the model itself. An ``attention_mask`` [batch, tokens] among the
             inputs excludes padding from the statistics, ``decoder_attention_mask`` that of a decoder's own tokens.
-        progress: whether to show a progress bar.
         attentions: those whose queries, keys and values are observed.
-        total: number of batches, for the bar.
+        total: number of batches, for those who wait.
         reader: of the batches, where it has read one of them before.
         observer: of the graph, where it keeps more than an `Observer` does.
         ranks: the processes that share the batches; each is given all of them.
@@ -78,7 +76,6 @@ def calibrate(
     """
     observer = observer or Observer(gm, attentions)
     captured, reader = about(gm).calls, reader or Reader(model)
-    bar = tqdm(desc="batches", unit="batch", disable=not progress, total=total, leave=False)
     numbers, digest = itertools.count(), Digest()
     # weights are then read once, and not for each batch; random numbers would come in another order
     pieces = limited() and not is_random(gm) and ranks.count == 1
@@ -94,22 +91,22 @@ def calibrate(
             raise CalibrationError(f"calibration batch {i}: {e}") from e
         if later is not None:
             later.append([x.clone() if isinstance(x, Tensor) else x for x in leaves])
-            return
+            return  # they are counted when they are run
         if ranks.count > 1:
             digest.add(leaves)
         if ranks.owns(i) or (observer.samples and not observer.sample.full):
             observer.batch(leaves, i, ranks.owns(i))
-        bar.update()
+        done()
 
-    with bar:
+    with part(total=total) as done:
         if isinstance(loader, Iterable):
             for i, batch in enumerate(each_at_once(loader)):
                 observe(reader.call(batch, i))
         else:
             reader.run(loader, observe)
         if later:
-            bar.reset()
-            observe_in_pieces(observer, later, lambda i, count: bar.update(i * len(later) // count - bar.n))
+            with part("layers", 100) as percent:  # of the pieces of the graph, each of which all batches run through
+                observe_in_pieces(observer, later, lambda i, count: percent(100 * i // count))
     batches = next(numbers)
     if not batches:
         raise CalibrationError(

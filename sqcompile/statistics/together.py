@@ -15,6 +15,7 @@ from torch import fx
 from sqcompile.passes.ir.graph import constants
 from sqcompile.passes.ir.lazy import Weights
 from sqcompile.process.interrupts import checkpoint
+from sqcompile.process.progress import each
 
 See = Callable[[int, fx.Node, Any], None]
 
@@ -31,7 +32,7 @@ def run_together(gm: fx.GraphModule, calls: Sequence[Sequence[Any]], see: See) -
     common: dict[fx.Node, Any] = {}
     own: list[dict[fx.Node, Any]] = [{} for _ in calls]
     given, weights = [iter(arguments) for arguments in calls], Weights(gm)
-    for n in gm.graph.nodes:
+    for n in each([*gm.graph.nodes], "compare"):
         checkpoint()
         if n.op == "output":
             break

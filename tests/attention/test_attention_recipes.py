@@ -92,7 +92,7 @@ def test_a_plan_keeps_what_was_decided_about_attention(tmp_path):
 def test_the_report_has_a_line_for_each_attention():
     model, call = build("bert")
     compiled = with_attention(model, call, Recipe(attention="qk", alpha=(0.3, 0.5, 0.7)))
-    lines = str(compiled.report).splitlines()
+    lines = compiled.report.to_text(full=True).splitlines()
     at = lines.index("attention:")
     assert len(compiled.report.attention) == 2 and lines[-1] == "2 of 2 attentions in INT8"
     for i, plan in enumerate(compiled.report.attention):

@@ -46,11 +46,11 @@ def test_the_attention_mask_keeps_padding_out_of_the_statistics():
     padded[:, 6:], mask[:, 6:] = ids, 1  # left padding, with a real token as the pad
     batch = {"input_ids": padded, "attention_mask": mask}
     gm = trace(model, as_call(model, batch))
-    stats = calibrate(gm, model, [batch], progress=False).inputs
-    unmasked = calibrate(gm, model, [{**batch, "attention_mask": torch.ones_like(mask)}], progress=False).inputs
+    stats = calibrate(gm, model, [batch]).inputs
+    unmasked = calibrate(gm, model, [{**batch, "attention_mask": torch.ones_like(mask)}]).inputs
     first = "model.layers.0.self_attn.q_proj.weight"
     plain = trace(model, as_call(model, ids))
-    want = calibrate(plain, model, [ids], progress=False).inputs[first]
+    want = calibrate(plain, model, [ids]).inputs[first]
     assert stats[first].count == 20 == want.count and unmasked[first].count == 32
     assert torch.allclose(stats[first].absmax, want.absmax, rtol=1e-5)
     assert not torch.allclose(unmasked[first].absmax, want.absmax, rtol=1e-5)
@@ -68,7 +68,7 @@ def test_a_decoders_tokens_are_masked_by_its_own_mask():
     for given in (masks, {"attention_mask": mask}):
         call = {k: v for k, v in batch.items() if k in given or k not in masks}
         gm = trace(model, as_call(model, call))
-        stats = calibrate(gm, model, [call], progress=False).inputs
+        stats = calibrate(gm, model, [call]).inputs
         for kind in ("encoder.block.1.layer.0.SelfAttention.q", "decoder.block.1.layer.0.SelfAttention.q"):
             counts[kind.split(".")[0], len(given)] = stats[f"{kind}.weight"].count
         # the decoder's keys and values of the encoder's tokens

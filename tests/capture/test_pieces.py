@@ -39,13 +39,13 @@ def test_the_same_statistics_as_batch_by_batch(family, monkeypatch):
     model, call = build(family)
     batches = batches_of(call) if "decoder_input_ids" not in call else [call, call]
     gm = trace(model, as_call(model, call))
-    want = observe.calibrate(gm, model, batches, False, find_attentions(gm))
+    want = observe.calibrate(gm, model, batches, find_attentions(gm))
     monkeypatch.setattr(pieces, "PIECE", 3)
     for most in (pieces.MOST, 0):
         monkeypatch.setattr(pieces, "MOST", most)
         monkeypatch.setattr(pieces, "_SMALL", 1)
         with sqcompile.memory_limit(2**40):
-            found = observe.calibrate(gm, model, batches, False, find_attentions(gm))
+            found = observe.calibrate(gm, model, batches, find_attentions(gm))
         assert found.batches == want.batches == len(batches) and found.inputs
         for name in ("inputs", "heads", "sample"):
             assert equal(getattr(found, name), getattr(want, name)), name
@@ -83,7 +83,7 @@ def test_a_weight_is_read_in_one_go_and_spilled_values_are_those_of_the_model(mo
             yield reused.copy_(batch)
 
     with sqcompile.memory_limit(2**40):
-        found = observe.calibrate(gm, model, loader(), progress=False)
+        found = observe.calibrate(gm, model, loader())
     linears = [n.name for n in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)]
     want = [(n, i) for piece in (linears[:8], linears[8:16], linears[16:]) for i in range(3) for n in piece]
     assert seen == want
@@ -97,10 +97,10 @@ def test_a_batch_that_is_refused_is_named():
     gm = trace(model, as_call(model, (torch.randn(4, 8),)))
     batches = [torch.randn(4, 8), torch.full((4, 8), torch.inf)]
     with sqcompile.memory_limit(2**40), pytest.raises(CalibrationError, match="is not finite in calibration batch 1"):
-        observe.calibrate(gm, model, batches, progress=False)
+        observe.calibrate(gm, model, batches)
     batches[1] = torch.randn(4, 9)
     with sqcompile.memory_limit(2**40), pytest.raises(CalibrationError, match="calibration batch 1: "):
-        observe.calibrate(gm, model, batches, progress=False)
+        observe.calibrate(gm, model, batches)
 
 
 def test_int8_weights_are_made_once_as_they_are_reached_and_are_gone_afterwards():

@@ -21,7 +21,7 @@ from sqcompile.statistics.observe import calibrate
 def test_scales_are_written_as_the_authors_write_them(tmp_path):
     model, call, _ = planned("opt")
     gm = sites_of(model, **call)[0]
-    scales = act_scales_of(calibrate(gm, model, [call], progress=False))
+    scales = act_scales_of(calibrate(gm, model, [call]))
     seen = {}
 
     def hook(module, args, name):

@@ -28,6 +28,9 @@ from sqcompile.statistics.observe import calibrate
 RECIPE = sqcompile.Recipe(0.5)
 
 
+SEEN: list[sqcompile.Progress] = []  # what was told of the run that is not cut off
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("llama") / "model"
@@ -48,7 +51,7 @@ def quantized(checkpoint, target, **changes):
 def whole(checkpoint, tmp_path_factory):
     """What a run gives that is not cut off."""
     target = tmp_path_factory.mktemp("whole") / "out"
-    quantized(checkpoint, target)
+    quantized(checkpoint, target, progress=SEEN.append)
     return target
 
 
@@ -71,6 +74,9 @@ def test_it_is_what_the_three_steps_give_and_nothing_else_is_left(checkpoint, wh
     sqcompile.export(model, plan, "sqcompile", tmp_path / "out")
     assert same(whole, tmp_path / "out")
     assert os.listdir(whole.parent) == ["out"]
+    stages = dict.fromkeys(p.stage.partition(":")[0] for p in SEEN)
+    assert [*stages] == ["open", "trace", "calibrate", "match", "plan", "write"]
+    assert any(p.stage == "write: tensors" and p.done == p.total and p.remaining == 0.0 for p in SEEN)
 
 
 STEPS = {
@@ -273,7 +279,7 @@ def test_killed_at_ten_moments_it_writes_the_same_bytes(checkpoint, whole, tmp_p
 def test_statistics_come_back_from_a_file_as_they_were(tmp_path):
     model, call = build("qwen2_moe")
     gm = trace(model, as_call(model, call))
-    want = calibrate(gm, model, batches(), False, find_attentions(gm))
+    want = calibrate(gm, model, batches(), find_attentions(gm))
     file.write_statistics(str(tmp_path / "x.safetensors"), want)
     found = file.read_statistics(str(tmp_path), "x.safetensors")
     assert found.batches == want.batches and want.heads

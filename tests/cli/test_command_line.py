@@ -119,12 +119,18 @@ def test_generate_writes_what_the_model_says(made: Path):
     assert first == same != other
 
 
-def test_report_serve_show_and_bench(made: Path):
+def test_report_serve_show_and_bench(made: Path, monkeypatch):
     text = run("report", made / "out")
     assert "14 of 15 linears in INT8" in text.output and "lm_head.weight" in text.output
-    assert run("report", made / "out", "-o", made / "page.html").exit_code == 0
+    monkeypatch.setattr("sqcompile.page.html._bundle", lambda module: "")  # which takes seconds to be put together
+    measured = run("eval", made / "out", "--text", made / "texts.jsonl", "--samples", 2, "--json", "-q")
+    (made / "eval.json").write_text(measured.stdout)
+    written = run("report", made / "out", "-o", made / "page.html", "--evaluation", made / "eval.json")
+    assert written.exit_code == 0, written.output
     page = (made / "page.html").read_text()
-    assert page.count("<tr") == 16 and "14 of 15 linears in INT8" in page and "Recipe(alpha=0.5" in page
+    assert "14 of 15" in page and "<h1>out</h1>" in page and "lm_head.weight" in page and "Perplexity, measured" in page
+    for wrong in (["--evaluation", made / "eval.json"], ["-o", made / "x.html", "--evaluation", made / "texts.jsonl"]):
+        assert run("report", made / "out", *wrong).exit_code == 2
     refused = run("serve", made / "out")
     assert refused.exit_code == 2 and "--format compressed-tensors" in refused.output
     shown = run("show", made / "out", "--stage", "quantized")

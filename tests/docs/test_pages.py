@@ -66,7 +66,7 @@ def test_blocks_share_a_namespace_a_folder_and_the_page_names_their_lines(tmp_pa
 
 def anchors(text: str) -> set[str]:
     """The anchors of a page's headings, as mkdocs and GitHub make them: lower case, without marks, with dashes."""
-    found = set()
+    found = set(re.findall(r"^::: (\S+)$", text, re.M))  # what mkdocstrings documents
     for title in re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M):
         plain = re.sub(r"[^\w\s-]", "", title.lower()).strip()
         found |= {re.sub(r"\s+", "-", plain), re.sub(r"[-\s]+", "-", plain), re.sub(r"\s", "-", plain)}

@@ -161,10 +161,10 @@ def test_calibration_excludes_padding_from_the_statistics_of_heads():
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
     padded = {"input_ids": ids, "attention_mask": mask}
-    stats = calibrate(gm, model, [padded], False, attentions).heads
+    stats = calibrate(gm, model, [padded], attentions).heads
     other = ids.clone()
     other[1, 6:] = 90
-    again = calibrate(gm, model, [{**padded, "input_ids": other}], False, attentions).heads
+    again = calibrate(gm, model, [{**padded, "input_ids": other}], attentions).heads
     assert len(stats) == 3 * len(attentions)
     for name, s in stats.items():
         assert s.count == int(mask.sum()) and s.rows.shape[1] == 64
@@ -175,7 +175,7 @@ def test_calibration_keeps_a_bounded_sample_of_heads_and_leaves_linears_samples_
     model, call = build("opt")
     gm, attentions = found(model, call)
     batches = token_batches(8, (4, 30))
-    with_heads, without = calibrate(gm, model, batches, False, attentions), calibrate(gm, model, batches, False)
+    with_heads, without = calibrate(gm, model, batches, attentions), calibrate(gm, model, batches)
     assert without.heads == {} and all(len(s.rows) == 128 for s in with_heads.heads.values())
     assert all(torch.equal(s.rows, without.inputs[name].rows) for name, s in with_heads.inputs.items())
 

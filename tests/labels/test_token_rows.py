@@ -123,7 +123,7 @@ def test_rows_that_are_no_single_tokens_are_all_kept(name):
     model, gm = capture(NO_TOKENS[name], call)
     fc = next(l for l in find_linears(gm) if l.name == "fc.weight")
     assert rows_of(gm, call, fc.x) is None
-    count = calibrate(gm, model, [call], progress=False).inputs["fc.weight"].count
+    count = calibrate(gm, model, [call]).inputs["fc.weight"].count
     inputs = [call[n.name] for n in gm.graph.find_nodes(op="placeholder")]
     gm.graph.output_node().args = (([nodes_by_name(gm)[fc.x]],),)  # what the linear reads
     assert count == fx.Interpreter(gm).run(*inputs, enable_io_processing=False)[0][0][..., 0].numel()
@@ -198,18 +198,18 @@ def test_padding_stays_out_of_every_statistic(sizes, dtype):
     call["attention_mask"] = call["attention_mask"].to(dtype)
     real = int(call["attention_mask"].sum())
     model, gm = capture(lambda m, h, mask, x: attend(m, h, mask).transpose(0, 1), call)
-    found = calibrate(gm, model, [call], progress=False).inputs
+    found = calibrate(gm, model, [call]).inputs
     assert {n: s.count for n, s in found.items()} == {"q.weight": real, "fc.weight": real}
     assert all(float(s.absmax.max()) < PAD / 10 for s in found.values())
     square = call | {"attention_mask": call["attention_mask"][:, None, None].expand(-1, 1, sizes[1], -1)}
     model, gm = capture(lambda m, h, mask, x: h * mask[:, 0, 0, :, None], square)  # a mask of scores is none of tokens
-    assert calibrate(gm, model, [square], progress=False).inputs["fc.weight"].count == sizes[0] * sizes[1]
+    assert calibrate(gm, model, [square]).inputs["fc.weight"].count == sizes[0] * sizes[1]
 
 
 def test_an_image_tower_with_as_many_tokens_as_the_text_is_not_masked():
     call = batch(4, 4) | {"x": torch.full((4, 4, D), 3.0)}
     model, gm = capture(lambda m, h, mask, x: torch.cat([h * mask[..., None], m.q(x)], 1), call)
-    found = calibrate(gm, model, [call], progress=False).inputs
+    found = calibrate(gm, model, [call]).inputs
     assert found["q.weight"].count == 16
 
 

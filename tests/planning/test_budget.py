@@ -92,7 +92,7 @@ def test_the_fewest_are_left_with_which_the_target_holds(model, whole):
             assert not l.quantized and l.loss is not None
             cost = f"{100 * math.expm1(l.loss):.2g}"
             assert l.reason == f"left in float: costs {cost} % of perplexity, and max_degradation={most}"
-    text = str(sqcompile.compile(model, plan=found, backend="eager", progress=False).report)
+    text = str(sqcompile.compile(model, plan=found, backend="eager", progress=False).report.to_text(full=True))
     assert all(any(n in line and "max_degradation" in line for line in text.splitlines()) for n in names)
     for unit in ({"down.1.weight"}, {"gate.1.weight", "up.1.weight"}):  # one less is too few
         assert unit <= {*names} and lost(model, without(whole[0], {*names} - unit, most, True)) > most

@@ -119,7 +119,7 @@ def test_padding_does_not_enter_the_statistics_of_experts(mixtral):
     mask[0, 7:] = 0
     padded = {"input_ids": ids, "attention_mask": mask}
     gm = trace(mixtral, as_call(mixtral, padded))
-    stats = calibrate(gm, mixtral, [padded], progress=False).inputs
+    stats = calibrate(gm, mixtral, [padded]).inputs
     for name in EXPERTS:
         assert stats[name].count == 2 * int(mask.sum())  # two experts for each token
         assert int(stats[name].tokens.sum()) == stats[name].count
@@ -201,7 +201,7 @@ def test_padding_is_followed_however_rows_are_picked(pick):
     model, mask = Block(pick).eval(), torch.ones(3, 7, dtype=torch.long)
     mask[0, 3:] = 0
     batch = {"input_ids": torch.randint(0, 32, (3, 7)), "attention_mask": mask}
-    stats = calibrate(trace(model, as_call(model, batch)), model, [batch], progress=False).inputs
+    stats = calibrate(trace(model, as_call(model, batch)), model, [batch]).inputs
     assert stats["up"].count == stats["down"].count == 2 * int(mask.sum())
 
 

@@ -49,7 +49,7 @@ class Blocks(nn.Module):
 
 def felt_of(model: nn.Module, batches: list[Any], recipe: Recipe = BY_LOSS) -> Any:
     gm = trace(model, as_call(model, batches[0]))
-    found = calibrate(gm, model, batches, progress=False)
+    found = calibrate(gm, model, batches)
     return gm, feel(gm, *match(gm), found, recipe)
 
 

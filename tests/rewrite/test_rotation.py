@@ -147,7 +147,7 @@ def test_the_report_and_the_drawing_say_what_is_rotated(tmp_path):
     model = tiny_lm("llama")
     recipe = Recipe(rotate=32)
     compiled = sqcompile.compile(model, token_batches(2), recipe=recipe, backend="eager", progress=False)
-    lines = str(compiled.report).splitlines()
+    lines = compiled.report.to_text(full=True).splitlines()
     turned = sum(l.rotation == 32 for l in compiled.plan.layers)
     assert turned and sum("  H 32  " in line for line in lines) == turned
     assert lines[-1].endswith(f", {turned} with rotated inputs")

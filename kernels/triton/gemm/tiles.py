@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,9 @@ CPU_STANDS_FOR = Gpu(
 )  # what tensors on the CPU are planned for: the interpreter, compiling without a GPU
 
 
+log = logging.getLogger("sqcompile")
+
+
 @functools.cache
 def _cuda_gpu(index: int) -> Gpu:
     p = torch.cuda.get_device_properties(index)
@@ -139,7 +143,9 @@ def tiles(gpu: Gpu, m: int, n: int, k: int, aligned: bool = True) -> Config:
     rows = table(gpu).get(m, {}) if aligned else {}
     nearest = min(rows, key=distance, default=None)
     if nearest is not None and distance(nearest) <= 1 and (gpu.large or not rows[nearest].needs_tma):
+        log.debug("GEMM of up to %d rows, %d -> %d: tiles measured for %d -> %d", m, k, n, nearest[1], nearest[0])
         return rows[nearest]
+    log.debug("GEMM of up to %d rows, %d -> %d: tiles by the rule for shapes without a table", m, k, n)
     return default_config(gpu, m, n, k, aligned)
 
 
