@@ -74,9 +74,11 @@ $(VENV)/docs: $(VENV)/ready
 	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
-# docstrings are read from the sources, and nothing is fetched; the variable silences a notice of the theme about itself
+# docstrings are read from the sources, and nothing is fetched; the variable silences a notice of the theme about itself.
+# The tutorials are executed, which takes minutes: they are notebooks, too, in site/tutorials.
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python docs/tools/notebooks.py site
 
 clean:
 	rm -rf $(VENV) $(TOOLS) $(SERVE) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
