@@ -295,7 +295,7 @@ def test_blocks_of_a_causal_attention_skip_the_keys_behind_them(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", [name for name, recipe in PRESETS.items() if recipe.dtype == "int8"])
+@pytest.mark.parametrize("preset", ["default", "O2", "O3"])  # of O1, between the first two, it was measured as below
 def test_attention_costs_the_shipped_lm_next_to_nothing(lm, lm_windows, preset):
     """Each attention beside the same linears without it, window by window."""
     windows = token_windows(evaluation_texts(), lm[1], 512, 128)
