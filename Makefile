@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow gpu serve-test lint bench compare docs clean
+.PHONY: demo test slow gpu serve-test docs-test lint bench compare docs clean
 
 # torch first: the rest of the requirements must not choose another build of it. setuptools tells of every editable
 # installation that folders of the working directory may be imported in its place, which is meant here.
@@ -20,7 +20,11 @@ test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu'
 
 slow: $(VENV)/ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu and not docs'
+
+# each code block of the documentation, and the examples
+docs-test: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m docs
 
 # compiling the kernels takes most of the time, so it pays to have more processes than GPUs
 gpu: $(VENV)/ready

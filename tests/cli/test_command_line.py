@@ -6,9 +6,7 @@ import dataclasses
 import json
 import os
 import re
-import shlex
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -18,7 +16,6 @@ import torch
 import typer
 from cli_cases import (
     FAST,
-    ROOT,
     TEXTS,
     classifier,
     embedder,
@@ -38,7 +35,7 @@ from sqcompile import Recipe
 from sqcompile.checkpoints.float_model import Checkpoint
 from sqcompile.cli.app import app
 from sqcompile.errors import ArtifactError
-from sqcompile.lm import load_lm, load_tokenizer
+from sqcompile.lm import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -337,21 +334,3 @@ def test_ctrl_c_leaves_nothing_behind(made: Path, tmp_path: Path):
     assert "Traceback" not in err and {p.name for p in tmp_path.iterdir()} <= {"out.work"}
     again = process("quantize", made / "float", *args, "-q", cwd=tmp_path)
     assert again.wait(timeout=300) == 0 and [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.slow
-def test_the_quickstart_of_the_readme(tmp_path: Path):
-    """As it stands there, on the shipped model."""
-    model, tokenizer = load_lm()
-    model.save_pretrained(tmp_path / "MODEL_DIR")
-    tokenizer.save_pretrained(tmp_path / "MODEL_DIR")
-    jsonl(tmp_path / "texts.jsonl")
-    (tmp_path / "held_out.txt").write_text("\n".join(TEXTS))
-    block = re.search(r"```sh\n(sqcompile quantize .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert block is not None
-    for line in block[1].splitlines():
-        started = process(*shlex.split(line, comments=True)[1:], cwd=tmp_path)
-        out, err = started.communicate(timeout=600)
-        assert started.returncode == 0, f"{line}: {err}"
-        assert out.strip(), line
-    assert subprocess.run(["ls", tmp_path / "out"], capture_output=True, text=True).stdout.count("safetensors") == 2

@@ -27,6 +27,7 @@ def test_every_example_is_here():
 
 
 @pytest.mark.slow
+@pytest.mark.docs
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs(name, tmp_path):
     said, needs = EXAMPLES[name]

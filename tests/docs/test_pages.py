@@ -88,8 +88,12 @@ def test_links_lead_somewhere(name):
             assert anchor in anchors(file.read_text()), f"{name}: {target}: no such heading"
 
 
+# the others take six minutes of two cores
+IN_SLOW = ("README.md", "docs/quickstart.md")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WITH_CODE)
+@pytest.mark.parametrize("name", [n if n in IN_SLOW else pytest.param(n, marks=pytest.mark.docs) for n in WITH_CODE])
 def test_the_code_of_a_page_runs(name, capfd):
     status = pages.run_page(pages.ROOT / name)
     out, err = capfd.readouterr()
