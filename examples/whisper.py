@@ -60,9 +60,8 @@ def main() -> None:
             written = model.generate(features, max_length=20, do_sample=False)
         return {"input_features": features, "decoder_input_ids": written}
 
-    # half of the recordings calibrate; the others are what is measured. Inductor would fix the batch size for the convolutions:
-    # for it, pass dynamic_shapes=None, and batches of the size that will be used
-    compiled = sqcompile.compile(model, [batch([sound]) for sound in sounds[::2]], backend="eager")
+    # half of the recordings calibrate; the others are what is measured
+    compiled = sqcompile.compile(model, [batch([sound]) for sound in sounds[::2]])
     print(str(compiled.report).splitlines()[-1])
     errors, same = [], []
     with torch.no_grad():

@@ -37,7 +37,7 @@ def inductor(
     Dynamo is not involved, so nothing is ever recompiled: one artifact serves every shape, sizes of 1 included.
     Freezing folds what depends on constants alone, and packs float weights for oneDNN.
     """
-    from sqcompile.pytorch.inductor import compile_fx, config  # here, as it takes its time
+    from sqcompile.pytorch.inductor import compile_fx, config, open_batches  # here, as it takes its time
 
     fakes = [value(n) for n in flat.graph.find_nodes(op="placeholder")]
     mode = about(flat).fake_mode
@@ -50,7 +50,7 @@ def inductor(
         "size_asserts": part,
         "alignment_asserts": False,
     }
-    with torch.no_grad(), config.patch(options), tracing(TracingContext(mode)), _unlisted_modules():
+    with torch.no_grad(), config.patch(options), tracing(TracingContext(mode)), _unlisted_modules(), open_batches():
         run: Any = compile_fx(flat, fakes)
     _drop_graph(run)
     env = mode.shape_env

@@ -6,19 +6,22 @@ compile_fx      a graph and its fake inputs to a function, without Dynamo       
 PyCodeCache     the list of all modules made so, which would keep weights                            2.11, 2.13
 cache_dir       where Inductor keeps what it compiled                                                 2.11, 2.13
 CppCodeCache    builds our C++ kernels with the compiler and the flags that Inductor uses            2.11, 2.13
+open_batches    keeps the choice of a convolution's kernel from fixing the batch's size              2.11, 2.13
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 import torch._inductor.config as config
 from torch import fx
 from torch._inductor.codecache import CppCodeCache, PyCodeCache
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-__all__ = ["CppCodeCache", "PyCodeCache", "cache_dir", "compile_fx", "config"]
+__all__ = ["CppCodeCache", "PyCodeCache", "cache_dir", "compile_fx", "config", "open_batches"]
 
 
 def compile_fx(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -27,3 +30,29 @@ def compile_fx(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., An
 
     compiled: Any = compile_(graph, inputs)  # ahead of time, which it is not told, it would be the path of a file
     return compiled
+
+
+@contextlib.contextmanager
+def open_batches() -> Iterator[None]:
+    """Has a convolution's fake not hold the batch to the side of 16 on which the example is.
+
+    On a CPU the size is asked for to choose between oneDNN and a slower kernel. Both lay the output out alike, and compiled
+    code chooses again at each call: so nothing depends on the answer. Any other choice keeps its guards.
+    """
+    core: Any = torch._C
+    real = core._select_conv_backend
+
+    def select(x: Any, *args: Any, **kwargs: Any) -> Any:
+        open_ = [size for size in x.shape if isinstance(size, torch.SymInt)]
+        if open_:
+            with open_[0].node.shape_env.suppress_guards():
+                found = real(x, *args, **kwargs)
+            if found == core._ConvBackend.Mkldnn:
+                return found
+        return real(x, *args, **kwargs)
+
+    core._select_conv_backend = select
+    try:
+        yield
+    finally:
+        core._select_conv_backend = real
