@@ -75,8 +75,8 @@ class Recorder:
             results = found(args, self.pool)
         except NotRecorded as e:
             warnings.warn(
-                f"a graph cannot be recorded as a CUDA graph and runs kernel by kernel: {first_line(e.__cause__ or e)}. Leave out "
-                "mode='reduce-overhead', or what the message names",
+                f"a graph cannot be recorded as a CUDA graph and runs kernel by kernel ({first_line(e.__cause__ or e)}): "
+                "leave out mode='reduce-overhead', or mend what cannot be recorded",
                 stacklevel=2,
             )
             self.recordable = False

@@ -163,4 +163,7 @@ def test_what_a_graph_cannot_hold_runs_and_warns_once(recwarn):
     results = calls(recorder, cache, 8)
     assert float(cache[2]) == 3 * 28 and float(results[-1][0]) == 3 * 28 + 21
     [warning] = [w for w in recwarn if "CUDA graph" in str(w.message)]
-    assert str(warning.message).endswith("kernel by kernel: operation not permitted when stream is capturing")
+    assert str(warning.message).endswith(
+        "kernel by kernel (operation not permitted when stream is capturing): "
+        "leave out mode='reduce-overhead', or mend what cannot be recorded"
+    )

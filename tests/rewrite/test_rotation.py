@@ -154,7 +154,7 @@ def test_the_report_and_the_drawing_say_what_is_rotated(tmp_path):
     compiled.draw(tmp_path / "lowered.svg", stage="lowered")
     compiled.draw(tmp_path / "folded.svg", stage="folded")
     lowered, folded = ((tmp_path / f"{name}.svg").read_text() for name in ("lowered", "folded"))
-    assert "rotate, quantize" in lowered and "rotated in blocks of 32" in lowered and ">rotate<" in folded
+    assert "rotate, quantize" in lowered and "rotation: in blocks of 32 channels" in lowered and ">rotate<" in folded
 
 
 def test_a_backend_rotates_as_compile_does():
