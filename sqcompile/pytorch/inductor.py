@@ -42,14 +42,15 @@ def open_batches() -> Iterator[None]:
     core: Any = torch._C
     real = core._select_conv_backend
 
-    def select(x: Any, *args: Any, **kwargs: Any) -> Any:
+    def select(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["input"]  # by its name in 2.11
         open_ = [size for size in x.shape if isinstance(size, torch.SymInt)]
         if open_:
             with open_[0].node.shape_env.suppress_guards():
-                found = real(x, *args, **kwargs)
+                found = real(*args, **kwargs)
             if found == core._ConvBackend.Mkldnn:
                 return found
-        return real(x, *args, **kwargs)
+        return real(*args, **kwargs)
 
     core._select_conv_backend = select
     try:
