@@ -34,8 +34,14 @@ def report(folder: str, out: str | None, full: bool, evaluation: str | None, ter
         asked = {"recipe": dataclasses.asdict(plan.recipe)}
         terminal.result(asked | json.loads(found.to_json()), found.to_text(full))
         return
-    found.to_html(out, evaluation=measured, title=os.path.basename(os.path.abspath(folder)))
+    found.to_html(out, evaluation=measured, title=_title(folder))
     terminal.result({"path": out}, f"written to {out}")
+
+
+def _title(folder: str) -> str | None:
+    """A page's title, from the name of a directory; None where that would be none."""
+    name = os.path.basename(os.path.abspath(folder))[:100]
+    return name if name.isprintable() and name else None
 
 
 def read_evaluation(path: str) -> Evaluation:

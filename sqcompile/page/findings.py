@@ -46,8 +46,10 @@ def findings_of(plan: Plan, evidence: Evidence, measured: Evaluation | None) -> 
     shared = {
         l.name for l in done if (l.activation or plan.recipe.activation) != "per_token"
     }  # one scale for all tokens
-    spiky = [i for i in evidence.inputs if i.spikes and not shared.isdisjoint(i.linears)]
-    clipped = [i for i in evidence.inputs if (i.clipped or 0) > CLIPS]
+    names_of = {l.name for l in done}
+    inputs_done = [i for i in evidence.inputs if not names_of.isdisjoint(i.linears)]  # an edited plan may have fewer
+    spiky = [i for i in inputs_done if i.spikes and not shared.isdisjoint(i.linears)]
+    clipped = [i for i in inputs_done if (i.clipped or 0) > CLIPS]
     for inputs, one, many in (
         (spiky, "has one scale and a few tokens many times as large as the others", "have one scale and a few tokens many times as large as the others"),
         (clipped, "clips more than 0.1 % of the sampled values", "clip more than 0.1 % of the sampled values"),
@@ -55,7 +57,7 @@ def findings_of(plan: Plan, evidence: Evidence, measured: Evaluation | None) -> 
         if inputs:
             what = f"{count(len(inputs), 'input', 'inputs')} of linears {one if len(inputs) == 1 else many}"
             yield Finding("look", f"{what}: read by {_read_by(inputs)}.")
-    rough = [i for i in evidence.inputs if i.site and i.ratio[1] > 0.5 * i.ratio[0] > 5]
+    rough = [i for i in inputs_done if i.site and i.ratio[1] > 0.5 * i.ratio[0] > 5]
     if rough:
         what = f"Outlier channels stay outliers after smoothing in {count(len(rough), 'input', 'inputs')}"
         yield Finding("look", f"{what}: read by {_read_by(rough)}.")

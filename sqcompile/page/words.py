@@ -21,7 +21,7 @@ def change(before: int, after: int) -> str:
 
 def percent(db: float) -> str:
     """An error of so many dB as a share."""
-    return f"{100 * 10 ** (-db / 20):.2g} % of its output"
+    return f"{100 * 10 ** (-max(db, -1000.0) / 20):.2g} % of its output"
 
 
 def error_of(x: float | None, form: str, times: float = 1.0) -> str:

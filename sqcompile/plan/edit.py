@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sqcompile.errors import PlanError
 from sqcompile.plan.entries import LayerPlan
+from sqcompile.plan.evidence import InputEvidence
 from sqcompile.plan.names import linear_labels
 
 if TYPE_CHECKING:
@@ -70,7 +71,19 @@ def in_float(plan: Plan, floats: dict[str, LayerPlan]) -> Plan:
         if (folded and not site.startswith("input -> ")) or any(_balances(site, name) for name in quantized)
     }
     columns = {n: s for n, s in plan.columns.items() if n not in floats}
-    return dataclasses.replace(plan, layers=layers, scales=scales, columns=columns)
+    evidence = plan.evidence
+    if evidence is not None:
+        inputs = tuple(i if quantized.intersection(i.linears) else _not_quantized(i) for i in evidence.inputs)
+        evidence = dataclasses.replace(evidence, inputs=inputs)
+    return dataclasses.replace(plan, layers=layers, scales=scales, columns=columns, evidence=evidence)
+
+
+def _not_quantized(i: InputEvidence) -> InputEvidence:
+    """What is known of a tensor that linears in float read: it is the same afterwards, and has no codes."""
+    return dataclasses.replace(
+        i, site="", clipped=None, zeros=None, ratio=(i.ratio[0], i.ratio[0]), absmax=i.absmax[[0, 0, 2, 2]],
+        values=i.values[[0, 0, 2, 2]], heat=i.heat[[0, 0]], tops=(i.tops[0], i.tops[0]), codes=i.codes * 0,
+    )  # fmt: skip
 
 
 def _balances(site: str, name: str) -> bool:

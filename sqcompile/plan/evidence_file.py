@@ -135,6 +135,8 @@ def check_evidence(found: Any) -> None:
             number(t.cost, f"{what}: cost", 0.0, _HUGE)
     for i in found.inputs:
         _check_input(i)
+    names = [name for i in found.inputs for name in i.linears]
+    need(len(set(names)) == len(names), "evidence: a linear is there twice")
 
 
 def _check_input(i: InputEvidence) -> None:
@@ -144,6 +146,7 @@ def _check_input(i: InputEvidence) -> None:
     what = f"evidence of {i.linears[0]!r}"
     for name in ("channels", "tokens", "itemsize", "dead", "silent", "width", "cells"):
         _count(getattr(i, name), f"{what}: {name}")
+    need(i.itemsize in (1, 2, 4, 8), f"{what}: itemsize is {said(i.itemsize)}, not 1, 2, 4 or 8 bytes")
     need(i.dead + i.silent <= i.channels, f"{what}: more channels are dead or silent than there are")
     for name in ("ratio", "tops"):
         pair = getattr(i, name)

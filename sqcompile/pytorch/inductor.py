@@ -12,6 +12,7 @@ open_batches    keeps the choice of a convolution's kernel from fixing the batch
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch._inductor.config as config
 from torch import fx
 from torch._inductor.codecache import CppCodeCache, PyCodeCache
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+_one_at_a_time = threading.RLock()  # as a name of PyTorch's is another meanwhile
 
 __all__ = ["CppCodeCache", "PyCodeCache", "cache_dir", "compile_fx", "config", "open_batches"]
 
@@ -40,7 +43,6 @@ def open_batches() -> Iterator[None]:
     code chooses again at each call: so nothing depends on the answer. Any other choice keeps its guards.
     """
     core: Any = torch._C
-    real = core._select_conv_backend
 
     def select(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs["input"]  # by its name in 2.11
@@ -52,8 +54,10 @@ def open_batches() -> Iterator[None]:
                 return found
         return real(*args, **kwargs)
 
-    core._select_conv_backend = select
-    try:
-        yield
-    finally:
-        core._select_conv_backend = real
+    with _one_at_a_time:
+        real = core._select_conv_backend
+        core._select_conv_backend = select
+        try:
+            yield
+        finally:
+            core._select_conv_backend = real

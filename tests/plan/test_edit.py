@@ -161,3 +161,23 @@ def test_an_edited_plan_is_saved_and_linears_in_float_stay_as_they_were(
     assert head in plan.layers  # it was in float, with its own reason
     kept.save(tmp_path / "plan")
     assert Plan.load(tmp_path / "plan") == kept != plan
+
+
+def test_evidence_of_linears_in_float_is_as_the_recipe_that_skips_them_makes_it(gated: tuple[nn.Module, Plan]) -> None:
+    model, plan = gated
+    kept = plan.keep_float("*.down_proj")
+    want = sqcompile.calibrate(
+        model, batches(), recipe=dataclasses.replace(RECIPE, skip=("head", "*.down_proj")), progress=False
+    )
+    for edited, made in ((kept, want), (plan, plan)):
+        assert edited.evidence is not None and made.evidence is not None
+        found, wanted = ({i.linears: i for i in p.evidence.inputs if p.evidence} for p in (edited, made))
+        assert found.keys() == wanted.keys()
+        for names, i in found.items():
+            of = wanted[names]
+            if edited is kept and not any("down_proj" in n for n in names):
+                continue  # up_proj's rows are not divided any more, which an edited plan's evidence does not say
+            assert (i.site, i.clipped, i.zeros, i.ratio, i.tops) == (of.site, of.clipped, of.zeros, of.ratio, of.tops)
+            for name in ("absmax", "values", "heat"):
+                assert torch.equal(getattr(i, name), getattr(of, name)), (names, name)
+            assert torch.equal(i.codes, of.codes)

@@ -144,6 +144,12 @@ def test_every_field_is_checked(tmp_path):
                 refused += 1
                 assert len(str(e)) < 2000
     assert refused > 0.8 * len(places) * len(BAD)
+    evidence = dynamic_plan().evidence
+    assert evidence is not None
+    first = evidence.inputs[0]
+    for inputs in ((first, first), (dataclasses.replace(first, itemsize=2**40),)):
+        with pytest.raises(PlanError, match="a linear is there twice|itemsize is 1099511627776, not 1, 2, 4 or 8 bytes"):
+            check_evidence(dataclasses.replace(evidence, inputs=inputs))
     meta, tensors = parts(dynamic_plan(), tmp_path / "p")
     for wrong in (3, meta):
         with pytest.raises(PlanError):
