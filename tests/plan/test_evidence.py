@@ -148,7 +148,9 @@ def test_every_field_is_checked(tmp_path):
     assert evidence is not None
     first = evidence.inputs[0]
     for inputs in ((first, first), (dataclasses.replace(first, itemsize=2**40),)):
-        with pytest.raises(PlanError, match=r"a linear is there twice|itemsize is 1099511627776, not 1, 2, 4 or 8 bytes"):
+        with pytest.raises(
+            PlanError, match=r"a linear is there twice|itemsize is 1099511627776, not 1, 2, 4 or 8 bytes"
+        ):
             check_evidence(dataclasses.replace(evidence, inputs=inputs))
     meta, tensors = parts(dynamic_plan(), tmp_path / "p")
     for wrong in (3, meta):
