@@ -73,7 +73,13 @@ def in_float(plan: Plan, floats: dict[str, LayerPlan]) -> Plan:
     columns = {n: s for n, s in plan.columns.items() if n not in floats}
     evidence = plan.evidence
     if evidence is not None:
-        inputs = tuple(i if quantized.intersection(i.linears) else _not_quantized(i) for i in evidence.inputs)
+        inputs = tuple(
+            # a page says of an input what is so of the first linear that reads it
+            dataclasses.replace(i, linears=tuple(sorted(i.linears, key=lambda name: name not in quantized)))
+            if quantized.intersection(i.linears)
+            else _not_quantized(i)
+            for i in evidence.inputs
+        )
         evidence = dataclasses.replace(evidence, inputs=inputs)
     return dataclasses.replace(plan, layers=layers, scales=scales, columns=columns, evidence=evidence)
 

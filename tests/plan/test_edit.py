@@ -181,3 +181,9 @@ def test_evidence_of_linears_in_float_is_as_the_recipe_that_skips_them_makes_it(
             for name in ("absmax", "values", "heat"):
                 assert torch.equal(getattr(i, name), getattr(of, name)), (names, name)
             assert torch.equal(i.codes, of.codes)
+
+
+def test_an_input_of_linears_in_float_and_in_int8_is_told_by_those_in_int8(gated: tuple[nn.Module, Plan]) -> None:
+    kept = gated[1].keep_float("layers.0.gate_proj")
+    assert kept.evidence is not None
+    assert ("layers.0.up_proj.weight", "layers.0.gate_proj.weight") in [i.linears for i in kept.evidence.inputs]
