@@ -41,8 +41,6 @@ class Stages(Mapping[str, fx.GraphModule]):
         self._cache: weakref.WeakValueDictionary[str, fx.GraphModule] = weakref.WeakValueDictionary()
 
     def __getitem__(self, name: str) -> fx.GraphModule:
-        if name not in STAGES:
-            raise KeyError(f"no stage {name!r}: the stages are {', '.join(STAGES)}")
         return self._stage(name, lazy=False)
 
     def graph(self, name: str) -> fx.GraphModule:
@@ -51,11 +49,11 @@ class Stages(Mapping[str, fx.GraphModule]):
         Raises:
             StageError: as ``stages[name]``.
         """
-        if name not in STAGES:
-            raise KeyError(f"no stage {name!r}: the stages are {', '.join(STAGES)}")
         return self._stage(name, lazy=name == "quantized")
 
     def _stage(self, name: str, lazy: bool) -> fx.GraphModule:
+        if name not in STAGES:
+            raise KeyError(f"no stage {name!r}: the stages are {', '.join(STAGES)}")
         stage = self._cache.get(name)
         if stage is not None and self._model() is None:
             return stage  # no one can change its tensors any more

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sqcompile.page.findings import Finding, expected_loss, findings_of
@@ -14,7 +14,6 @@ from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.evidence import Evidence, InputEvidence
 from sqcompile.plan.names import collapse, refusal_lines
 from sqcompile.plan.plan import Plan
-from sqcompile.plan.recipe import Recipe
 
 if TYPE_CHECKING:
     from sqcompile.evaluation import Evaluation
@@ -217,15 +216,7 @@ def _rows(subject: Subject, evidence: Evidence, memory: Memory) -> Iterable[tupl
     for line in subject.gemms:
         yield "Expected speed against bfloat16", line
     yield "Made with", evidence.versions or "not known"
-    yield "Recipe", recipe_text(plan.recipe)
-
-
-def recipe_text(recipe: Recipe) -> str:
-    """A recipe as Python, with what is not the default."""
-    given = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    given["overrides"] = {pattern: dict(own) for pattern, own in recipe.by_pattern}
-    defaults = {f.name: f.default for f in fields(recipe)} | {"overrides": {}}
-    return f"Recipe({', '.join(f'{n}={v!r}' for n, v in given.items() if v != defaults[n])})"
+    yield "Recipe", repr(plan.recipe)
 
 
 def inputs_of(plan: Plan) -> tuple[InputEvidence, ...]:

@@ -142,8 +142,13 @@ class Recipe:
 
     def chosen(self) -> list[tuple[str, Any]]:
         """α, and the fields that are not as by default, with their values."""
-        found = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
-        return [(name, value) for name, value, default in found if value != default or name == "alpha"]
+        found = [
+            (f.name, getattr(self, f.name))
+            for f in fields(self)
+            if f.name == "alpha" or getattr(self, f.name) != f.default
+        ]
+        as_given = {"overrides": {pattern: dict(own) for pattern, own in self.by_pattern}}
+        return [(name, as_given.get(name, value)) for name, value in found]
 
     def _check_alpha(self) -> None:
         if isinstance(self.alpha, str):

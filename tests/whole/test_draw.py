@@ -13,6 +13,7 @@ import networkx as nx
 import pytest
 import torch
 from conftest import tiny_lm, token_batches
+from draw_cases import PostNorm
 from torch import Tensor, nn
 
 import sqcompile
@@ -25,18 +26,6 @@ from sqcompile.passes.ir.text import show
 
 SVG = "{http://www.w3.org/2000/svg}"
 STEPS = {"has-db", *(f"db{i}" for i in range(6))}
-
-
-class PostNorm(nn.Module):
-    """A hand-written post-norm block: its norm feeds a residual stream, its gelu a linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down, self.norm = nn.Linear(16, 32), nn.Linear(32, 16), nn.LayerNorm(16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return self.norm(x + self.down(nn.functional.gelu(self.up(x))))
 
 
 @pytest.fixture(scope="module")

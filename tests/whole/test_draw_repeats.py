@@ -6,6 +6,7 @@ from typing import Any
 
 import networkx as nx
 import torch
+from draw_cases import PostNorm, PreNorm
 from torch import Tensor, nn
 
 import sqcompile
@@ -13,27 +14,6 @@ from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
 from sqcompile.draw import condense, fold_repeats, roles_of
 from sqcompile.draw.svg import render
-
-
-class PreNorm(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(self.norm(x))))
-
-
-class PostNorm(nn.Module):
-    """A hand-written post-norm block: its norm feeds a residual stream, its gelu a linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down, self.norm = nn.Linear(16, 32), nn.Linear(32, 16), nn.LayerNorm(16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return self.norm(x + self.down(nn.functional.gelu(self.up(x))))
 
 
 def graph_of(model: nn.Module, *inputs: Any) -> nx.DiGraph:

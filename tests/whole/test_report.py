@@ -253,6 +253,7 @@ def test_notebooks_show_tables_and_reprs_are_one_line(compiled: tuple[nn.Module,
     assert "perplexity increase" in repr(measured) and len(repr(deep(100))) < 400
     assert eval(repr(Recipe("auto", rotate="auto", skip=("a",)))) == Recipe("auto", rotate="auto", skip=("a",))
     assert repr(Recipe()) == "Recipe(alpha=0.5)"
+    assert repr(Recipe(overrides={"*.a": {"alpha": 0.8}})) == "Recipe(alpha=0.5, overrides={'*.a': {'alpha': 0.8}})"
 
 
 def test_html_is_escaped() -> None:

@@ -7,23 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from draw_cases import PostNorm
 from families import CAUSAL, OTHERS
 from torch import Tensor, nn
 
 from sqcompile.show.__main__ import main
 from sqcompile.show.load import load, parse_input
-
-
-class PostNorm(nn.Module):
-    """A hand-written post-norm block: its norm feeds a residual stream, its gelu a linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down, self.norm = nn.Linear(16, 32), nn.Linear(32, 16), nn.LayerNorm(16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return self.norm(x + self.down(nn.functional.gelu(self.up(x))))
 
 
 def factory() -> tuple[nn.Module, Tensor]:
