@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from draw_cases import PreNorm
 from torch import Tensor, nn
 
 import sqcompile
@@ -23,21 +24,12 @@ from drawing_page import CONTRAST, ActionChains, Keys, Page, started
 ODD = "a<b>&c @svg@ </script><script>boom()</script>"
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(self.norm(x))))
-
-
 class Model(nn.Module):
     """Five equal blocks, a gelu that no scale passes, and a linear with an odd name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers, self.last = nn.Sequential(*(Block() for _ in range(5))), nn.Linear(16, 16)
+        self.layers, self.last = nn.Sequential(*(PreNorm() for _ in range(5))), nn.Linear(16, 16)
         self.add_module(ODD, nn.Linear(16, 16))
 
     def forward(self, x: Tensor) -> Tensor:
