@@ -17,7 +17,7 @@ from sqcompile import Evaluation
 from sqcompile.compiled.report import Report
 from sqcompile.page import html
 
-FAKE = "window.vegaEmbed = async () => ({ finalize() {}, view: { addEventListener() {} } });"
+FAKE = html._packed("window.vegaEmbed = async () => ({ finalize() {}, view: { addEventListener() {} } });")
 NASTY = "</script><script>window.bad = 1</script><!--<b>&amp;\"'"
 
 _FLAGS = (

@@ -21,7 +21,7 @@ from sqcompile.plan.names import SiteLabel, site_labels
 from sqcompile.plan.plan import Plan
 
 if TYPE_CHECKING:
-    from sqcompile.compiled.stages import Stages
+    from sqcompile.compiled.stages import Graphs
     from sqcompile.evaluation import Evaluation
 
 
@@ -119,7 +119,7 @@ class Report:
         int8_attention: the INT8 attentions by kind.
         dtype: the number format of quantized linears.
         plan: that it is on.
-        stages: of the compiled model, for a drawing; None where there are none.
+        stages: graphs of the compiled model, for a drawing; None where there are none.
         weight_bytes: of all tensors of the compiled model; None where there is none.
     """
 
@@ -130,11 +130,11 @@ class Report:
     int8_attention: tuple[Int8Attention, ...] = ()
     dtype: str = "int8"
     plan: Plan | None = field(default=None, repr=False, compare=False)
-    stages: Stages | None = field(default=None, repr=False, compare=False)
+    stages: Graphs | None = field(default=None, repr=False, compare=False)
     weight_bytes: int | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
-    def of(plan: Plan, lowered: fx.GraphModule | None = None, stages: Stages | None = None) -> Report:
+    def of(plan: Plan, lowered: fx.GraphModule | None = None, stages: Graphs | None = None) -> Report:
         """The report on a plan, and on the kernels of a lowered graph; with its stages, the page has a drawing."""
         sites = site_labels(plan.scales, [l.name for l in plan.layers])
         if lowered is None:

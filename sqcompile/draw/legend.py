@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
+from sqcompile.plan.said import decibels
+
 # role -> (text of the chip, its width)
 CHIPS = {"producer": ("1/s", 22.0), "balance": ("s", 14.0), "explicit": ("× 1/s", 31.0)}
 CHIP_WORDS = {
@@ -64,5 +66,5 @@ def spoken(data: dict[str, Any]) -> str:
     if "refused" in roles and not roles & {"quantized", "float"}:
         words.append("no parameter can absorb 1/s: x·(1/s) is multiplied before quantization")
     if data["sqnr"] is not None:
-        words.append(f"{data['sqnr']:.1f} dB")
+        words.append(decibels(data["sqnr"]))
     return ", ".join(w for w in words if w)

@@ -56,8 +56,9 @@ def fragment(
     Returns:
         HTML, one element and its style and script, for the body of a page.
     """
-    roles = roles_of(stages["traced"], plan)
-    drawings = {name: _stage(stages[name], name, roles) for name in stages}
+    traced = stages["traced"]
+    roles = roles_of(traced, plan)
+    drawings = {name: _stage(traced if name == "traced" else stages[name], name, roles) for name in stages}
     begin = drawings[stage]
     first = begin["full"] if full or begin["folded"] is None else begin["folded"]
     data = {

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, fx
+from torch import fx
 
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.graph import Linear, aten, constants, find_linears, first_leaf, nodes_by_name
@@ -15,6 +15,7 @@ from sqcompile.passes.labels.match import match
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.names import PRODUCTS, Names, refusal_lines
 from sqcompile.plan.plan import Plan
+from sqcompile.plan.said import decibels, spread
 
 NORMS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"}
 _FORMATS = {"int8": "INT8", "fp8": "FP8"}
@@ -118,7 +119,7 @@ def roles_of(traced: fx.GraphModule, plan: Plan | None = None) -> Roles:
             continue
         label, own = str(roles.names.site(site.name)), parameters.get(site.producer)
         key = own if own in roles.linears else site.producer
-        s = [("s", _spread(plan.scales[site.name]))] if plan is not None else []
+        s = [("s", spread(plan.scales[site.name]))] if plan is not None else []
         roles.add(key, "producer", ("absorbs 1/s of", label), *s)
         for linear, _ in site.balance:
             roles.add(linear.name, "balance", ("absorbs s of", label), *s)
@@ -160,7 +161,7 @@ def _of_attention(how: AttentionPlan) -> list[tuple[str, str]]:
             if how.q_scale and how.k_scale
             else []
         )
-    facts += [("SQNR of the scores", f"{how.sqnr_db:.1f} dB")] if how.sqnr_db is not None else []
+    facts += [("SQNR of the scores", decibels(how.sqnr_db))] if how.sqnr_db is not None else []
     return [*facts, *([("because", how.reason)] if how.reason else [])]
 
 
@@ -175,7 +176,7 @@ def _add_layer(roles: Roles, layer: LayerPlan, plan: Plan) -> None:
         facts += [("Δ of the input", static), ("Δ of the weight", _SCALED[layer.weight or plan.recipe.weight])]
     if layer.sqnr_db is not None:
         roles.sqnr[layer.name] = layer.sqnr_db
-        facts.append(("SQNR", f"{layer.sqnr_db:.1f} dB"))
+        facts.append(("SQNR", decibels(layer.sqnr_db)))
     if layer.loss is not None:
         facts.append(("costs the outputs", f"{layer.loss:.2g}"))
     if layer.reason:
@@ -190,14 +191,6 @@ def _smoothing(x: LayerPlan | AttentionPlan) -> str:
         x.smoothing
     ]
     return f"{how}, α {x.alpha:.2f}" if x.alpha is not None else how
-
-
-def _spread(s: Tensor) -> str:
-    values = s.detach().float().cpu().reshape(-1)
-    if not values.numel():
-        return "no channels"
-    low, middle, high = (float(x) for x in (values.min(), values.median(), values.max()))
-    return f"{values.numel()} channels, {low:.3g} to {high:.3g}, median {middle:.3g}"
 
 
 def _format(plan: Plan | None) -> str:

@@ -14,6 +14,7 @@ from sqcompile.draw.frames import frames, overlap
 from sqcompile.draw.layout import MARGIN, Layout, layout
 from sqcompile.draw.legend import CHIP_WORDS, CHIPS, classes, legend, sqnr_legend
 from sqcompile.draw.roles import Reason, by_done
+from sqcompile.plan.said import decibels
 
 _REASONS, _REASON_LENGTH = 8, 120
 
@@ -116,7 +117,7 @@ def _node(name: str, data: dict[str, Any], x: float, y: float, interactive: bool
     if data["detail"]:
         parts.append(f'<text class="detail size" x="{middle}" y="11">{escape(data["detail"])}</text>')
     if data["sqnr"] is not None:
-        parts.append(f'<text class="detail db" x="{middle}" y="11">{data["sqnr"]:.1f} dB</text>')
+        parts.append(f'<text class="detail db" x="{middle}" y="11">{decibels(data["sqnr"])}</text>')
     return "".join([*parts, "</g>"])
 
 

@@ -1,7 +1,7 @@
 // sites: one tensor and the linears that read it: its channels, tokens, candidates and codes.
 const SITES = DATA.sites;
 const lowest = s => {
-  const known = s.linears.filter(i => L.sqnr[i] != null).map(i => L.sqnr[i]);
+  const known = s.linears.map(sqnr).filter(x => x != null);
   return known.length ? Math.min(...known) : null;
 };
 let open = -1;
@@ -11,9 +11,9 @@ function siteList() {
   list.replaceChildren(...SITES.flatMap((s, i) => {
     if (text && !(s.label + " " + s.linears.map(k => L.name[k]).join(" ")).toLowerCase().includes(text)) return [];
     const low = lowest(s);
-    const sqnr = low == null ? (L.quantized[s.linears[0]] ? "–" : "float") : low.toFixed(1);
+    const beside = L.quantized[s.linears[0]] ? decibels(low) : "float";
     return [make("li", {}, make("button", { type: "button", "data-site": i, "aria-current": String(i === open), onclick: () => show(i) },
-      make("span", {}, s.label), make("span", {}, sqnr)))];
+      make("span", {}, s.label), make("span", {}, beside)))];
   }));
   if (!list.children.length) list.append(make("li", { class: "note" }, "No site has such a name."));
 }
