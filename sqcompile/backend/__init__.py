@@ -27,6 +27,8 @@ from sqcompile.backend.runner import GRAD, Runner, asks_for_gradients
 from sqcompile.backend.session import reset, session_of
 from sqcompile.errors import CaptureError, SQCompileError
 from sqcompile.process.lock import compiling
+from sqcompile.process.progress import carried
+from sqcompile.pytorch.dynamo import Through
 
 __all__ = ["Options", "smoothquant"]
 
@@ -38,7 +40,7 @@ def smoothquant(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """The backend. Its errors are raised by the call that made Dynamo compile, as they are.
+    """The backend. Its errors, and those of a user's ``progress``, are raised by the call that made Dynamo compile, as they are.
 
     Args:
         gm: Dynamo's graph.
@@ -50,7 +52,7 @@ def smoothquant(
         What runs in place of the graph.
     """
     try:
-        with compiling():
+        with compiling(), carried(Through):
             return _compiled(gm, example_inputs, options, mode)
     except SQCompileError as e:
         return _raises(e)

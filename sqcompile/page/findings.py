@@ -109,7 +109,9 @@ def _of_quality(plan: Plan, evidence: Evidence, measured: Evaluation | None) -> 
     expects = ""
     if expected is not None and evidence.logits:
         share = "" if expected.of_all else f", of {expected.known} of {expected.linears} linears"
-        expects = f" Gradients on the calibration sample expect +{100 * grown(expected.loss):.2g} % of perplexity{share}."
+        expects = (
+            f" Gradients on the calibration sample expect +{100 * grown(expected.loss):.2g} % of perplexity{share}."
+        )
     yield Finding("look", f"What the model has lost was not measured on held-out data: pass an evaluation (sqcompile eval --against).{expects}")  # fmt: skip
 
 

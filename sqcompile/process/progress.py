@@ -79,7 +79,7 @@ class _Raised(BaseException):
     """What a user's function has raised, on its way out: nothing on the way takes it for an error of its own."""
 
     def __init__(self, error: Exception) -> None:
-        self.error = error
+        self.error, self.context = error, error.__context__
 
 
 class _Steps:
@@ -124,12 +124,23 @@ class _Steps:
 
 
 _running: ContextVar[_Steps | None] = ContextVar("sqcompile_progress", default=None)
+_carrier: ContextVar[Callable[[Exception], Exception] | None] = ContextVar("sqcompile_carrier", default=None)
 
 
 def check_show(progress: Any) -> None:
     """Raises RecipeError for what ``progress`` cannot be."""
     if not isinstance(progress, bool) and not callable(progress):
         raise RecipeError(f"progress={progress!r}: True, False, or a function that takes a sqcompile.Progress")
+
+
+@contextlib.contextmanager
+def carried(by: Callable[[Exception], Exception]) -> Iterator[None]:
+    """What a user's function raises meanwhile comes as ``by(error)``, where there is somebody who takes it out of that."""
+    token = _carrier.set(by)
+    try:
+        yield
+    finally:
+        _carrier.reset(token)
 
 
 def silent(stage: str) -> None:
@@ -152,7 +163,7 @@ def stages(names: Sequence[str], progress: Show) -> Iterator[Enter]:
     line = _Line(names) if progress is True and is_watched() else None
     steps = _Steps(None if isinstance(progress, bool) else progress, line)
     token = _running.set(steps)
-    raised: Exception | None = None
+    raised: _Raised | None = None
 
     def enter(stage: str) -> None:
         if steps.open:
@@ -167,13 +178,17 @@ def stages(names: Sequence[str], progress: Show) -> Iterator[Enter]:
         if line is not None:
             line.finish(_DONE.get(names[-1], "done"))
     except _Raised as e:
-        raised = e.error
+        raised = e
     finally:
         _running.reset(token)
         if line is not None:
             line.close()
     if raised is not None:
-        raise raised
+        by = _carrier.get()
+        try:
+            raise raised.error if by is None else by(raised.error)
+        finally:  # what it was raised in is the user's own, and not what was in between
+            raised.error.__context__ = raised.context
 
 
 @contextlib.contextmanager
@@ -195,7 +210,7 @@ def part(name: str = "", total: int | None = None) -> Iterator[Callable[..., Non
 
     def add(done: int | None = None) -> None:
         step.done = step.done + 1 if done is None else done
-        if steps.open[-1] is step:
+        if steps.open and steps.open[-1] is step:
             steps.told()
 
     try:
