@@ -29,7 +29,8 @@ def plot(plan: Plan, site: str | int) -> Any:
     needed("mpl_toolkits.mplot3d")  # what gives a figure 3-D axes
     first = next(l for l in plan.layers if l.name == found.linears[0])
     figure = figures.Figure(figsize=(11, 10), layout="constrained")
-    figure.suptitle(label_of(plan, found))
+    edited = f"\n{', '.join(found.undivided)}: weights as before the plan was edited" if found.undivided else ""
+    figure.suptitle(label_of(plan, found) + edited)
     for k, (title, row) in enumerate((("activations", 0), ("weights", 2))):
         _channels(figure.add_subplot(3, 2, k + 1), found, title, row, first.quantized)
     for k, when in enumerate(("before", "after")[: 1 + first.quantized]):

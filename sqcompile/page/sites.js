@@ -45,6 +45,8 @@ function panel(s, i) {
       make("button", { type: "button", disabled: i === SITES.length - 1, onclick: () => show(i + 1) }, "Next"))),
     make("ul", { class: "floats mono" }, ...s.linears.map(k => make("li", {}, `${plain(L.name[k])}: ${L.quantized[k] ? db(k) : "float"}`))),
     s.spikes ? make("p", {}, make("span", { class: "tag look" }, "Spikes"), ` ${s.spikes}`) : null,
+    s.undivided.length ? make("p", {}, make("span", { class: "tag look" }, "Edited"),
+      ` ${s.undivided.map(k => plain(L.name[k])).join(", ")}: the weight absorbed 1/s of a site that was dropped when the plan was edited. Weights after smoothing, their codes and SQNR are of before.`) : null,
     make("ul", { class: "facts" }, ...facts.map(([k, v]) => make("li", {}, make("span", {}, k), v))));
   const plots = make("div", { class: "plots" }, ...channels(s, int, rotation), ...heats(s, int), ...curve(s, alpha, rotation), ...codes(s));
   return [head, plots, largest(s, int, rotation)];

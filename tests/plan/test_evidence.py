@@ -147,7 +147,11 @@ def test_every_field_is_checked(tmp_path):
     evidence = dynamic_plan().evidence
     assert evidence is not None
     first = evidence.inputs[0]
-    for inputs in ((first, first), (dataclasses.replace(first, itemsize=2**40),)):
+    for inputs in (
+        (first, first),
+        (dataclasses.replace(first, itemsize=2**40),),
+        (dataclasses.replace(first, undivided=("nobody",)),),
+    ):
         with pytest.raises(
             PlanError, match=r"a linear is there twice|itemsize is 1099511627776, not 1, 2, 4 or 8 bytes"
         ):
