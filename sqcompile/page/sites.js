@@ -15,7 +15,7 @@ function siteList() {
     return [make("li", {}, make("button", { type: "button", "data-site": i, "aria-current": String(i === open), onclick: () => show(i) },
       make("span", {}, s.label), make("span", {}, beside)))];
   }));
-  if (!list.children.length) list.append(make("li", { class: "note" }, "No site has such a name."));
+  if (!list.children.length) list.append(make("li", { class: "note" }, SITES.length ? "No site has such a name." : "None: the plan has no evidence."));
 }
 
 function show(i, scroll = false) {
