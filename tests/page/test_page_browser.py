@@ -94,7 +94,9 @@ def test_what_is_exact_and_what_nobody_knows(page, tmp_path):
         page.get((tmp_path / "r.html").as_uri())
         until(page, f"document.getElementById('shown').textContent.startsWith('{len(cells)} of')")
         assert texts(page, "#rows td:nth-child(7)") == cells and words in texts(page, "#c-sqnr")[0]
-        assert "no evidence" in texts(page, "#site")[0] and texts(page, "#sitelist li") == ["None: the plan has no evidence."]
+        assert "no evidence" in texts(page, "#site")[0] and texts(page, "#sitelist li") == [
+            "None: the plan has no evidence."
+        ]
 
 
 def test_an_edited_site_says_what_is_not_so_any_more(page, tmp_path):

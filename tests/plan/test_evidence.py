@@ -192,3 +192,14 @@ def test_of_two_graphs_the_first_counts():
     one, other = made()[2].evidence, made(skip=("down",))[2].evidence
     both = one.joined(other)
     assert both.inputs == one.inputs and Evidence().joined(one).inputs == one.inputs and both.curves == one.curves
+
+
+def test_plans_of_two_versions_are_equal_and_their_files_are_not(tmp_path):
+    plan = dynamic_plan()
+    other = dataclasses.replace(
+        plan, evidence=dataclasses.replace(plan.evidence, versions="sqcompile 0.1.0, torch 9.0")
+    )
+    for p, name in ((plan, "a"), (plan, "b"), (other, "c")):
+        p.save(tmp_path / name)
+    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
+    assert a == b != c and Plan.load(tmp_path / "a") == Plan.load(tmp_path / "c")
