@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import fx
+from torch import Tensor, fx
 
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.graph import Linear, aten, constants, find_linears, first_leaf, nodes_by_name
@@ -15,7 +15,7 @@ from sqcompile.passes.labels.match import match
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.names import PRODUCTS, Names, refusal_lines
 from sqcompile.plan.plan import Plan
-from sqcompile.plan.said import decibels, spread
+from sqcompile.plan.said import decibels
 
 NORMS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"}
 _FORMATS = {"int8": "INT8", "fp8": "FP8"}
@@ -119,7 +119,7 @@ def roles_of(traced: fx.GraphModule, plan: Plan | None = None) -> Roles:
             continue
         label, own = str(roles.names.site(site.name)), parameters.get(site.producer)
         key = own if own in roles.linears else site.producer
-        s = [("s", spread(plan.scales[site.name]))] if plan is not None else []
+        s = [("s", _spread(plan.scales[site.name]))] if plan is not None else []
         roles.add(key, "producer", ("absorbs 1/s of", label), *s)
         for linear, _ in site.balance:
             roles.add(linear.name, "balance", ("absorbs s of", label), *s)
@@ -191,6 +191,14 @@ def _smoothing(x: LayerPlan | AttentionPlan) -> str:
         x.smoothing
     ]
     return f"{how}, α {x.alpha:.2f}" if x.alpha is not None else how
+
+
+def _spread(s: Tensor) -> str:
+    values = s.detach().float().cpu().reshape(-1)
+    if not values.numel():
+        return "no channels"
+    low, middle, high = (float(x) for x in (values.min(), values.median(), values.max()))
+    return f"{values.numel()} channels, {low:.3g} to {high:.3g}, median {middle:.3g}"
 
 
 def _format(plan: Plan | None) -> str:

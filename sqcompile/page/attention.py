@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+
 from sqcompile.plan.entries import AttentionPlan
 from sqcompile.plan.names import PRODUCTS
 from sqcompile.plan.plan import Plan
-from sqcompile.plan.said import decibels, spread
+from sqcompile.plan.said import decibels
 
-HEADINGS = ("Attention", "Runs in", "Heads", "Smoothing", "Scales", "SQNR of the scores", "Why")
+HEADINGS = ("Attention", "Runs in", "Heads × channels", "Smoothing", "Scales", "SQNR of the scores", "Why")
 
 _EACH = {"per_token": "one for each token and head", "per_head": "one for each head", "per_tensor": "one for all heads"}
 
@@ -24,7 +26,7 @@ def attention_rows(plan: Plan) -> list[tuple[str, ...]]:
             _smoothing(a, plan),
             _scales(a, plan),
             "" if a.quantized == "none" else "not known" if a.sqnr_db is None else decibels(a.sqnr_db),
-            a.reason,
+            a.reason.replace(f"{a.name}.", "").replace(".weight", ""),
         )
         for a in plan.attention
     ]
@@ -32,8 +34,8 @@ def attention_rows(plan: Plan) -> list[tuple[str, ...]]:
 
 def _heads(a: AttentionPlan) -> str:
     heads, groups, width = a.shape
-    of = f"{heads}" if heads == groups else f"{heads} of queries, {groups} of keys"
-    return f"{of}, {width} channels each" if math.prod(a.shape) else ""
+    keys = "" if heads == groups else f", keys {groups} × {width}"
+    return f"{heads} × {width}{keys}" if math.prod(a.shape) else ""
 
 
 def _smoothing(a: AttentionPlan, plan: Plan) -> str:
@@ -42,8 +44,8 @@ def _smoothing(a: AttentionPlan, plan: Plan) -> str:
         return ""
     parts = [a.smoothing if a.alpha is None else f"{a.smoothing}, α {a.alpha:.2f}"]
     if (by := plan.heads.get(f"{a.name}/query_by")) is not None:
-        parts.append(f"s of {spread(by)}")
-    return "; ".join(parts)
+        parts.append(f"s {_range(by)}")
+    return ", ".join(parts)
 
 
 def _scales(a: AttentionPlan, plan: Plan) -> str:
@@ -55,8 +57,12 @@ def _scales(a: AttentionPlan, plan: Plan) -> str:
     else:
         parts = [f"Q and K {_EACH.get(plan.recipe.granularity, 'at run time')}"]
     if (values := plan.heads.get(f"{a.name}/value_scale")) is not None:
-        low, high = float(values.min()), float(values.max())
-        parts.append(f"V {low:.3g} to {high:.3g}" if low < high else f"V {low:.3g}")
+        parts.append(f"V {_range(values)}")
     elif a.quantized == "qk_pv":
         parts.append("V one for each channel")
     return ", ".join(parts)
+
+
+def _range(s: Tensor) -> str:
+    low, high = float(s.min()), float(s.max())
+    return f"{low:.3g} to {high:.3g}" if low < high else f"{low:.3g}"

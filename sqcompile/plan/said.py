@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.notebook import line, table, titled
 
@@ -46,15 +44,6 @@ def attentions_in(attention: Sequence[AttentionPlan]) -> str:
 def decibels(db: float, unit: str = " dB") -> str:
     """A signal to noise ratio; of no noise at all, "exact"."""
     return "exact" if db == math.inf else f"{db:.1f}{unit}"
-
-
-def spread(s: Tensor) -> str:
-    """The scales of channels, of any shape: how many, and from where to where they reach."""
-    values = s.detach().float().cpu().reshape(-1)
-    if not values.numel():
-        return "no channels"
-    low, middle, high = (float(x) for x in (values.min(), values.median(), values.max()))
-    return f"{values.numel()} channels, {low:.3g} to {high:.3g}, median {middle:.3g}"
 
 
 def shown(plan: Plan) -> str:

@@ -118,7 +118,7 @@ def test_attentions_are_a_table(page, tmp_path):
     until(page, "document.querySelectorAll('#rows tr').length === 1")
     assert texts(page, "nav a")[-1] == "Attention" and texts(page, "#attention td.name") == ["a", "<i>b</i>"]
     assert texts(page, "#attention tbody tr:first-child td")[1:] == [
-        "INT8 QKᵀ", "4 of queries, 2 of keys, 16 channels each", "folded, α 0.50", "Q and K one for each token and head",
+        "INT8 QKᵀ", "4 × 16, keys 2 × 16", "folded, α 0.50", "Q and K one for each token and head",
         "33.0 dB", "because of a",
     ]  # fmt: skip
 

@@ -108,18 +108,22 @@ def test_attentions_have_their_scales_their_error_and_their_reason() -> None:
     (a,) = plan.attention
     (row,) = attention_rows(plan)
     s = plan.heads[f"{a.name}/query_by"]
-    smoothing = f"folded, α {a.alpha:.2f}; s of 32 channels, {float(s.min()):.3g} to {float(s.max()):.3g}, median"
-    assert row[:3] == (a.name, "INT8 QKᵀ", "2, 16 channels each") and row[3].startswith(smoothing)
-    assert row[4:] == ("Q and K one for each token and head", f"{a.sqnr_db:.1f} dB", a.reason)
+    smoothing = f"folded, α {a.alpha:.2f}, s {float(s.min()):.3g} to {float(s.max()):.3g}"
+    assert row[:3] == (a.name, "INT8 QKᵀ", "2 × 16") and row[3] == smoothing
+    assert row[4:] == (
+        "Q and K one for each token and head",
+        f"{a.sqnr_db:.1f} dB",
+        "s folded into q and k; K less its mean",
+    )
     (static,) = static_plan().attention
     (row,) = attention_rows(static_plan())
     assert row[1] == "INT8 QKᵀ, PV" and row[4].startswith(f"static: Q {static.q_scale:.3g}, K {static.k_scale:.3g}, V ")
     both = dataclasses.replace(a, quantized="qk_pv", sqnr_db=None, shape=(4, 2, 16))
     (row,) = attention_rows(dataclasses.replace(plan, attention=(both,)))
-    assert row[2] == "4 of queries, 2 of keys, 16 channels each" and row[4].endswith(", V one for each channel")
+    assert row[2] == "4 × 16, keys 2 × 16" and row[4].endswith(", V one for each channel")
     assert row[5] == "not known"
     left = dataclasses.replace(a, quantized="none", smoothing="none", alpha=None, sqnr_db=None, reason="no kernel")
-    assert attention_rows(dataclasses.replace(plan, attention=(left,)))[0] == (a.name, "float", row[2].replace("4 of queries, 2 of keys", "2"), "", "", "", "no kernel")  # fmt: skip
+    assert attention_rows(dataclasses.replace(plan, attention=(left,)))[0] == (a.name, "float", "2 × 16", "", "", "", "no kernel")  # fmt: skip
     faint = dataclasses.replace(plan, attention=(dataclasses.replace(a, sqnr_db=12.0),))
     assert f"look: The scores of 1 attention are below 20 dB: {a.name}." in texts(facts_of(Subject(faint)))
     assert "The scores of" not in texts(facts_of(Subject(plan)))
