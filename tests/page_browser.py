@@ -17,6 +17,7 @@ import pytest
 from sqcompile import Evaluation
 from sqcompile.compiled.report import Report
 from sqcompile.page import html
+from sqcompile.plan.entries import AttentionPlan
 
 FAKE = html._packed("window.vegaEmbed = async () => ({ finalize() {}, view: { addEventListener() {} } });")
 NASTY = "</script><script>window.bad = 1</script><!--<b>&amp;\"'"
@@ -114,7 +115,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "next tokens", 8, 4096, 12.5, 0.4, 12.4, 0.4, 0.8, 0.05, tokens_per_second=200.0, float_tokens_per_second=100.0
     )
     found = tmp_path_factory.mktemp("page") / "report.html"
-    plan = dataclasses.replace(plan, recipe=recipe, layers=entries)
+    of = {"alpha": 0.5, "sqnr_db": 33.0, "shape": (4, 2, 16)}
+    attention = (AttentionPlan(NASTY, "qk", "folded", NASTY, **of), AttentionPlan("b", "none", "none", "skipped"))
+    plan = dataclasses.replace(plan, recipe=recipe, layers=entries, attention=attention)
     Report.of(plan).to_html(found, evaluation=measured, title=NASTY)
     return found
 

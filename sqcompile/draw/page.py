@@ -125,7 +125,7 @@ def _legend(g: nx.DiGraph) -> str:
         for role, text in CHIP_WORDS.items()
         if any(role in c.split() for c in found)
     ]
-    colours = "".join(_entry(css, text) for css, text in legend(found))
+    colours = "".join(_entry(css, text) for css, text in legend(data for _, data in g.nodes(data=True)))
     steps = "".join(_entry(css, text) for css, text in sqnr_legend())
     return (
         f'<ul class="sqd-by-role">{colours}{"".join(chips)}</ul>'

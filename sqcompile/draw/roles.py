@@ -72,6 +72,7 @@ class Roles:
         reasons: why no parameter can absorb 1/s, or why linears stay in float.
         attentions: attention's node -> which of its products are in INT8, in words; in the order of their results.
         owners: attention's node -> its name.
+        format: what quantized linears run in, "INT8".
     """
 
     linears: dict[str, Linear]
@@ -84,6 +85,7 @@ class Roles:
     reasons: list[Reason] = field(default_factory=list)
     attentions: dict[str, str] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
+    format: str = "INT8"
 
     def add(self, key: str, role: str, *facts: tuple[str, str]) -> None:
         self.roles.setdefault(key, set()).add(role)
@@ -113,7 +115,7 @@ def roles_of(traced: fx.GraphModule, plan: Plan | None = None) -> Roles:
     sites, refusals = match(traced)
     linears = find_linears(traced)
     parameters = {**parameters_of(traced), **{l.node: l.name for l in linears}}
-    roles = Roles({l.name: l for l in linears}, parameters, Names(parameters.values()))
+    roles = Roles({l.name: l for l in linears}, parameters, Names(parameters.values()), format=_format(plan))
     for site in sites:
         if plan is not None and site.name not in plan.scales:
             continue

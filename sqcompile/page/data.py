@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sqcompile.page.charts import HEAT_DEPTH, HEAT_SHEAR
-from sqcompile.page.facts import inputs_of
+from sqcompile.page.facts import inputs_of, is_dynamic
 from sqcompile.plan.evidence import CODES, OCTAVES, Curve, Evidence, InputEvidence
 from sqcompile.plan.names import linear_labels, site_labels
 from sqcompile.plan.plan import Plan
@@ -69,7 +69,7 @@ def _curve(evidence: Evidence, found: InputEvidence) -> Curve | None:
 def _site(i: InputEvidence, label: str, at: dict[str, int], curve: Curve | None, plan: Plan) -> dict[str, Any]:
     first = plan.layers[at[i.linears[0]]]
     return {
-        "dynamic": int(plan.recipe.activation == "per_tensor_static" and first.activation == "per_token"),
+        "dynamic": int(is_dynamic(plan, first)),
         "label": label,
         "linears": [at[n] for n in i.linears],
         "channels": i.channels,

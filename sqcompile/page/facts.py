@@ -167,7 +167,7 @@ def _worst(done: list[LayerPlan]) -> tuple[str, str, str]:
         return "Lowest SQNR of a linear", "not known", "the plan has no numbers of it"
     low, name = min(known)
     if low == math.inf:
-        note = "INT8 holds every output of these linears"
+        note = "of every linear whose SQNR is known"
     else:
         note = f"{name.removesuffix('.weight')}, an error of {percent(low)}"
     note += "" if len(known) == len(done) else f"; known of {len(known)} of {len(done)} linears"
@@ -223,6 +223,11 @@ def _rows(subject: Subject, evidence: Evidence, memory: Memory) -> Iterable[tupl
         yield "Expected speed against bfloat16", line
     yield "Made with", evidence.versions or "not known"
     yield "Recipe", repr(plan.recipe)
+
+
+def is_dynamic(plan: Plan, first: LayerPlan) -> bool:
+    """Whether a static recipe leaves a linear's input a scale for each token."""
+    return plan.recipe.activation == "per_tensor_static" and first.activation == "per_token"
 
 
 def inputs_of(plan: Plan) -> tuple[InputEvidence, ...]:

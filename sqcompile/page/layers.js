@@ -25,7 +25,7 @@ function ranking() {
   const order = L.name.map((_, i) => i).filter(i => cost(i) > 0).sort((a, b) => cost(b) - cost(a)).slice(0, 20);
   const rows = order.map(i => ({
     name: plain(L.name[i]), cost: cost(i), kind: L.quantized[i] ? DATA.dtype : "float", site: L.site[i],
-    share: L.quantized[i] && known && total ? percent(cost(i) / total) : "left in float",
+    share: !L.quantized[i] ? "left in float" : known && total ? percent(cost(i) / total) : "not known",
   }));
   const unit = known ? (DATA.logits ? "cost, nats per output row" : "cost, half of the outputs' relative error energy") : "relative error energy of its own output";
   const share = known && total ? order.filter(i => L.quantized[i]).reduce((s, i) => s + cost(i), 0) / total : null;

@@ -105,11 +105,12 @@ function heats(s, int) {
 }
 
 function curve(s, alpha, rotation) {
-  if (!s.curve || !s.curve.tried.length) return [make("p", { class: "card note" }, "Nothing was tried here, so that there is no curve.")];
+  if (!s.curve?.tried.some(t => t[2] === s.dynamic)) return [make("p", { class: "card note" }, "Nothing was tried here, so that there is no curve.")];
   const is = t => t[0] === alpha && t[1] === rotation && t[2] === s.dynamic;
   const shown = s.curve.tried.filter(t => t[2] === s.dynamic);
   const say = t => `${t[0] == null ? "no smoothing" : `α ${t[0]}`}, ${t[1] ? `rotated by ${t[1]}` : "not rotated"}`;
-  const rows = shown.map(t => ({ alpha: t[0] ?? -0.1, rotation: String(t[1] ?? "none"), cost: Math.max(t[3], 1e-30), chosen: is(t), how: say(t) }));
+  const least = Math.min(...shown.map(t => t[3]).filter(x => x > 0), 1); // what costs nothing stands below, as 0 has no logarithm
+  const rows = shown.map(t => ({ alpha: t[0] ?? -0.1, rotation: String(t[1] ?? "none"), cost: t[3] || least / 10, chosen: is(t), how: say(t) }));
   const chosen = shown.find(is), plainly = shown.find(t => t[0] == null && t[1] == null);
   let words = chosen ? `Chosen, with a ring: ${say(chosen)}, ${number(chosen[3])}.` : "What runs is none of these.";
   if (chosen && plainly && chosen !== plainly) words += ` Without smoothing and rotation: ${number(plainly[3])}.`;
@@ -130,7 +131,7 @@ function codes(s) {
     if (used.length) words.push(`${what} reach from ${span(used[0])[0]} to ${span(used[used.length - 1])[1]}`);
   });
   if (!rows.length) return [make("p", { class: "card note" }, "No codes: these linears run in float.")];
-  const text = `Of sampled values ${words.join(", ")}; ${percent(s.clipped)} of activations are clipped, ${percent(s.zeros)} rounded to zero.`;
+  const text = `Of sampled values ${words.join(", ")}${s.clipped == null ? "" : `; ${percent(s.clipped)} of activations are clipped, ${percent(s.zeros)} rounded to zero`}.`;
   return [figure(`Histogram of ${DATA.dtype} codes`, text, "codes", rows, { codes: DATA.dtype === "INT8" ? "INT8 code" : "value, 127 being the largest" })];
 }
 

@@ -23,7 +23,9 @@ from sqcompile import Evaluation, Plan, Recipe, ReportError
 from sqcompile.cli.report import read_evaluation
 from sqcompile.cli.terminal import CommandError
 from sqcompile.compiled.report import Report
+from sqcompile.page.data import data_of
 from sqcompile.page.facts import Subject, facts_of, memory_of
+from sqcompile.plan.evidence import Curve, Tried
 
 pytest.importorskip("altair", reason="altair is not installed")
 pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
@@ -233,6 +235,25 @@ def test_plot_by_matplotlib(compiled, tmp_path):
             compiled.report.plot(wrong)
     with pytest.raises(ReportError, match="no evidence to plot"):
         Report.of(dataclasses.replace(compiled.plan, evidence=None)).plot(0)
+
+
+def test_a_plot_rings_what_runs_among_the_candidates_of_its_kind(compiled):
+    """Of a static recipe that leaves an input a scale for each token, as the page does."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    plan = compiled.plan
+    site = plan.evidence.inputs[0].site
+    tried = tuple(Tried(0.5, None, dynamic, 1e-3 if dynamic else 9e-3) for dynamic in (False, True))
+    evidence = dataclasses.replace(plan.evidence, curves={site: Curve(False, tried)})
+    first = dataclasses.replace(plan.layers[0], activation="per_token")
+    plan = dataclasses.replace(
+        plan,
+        recipe=Recipe(alpha=0.5, activation="per_tensor_static"),
+        layers=(first, *plan.layers[1:]),
+        evidence=evidence,
+    )
+    (axes,) = (a for a in Report.of(plan).plot(0).axes if a.get_title() == "what was tried")
+    assert [line.get_ydata().tolist() for line in axes.get_lines()] == [[1e-3], [1e-3]]
+    assert data_of(plan)["sites"][0]["dynamic"] == 1
 
 
 def test_evaluations_from_files(tmp_path):

@@ -56,7 +56,7 @@ def test_what_was_not_measured_is_said() -> None:
 def test_exact_outputs_are_said_to_be_exact() -> None:
     plan = with_layers(page_cases.synthetic(2), sqnr_db=math.inf, loss=0.0)
     facts = facts_of(Subject(plan))
-    assert card(facts, "Lowest SQNR") == ("exact", "INT8 holds every output of these linears")
+    assert card(facts, "Lowest SQNR") == ("exact", "of every linear whose SQNR is known")
     assert "lowest SQNR exact" in repr(plan)
     some = with_layers(plan, sqnr_db=lambda i: 30.0 + i if i < 3 else math.inf)
     found = str(Report.of(some)), plan._repr_html_(), some._repr_html_(), Report.of(some)._repr_html_()
