@@ -189,6 +189,7 @@ def stages(names: Sequence[str], progress: Show) -> Iterator[Enter]:
             raise raised.error if by is None else by(raised.error)
         finally:  # what it was raised in is the user's own, and not what was in between
             raised.error.__context__ = raised.context
+            raised = None  # its traceback has this frame
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import gc
 import json
 import pickle
 import re
+import weakref
 import zlib
 
 import page_browser
@@ -87,6 +88,21 @@ def test_without_the_float_model_the_page_says_why_there_is_no_graph(tmp_path):
     found.report.to_html(tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
     assert 'id="graph"' not in text and "not drawn: the float model was freed" in text
+
+
+def test_a_report_keeps_no_weights_of_a_model_that_is_gone(tmp_path):
+    model = Tiny().eval()
+    found = sqcompile.compile(model, [torch.randn(40, 32)], recipe=Recipe(alpha=0.5), backend="eager", progress=False)
+    report, lowered = found.report, weakref.ref(found.lowered)
+    assert [*report.stages] == ["traced", "folded", "quantized", "lowered"]
+    del found
+    gc.collect()
+    assert lowered() is None and [*report.stages] == ["traced", "folded", "quantized"] and len(report.stages) == 3
+    with pytest.raises(KeyError, match="the compiled model is gone"):
+        report.stages["lowered"]
+    report.to_html(tmp_path / "r.html")
+    drawing = data((tmp_path / "r.html").read_text(), "drawing")
+    assert 'data-stage="quantized"' in drawing and 'data-stage="lowered"' not in drawing
 
 
 def test_attentions_in_float_have_their_reasons():
