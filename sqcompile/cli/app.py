@@ -163,7 +163,7 @@ def report(
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Say what was done with each linear, and why.
+    """Say what was done with each linear, and why. DIR may be the file of a plan, too.
 
     **Examples**
 

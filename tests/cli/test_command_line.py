@@ -125,7 +125,15 @@ def test_report_serve_show_and_bench(made: Path, monkeypatch):
     written = run("report", made / "out", "-o", made / "page.html", "--evaluation", made / "eval.json")
     assert written.exit_code == 0, written.output
     page = (made / "page.html").read_text()
-    assert "14 of 15" in page and "<h1>out</h1>" in page and "lm_head.weight" in page and "Perplexity, measured" in page
+    assert "14 of 15" in page and "<h1>out</h1>" in page and "<li>lm_head: " in page and "Perplexity, measured" in page
+    sqcompile.load(made / "out", backend="eager").plan.save(made / "plan.safetensors")  # a plan alone
+    assert run("report", made / "plan.safetensors").output == text.output
+    assert run("report", made / "plan.safetensors", "-o", made / "plan.html").exit_code == 0
+    assert (
+        "14 of 15" in (made / "plan.html").read_text()
+        and "<h1>LlamaForCausalLM</h1>" in (made / "plan.html").read_text()
+    )
+    assert "is not a sqcompile plan" in run("report", made / "eval.json").output
     for wrong in (["--evaluation", made / "eval.json"], ["-o", made / "x.html", "--evaluation", made / "texts.jsonl"]):
         assert run("report", made / "out", *wrong).exit_code == 2
     refused = run("serve", made / "out")
