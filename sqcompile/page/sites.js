@@ -22,10 +22,17 @@ function show(i, scroll = false) {
   if (!SITES[i]) return;
   open = i;
   for (const b of document.querySelectorAll("#sitelist button")) b.setAttribute("aria-current", String(Number(b.dataset.site) === i));
+  inList();
   const box = $("site");
   forget(box);
   box.replaceChildren(...panel(SITES[i], i));
   if (scroll) $("sites").scrollIntoView();
+}
+
+// Moves the list, and not the page, until the site that is open is seen in it.
+function inList() {
+  const b = document.querySelector('#sitelist button[aria-current="true"]')?.getBoundingClientRect(), list = $("sitelist").getBoundingClientRect();
+  if (b && (b.top < list.top || b.bottom > list.bottom)) $("sitelist").scrollTop += b.top - list.top - (list.height - b.height) / 2;
 }
 
 function panel(s, i) {

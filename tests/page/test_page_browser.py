@@ -110,6 +110,19 @@ def test_an_edited_site_says_what_is_not_so_any_more(page, tmp_path):
     assert "Edited" not in texts(page, "#site")[0]
 
 
+def test_the_list_shows_the_site_that_is_open(page, tmp_path):
+    write_page(tmp_path / "r.html", Subject(page_cases.synthetic(8)))
+    page.get((tmp_path / "r.html").as_uri())
+    until(page, "document.querySelectorAll('#sitelist button').length === 32")
+    seen = """const list = document.getElementById('sitelist').getBoundingClientRect();
+      const b = document.querySelector('#sitelist button[aria-current="true"]').getBoundingClientRect();
+      return [b.top >= list.top && b.bottom <= list.bottom, document.getElementById('sitelist').scrollTop]"""
+    for row, last in ((55, True), (0, False)):
+        click(page, f'#rows tr[data-layer="{row}"] td.name button')
+        found, top = page.execute_script(seen)
+        assert found and (top > 0) == last
+
+
 def test_attentions_are_a_table(page, tmp_path):
     made = {"alpha": 0.5, "sqnr_db": 33.0, "shape": (4, 2, 16)}
     attention = tuple(AttentionPlan(n, "qk", "folded", f"because of {n}", **made) for n in ("a", "<i>b</i>"))
