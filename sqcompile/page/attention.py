@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from torch import Tensor
 
@@ -26,7 +27,7 @@ def attention_rows(plan: Plan) -> list[tuple[str, ...]]:
             _smoothing(a, plan),
             _scales(a, plan),
             "" if a.quantized == "none" else "not known" if a.sqnr_db is None else decibels(a.sqnr_db),
-            a.reason.replace(f"{a.name}.", "").replace(".weight", ""),
+            re.sub(rf"(?<![\w.]){re.escape(a.name)}\.", "", a.reason).replace(".weight", ""),
         )
         for a in plan.attention
     ]
