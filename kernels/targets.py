@@ -92,6 +92,7 @@ class Target:
     def of(device: torch.device) -> Target:
         """The target that a device of this machine is."""
         if device.type == "cuda" and fused.available(device):
+            fused.replay_launches()
             major, minor = torch.cuda.get_device_capability(device)
             return _cuda(10 * major + minor)
         here = [target for target, available in _CPUS if device.type == "cpu" and available()]
