@@ -37,16 +37,6 @@ def available(device: torch.device) -> bool:
     return found and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def replay_launches() -> bool:
-    """Has the operators launch their kernels without Python from now on (`triton.replay`); whether they do.
-
-    Before the first of them runs: it builds C++ once per machine, which takes some seconds.
-    """
-    from sqcompile.kernels.triton.replay import install
-
-    return install()
-
-
 def quantize_rows(x: Tensor, granularity: str, multiplier: Tensor | None) -> tuple[Tensor, Tensor]:
     """int8 and Δ of x · multiplier, any float dtype [..., K]; one Δ per "token" [..., 1] or per "tensor" []."""
     x = _scaled(x, multiplier)

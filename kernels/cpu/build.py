@@ -11,13 +11,11 @@ from typing import Any
 log = logging.getLogger("sqcompile")
 
 
-def built(
-    *names: str, what: str = "sqcompile's CPU kernels do", instead: str = "slower ones of PyTorch take their place"
-) -> Any | None:
-    """The library of some files beside this one, one after the other; None, with a warning, where they do not build.
+CPU_KERNELS = "sqcompile's CPU kernels do not build here, slower ones of PyTorch take their place"
 
-    ``what`` and ``instead`` are of the warning: what does not build, and what is done then.
-    """
+
+def built(*names: str, otherwise: str = CPU_KERNELS) -> Any | None:
+    """The library of some files beside this one, one after the other; None, with a warning, where they do not build."""
     from sqcompile.pytorch.inductor import CppCodeCache  # here, as it takes its time
 
     try:
@@ -32,7 +30,7 @@ def built(
         return library
     except Exception as e:
         warnings.warn(
-            f"{what} not build here, {instead}. Install a C++ compiler for Inductor, such as g++: {e}",
+            f"{otherwise}. Install a C++ compiler for Inductor, such as g++: {e}",
             stacklevel=2,
         )
         return None

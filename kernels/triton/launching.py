@@ -3,7 +3,7 @@
 A `Recorder` sees what an operator does for one call: which buffers it makes, which kernels it launches with which arguments.
 What it writes down are numbers alone (`replay.cpp` reads them), with addresses said as "the second tensor of the call" or
 "the first buffer made": so the same kernels can be launched for other tensors of the same layout. An operator that does
-anything else, such as a copy, is not replayed.
+anything else, such as a copy, is not replayed. A buffer of zeros, or of bytes that are all 255, is filled again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sqcompile.pytorch.core import TorchDispatchMode
 
 aten = torch.ops.aten
+# operators that make a buffer, whatever is in it
 _MAKES = {aten.empty.memory_format, aten.empty_strided.default, aten.new_empty.default, aten.empty_like.default}
 _NUMBER, _POINTER, _MAP = 0, 1, 2  # kinds of parameters, as in replay.cpp
 _MOST_SHARED = 228 * 1024  # bytes of shared memory beyond which Triton launches in a way of its own
@@ -52,6 +53,7 @@ class Recorder(TorchDispatchMode):
         self.given = {t.data_ptr(): i for i, t in reversed([*enumerate(t for t in arguments if isinstance(t, Tensor))])}
         self.count = sum(isinstance(t, Tensor) for t in arguments)
         self.made: list[Tensor] = []
+        self.bytes: dict[int, int] = {}  # that buffers are filled with, by where they start
         self.kernels: list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = []
         self.why: str | None = None
 
@@ -66,8 +68,10 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in _MAKES:
+        byte = _filled_with(func, args)
+        if func in _MAKES or byte is not None:
             self.made.append(out)
+            self.bytes |= {} if byte is None else {_start(out): byte}
         elif not func.is_view:
             self.why = self.why or f"it calls {func}"
         return out
@@ -100,11 +104,18 @@ class Recorder(TorchDispatchMode):
         places = {b.data_ptr(): self.count + i for i, b in enumerate(buffers) if b.numel()}
         words = [len(outputs), len(buffers)]
         for b in buffers:
-            words += [_NUMBERS[b.dtype], *_listed(b.shape), *_listed(b.stride())]
+            words += [_NUMBERS[b.dtype], self.bytes.get(_start(b), -1), *_listed(b.shape), *_listed(b.stride())]
         words.append(len(self.kernels))
         for compiled, grid, args, kwargs in self.kernels:
             words += _launch(compiled, grid, [*args, *kwargs.values()], self.given | places)
         return words
+
+
+def _filled_with(func: Any, args: Sequence[Any]) -> int | None:
+    """The byte that every byte of a new tensor is; None for what makes none, or another."""
+    if func is aten.zeros.default:
+        return 0
+    return 255 if func is aten.full.default and args[1] == -1 and isinstance(args[1], int) else None
 
 
 def _launch(compiled: Any, grid: tuple[int, ...], values: list[Any], places: dict[int, int]) -> list[int]:

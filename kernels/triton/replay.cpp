@@ -41,10 +41,12 @@ struct Config {  // CUlaunchConfig
 using Launch = int (*)(const Config*, void* function, void** parameters, void** extra);
 using Encode = int (*)(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes, const uint64_t* strides,
                        const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int promotion, int fill);
+using Fill = int (*)(void* address, unsigned char byte, size_t bytes, void* stream);
 using Stream = int32_t (*)(int32_t device, void** stream);
 
 Launch launch_kernel = nullptr;
 Encode encode_map = nullptr;
+Fill fill_memory = nullptr;
 Stream current_stream = nullptr;  // null where there is no CUDA, as in tests
 
 // ---- recordings ----
@@ -69,6 +71,7 @@ struct Kernel {
 
 struct Buffer {  // made for a call: an output, or memory between two kernels
   at::ScalarType type;
+  int64_t byte;  // that it is filled with; -1 for none
   std::vector<int64_t> sizes, strides;
 };
 
@@ -213,6 +216,9 @@ std::vector<at::Tensor> run(const Recording& r, std::vector<char*> addresses, at
     before = guard->exchangeDevice(device);
   }
   try {
+    for (size_t i = 0; i < r.buffers.size(); ++i)
+      if (r.buffers[i].byte >= 0)
+        check(fill_memory(made[i].data_ptr(), r.buffers[i].byte, made[i].storage().nbytes(), stream), "cuMemsetD8Async");
     for (size_t i = 0; i < r.kernels.size(); ++i) launch(r.kernels[i], addresses, scratch[i], stream);
   } catch (...) {
     if (guard) guard->uncheckedSetDevice(before);
@@ -288,7 +294,8 @@ const char* sqcompile_replay_driver(const char* driver, const char* torch_cuda) 
   void* cuda = dlopen(driver, RTLD_NOW);
   launch_kernel = cuda ? reinterpret_cast<Launch>(dlsym(cuda, "cuLaunchKernelEx")) : nullptr;
   encode_map = cuda ? reinterpret_cast<Encode>(dlsym(cuda, "cuTensorMapEncodeTiled")) : nullptr;
-  if (launch_kernel == nullptr || encode_map == nullptr) return "the CUDA driver has no cuLaunchKernelEx";
+  fill_memory = cuda ? reinterpret_cast<Fill>(dlsym(cuda, "cuMemsetD8Async")) : nullptr;
+  if (launch_kernel == nullptr || encode_map == nullptr || fill_memory == nullptr) return "the CUDA driver is too old";
   if (torch_cuda == nullptr) return nullptr;
   void* torch = dlopen(torch_cuda, RTLD_NOW | RTLD_NOLOAD);
   current_stream = torch ? reinterpret_cast<Stream>(dlsym(torch, "aoti_torch_get_current_cuda_stream")) : nullptr;
@@ -320,6 +327,7 @@ void sqcompile_replay_leave(const int64_t* words) {
   r->buffers.resize(in.next());
   for (Buffer& b : r->buffers) {
     b.type = static_cast<at::ScalarType>(in.next());
+    b.byte = in.next();
     b.sizes = in.list<int64_t>();
     b.strides = in.list<int64_t>();
   }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ import triton
 from torch import Tensor
 
 from sqcompile.kernels.cpu.build import built
-from sqcompile.kernels.ops import LAUNCHING, on_cuda_library
 from sqcompile.kernels.triton.launching import Recorder
 from sqcompile.pytorch.core import withdraw
 
@@ -30,9 +29,16 @@ _kept: list[Any] = []  # compiled kernels whose functions are launched
 _slow = torch.library.Library("sqcompile_triton", "DEF")  # the operators in Python, which are recorded
 
 
-@functools.cache
-def install() -> bool:
-    """Has CUDA's operators of sqcompile replayed in this process, once. Returns whether they are."""
+def install(operators: Mapping[str, Callable[..., Any]], registered: torch.library.Library) -> bool:
+    """Has CUDA's operators of sqcompile replayed in this process from now on. Builds C++, once per machine, for some seconds.
+
+    Args:
+        operators: what they do in Python, by schema.
+        registered: the library that they are registered by, which is taken back: none of them may be running.
+
+    Returns:
+        whether they are.
+    """
     if not triton.__version__.startswith(TRIED):
         log.debug("launches are not replayed: Triton is %s, and %s were tried", triton.__version__, " and ".join(TRIED))
         return False
@@ -43,8 +49,8 @@ def install() -> bool:
     if missing:
         log.debug("launches are not replayed: %s", missing.decode())
         return False
-    withdraw(on_cuda_library)
-    for schema, function in LAUNCHING.items():
+    withdraw(registered)
+    for schema, function in operators.items():
         replayed(schema, function, "CUDA")
     return True
 
@@ -62,7 +68,8 @@ def replayed(schema: str, function: Callable[..., Any], key: str) -> None:
 
 @functools.cache
 def _library() -> Any | None:
-    library = built("../triton/replay.cpp", what="The code that launches kernels does", instead="Python launches them")
+    otherwise = "the code that launches sqcompile's GPU kernels does not build here, and Python launches them, which takes longer"
+    library = built("../triton/replay.cpp", otherwise=otherwise)
     if library is not None:
         library.sqcompile_replay_driver.restype = library.sqcompile_replay.restype = ctypes.c_char_p
     return library

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,9 @@ from torch.nn import functional as F
 
 import sqcompile
 from sqcompile.bench.stack import HIDDEN, stack
-from sqcompile.bench.timing import sqnr_db
-from sqcompile.kernels.fused import replay_launches
+from sqcompile.bench.timing import gpu, publish, sqnr_db
 from sqcompile.kernels.ops import LAUNCHING
+from sqcompile.kernels.targets import replay_launches
 
 SHAPES = ((1, 4096, 4096), (1, 4096, 28672), (16, 4096, 4096), (512, 4096, 4096))  # rows, K, N
 
@@ -84,3 +86,13 @@ def _alternating(plain: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Ten
             if i >= 10:
                 found.append((time.perf_counter() - start) * 1e6)
     return statistics.median(times[0]), statistics.median(times[1])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m sqcompile.bench launch", description=__doc__)
+    parser.add_argument("--layers", type=int, default=8, help="of the stack that decodes")
+    parser.add_argument("--out", type=Path, help="write the tables there too")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA GPU")
+    publish([f"{gpu()} Medians.\n", *launch_table(), "", *decode_table(args.layers)], args.out)

@@ -38,6 +38,10 @@ int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, co
   memcpy(map, &m, sizeof m);
   return rank != 2 || fill != 0;
 }
+int cuMemsetD8Async(void* address, unsigned char byte, size_t bytes, void* stream) {
+  memset(address, byte, bytes);
+  return 0;
+}
 /* y = a x + b, all float32 of n elements */
 void scale_add(void** p) {
   const float *x = *(float**)p[0], *b = *(float**)p[1], a = *(float*)p[3];
@@ -171,6 +175,27 @@ def test_descriptors_are_made_for_each_call(driver: Any) -> None:
     for _ in range(3):
         wide = torch.randint(-9, 9, (6, 64)).float()
         assert torch.equal(op(wide[:, :8]), wide[:, :8].sum(1) + 32 + 7 + 3)
+    assert kernel.calls == 1
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(0, torch.float32), (-1, torch.int32)])
+def test_filled_buffers_are_filled_again(driver: Any, value: int, dtype: torch.dtype) -> None:
+    """The kernel writes to the first rows alone."""
+    types = {"x": "*fp32", "b": "*fp32", "y": "*fp32", "a": "fp32", "n": "i32"}
+    kernel = ScaleAdd(driver, "scale_add", types)
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        rest = torch.zeros(x.shape) if value == 0 else torch.full(x.shape, value, dtype=dtype)
+        y = torch.empty(x.shape)
+        launch(kernel, (1,), x, None, y, 2.0, x.numel())
+        return y, rest
+
+    op = registered(f"replay_fill{-value}(Tensor x) -> (Tensor, Tensor)", function)
+    for _ in range(3):
+        x = torch.randn(200, 7)
+        y, rest = op(x)
+        assert torch.equal(y, 2 * x) and torch.equal(rest, torch.full(x.shape, value, dtype=dtype))
+        rest.fill_(5)  # so that the memory it is given next is not what it should be
     assert kernel.calls == 1
 
 
