@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,23 +57,24 @@ class Loop:
         state.take(logits, kind, self._source())
         del logits, inputs
         waiting = collections.deque([reader.copied(length, length + 1)])
-        behind = 0 if self.replays is None else 1  # parts that are computed while the host looks at the one before
-        done = 1
-        while done < self.settings.new:
-            while len(waiting) > behind and not reader.over:
+        with contextlib.nullcontext() if self.replays is None else self.replays.stream():
+            behind = 0 if self.replays is None else 1  # parts that are computed while the host looks at the one before
+            done = 1
+            while done < self.settings.new:
+                while len(waiting) > behind and not reader.over:
+                    reader.read(waiting.popleft())
+                if reader.over:
+                    break
+                if done == 1:
+                    inputs = prompts.inputs(self.model, state.cache, state.text[:, : length + 1], known, first=False)
+                    state.prepare(inputs, type(self.model).__name__)
+                part = min(1 if self.replays is None else _AT_ONCE, self.settings.new - done)
+                for i in range(done - 1, done - 1 + part):
+                    self._step(i, kind)
+                waiting.append(reader.copied(length + done, length + done + part))
+                done += part
+            while waiting:
                 reader.read(waiting.popleft())
-            if reader.over:
-                break
-            if done == 1:
-                inputs = prompts.inputs(self.model, state.cache, state.text[:, : length + 1], known, first=False)
-                state.prepare(inputs, type(self.model).__name__)
-            part = min(1 if self.replays is None else _AT_ONCE, self.settings.new - done)
-            for i in range(done - 1, done - 1 + part):
-                self._step(i, kind)
-            waiting.append(reader.copied(length + done, length + done + part))
-            done += part
-        while waiting:
-            reader.read(waiting.popleft())
 
     def _source(self) -> torch.Generator | None:
         return self.generator if self.replays is None else self.replays.generator

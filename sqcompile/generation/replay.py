@@ -72,21 +72,17 @@ class Replays:
         self._refused: set[Kind] = set()
 
     @contextlib.contextmanager
-    def call(self, net: nn.Module, model: nn.Module, generator: torch.Generator | None) -> Iterator[None]:
-        """One call of `generate`: what is recorded of other weights is dropped, and ``generator`` is drawn from."""
+    def call(self, model: nn.Module, generator: torch.Generator | None) -> Iterator[None]:
+        """One call of `generate`, which draws from ``generator``: what is recorded of other weights is dropped."""
         for kind, found in list(self._recorded.items()):
-            if found.weights != _weights(model):  # before the model quantizes them again: there is no room for both
-                del self._recorded[kind]
-        lender = generator if generator is not None else torch.cuda.default_generators[self.index()]
+            if found.weights != _weights(model):  # before INT8 weights are made again: there may be no room for both
+                self._drop(kind)
+        lender = generator if generator is not None else default_generator(self.device)
         self.generator.set_state(lender.get_state())
         try:
             yield
         finally:
             lender.set_state(self.generator.get_state())
-
-    def index(self) -> int:
-        """The number of the GPU."""
-        return torch.cuda.current_device() if self.device.index is None else self.device.index
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
@@ -103,7 +99,7 @@ class Replays:
         """Runs the step that is the ``i``-th of a call, or replays it."""
         found = self._recorded.get(kind)
         if i == 1 and found is not None and not found.holds(net, model):
-            del self._recorded[kind]
+            self._drop(kind)
             found = None
         if i and found is not None:
             found.replay()
@@ -118,6 +114,10 @@ class Replays:
                 return
             step()
             self._warm[kind] = self._warm.get(kind, 0) + 1
+
+    def _drop(self, kind: Kind) -> None:
+        del self._recorded[kind]
+        self._warm[kind] = 0
 
     def _record(self, step: Callable[[], None], net: nn.Module, model: nn.Module, kind: Kind) -> bool:
         """Records the step and runs it; False if nothing has run."""
@@ -141,6 +141,18 @@ class Replays:
         log.debug("a step of generate is recorded as a CUDA graph")
         self._recorded[kind] = Recorded(_weights(model), graphs, ways_to_call(net), replay)
         return True
+
+
+def replays_of(device: torch.device) -> Replays | None:
+    """For the state of one batch on this device; None where nothing can be recorded."""
+    return Replays(device) if device.type == "cuda" else None
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """What operations on a device draw from if nobody says."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 def _weights(model: nn.Module) -> tuple[list[int], list[int]]:

@@ -17,7 +17,7 @@ from sqcompile.generation.loop import Loop
 from sqcompile.generation.models import check_device, longest_text, transformers_model
 from sqcompile.generation.prompts import Prompts, check_generator
 from sqcompile.generation.reader import Reader
-from sqcompile.generation.replay import Replays
+from sqcompile.generation.replay import Replays, replays_of
 from sqcompile.generation.settings import read_settings
 from sqcompile.generation.state import State
 
@@ -46,7 +46,7 @@ class Kept:
         if found is None:
             while len(self.states) >= _MOST:
                 del self.states[next(iter(self.states))]
-            found = State(model, batch, longest), Replays(model.device) if model.device.type == "cuda" else None
+            found = State(model, batch, longest), replays_of(model.device)
         self.states[key] = found
         return found
 
@@ -98,11 +98,8 @@ def run(
             state, replays = kept.state(model, prompts.batch, rounded(settings.cache))
             reader = Reader(state.text, settings.eos, callback)
             loop = Loop(net, model, state, settings, replays, generator)
-            if replays is None:
+            with contextlib.nullcontext() if replays is None else replays.call(model, generator):
                 loop.write(prompts, reader)
-            else:
-                with replays.call(net, model, generator), replays.stream():
-                    loop.write(prompts, reader)
             new = reader.taken if reader.looks else settings.new
             return state.text[:, : prompts.length + new].to(input_ids.device, copy=True)
 
