@@ -80,7 +80,7 @@ class Prompts:
         positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
         if "position_ids" in known:
             known = {**known, "position_ids": positions}
-        return model.prepare_inputs_for_generation(
+        inputs = model.prepare_inputs_for_generation(
             text,
             next_sequence_length=None if first else 1,
             past_key_values=cache,
@@ -89,6 +89,10 @@ class Prompts:
             is_first_iteration=first,
             **known,
         )
+        masks = inputs.get("attention_mask")
+        if isinstance(masks, dict) and masks:  # one for each kind of attention, all of which see the whole cache here
+            inputs["attention_mask"] = next(iter(masks.values()))
+        return inputs
 
 
 def check_generator(generator: Any, device: torch.device) -> None:

@@ -25,9 +25,10 @@ class State:
         ended: which texts have, bool [batch].
         seen: which tokens a text has, bool [batch, vocabulary]; None until there is a penalty.
         cache: transformers' static cache of ``longest`` tokens.
-        inputs: of the model's call for one token: its tensors are written to, and stay where they are.
-        masks: its attention masks, bool or float [batch, 1, 1, longest], by kind of attention where there are several.
-        positions: its positions, int64 [batch, 1], if it is told them.
+        inputs: of the model's call for one token. Its tensors are the next three, and what does not change.
+        token: the last of each text, int64 [batch, 1].
+        mask: which tokens of the cache attention sees, bool or float [batch, 1, 1, longest].
+        positions: of the last tokens, int64 [batch, 1], if the model is told them.
     """
 
     def __init__(self, model: Any, batch: int, longest: int) -> None:
@@ -39,7 +40,8 @@ class State:
         self.seen: Tensor | None = None
         self.values: dict[int, Values] = {}
         self.inputs: dict[str, Any] = {}
-        self.masks: dict[str, Tensor] = {}
+        self.token: Tensor | None = None
+        self.mask: Tensor | None = None
         self.positions: Tensor | None = None
 
     def fits(self, model: Any) -> bool:
@@ -90,33 +92,27 @@ class State:
             raise GenerationError(
                 f"{name} takes {', '.join(others)} for each token, which sqcompile.generate does not know"
             )
-        given = inputs.get("attention_mask")
-        masks: dict[str, Any] = given if isinstance(given, dict) else {"": given}  # one for each kind of attention
-        if not all(
-            isinstance(m, Tensor) and m.dim() == 4 and m.shape[1:] == (1, 1, self.longest) for m in masks.values()
-        ):
+        mask = inputs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1:] != (1, 1, self.longest):
             raise GenerationError(
                 f"{name} takes no attention mask [batch, 1, 1, tokens] for a token (it has ALiBi, or another "
                 "attn_implementation than 'sdpa' and 'eager'), so that sqcompile.generate cannot move it on: use model.generate"
             )
-        self.masks = {
-            key: _held(self.masks.get(key), m.expand(self.batch, 1, 1, self.longest)) for key, m in masks.items()
-        }
         fixed = {key: value for key, value in inputs.items() if value is not None}
-        self.inputs = {**fixed, "input_ids": _held(self.inputs.get("input_ids"), inputs["input_ids"])}
-        self.inputs["attention_mask"] = self.masks if isinstance(given, dict) else self.masks[""]
+        self.mask = _held(self.mask, mask.expand(self.batch, 1, 1, self.longest))
+        self.token = _held(self.token, inputs["input_ids"])
+        self.inputs = {**fixed, "input_ids": self.token, "attention_mask": self.mask}
         if "position_ids" in fixed:
-            positions = inputs["position_ids"].expand(self.batch, 1)
-            self.inputs["position_ids"] = _held(self.positions, positions)
-            self.positions = self.inputs["position_ids"]
+            self.positions = _held(self.positions, inputs["position_ids"].expand(self.batch, 1))
+            self.inputs["position_ids"] = self.positions
         self.length += 1
 
     def step(self, call: Callable[..., Any], kind: Kind, generator: torch.Generator | None) -> None:
         """One token: operations of the device alone, none of which depends on where the text is."""
         tokens = self.take(call(**self.inputs, return_dict=True).logits, kind, generator)
-        self.inputs["input_ids"].copy_(tokens[:, None])
-        for mask in self.masks.values():
-            mask.index_fill_(3, self.length, True if mask.dtype == torch.bool else 0.0)
+        assert self.token is not None and self.mask is not None
+        self.token.copy_(tokens[:, None])
+        self.mask.index_fill_(3, self.length, True if self.mask.dtype == torch.bool else 0.0)
         if self.positions is not None:
             self.positions += 1
         self.length += 1

@@ -202,6 +202,8 @@ def test_callback_gets_each_token():
 
 
 def test_windows_that_see_everything():
+    gemma = tiny_lm("gemma2", sliding_window=256)  # every other layer has one, and a mask of its own
+    same(gemma, *padded(), max_new_tokens=12, eos_token_id=None)
     model = tiny_lm("mistral", sliding_window=256)
     same(model, *padded(), max_new_tokens=12, eos_token_id=None)
     with pytest.raises(GenerationError, match=r"window of 256 tokens, and the cache is to hold 384"):
