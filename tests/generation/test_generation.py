@@ -37,12 +37,9 @@ def compiled(model, **options):
     return torch.compile(model, backend=smoothquant, options={"plan": plan, "compiler": "eager", **options})
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt_neox", "opt", "qwen2"])
-def both(request):
-    """A model in float and compiled."""
-    model = tiny_lm(request.param, max_position_embeddings=512)
-    torch._dynamo.reset()
-    return model, compiled(model)
+FAMILIES = ["llama", "gpt_neox", "opt", "qwen2"]
+# the cache that sqcompile.generate makes, so that both run the same compiled graphs
+STATIC = {"cache_implementation": "static", "max_cache_len": 128}
 
 
 def same(model, ids, mask=None, **settings):
@@ -54,17 +51,33 @@ def same(model, ids, mask=None, **settings):
     return got
 
 
-@pytest.mark.parametrize("form", [0, 1], ids=["float", "compiled"])
-def test_greedy_tokens(both, form):
-    model, (ids, mask) = both[form], padded()
-    for x, m in ((ids[2:], None), (ids, mask)):
-        free = same(model, x, m, max_new_tokens=20, eos_token_id=None)
-        assert free.shape[1] == x.shape[1] + 20
-        ends = {int(row[x.shape[1] + n]) for row, n in zip(free, (7, 4, 11), strict=False)}
-        ended = same(model, x, m, max_new_tokens=20, eos_token_id=sorted(ends))  # a list of them
-        assert ended.shape[1] < free.shape[1]
-        assert same(model, x, m, max_new_tokens=20, eos_token_id=int(free[0, x.shape[1] + 7])).shape[1] > x.shape[1]
-        same(model, x, m, max_new_tokens=20, eos_token_id=sorted(ends), min_new_tokens=9, repetition_penalty=1.3)
+def same_under_all_settings(model, x, mask, **more):
+    """Without an end, with one, with several, and with all that changes likelihoods."""
+    start, more = x.shape[1], {"max_new_tokens": 20, **more}
+    free = same(model, x, mask, eos_token_id=None, **more)
+    assert free.shape[1] == start + 20
+    ends = sorted({int(row[start + n]) for row, n in zip(free, (7, 4, 11), strict=False)})
+    ended = same(model, x, mask, eos_token_id=ends, **more)
+    assert ended.shape[1] < free.shape[1]
+    assert same(model, x, mask, eos_token_id=int(free[0, start + 7]), **more).shape[1] > start
+    same(model, x, mask, eos_token_id=ends, min_new_tokens=9, repetition_penalty=1.3, **more)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_in_float(family):
+    model, (ids, mask) = tiny_lm(family), padded()
+    same_under_all_settings(model, ids[2:], None)
+    same_under_all_settings(model, ids, mask)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_compiled(family):
+    net, (ids, mask) = compiled(tiny_lm(family)), padded()
+    same_under_all_settings(net, ids[2:], None, **STATIC)
+    same_under_all_settings(net, ids, mask, **STATIC)
+    # of one prompt and of several: a token; prompts; and prompts for which transformers makes the cache
+    assert counters["stats"]["unique_graphs"] == 6
 
 
 def test_texts_that_end_go_on_with_padding():
@@ -109,6 +122,7 @@ def test_padding_is_found_as_in_transformers():
     assert not torch.equal(found, same(model, ids, max_new_tokens=8, eos_token_id=0, pad_token_id=0))
 
 
+@pytest.mark.slow
 def test_other_lengths_compile_nothing():
     model = tiny_lm("llama", max_position_embeddings=2048)
     net = compiled(model)
@@ -163,10 +177,11 @@ def test_the_cache_follows_the_model():
     assert run._kept[model].states[1, 128][0].cache.layers[0].keys.dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_the_model_may_calibrate_itself_and_change():
     model, x = tiny_lm("llama"), prompts(2, 9)
     net = torch.compile(model, backend=smoothquant, options={"compiler": "eager", "calibration_steps": 4})
-    settings = {"max_new_tokens": 8, "eos_token_id": None}
+    settings = {"max_new_tokens": 8, "eos_token_id": None, **STATIC}
     floats = sqcompile.generate(model, x, **settings)
     assert torch.equal(sqcompile.generate(net, x, **{**settings, "max_new_tokens": 4}), floats[:, :-4])
     int8 = same(net, x, **settings)
@@ -177,6 +192,7 @@ def test_the_model_may_calibrate_itself_and_change():
     assert not torch.equal(same(net, x, **settings), int8)
 
 
+@pytest.mark.slow
 def test_compiled_in_place_and_in_inference_mode():
     model, x = tiny_lm("llama"), prompts(2, 9)
     settings = {"max_new_tokens": 8, "eos_token_id": None}
