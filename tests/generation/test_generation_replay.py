@@ -168,6 +168,24 @@ def test_a_step_that_cannot_be_recorded_runs(made):
     assert made[0].records == 0
 
 
+def test_another_step_goes_on_after_one_that_cannot_be_recorded(made):
+    """Its recording drew from a generator that is given up."""
+    model, x = tiny_lm("llama"), prompts(1, 7)
+    settings = {"max_new_tokens": 12, **PLAIN, "do_sample": True}
+
+    def drawn(**more):
+        torch.manual_seed(0)
+        return sqcompile.generate(model, x, **settings, **more)
+
+    want = drawn()
+    assert made[0].records == 1
+    made[0].fails = True
+    with pytest.warns(UserWarning, match="cannot be recorded"):
+        drawn(top_p=0.9)
+    made[0].fails = False
+    assert torch.equal(drawn(), want) and made[0].records == 2
+
+
 def test_compiled_graphs_record_nothing_of_their_own_meanwhile():
     calls = []
     pool = types.SimpleNamespace(recording=lambda: calls.append("asked") or True)
