@@ -138,7 +138,7 @@ def generate(
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Write some text, to look at what a model does. Not for serving: there is no KV cache.
+    """Write some text, to look at what a model does. Not for serving: a quantized model has no KV cache here.
 
     **Example**
 

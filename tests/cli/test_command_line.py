@@ -9,6 +9,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ import sqcompile
 from sqcompile import Recipe
 from sqcompile.checkpoints.float_model import Checkpoint
 from sqcompile.cli.app import app
+from sqcompile.cli.generate import Asked, tokens
 from sqcompile.errors import ArtifactError
 from sqcompile.lm import load_tokenizer
 
@@ -114,6 +116,19 @@ def test_generate_writes_what_the_model_says(made: Path):
     ]
     first, same, other = (json.loads(d.stdout)["tokens"] for d in drawn)
     assert first == same != other
+
+
+def test_generate_of_a_float_model_has_a_cache(made: Path):
+    found = run("generate", made / "float", "--prompt", "def f", "-n", 12, "--json", "-q")
+    assert found.exit_code == 0, found.output
+    model: Any = Checkpoint.open(str(made / "float")).load()
+    ids = load_tokenizer()("def f", return_tensors="pt")["input_ids"]
+    want = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert json.loads(found.stdout)["tokens"] == want[0, ids.shape[1] :].tolist()
+    told = run("generate", made / "float", "--prompt", "def f", "-n", 12, "--temperature", 1, "--seed", 3)
+    assert "tokens/s with a KV cache" in told.output
+    drawn = tokens(model, ids, Asked("", 12, 1.0, 3), None)  # without one, of the same seed
+    assert load_tokenizer().decode(list(drawn), skip_special_tokens=True) in told.output
 
 
 def test_report_serve_show_and_bench(made: Path, monkeypatch):
