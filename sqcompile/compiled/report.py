@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,8 @@ class Report:
         plan: that it is on.
         stages: graphs of the compiled model, for a drawing; None where there are none.
         weight_bytes: of all tensors of the compiled model; None where there is none.
+        seconds: that `compile` took, by stage ("trace", "calibrate", "match", "plan", "fold", "insert_qdq", "lower",
+            "emit") and by part of a stage ("plan: choose", "emit: inductor"); empty for a model that was loaded.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -132,6 +135,7 @@ class Report:
     plan: Plan | None = field(default=None, repr=False, compare=False)
     stages: Graphs | None = field(default=None, repr=False, compare=False)
     weight_bytes: int | None = field(default=None, repr=False, compare=False)
+    seconds: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def of(plan: Plan, lowered: fx.GraphModule | None = None, stages: Graphs | None = None) -> Report:
@@ -205,7 +209,7 @@ class Report:
         """The report as JSON, without NaN and infinities: what is not known, or infinite, is null.
 
         An object of ``format`` (1), ``dtype``, ``summary`` (how many linears there are, and how many of them are quantized,
-        folded, multiplied and rotated), and lists of objects that have the fields of these classes: ``layers``
+        folded, multiplied and rotated), ``seconds`` by stage, and lists of objects that have the fields of these classes: ``layers``
         (LayerPlan), ``attention`` (AttentionPlan), ``sites`` (SiteLabel), ``gemms`` (Gemm) and ``int8_attention``
         (Int8Attention). ``gains`` are a list of objects, too: ``rows`` and ``gain`` of a GEMM; ``batch``, ``queries``, ``keys``
         and ``gain`` of an attention.

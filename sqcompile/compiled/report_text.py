@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,8 @@ def text(report: Report, full: bool = False) -> str:
         lines += ["INT8 attention, expected speed against bf16:", *(f"  {a}" for a in report.int8_attention)]
     words = legend(report.layers, report.attention)
     lines += ["words:", *(f"  {line}" for line in words)] if words else []
+    if report.seconds:
+        lines.append(took(report.seconds))
     lines.append(counts(report.layers, report.dtype))
     if report.attention:
         lines.append(attentions_in(report.attention))
@@ -152,6 +154,21 @@ def counts(layers: Sequence[LayerPlan], dtype: str) -> str:
     if turned := sum(bool(l.rotation) for l in layers):
         parts.append(f"{turned} with rotated inputs")
     return ", ".join(parts)
+
+
+def took(seconds: Mapping[str, float]) -> str:
+    """The seconds of each stage in one line, with those of its parts that took a tenth of all.
+
+    {"trace": 2.0, "plan: choose": 5.0, "plan: compare": 0.1, "plan": 5.2} -> "7.2 s: trace 2.0, plan 5.2 (choose 5.0)"
+    """
+    stages = {name: s for name, s in seconds.items() if ":" not in name}
+    total = sum(stages.values())
+    said = []
+    for stage, s in stages.items():
+        parts = {n.partition(": ")[2]: t for n, t in seconds.items() if n.startswith(f"{stage}: ") and t >= total / 10}
+        inner = f" ({', '.join(f'{n} {t:.1f}' for n, t in parts.items())})" if parts else ""
+        said.append(f"{stage} {s:.1f}{inner}")
+    return f"compiled in {total:.1f} s: {', '.join(said)}"
 
 
 def _reason(reasons: Sequence[str]) -> str:

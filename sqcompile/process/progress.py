@@ -87,6 +87,7 @@ class _Steps:
 
     def __init__(self, tell: Callable[[Progress], Any] | None, line: _Line | None) -> None:
         self.open: list[_Step] = []
+        self.seconds: dict[str, float] = {}  # of what is over
         self._tell, self._line, self._last = tell, line, 0.0
 
     def begin(self, name: str, total: int | None) -> _Step:
@@ -98,10 +99,16 @@ class _Steps:
         """Ends a step, and what was left open in it. Nobody is asked: it may be an error that ends it."""
         if step not in self.open:
             return
-        log.debug("%s: %.2f s", self._now(step).stage, time.perf_counter() - step.since)
+        now = self._now(step)
+        log.debug("%s: %.2f s", now.stage, now.seconds)
+        self.seconds[now.stage] = self.seconds.get(now.stage, 0.0) + now.seconds
         del self.open[self.open.index(step) :]
         if self._line is not None and self.open:
             self._line.show(self._now(self.open[-1]))
+
+    def seconds_of_open(self) -> dict[str, float]:
+        now = [self._now(step) for step in self.open]
+        return {n.stage: self.seconds.get(n.stage, 0.0) + n.seconds for n in now}
 
     def told(self) -> None:
         now = self._now(self.open[-1])
@@ -190,6 +197,18 @@ def stages(names: Sequence[str], progress: Show) -> Iterator[Enter]:
         finally:  # what it was raised in is the user's own, and not what was in between
             raised.error.__context__ = raised.context
             raised = None  # its traceback has this frame
+
+
+def seconds_so_far() -> dict[str, float]:
+    """The seconds of each stage of the operation that runs, and of each part ("plan: choose"), as often as it ran.
+
+    In the order in which they ended, the stage that is under way last. Empty where no operation runs.
+    """
+    steps = _running.get()
+    if steps is None:
+        return {}
+    open_ = steps.seconds_of_open()
+    return {**{name: s for name, s in steps.seconds.items() if name not in open_}, **open_}
 
 
 @contextlib.contextmanager
