@@ -24,6 +24,35 @@ struct Attention {
   int64_t padded() const { return (keys + kRows - 1) / kRows * kRows; }
 };
 
+// Row i, column j of 16 x 16 words goes to row j, column i: within lanes of 4, then lanes as wholes.
+SQ_BF16 inline void transpose(__m512i (&rows)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      rows[i + 2 * half] = _mm512_unpacklo_epi64(t[i + half], t[i + half + 2]);
+      rows[i + 2 * half + 1] = _mm512_unpackhi_epi64(t[i + half], t[i + half + 2]);
+    }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {  // lane l of row 4 i + c is column 4 l + c of rows 4 i to 4 i + 3
+    const __m512i even0 = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0x88);
+    const __m512i odd0 = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0xdd);
+    const __m512i even1 = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0x88);
+    const __m512i odd1 = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0xdd);
+    t[c] = _mm512_shuffle_i32x4(even0, even1, 0x88);
+    t[4 + c] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+    t[8 + c] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
+    t[12 + c] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) rows[i] = t[i];
+}
+
 // Keys [at, at + 32) of one key head as tiles; zeros past the last key.
 SQ_BF16 void pack_keys(const Attention& a, int64_t head, int64_t at) {
   const int64_t b = head / a.groups, g = head % a.groups;
@@ -31,15 +60,15 @@ SQ_BF16 void pack_keys(const Attention& a, int64_t head, int64_t at) {
   const uint16_t* v = a.v + b * a.v_stride[0] + g * a.v_stride[1];
   uint32_t* to_k = reinterpret_cast<uint32_t*>(a.packed_k + (head * a.padded() + at) * a.d);
   uint16_t* to_v = a.packed_v + (head * a.padded() + at) * a.d;
-  for (int64_t j = 0; j < kRows; ++j) {  // pairs of a key's channels, transposed
-    const uint16_t* row = k + (at + j) * a.k_stride[2];
-    uint32_t* to = to_k + j / 16 * 16 * a.d / 2 + j % 16;
-    for (int64_t i = 0; i < a.d / 2; ++i) {
-      uint32_t pair = 0;
-      if (at + j < a.keys) std::memcpy(&pair, row + 2 * i, 4);
-      to[i * 16] = pair;
+  for (int64_t j = 0; j < kRows; j += 16, to_k += 8 * a.d)  // pairs of a key's channels, transposed
+    for (int64_t i = 0; i < a.d / 32; ++i) {
+      __m512i pairs[16];
+      for (int64_t r = 0; r < 16; ++r)
+        pairs[r] = at + j + r < a.keys ? _mm512_loadu_si512(k + (at + j + r) * a.k_stride[2] + 32 * i)
+                                       : _mm512_setzero_si512();
+      transpose(pairs);
+      for (int64_t r = 0; r < 16; ++r) _mm512_storeu_si512(to_k + 16 * (16 * i + r), pairs[r]);
     }
-  }
   for (int64_t i = 0; i < a.d; i += 16)  // pairs of keys, interleaved
     for (int64_t j = 0; j < kRows; j += 2, to_v += 32) {
       __m512i pair[2];
