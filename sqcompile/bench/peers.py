@@ -71,7 +71,9 @@ def _openvino(static: bool) -> Contender:
         import openvino
 
         exported = openvino.convert_model(
-            Hidden(make(torch.float32)), example_input=calibration[0], input=[("input_ids", [-1, -1], openvino.Type.i64)]
+            Hidden(make(torch.float32)),
+            example_input=calibration[0],
+            input=[("input_ids", [-1, -1], openvino.Type.i64)],
         )
         if static:
             dataset = nncf.Dataset([ids.numpy() for ids in calibration])
