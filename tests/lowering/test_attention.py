@@ -61,7 +61,7 @@ def test_masks_that_are_nearly_causal_are_general():
     assert mask_kind(bias) == GENERAL
 
 
-@pytest.mark.skipif(not x86.available() or not x86.amx(), reason="needs AMX")
+@pytest.mark.skipif(not x86.has_flash(), reason="needs AMX, or AVX512 for bfloat16")
 @given(
     st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(1, 150), st.integers(1, 600),
     st.sampled_from([32, 64, 96, 128, 256]), st.booleans(), st.booleans(), st.integers(0, 2**31),
@@ -84,7 +84,7 @@ def test_flash_is_as_exact_as_pytorchs_own(batch, groups, repeats, queries, keys
     assert relative_error(got, want) <= 1.5 * relative_error(torchs, want) + 1e-4
 
 
-@pytest.mark.skipif(not x86.available() or not x86.amx(), reason="needs AMX")
+@pytest.mark.skipif(not x86.has_flash(), reason="needs AMX, or AVX512 for bfloat16")
 def test_flash_with_scores_of_every_size():
     q, k, v = (torch.randn(1, 2, 64, 64).bfloat16() for _ in range(3))
     want = F.scaled_dot_product_attention((400 * q).double(), k.double(), v.double(), scale=1.0)
