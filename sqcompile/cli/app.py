@@ -205,7 +205,8 @@ def bench(
     context: typer.Context,
     what: Annotated[str, typer.Argument(metavar="DIR", help="a quantized model, or the name of a benchmark")] = "",
 ) -> None:
-    """Time a quantized model, or run one of the benchmarks: cpu, gpu, attention, generate, large, launch, speedup, tools.
+    """Time a quantized model, or run a benchmark: cpu, cpu-peers, gpu, attention, generate, large, launch, speedup,
+    tools.
 
     **Examples**
 
@@ -234,7 +235,8 @@ def _time(
 ) -> None:
     """Time a quantized model on this machine, beside torch.compile of the float model if there is one.
 
-    The name of a benchmark in the place of DIR runs that: cpu, gpu, attention, generate, large, launch, speedup, tools.
+    The name of a benchmark in the place of DIR runs that: cpu, cpu-peers, gpu, attention, generate, large, launch,
+    speedup, tools.
 
     **Examples**
 
