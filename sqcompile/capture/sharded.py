@@ -16,9 +16,10 @@ of DTensors are computed here on what they hold, so that they stay whole.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -67,7 +68,11 @@ def parallel_of(model: nn.Module) -> Parallel:
     Raises:
         CaptureError: for shards of unequal size, parameters that are sums, or several groups of processes.
     """
-    found: dict[str, Any] = {n: p for n, p in model.named_parameters(remove_duplicate=False) if is_distributed(p)}
+    return parallel_among({n: p for n, p in model.named_parameters(remove_duplicate=False) if is_distributed(p)})
+
+
+def parallel_among(found: Mapping[str, Any]) -> Parallel:
+    """As `parallel_of`, of DTensors by name."""
     if not found:
         return ALONE
     dims, meshes = dict[str, int](), {p.device_mesh for p in found.values()}
@@ -235,6 +240,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     F.embedding: _Local.embedding,
     F.layer_norm: _Local.norm,
     F.rms_norm: _Local.norm,
+    torch.rms_norm: _Local.norm,  # as Dynamo has it
 }
 
 
