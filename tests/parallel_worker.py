@@ -107,6 +107,13 @@ def emulated(m: Block, s: dict[str, Tensor], x: Tensor) -> Tensor:
     return x + (by_rows(torch.relu(up), m.down.weight * hidden) + m.down.bias)
 
 
+def in_one_process() -> tuple[sqcompile.CompiledModel, sqcompile.Plan]:
+    """The block compiled with one α, and planned with choices, before there is a group."""
+    one = sqcompile.Recipe(alpha=0.5)
+    compiled = sqcompile.compile(Block().eval(), batches(), recipe=one, backend="eager", progress=False)
+    return compiled, sqcompile.calibrate(Block().eval(), batches(), progress=False)
+
+
 def block(mesh: Any, whole: sqcompile.CompiledModel) -> dict[str, Any]:
     """Of a block with one α, beside the same in one process."""
     x, float_model, model = batches(1)[0], Block().eval(), sharded(mesh)
@@ -170,7 +177,7 @@ def backend(mesh: Any) -> dict[str, Any]:
         return {"first": first, "error": relative(compiled(x), Block()(x)), "layers": settled(plan)}
 
 
-def llama(mesh: Any, folder: Path) -> dict[str, Any]:
+def llama(folder: Path) -> dict[str, Any]:
     """A model of transformers, sharded as it says itself."""
     from transformers import AutoModelForCausalLM
 
@@ -226,15 +233,19 @@ def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     ranks.BEAT = 0.1
-    whole = sqcompile.compile(
-        Block().eval(), batches(), recipe=sqcompile.Recipe(alpha=0.5), backend="eager", progress=False
-    )
+    alone = None if (folder / "llama").exists() else in_one_process()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(SIZE))
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=SIZE)
     mesh = init_device_mesh("cpu", (SIZE,))
-    found = {"block": block(mesh, whole), "chosen": chosen(mesh), "backend": backend(mesh), "refusals": refusals(mesh, rank)}
-    if (folder / "llama").exists():
-        found["llama"] = llama(mesh, folder)
+    if alone is None:
+        found = llama(folder)
+    else:
+        found = {
+            "block": block(mesh, alone[0]),
+            "chosen": {**chosen(mesh), "alone": settled(alone[1])},
+            "backend": backend(mesh),
+            "refusals": refusals(mesh, rank),
+        }
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
 
