@@ -15,16 +15,16 @@ import torch
 from torch import distributed as dist
 
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.pytorch.core import collectives
 
 aten = torch.ops.aten
-_c10d = torch.ops._c10d_functional
 # what DTensors of a mesh ask of each other: all_reduce, wait_tensor, all_gather, reduce_scatter
 COLLECTIVES: tuple[Any, ...] = (
     (
-        _c10d.all_reduce.default,
-        _c10d.wait_tensor.default,
-        _c10d.all_gather_into_tensor.default,
-        _c10d.reduce_scatter_tensor.default,
+        collectives.all_reduce.default,
+        collectives.wait_tensor.default,
+        collectives.all_gather_into_tensor.default,
+        collectives.reduce_scatter_tensor.default,
     )
     if dist.is_available()
     else ()

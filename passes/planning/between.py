@@ -25,7 +25,7 @@ class Copied(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         return ctx.parallel.summed(g), None
 
 
@@ -38,7 +38,7 @@ class _Between(torch.autograd.Function):
         return forward(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         return ctx.back(g), None, None
 
 

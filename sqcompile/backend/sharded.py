@@ -66,7 +66,8 @@ def on_local_parts(
             n.meta = {**n.meta, "example_value": local_part(n.meta["example_value"])}
             with new.graph.inserting_before(_first_call(new.graph)):
                 made = new.graph.call_function(_made(x), (n,))
-            n.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
+            for user in [u for u in n.users if u is not made]:
+                user.replace_input_with(n, made)
     new.recompile()
     kept = [i for i, n in enumerate(nodes) if n.name not in meshes]
     convert = partial(_local_parts, kept, [i for i, n in enumerate(nodes) if n.name in whole])

@@ -16,7 +16,7 @@ of DTensors are computed here on what they hold, so that they stay whole.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def check_mesh(model: nn.Module, mesh: Any) -> None:
     Raises:
         CaptureError: saying what to pass.
     """
-    found = {name: p for name, p in model.named_parameters() if is_distributed(p)}
+    found: dict[str, Any] = {name: p for name, p in model.named_parameters() if is_distributed(p)}
     if mesh is None:
         if found:
             raise CaptureError(
@@ -114,7 +114,7 @@ def sharded_dim(name: str, placement: Any, count: int) -> int | None:
 @contextlib.contextmanager
 def as_local(model: nn.Module) -> Iterator[None]:
     """The model's parameters are what this process holds of them, and its modules compute with that, as they are traced."""
-    saved: list[tuple[nn.Module, str, Tensor]] = []
+    saved: list[tuple[nn.Module, str, nn.Parameter]] = []
     parts: dict[int, nn.Parameter] = {}  # one for each parameter, tied ones included
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -127,7 +127,7 @@ def as_local(model: nn.Module) -> Iterator[None]:
     try:
         for module, name, p in saved:
             setattr(module, name, parts[id(p)])
-        with local_calls([(module, name, p) for module, name, p in saved]):
+        with local_calls(saved):
             yield
     finally:
         for module, name, p in saved:
@@ -135,7 +135,7 @@ def as_local(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def local_calls(known: list[tuple[nn.Module, str, Any]] = []) -> Iterator[None]:  # noqa: B006
+def local_calls(known: Sequence[tuple[nn.Module, str, Any]] = ()) -> Iterator[None]:
     """Calls on DTensors are computed on what this process holds, as they are traced.
 
     Args:
@@ -149,7 +149,7 @@ def local_calls(known: list[tuple[nn.Module, str, Any]] = []) -> Iterator[None]:
 class _Local(TorchFunctionMode):
     """Linears, embeddings and norms of DTensors on their local parts."""
 
-    def __init__(self, known: list[tuple[nn.Module, str, Any]]) -> None:
+    def __init__(self, known: Sequence[tuple[nn.Module, str, Any]]) -> None:
         super().__init__()
         self.known = known
         self.later: list[tuple[Any, Tensor]] = []  # parts of sums, and the bias that is added when they are summed

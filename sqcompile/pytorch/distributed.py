@@ -62,10 +62,10 @@ def traceable(redistributed: Callable[[Callable[..., DTensor], DTensor], Callabl
     def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
         if not torch.compiler.is_compiling() or async_op or op != dist.ReduceOp.SUM:
             return reduce(tensor, op, group, async_op)
-        return tensor.copy_(functional.all_reduce(tensor, "sum", group or dist.group.WORLD))
+        return tensor.copy_(functional.all_reduce(tensor, "sum", group or dist.distributed_c10d._get_default_group()))
 
     try:
-        DTensor.__init__, DTensor.redistribute, dist.all_reduce = made, redistribute, all_reduce  # type: ignore[method-assign, assignment]
+        DTensor.__init__, DTensor.redistribute, dist.all_reduce = made, redistribute, all_reduce  # type: ignore[method-assign]
         yield
     finally:
         DTensor.__init__, DTensor.redistribute, dist.all_reduce = init, move, reduce  # type: ignore[method-assign]
