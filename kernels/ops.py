@@ -152,20 +152,25 @@ _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
 }
 
-_KERNELS = {schema: ({"CPU": f, "CUDA": f, "MkldnnCPU": f}, fake) for schema, (f, fake) in _OPAQUE.items()}
-_KERNELS |= {
-    s: ({"CPU": f, "CUDA": fused.on_cuda(f, kernel)}, fake)
-    for s, (f, kernel, fake) in (fused.OPAQUE | attention.ATTENTION | attention_int8.ATTENTION).items()
-}
-_KERNELS["rotate_quantize(Tensor x, int block, Tensor? scale, int zero_point) -> (Tensor, Tensor)"] = (
-    {"CPU": cpu_rotate.rotate_quantize, "CUDA": fused.on_cuda(rotation.rotate_quantize, fused.rotate_quantize_triton)},
-    rotation.rotate_quantize_fake,
-)
-for _schema, (_functions, _fake) in _KERNELS.items():
+_OF_KERNELS = fused.OPAQUE | attention.ATTENTION | attention_int8.ATTENTION  # (plain PyTorch, Triton, fake)
+_ROTATE = "rotate_quantize(Tensor x, int block, Tensor? scale, int zero_point) -> (Tensor, Tensor)"
+_TRITON = {s: (f, fused.on_cuda(f, kernel)) for s, (f, kernel, _) in _OF_KERNELS.items()}
+_TRITON[_ROTATE] = (cpu_rotate.rotate_quantize, fused.on_cuda(rotation.rotate_quantize, fused.rotate_quantize_triton))
+# The operators of CUDA that launch kernels of Triton, by schema; `triton.replay` withdraws the library for faster ones.
+LAUNCHING: dict[str, Callable[..., Any]] = {schema: on_cuda for schema, (_, on_cuda) in _TRITON.items()}
+on_cuda_library = torch.library.Library("sqcompile", "IMPL")
+
+_FAKES = {schema: fake for schema, (_, fake) in _OPAQUE.items()} | {s: fake for s, (_, _, fake) in _OF_KERNELS.items()}
+_FAKES[_ROTATE] = rotation.rotate_quantize_fake
+for _schema, _fake in _FAKES.items():
     _name = _schema.partition("(")[0]
     _library.define(_schema)
-    for _key, _function in _functions.items():  # packed weights carry the key MkldnnCPU
-        _library.impl(_name, _function, _key)
+    if _schema in _OPAQUE:
+        for _key in ("CPU", "CUDA", "MkldnnCPU"):  # packed weights carry the last one
+            _library.impl(_name, _OPAQUE[_schema][0], _key)
+    else:
+        _library.impl(_name, _TRITON[_schema][0], "CPU")
+        on_cuda_library.impl(_name, _TRITON[_schema][1], "CUDA")
     torch.library.register_fake(f"sqcompile::{_name}", _fake, lib=_library)
 
 for _plain, _kernel in fused.VISIBLE:

@@ -6,6 +6,7 @@ another machine than this one. Whatever a graph was lowered for, its operators r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from torch import Tensor
 from sqcompile.errors import RecipeError
 from sqcompile.kernels import fp8, fused
 from sqcompile.kernels.cpu import arm, x86
-from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.kernels.ops import LAUNCHING, on_cuda_library, sqcompile_ops
 from sqcompile.kernels.reference import UINT8_ZERO_POINT
 
 Pack = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -92,6 +93,7 @@ class Target:
     def of(device: torch.device) -> Target:
         """The target that a device of this machine is."""
         if device.type == "cuda" and fused.available(device):
+            replay_launches()  # before the first kernel runs
             major, minor = torch.cuda.get_device_capability(device)
             return _cuda(10 * major + minor)
         here = [target for target, available in _CPUS if device.type == "cpu" and available()]
@@ -138,6 +140,14 @@ class Target:
         if name not in known:
             raise RecipeError(f"target={name!r}: choose one of {', '.join(known)}")
         return known[name]
+
+
+@functools.cache
+def replay_launches() -> bool:
+    """Has the operators that launch kernels of Triton replayed (`triton.replay`), once in a process; whether they are."""
+    from sqcompile.kernels.triton.replay import install  # here: elsewhere nobody needs Triton
+
+    return install(LAUNCHING, on_cuda_library)
 
 
 TargetOf = Callable[[torch.device], Target]  # what tensors of a device are lowered for

@@ -21,6 +21,7 @@ from sqcompile.errors import (
     CaptureError,
     DrawError,
     EvaluationError,
+    GenerationError,
     IndexRangeError,
     InternalError,
     NothingToQuantizeError,
@@ -32,6 +33,7 @@ from sqcompile.errors import (
     WeightError,
 )
 from sqcompile.evaluation import Evaluation, LayerError, evaluate
+from sqcompile.generation import free_generation, generate
 from sqcompile.large import quantize_checkpoint
 from sqcompile.loading import load
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
@@ -64,6 +66,7 @@ __all__ = [
     "Evaluation",
     "EvaluationError",
     "Exported",
+    "GenerationError",
     "IndexRangeError",
     "InternalError",
     "LayerError",
@@ -85,6 +88,8 @@ __all__ = [
     "debug",
     "evaluate",
     "export",
+    "free_generation",
+    "generate",
     "get_act_scales",
     "get_linear_absmax",
     "get_static_decoder_layer_scales",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,7 +40,7 @@ from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.plan.recipe import Recipe, resolve_recipe
 from sqcompile.process.interrupts import deferred
 from sqcompile.process.lock import analysing, compiling
-from sqcompile.process.progress import Enter, Show, stages
+from sqcompile.process.progress import Enter, Show, seconds_so_far, stages
 from sqcompile.process.ranks import ALONE, Ranks, together
 from sqcompile.statistics.exchange import in_common
 from sqcompile.statistics.observe import Calibration
@@ -137,7 +138,9 @@ def compile(
                 history = Stages(model, traced, plan, target)
                 lowered = rewrite(traced, plan, until="lowered", enter=enter, target=target)
                 enter("emit")
-                return emit(lowered, Forward.of(model), plan, history, backend, regional)
+                compiled = emit(lowered, Forward.of(model), plan, history, backend, regional)
+            compiled.report = replace(compiled.report, seconds=seconds_so_far())
+            return compiled
 
 
 def calibrate(

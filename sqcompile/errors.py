@@ -25,6 +25,10 @@ class EvaluationError(SQCompileError, ValueError):
     """Data that a model cannot be evaluated on, or two models that cannot be compared."""
 
 
+class GenerationError(SQCompileError, ValueError):
+    """A setting, a model or a prompt that `sqcompile.generate` does not take."""
+
+
 class NothingToQuantizeError(SQCompileError):
     """No linear of the model can be quantized under the recipe."""
 

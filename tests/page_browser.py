@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,26 @@ import pytest
 from sqcompile import Evaluation
 from sqcompile.compiled.report import Report
 from sqcompile.page import html
+from sqcompile.plan.entries import AttentionPlan
 
-FAKE = "window.vegaEmbed = async () => ({ finalize() {}, view: { addEventListener() {} } });"
+FAKE = html._packed("window.vegaEmbed = async () => ({ finalize() {}, view: { addEventListener() {} } });")
 NASTY = "</script><script>window.bad = 1</script><!--<b>&amp;\"'"
 
 _FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1300,900",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 )  # fmt: skip
 
 
 @contextmanager
-def chromium(folder: Path) -> Iterator[Any]:
-    """A driver; ``folder`` is for the browser's own files."""
+def chromium(folder: Path, size: str = "1300,900") -> Iterator[Any]:
+    """A driver of a window of a size; ``folder`` is for the browser's own files."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     browser, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
     if browser is None or driver is None:
         pytest.skip("no Chromium with its chromedriver on this machine")
     options = webdriver.ChromeOptions()
-    for flag in (*_FLAGS, f"--user-data-dir={folder}"):
+    for flag in (*_FLAGS, f"--window-size={size}", f"--user-data-dir={folder}"):
         options.add_argument(flag)
     options.binary_location = browser
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -51,6 +53,19 @@ def requests(driver: Any) -> list[str]:
     every = (json.loads(entry["message"])["message"] for entry in driver.get_log("performance"))
     urls = [m["params"]["request"]["url"] for m in every if m["method"] == "Network.requestWillBeSent"]
     return [u for u in urls if not u.startswith(("file:", "data:", "blob:", "chrome:", "about:"))]
+
+
+def accessible(driver: Any) -> tuple[list[Any], int]:
+    """What axe-core finds wrong with the page, and how many of its rules the page fulfils; skipped without axe-core."""
+    pytest.importorskip("axe_playwright_python", reason="axe-playwright-python, which has axe-core, is not installed")
+    source = resources.files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+    driver.execute_script(source)
+    found = driver.execute_async_script("axe.run().then(arguments[arguments.length - 1])")
+    wrong = [
+        (v["id"], v["impact"], [(n["html"][:200], n["failureSummary"][:300]) for n in v["nodes"]][:3])
+        for v in found["violations"]
+    ]
+    return wrong, len(found["passes"])
 
 
 def until(driver: Any, script: str, seconds: float = 30.0) -> Any:
@@ -100,7 +115,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "next tokens", 8, 4096, 12.5, 0.4, 12.4, 0.4, 0.8, 0.05, tokens_per_second=200.0, float_tokens_per_second=100.0
     )
     found = tmp_path_factory.mktemp("page") / "report.html"
-    plan = dataclasses.replace(plan, recipe=recipe, layers=entries)
+    of = {"alpha": 0.5, "sqnr_db": 33.0, "shape": (4, 2, 16)}
+    attention = (AttentionPlan(NASTY, "qk", "folded", NASTY, **of), AttentionPlan("b", "none", "none", "skipped"))
+    plan = dataclasses.replace(plan, recipe=recipe, layers=entries, attention=attention)
     Report.of(plan).to_html(found, evaluation=measured, title=NASTY)
     return found
 

@@ -1,4 +1,4 @@
-"""C++ kernels: built once per machine by the compiler that Inductor uses."""
+"""C++ code: built once per machine by the compiler that Inductor uses."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from typing import Any
 log = logging.getLogger("sqcompile")
 
 
-def built(*names: str) -> Any | None:
-    """The library of some of this folder's files, one after the other; None, with a warning, where they do not build."""
+CPU_KERNELS = "sqcompile's CPU kernels do not build here, slower ones of PyTorch take their place"
+
+
+def built(*names: str, otherwise: str = CPU_KERNELS) -> Any | None:
+    """The library of some files beside this one, one after the other; None, with a warning, where they do not build."""
     from sqcompile.pytorch.inductor import CppCodeCache  # here, as it takes its time
 
     try:
@@ -20,15 +23,14 @@ def built(*names: str) -> Any | None:
         start = time.perf_counter()
         library = CppCodeCache.load(source, device_type="cpu")
         log.debug(
-            "CPU kernels %s: built, or found in Inductor's cache, in %.2f s",
+            "C++ of %s: built, or found in Inductor's cache, in %.2f s",
             ", ".join(names),
             time.perf_counter() - start,
         )
         return library
     except Exception as e:
         warnings.warn(
-            f"sqcompile's CPU kernels do not build here, slower ones of PyTorch take their place. Install a C++ compiler for "
-            f"Inductor, such as g++: {e}",
+            f"{otherwise}. Install a C++ compiler for Inductor, such as g++: {e}",
             stacklevel=2,
         )
         return None

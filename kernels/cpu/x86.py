@@ -149,7 +149,8 @@ def _readable(packed: Tensor, w: Tensor) -> bool:
     raw = (ctypes.c_int8 * (rows * depth)).from_address(torch.ops.mkldnn.data_ptr(packed))
     blocks = torch.frombuffer(raw, dtype=torch.int8).view(rows // BLOCK, depth // 4, BLOCK, 4)
     for i, block in enumerate(blocks):  # one at a time: a copy of a whole weight is memory
-        plain, want = block.permute(1, 0, 2).reshape(BLOCK, depth), w[i * BLOCK : (i + 1) * BLOCK]
+        fours = block.view(torch.int32).squeeze(-1).t().contiguous()  # moved four bytes at a time
+        plain, want = fours.view(torch.int8), w[i * BLOCK : (i + 1) * BLOCK]
         if not torch.equal(plain[: len(want), :k], want) or plain[len(want) :].any() or plain[:, k:].any():
             return False
     return True

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sqcompile.kernels.qtypes import QType
+from sqcompile.kernels.qtypes import INT8, QType
 from sqcompile.kernels.reference import token_scale, weight_scale
 from sqcompile.kernels.rotation import rotate
 from sqcompile.passes.ir.graph import row_parts
@@ -74,8 +74,8 @@ def of_input(reads: Reads, transform: Transform, scale: Tensor | None, qtype: QT
     """
     x, g = transform.input(reads.rows), transform.gradient(reads.gradients)
     by = token_scale(x, qtype.q_max) if scale is None else scale
-    error = rounded(x, by, qtype) - x
-    cost = float(((error * g).square().sum(-1).double() * reads.weights).sum()) / 2
+    error = rounded(x, by, qtype).sub_(x)
+    cost = float((error.mul_(g).square_().sum(-1).double() * reads.weights).sum()) / 2
     return cost, _moments(reads, x)
 
 
@@ -111,12 +111,13 @@ def of_weight(
     for part in parts:
         each = transform.weight(w, part)
         by = transform.across(weight_scale(each, True, q_max)) if common is None else common
-        error = rounded(each, by, qtype) - each
+        error = rounded(each, by, qtype).sub_(each)
         rows = outputs[part] if transform.rows is None else outputs[part] * transform.rows[part].square()
-        cost += float((error.square() @ moments).double() @ rows.double())
+        cost += float((error.square_() @ moments).double() @ rows.double())
     return cost * len(w) / kept / 2
 
 
 def rounded(x: Tensor, scale: Tensor, qtype: QType) -> Tensor:
     """What `quantize` makes of x, times the scale again; NaN stays NaN."""
-    return qtype.round((x * scale.reciprocal()).clamp(-qtype.q_max, qtype.q_max)) * scale
+    q = (x * scale.reciprocal()).clamp_(-qtype.q_max, qtype.q_max)
+    return (q.round_() if qtype is INT8 else qtype.round(q)).mul_(scale)

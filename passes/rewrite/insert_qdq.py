@@ -62,6 +62,8 @@ from sqcompile.plan.plan import Plan
 from sqcompile.process.memory import release_freed_memory
 from sqcompile.process.progress import each
 
+_PART = 2**18  # values of a weight that are quantized at a time: what is made of them stays in a processor's cache
+
 
 def insert_qdq(gm: fx.GraphModule, plan: Plan, shared: Shared | None = None, lazy: bool = False) -> fx.GraphModule:
     """Quantizes the plan's attentions (`quantize_attention`) and linears.
@@ -229,17 +231,17 @@ def quantized_weight(
 
 def _quantize_weight(rows: Rows, out: Tensor, per_channel: bool, qtype: QType, whole: Tensor | None = None) -> Tensor:
     """Fills ``out`` [N, K] with the values of rows of a weight, and gives the scales, float32 [N] or [1]; ``whole``: [N, 1]."""
-    parts = row_parts(out)  # no float copy of the weight
+    parts = row_parts(out, _PART)  # no float copy of the weight
     if per_channel and whole is None:
         scales = []
         for p in parts:
             w = rows(p)
             scales.append(weight_scale(w.float(), True, qtype.q_max))
-            out[p] = quantize(w, scales[-1], dtype=qtype.dtype)
+            _round_into(out[p], w, scales[-1], qtype)
         return torch.cat(scales).flatten()
     scale = _scales(rows, parts, per_channel, qtype) if whole is None else whole
     for p in parts:
-        out[p] = quantize(rows(p), scale[p] if per_channel else scale, dtype=qtype.dtype)
+        _round_into(out[p], rows(p), scale[p] if per_channel else scale, qtype)
     return scale.flatten()
 
 
@@ -247,3 +249,11 @@ def _scales(rows: Rows, parts: list[slice], per_channel: bool, qtype: QType) -> 
     """The scales of a weight: float32 [N, 1], or [1, 1] per tensor."""
     scales = torch.cat([weight_scale(rows(p).float(), True, qtype.q_max) for p in parts])
     return scales if per_channel else scales.amax(dim=0, keepdim=True)
+
+
+def _round_into(out: Tensor, w: Tensor, scale: Tensor, qtype: QType) -> None:
+    """`quantize` of some rows w, written to ``out``. Where a scale is not finite, so that the weight is refused, any value."""
+    if qtype is INT8:  # with half the passes over memory
+        out.copy_(w.float().mul(scale.reciprocal()).round_().clamp_(-qtype.q_max, qtype.q_max))
+    else:
+        out.copy_(quantize(w, scale, dtype=qtype.dtype))

@@ -30,7 +30,9 @@ from sqcompile.errors import CaptureError, SQCompileError
 from sqcompile.models import check_recipe
 from sqcompile.plan.recipe import resolve_recipe
 from sqcompile.process.lock import compiling
+from sqcompile.process.progress import carried
 from sqcompile.pytorch.distributed import local_part
+from sqcompile.pytorch.dynamo import Through
 
 __all__ = ["Options", "smoothquant"]
 
@@ -42,7 +44,7 @@ def smoothquant(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """The backend. Its errors are raised by the call that made Dynamo compile, as they are.
+    """The backend. Its errors, and those of a user's ``progress``, are raised by the call that made Dynamo compile, as they are.
 
     Args:
         gm: Dynamo's graph.
@@ -54,7 +56,7 @@ def smoothquant(
         What runs in place of the graph.
     """
     try:
-        with compiling():
+        with compiling(), carried(Through):
             return _compiled(gm, example_inputs, options, mode)
     except SQCompileError as e:
         return _raises(e)

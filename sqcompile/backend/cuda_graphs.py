@@ -14,11 +14,13 @@ buffers.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import logging
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +31,19 @@ from sqcompile.pytorch.core import is_same_element_twice
 from sqcompile.pytorch.dynamo import has_static_address
 
 log = logging.getLogger("sqcompile")
+
+_off = contextvars.ContextVar("_off", default=False)
+
+
+@contextlib.contextmanager
+def not_recorded() -> Iterator[None]:
+    """While this lasts, graphs run kernel by kernel: for a caller who records them as a part of something larger."""
+    token = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(token)
+
 
 _MOST = 16  # recordings of one graph: batch sizes and caches in use at a time
 
@@ -50,7 +65,7 @@ class Recorder:
         self.last: Hashable = None
 
     def __call__(self, *args: Any) -> Any:
-        if self.recordable and not self.pool.recording():
+        if self.recordable and not _off.get() and not self.pool.recording():
             with self.pool.lock:
                 results = self._replayed(args)
             if results is not None:
@@ -190,8 +205,14 @@ class Pool:
         """Whether somebody else records the calls of this stream."""
         return torch.cuda.is_current_stream_capturing()
 
-    def record(self, run: Callable[[], Any]) -> tuple[list[Any], Callable[[], None]]:
+    def record(
+        self, run: Callable[[], Any], generators: Sequence[torch.Generator] = ()
+    ) -> tuple[list[Any], Callable[[], None]]:
         """Records a function, runs it, and gives its results and what runs it again on the same tensors.
+
+        Args:
+            run: the function.
+            generators: what it draws random numbers from, beside the device's own: each replay draws others.
 
         Raises:
             NotRecorded: if it does what a CUDA graph cannot; it has not run then.
@@ -199,6 +220,8 @@ class Pool:
         if not self.graphs:  # a pool goes with the last of its graphs
             self.handle = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
         before = torch.cuda.current_stream(self.device)
         try:
             with (

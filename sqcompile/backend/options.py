@@ -37,7 +37,7 @@ class Options:
         stage: "lowered", or "quantized" to run INT8 values in plain float arithmetic: the reference of what is lowered,
             to tell what quantization costs from what a kernel does. Each graph has its own INT8 weights then.
         progress: as for `sqcompile.compile`, False by default: told when a plan is made and when a graph is rewritten and compiled.
-            What a function raises while Dynamo compiles, Dynamo raises as a BackendCompilerFailed.
+            What a function raises comes out of the call, which compiles anew the next time.
         regional: whether repeated blocks are compiled once, see `sqcompile.compile`.
         model: whose parameters these are: names in plans are its. Given as a module, or as a weak reference to one where
             models come and go: PyTorch keeps options until ``torch._dynamo.reset()``. Without it the model is looked for

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -115,6 +115,10 @@ class Runner:
         if self.bound and self._release(self.bound[0].changed(tensors), tensors, session):
             tensors = [args[i] for i in self.constants]
         return self._bind(session, tensors)
+
+    def held_for(self, session: Session) -> list[Hashable]:
+        """The graphs that are compiled for a session now."""
+        return [b for b in self.bound if b.session is session]
 
     def forget(self, session: Session, compiled: bool) -> None:
         """Drops what was observed for a session, and, if told so, what was compiled."""

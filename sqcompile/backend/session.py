@@ -32,6 +32,9 @@ from sqcompile.pytorch.dynamo import compile_lock
 class Graphs(Protocol):
     """What holds graphs for several sessions."""
 
+    def held_for(self, session: Session) -> list[Hashable]:
+        """The graphs that are compiled for a session now."""
+
     def forget(self, session: Session, compiled: bool) -> None:
         """Drops what was observed for a session, and, if told so, what was compiled."""
 
@@ -173,6 +176,17 @@ def sessions_of(model: nn.Module) -> list[Session]:
     found = _sessions.get(model)
     whole = [found] if found else [s for m, s in list(_sessions.items()) if any(part is model for part in m.modules())]
     return [session for sessions in whole for session in sessions.values()]
+
+
+def graphs_of(model: nn.Module) -> frozenset[Hashable] | None:
+    """The graphs that are compiled for a model now, the same objects as long as they are; None while it calibrates itself.
+
+    Whoever keeps them keeps the INT8 weights that they use.
+    """
+    sessions = sessions_of(model)
+    if any(s.plan is None for s in sessions):
+        return None
+    return frozenset(graph for s in sessions for r in list(s.runners) for graph in r.held_for(s))
 
 
 def session_of(tensors: Sequence[Tensor], options: Options) -> Session:

@@ -1,8 +1,8 @@
-"""``python -m sqcompile.bench cpu``, ``gpu``, ``attention``, ``generate``, ``large``, ``speedup`` or ``tools``."""
+"""``python -m sqcompile.bench cpu``, ``gpu``, ``attention``, ``generate``, ``large``, ``launch``, ``speedup`` or ``tools``."""
 
 import sys
 
-from sqcompile.bench import attention, cpu, generate, gpu, large, speedup, tools
+from sqcompile.bench import attention, cpu, generate, gpu, large, launch, speedup, tools
 
 BENCHMARKS = {
     "cpu": cpu.main,
@@ -10,6 +10,7 @@ BENCHMARKS = {
     "attention": attention.main,
     "generate": generate.main,
     "large": large.main,
+    "launch": launch.main,
     "speedup": speedup.main,
     "tools": tools.main,
 }

@@ -1,7 +1,8 @@
-"""Generation benchmark: ``model.generate`` through backend "smoothquant", beside ``torch.compile`` in bf16. One run.
+"""Generation benchmark: ``model.generate`` and `sqcompile.generate` through backend "smoothquant", beside bf16. One run.
 
 On a GPU a Llama-3-8B-shaped model with a static cache and CUDA graphs; on a CPU a 1B-shaped one with a static cache.
-Weights are random: the tokens are no text, and are not compared; the logits of a prompt are.
+Beside each stands the same call of the model that ``torch.compile`` made in bf16. Weights are random: the tokens are no
+text, and are not compared; the logits of a prompt are. On a GPU the time of a token, too, beside that of its kernels.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import sqcompile
@@ -69,31 +71,56 @@ def static_cache(model: Any, batch: int, length: int) -> StaticCache:
     return cache
 
 
-def measure(model: Any, cache: StaticCache, batch: int, prompt: int, new: int, rounds: int) -> tuple[float, float]:
-    """Decoded tokens a second, all sequences together, and prompt tokens a second, of one ``generate`` call.
+Write = Callable[[Tensor, int], Tensor]  # prompts int64 [batch, tokens] and so many new tokens
 
-    Decode is the difference of generating ``new`` tokens and one, so that prefill counts in neither twice.
-    """
-    x = torch.randint(3, 32000, (batch, prompt), device=model.device)
 
-    def generate(tokens: int) -> Tensor:
+def by_transformers(model: Any, cache: StaticCache) -> Write:
+    """``model.generate`` with a cache that stays."""
+
+    def write(x: Tensor, tokens: int) -> Tensor:
         cache.reset()
         return model.generate(
             x, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0,
             past_key_values=cache, disable_compile=True,
         )  # fmt: skip
 
-    whole = seconds(lambda: generate(new), model.device.type, rounds)
-    first = seconds(lambda: generate(1), model.device.type, rounds)
-    return batch * (new - 1) / (whole - first), batch * prompt / first
+    return write
 
 
-def contender(name: str, model: LlamaForCausalLM, plan: sqcompile.Plan) -> Any:
-    """The model compiled, prefill and decode; on a GPU as CUDA graphs."""
+def by_sqcompile(model: Any, length: int) -> Write:
+    """`sqcompile.generate` with a cache of this length, at least."""
+    plain: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_cache_len": length}
+    return lambda x, tokens: sqcompile.generate(model, x, max_new_tokens=tokens, **plain)
+
+
+def measure(write: Write, x: Tensor, new: int, rounds: int) -> tuple[float, float]:
+    """Decoded tokens a second, all sequences together, and prompt tokens a second.
+
+    Decode is the difference of generating ``new`` tokens and one, so that prefill counts in neither twice.
+    """
+    whole = seconds(lambda: write(x, new), x.device.type, rounds)
+    first = seconds(lambda: write(x, 1), x.device.type, rounds)
+    return len(x) * (new - 1) / (whole - first), x.numel() / first
+
+
+def kernels(write: Write, x: Tensor, new: int) -> float:
+    """Seconds that the kernels of a token take on a GPU, one after the other, the waits between them left out."""
+
+    def spent(tokens: int) -> float:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            write(x, tokens)
+            torch.cuda.synchronize()
+        return sum(e.self_device_time_total for e in profiler.key_averages()) / 1e6
+
+    return (spent(new) - spent(new // 2)) / (new - new // 2)
+
+
+def contender(name: str, model: LlamaForCausalLM, plan: sqcompile.Plan, graphs: bool = True) -> Any:
+    """The model compiled, prefill and decode; on a GPU as CUDA graphs of its own, if these are wanted."""
     cuda = model.device.type == "cuda"
     if name == "bf16":
         own = copy.copy(model)
-        options: Any = {"mode": "reduce-overhead", "dynamic": False} if cuda else {"dynamic": None}
+        options: Any = {"mode": "reduce-overhead", "dynamic": False} if cuda and graphs else {"dynamic": None}
         own.compile(**options)
         return own
     options = {"plan": plan, "mode": "reduce-overhead" if cuda else "default", "regional": cuda}
@@ -107,31 +134,63 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--new", type=int, default=129 if device == "cuda" else 17)
     parser.add_argument("--rounds", type=int, default=5 if device == "cuda" else 3)
     parser.add_argument("--recipe", help="default, O1, O2 or O3; alpha=0.5 without rotation otherwise")
+    parser.add_argument("--int8-only", action="store_true", help="leave bf16 out, which takes most of the time")
     args = parser.parse_args(argv)
     model = llama(device, args.layers)
     batches = [torch.randint(3, 32000, (2, 256), device=device)]
     recipe = args.recipe or sqcompile.Recipe()  # random weights: any alpha
     plan = sqcompile.calibrate(model, batches, recipe=recipe, progress=False)
     print(f"{gpu() if device == 'cuda' else machine()}, {args.layers} layers, {args.recipe or 'alpha=0.5'}\n")
-    print("| | bf16 torch.compile, tokens/s | sqcompile INT8, tokens/s | vs bf16 |\n|---|---|---|---|")
-    prompts = PROMPTS[device]
-    net = contender("INT8", model, plan)
-    caches = {batch: static_cache(model, batch, max(lengths) + args.new) for batch, lengths in prompts.items()}
-    cases = [(batch, length) for batch, lengths in prompts.items() for length in lengths]
-    ours = [measure(net, caches[case[0]], *case, args.new, args.rounds) for case in cases]
-    logits = {"INT8": _logits(net)}
-    for (batch, prompt), int8 in zip(cases, ours, strict=True):
-        torch.compiler.reset()  # compiled for each case: one code for all sizes may be slower
-        del net
+    prompts = {
+        (batch, length): torch.randint(3, 32000, (batch, length), device=device)
+        for batch, lengths in PROMPTS[device].items()
+        for length in lengths
+    }
+    longest = {batch: max(lengths) + args.new for batch, lengths in PROMPTS[device].items()}
+
+    def speeds(name: str) -> tuple[list[list[tuple[float, float]]], list[str], Tensor]:
+        """By loop and by prompts; lines about a token; and logits of the model."""
+        net, found, said = contender(name, model, plan), list[list[tuple[float, float]]](), list[str]()
+        caches = {batch: static_cache(model, batch, length) for batch, length in longest.items()}
+        found.append(
+            [measure(by_transformers(net, caches[b]), x, args.new, args.rounds) for (b, _), x in prompts.items()]
+        )
+        logits = _logits(net)
+        del caches
+        if name == "bf16" and device == "cuda":  # one recording cannot be part of another
+            del net
+            torch.compiler.reset()
+            net = contender(name, model, plan, graphs=False)
+        found.append(
+            [measure(by_sqcompile(net, longest[b]), x, args.new, args.rounds) for (b, _), x in prompts.items()]
+        )
+        for (batch, length), x, (speed, _) in zip(prompts, prompts.values(), found[1], strict=True):
+            if device == "cuda":
+                token, busy = batch / speed, kernels(by_sqcompile(net, longest[batch]), x, args.new)
+                said.append(
+                    f"{name}, batch {batch} after {length}: a token takes {token * 1e3:.2f} ms, its kernels "
+                    f"{busy * 1e3:.2f} ({token / busy:.2f}x)"
+                )
+        sqcompile.free_generation(net)
+        return found, said, logits
+
+    int8, lines, logits = speeds("INT8")
+    bf16: Any = None
+    if not args.int8_only:
         gc.collect()
-        net = contender("bf16", model, plan)
-        bf16 = measure(net, caches[batch], batch, prompt, args.new, args.rounds)
-        for what, a, b in zip(
-            (f"decode, batch {batch} after {prompt}", f"prefill, {batch} x {prompt}"), bf16, int8, strict=True
-        ):
-            print(f"| {what} | {a:.1f} | {b:.1f} | {b / a:.2f}x |", flush=True)
-    logits["bf16"] = _logits(net)
-    print(f"\nSQNR of the logits beside bf16: {sqnr_db(logits['bf16'], logits['INT8']):.1f} dB")
+        bf16, more, floats = speeds("bf16")
+        lines += more
+    print("| | bf16 torch.compile, tokens/s | sqcompile INT8, tokens/s | vs bf16 |\n|---|---|---|---|")
+    for i, loop in enumerate(("model.generate", "sqcompile.generate")):
+        for j, (batch, length) in enumerate(prompts):
+            for k, what in enumerate((f"decode, batch {batch} after {length}", f"prefill, {batch} x {length}")):
+                other = (
+                    f"{bf16[i][j][k]:.1f} | {int8[i][j][k]:.1f} | {int8[i][j][k] / bf16[i][j][k]:.2f}x" if bf16 else ""
+                )
+                print(f"| {what}, {loop} | {other or f' | {int8[i][j][k]:.1f} | '} |")
+    print("\n" + "\n".join(lines))
+    if bf16:
+        print(f"SQNR of the logits beside bf16: {sqnr_db(floats, logits):.1f} dB")
 
 
 @torch.no_grad()

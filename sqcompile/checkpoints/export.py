@@ -30,6 +30,7 @@ from sqcompile.files.directory import check_replaceable, new_directory
 from sqcompile.files.regular import said
 from sqcompile.passes.ir.about import about
 from sqcompile.plan.plan import Plan, given_plan
+from sqcompile.plan.said import linears_in
 from sqcompile.process.interrupts import checkpoint, deferred
 from sqcompile.process.lock import analysing, compiling
 from sqcompile.process.progress import part
@@ -64,7 +65,7 @@ class Exported:
         count, smoothed = len(self.plan.layers), sum(l.smoothing != "none" for l in self.plan.layers)
         what = f"{smoothed} of {count} linears smoothed"
         if self.format != "smoothed":
-            what = f"{sum(l.quantized for l in self.plan.layers)} of {count} linears in INT8, {smoothed} smoothed"
+            what = f"{linears_in(self.plan.layers, 'int8')}, {smoothed} smoothed"
         lines = [f"{self.path}: {self.format}, {what}, {self.bytes / 1e6:.1f} MB"]
         return "\n  ".join([*lines, *lines_of(self.changed, self.plan), *self.notes])
 

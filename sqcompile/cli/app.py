@@ -138,7 +138,7 @@ def generate(
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Write some text, to look at what a model does. Not for serving: there is no KV cache.
+    """Write some text, to look at what a model does. Not for serving: a quantized model has no KV cache here.
 
     **Example**
 
@@ -163,7 +163,7 @@ def report(
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Say what was done with each linear, and why.
+    """Say what was done with each linear, and why. DIR may be the file of a plan, too.
 
     **Examples**
 
@@ -205,7 +205,7 @@ def bench(
     context: typer.Context,
     what: Annotated[str, typer.Argument(metavar="DIR", help="a quantized model, or the name of a benchmark")] = "",
 ) -> None:
-    """Time a quantized model, or run one of the benchmarks: cpu, gpu, attention, generate, large, speedup, tools.
+    """Time a quantized model, or run one of the benchmarks: cpu, gpu, attention, generate, large, launch, speedup, tools.
 
     **Examples**
 
@@ -234,7 +234,7 @@ def _time(
 ) -> None:
     """Time a quantized model on this machine, beside torch.compile of the float model if there is one.
 
-    The name of a benchmark in the place of DIR runs that: cpu, gpu, attention, generate, large, speedup, tools.
+    The name of a benchmark in the place of DIR runs that: cpu, gpu, attention, generate, large, launch, speedup, tools.
 
     **Examples**
 

@@ -1,21 +1,25 @@
-"""generate: a quick look at what a model writes. There is no KV cache: every token runs the whole text again."""
+"""generate: a quick look at what a model writes.
+
+A float model writes by `sqcompile.generate`. What was captured without a KV cache runs the whole text again for every token.
+"""
 
 from __future__ import annotations
 
 import inspect
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import sqcompile
 from sqcompile.cli.saved import load_any, tokenizer_of
 from sqcompile.cli.terminal import CommandError, Terminal
 from sqcompile.compiled.emit import CompiledModel
-from sqcompile.errors import SQCompileError
+from sqcompile.errors import GenerationError, SQCompileError
 from sqcompile.files.regular import said as words
 
 
@@ -53,13 +57,20 @@ def generate(folder: str, asked: Asked, backend: str, device: str | None, as_jso
     if not as_json:
         _write(asked.prompt)
     new = list[int]()
-    for token in tokens(model, ids, asked, tokenizer.eos_token_id):
+
+    def tell(token: int) -> None:
+        nonlocal first, written
         first = first or time.perf_counter()
         new.append(token)
         text = tokenizer.decode(new, skip_special_tokens=True)
         if not as_json and not text.endswith("\ufffd"):  # a letter may be made of several tokens
             _write(text[len(written) :])
             written = text
+
+    cached = _cached(model, ids, asked, tokenizer.eos_token_id, tell)
+    if not cached:
+        for token in tokens(model, ids, asked, tokenizer.eos_token_id):
+            tell(token)
     seconds = time.perf_counter() - first
     speed = (len(new) - 1) / seconds if len(new) > 1 else None
     if as_json:
@@ -68,13 +79,34 @@ def generate(folder: str, asked: Asked, backend: str, device: str | None, as_jso
         return
     _write(tokenizer.decode(new, skip_special_tokens=True)[len(written) :] + "\n")
     said = f", the first after {first - start:.1f} s" if new else ""
-    said += f", {speed:.1f} tokens/s without a KV cache" if speed else ""
+    said += f", {speed:.1f} tokens/s with{'' if cached else 'out'} a KV cache" if speed else ""
     terminal.say(f"{len(new)} tokens{said}")
 
 
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _cached(model: nn.Module, ids: Tensor, asked: Asked, end: int | None, tell: Callable[[int], None]) -> bool:
+    """Tells the tokens after ids int64 [1, tokens] until ``end``; False, and none, for a model without a KV cache."""
+    device = next((t.device for t in model.parameters()), torch.device("cpu"))
+    drawn = {"do_sample": True, "temperature": asked.temperature, "top_k": 0, "top_p": 1.0}
+    try:
+        sqcompile.generate(
+            model,
+            ids,
+            torch.ones_like(ids),
+            max_new_tokens=asked.tokens,
+            eos_token_id=end,
+            repetition_penalty=1.0,
+            generator=torch.Generator(device).manual_seed(asked.seed),
+            callback=lambda token: None if int(token) == end else tell(int(token)),
+            **(drawn if asked.temperature > 0 else {"do_sample": False}),
+        )
+    except GenerationError:  # before the first token
+        return False
+    return True
 
 
 @torch.no_grad()

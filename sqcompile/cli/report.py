@@ -1,4 +1,4 @@
-"""report: what was done with each linear of a quantized directory, as text, as JSON, or as a page."""
+"""report: what was done with each linear of a quantized directory, or of a plan, as text, as JSON, or as a page."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from sqcompile.evaluation import Evaluation
 from sqcompile.files.bounded_json import read_object
 from sqcompile.files.regular import read_regular, said
 from sqcompile.loading import opened
+from sqcompile.plan.plan import Plan
 
 _MOST = 2**20  # bytes of a file with an evaluation
 _KINDS = {"int": int, "str": str, "float | None": (float, int)}  # of fields of an Evaluation, as they are annotated
 
 
 def report(folder: str, out: str | None, full: bool, evaluation: str | None, terminal: Terminal) -> None:
-    """Prints the report of a directory, with ``full`` a line for each linear, or writes it as a page.
+    """Prints the report of a directory or of a plan's file, with ``full`` a line for each linear, or writes it as a page.
 
     Raises:
-        SQCompileError: for a directory without a model in INT8, an evaluation that is none, or a path that cannot be written.
+        SQCompileError: for a directory without a model in INT8, a file that is no plan, an evaluation that is none, or a path that cannot be written.
     """
     if evaluation is not None and out is None:
         raise CommandError("--evaluation is for the page: add -o FILE.html, or leave it out")
     measured = None if evaluation is None else read_evaluation(evaluation)
-    plan = opened(folder)[0]
+    alone = os.path.isfile(folder)
+    plan = Plan.load(folder) if alone else opened(folder)[0]
     found = Report.of(plan)
     if out is None:
         asked = {"recipe": dataclasses.asdict(plan.recipe)}
         terminal.result(asked | json.loads(found.to_json()), found.to_text(full))
         return
-    found.to_html(out, evaluation=measured, title=_title(folder))
+    found.to_html(out, evaluation=measured, title=None if alone else _title(folder))
     terminal.result({"path": out}, f"written to {out}")
 
 

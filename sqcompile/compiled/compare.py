@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,8 @@ class Comparison:
         differences: the linears that differ in number format, smoothing, α, rotation, scales of input or weight, or in SQNR
             by 0.05 dB or more, in graph order.
         quantized: how many linears run in INT8 (or FP8), of each.
-        mean_sqnr_db: of the linears whose SQNR both know, of each; None where there is none.
+        mean_sqnr_db: of the linears whose SQNR both know and which neither computes exactly, of each; None where there is
+            none.
         dtypes: the number format of quantized linears, of each.
         recipes: what was asked for, of each; None of a report alone, which does not say it.
     """
@@ -85,7 +87,8 @@ class Comparison:
             for name, members in grouped(d.name for d in mine):
                 of = [mine[i] for i in members]
                 a, b = ([getattr(d, side) for d in of] for side in ("a", "b"))
-                gain = span([d.gain_db for d in of], "+.1f", "", " dB")
+                gains = [d.gain_db for d in of if d.gain_db is not None and math.isfinite(d.gain_db)]
+                gain = span(gains, "+.1f", "", " dB")
                 row = (abbreviated(name), _said(a, self.dtypes[0]), _said(b, self.dtypes[1]), gain)
                 found.append((self.differences.index(of[0]), row))
         return [row for _, row in sorted(found)]
@@ -127,6 +130,7 @@ def compared(a: Report, b: Report, recipes: tuple[Recipe | None, Recipe | None] 
     other = {l.name: l for l in b.layers}
     pairs = [(l, other[l.name]) for l in a.layers]
     known = [(x.sqnr_db, y.sqnr_db) for x, y in pairs if x.sqnr_db is not None and y.sqnr_db is not None]
+    known = [(x, y) for x, y in known if math.isfinite(x) and math.isfinite(y)]
     formats = a.dtype != b.dtype
     found = [Difference(x.name, x, y) for x, y in pairs if _differ(x, y) or (formats and x.quantized and y.quantized)]
     means = (statistics.fmean(x for x, _ in known), statistics.fmean(y for _, y in known)) if known else None

@@ -25,6 +25,7 @@ from sqcompile.passes.ir.flat import flatten
 from sqcompile.passes.ir.graph import get_tensor, set_tensor
 from sqcompile.plan.notebook import titled
 from sqcompile.plan.plan import Plan
+from sqcompile.plan.said import linears_in
 from sqcompile.process.progress import part
 from sqcompile.programs.export import NATIVE, check_target, export, is_program, write_artifact, write_program
 from sqcompile.pytorch.core import pytree
@@ -57,7 +58,8 @@ class CompiledModel(nn.Module):
     ) -> None:
         super().__init__()
         self.lowered = lowered
-        self.plan, self.report, self.stages = plan, Report.of(plan, lowered, stages), stages
+        self._graphs = Graphs(stages, lowered)
+        self.plan, self.report, self.stages = plan, Report.of(plan, lowered, self._graphs), stages
         self.call = call
         self._captured, self._out_spec = about(lowered).calls, about(lowered).out_spec
         flat, self._used = flatten(lowered)
@@ -97,7 +99,7 @@ class CompiledModel(nn.Module):
         """
         from sqcompile.draw import draw
 
-        draw(path, Graphs(self.stages, self.lowered), self.plan, stage, full, colour)
+        draw(path, self._graphs, self.plan, stage, full, colour)
 
     def save(self, path: str | os.PathLike[str], *, shard_bytes: int = SHARD, code: bool = False) -> None:
         """Writes a directory that `sqcompile.load` makes a compiled model of, without this model's class and its data.
@@ -150,8 +152,7 @@ class CompiledModel(nn.Module):
         target = about(self.lowered).target
         devices = sorted({str(b.device) for b in self.lowered.buffers()})
         where = f" on {', '.join(devices)}" if target is None else f" for {target.name}"
-        done = sum(l.quantized for l in self.plan.layers)
-        what = f"{done} of {len(self.plan.layers)} linears in {self.plan.recipe.dtype.upper()}"
+        what = linears_in(self.plan.layers, self.plan.recipe.dtype)
         return f"{self.call.name or 'model'}, {what}, {self.weight_bytes() / 1e6:.1f} MB{where}"
 
     def weight_bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from sqcompile.plan.names import SiteLabel, site_labels
 from sqcompile.plan.plan import Plan
 
 if TYPE_CHECKING:
-    from sqcompile.compiled.stages import Stages
+    from sqcompile.compiled.stages import Graphs
     from sqcompile.evaluation import Evaluation
 
 
@@ -119,8 +120,10 @@ class Report:
         int8_attention: the INT8 attentions by kind.
         dtype: the number format of quantized linears.
         plan: that it is on.
-        stages: of the compiled model, for a drawing; None where there are none.
+        stages: graphs of the compiled model, for a drawing; None where there are none.
         weight_bytes: of all tensors of the compiled model; None where there is none.
+        seconds: that `compile` took, by stage ("trace", "calibrate", "match", "plan", "fold", "insert_qdq", "lower",
+            "emit") and by part of a stage ("plan: choose", "emit: inductor"); empty for a model that was loaded.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -130,11 +133,12 @@ class Report:
     int8_attention: tuple[Int8Attention, ...] = ()
     dtype: str = "int8"
     plan: Plan | None = field(default=None, repr=False, compare=False)
-    stages: Stages | None = field(default=None, repr=False, compare=False)
+    stages: Graphs | None = field(default=None, repr=False, compare=False)
     weight_bytes: int | None = field(default=None, repr=False, compare=False)
+    seconds: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
-    def of(plan: Plan, lowered: fx.GraphModule | None = None, stages: Stages | None = None) -> Report:
+    def of(plan: Plan, lowered: fx.GraphModule | None = None, stages: Graphs | None = None) -> Report:
         """The report on a plan, and on the kernels of a lowered graph; with its stages, the page has a drawing."""
         sites = site_labels(plan.scales, [l.name for l in plan.layers])
         if lowered is None:
@@ -205,7 +209,7 @@ class Report:
         """The report as JSON, without NaN and infinities: what is not known, or infinite, is null.
 
         An object of ``format`` (1), ``dtype``, ``summary`` (how many linears there are, and how many of them are quantized,
-        folded, multiplied and rotated), and lists of objects that have the fields of these classes: ``layers``
+        folded, multiplied and rotated), ``seconds`` by stage, and lists of objects that have the fields of these classes: ``layers``
         (LayerPlan), ``attention`` (AttentionPlan), ``sites`` (SiteLabel), ``gemms`` (Gemm) and ``int8_attention``
         (Int8Attention). ``gains`` are a list of objects, too: ``rows`` and ``gain`` of a GEMM; ``batch``, ``queries``, ``keys``
         and ``gain`` of an attention.

@@ -33,6 +33,7 @@ def as_dict(report: Report) -> dict[str, Any]:
             "multiplied": sum(l.smoothing == "multiplied" for l in done),
             "rotated": sum(bool(l.rotation) for l in done),
         },
+        "seconds": dict(report.seconds),
         "layers": [_plain(l) for l in report.layers],
         "attention": [_plain(a) for a in report.attention],
         "sites": [_plain(s) for s in report.sites],

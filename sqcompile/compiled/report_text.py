@@ -6,13 +6,15 @@ After:   layers.{0..29}.q_proj.weight  int8   folded      α 0.40..0.60  28.8..3
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.names import PRODUCTS, abbreviated, collapse, grouped
+from sqcompile.plan.said import attentions_in, linears_in
 
 if TYPE_CHECKING:
     from sqcompile.compiled.report import Report
@@ -64,10 +66,11 @@ def text(report: Report, full: bool = False) -> str:
         lines += ["INT8 attention, expected speed against bf16:", *(f"  {a}" for a in report.int8_attention)]
     words = legend(report.layers, report.attention)
     lines += ["words:", *(f"  {line}" for line in words)] if words else []
+    if report.seconds:
+        lines.append(took(report.seconds))
     lines.append(counts(report.layers, report.dtype))
     if report.attention:
-        done = sum(a.quantized != "none" for a in report.attention)
-        lines.append(f"{done} of {len(report.attention)} attentions in INT8")
+        lines.append(attentions_in(report.attention))
     return "\n".join(lines)
 
 
@@ -116,12 +119,14 @@ def text_of(lines: Sequence[Line], kind: Callable[[Any], str]) -> list[str]:
 
 
 def span(values: Sequence[float | None], form: str, before: str = "", after: str = "") -> str:
-    """The least and the largest of some numbers: "α 0.40..0.60"; one number where they read alike, "" where there are none."""
+    """The least and the largest of some numbers: "α 0.40..0.60"; one number where they read alike, "" where there are none.
+
+    An infinite one is an SQNR without noise: "28.8 dB..exact".
+    """
     known = sorted(v for v in values if v is not None)
-    if not known:
-        return ""
-    ends = [format(known[0], form), format(known[-1], form)]
-    return before + "..".join(dict.fromkeys(ends)) + after
+    finite = [format(v, form) for v in known if v != math.inf]
+    said = [before + "..".join(dict.fromkeys((finite[0], finite[-1]))) + after] if finite else []
+    return "..".join([*said, "exact"] if len(finite) < len(known) else said)
 
 
 def legend(layers: Sequence[LayerPlan], attention: Sequence[AttentionPlan] = ()) -> list[str]:
@@ -139,7 +144,7 @@ def legend(layers: Sequence[LayerPlan], attention: Sequence[AttentionPlan] = ())
 def counts(layers: Sequence[LayerPlan], dtype: str) -> str:
     """How many linears run in INT8, and how they are smoothed, in one line."""
     done = [l for l in layers if l.quantized]
-    parts = [f"{len(done)} of {len(layers)} linears in {dtype.upper()}"]
+    parts = [linears_in(layers, dtype)]
     folded, explicit = (sum(l.smoothing == how for l in done) for how in ("folded", "multiplied"))
     parts.append(f"{folded} with smoothing folded into parameters")
     if explicit:
@@ -149,6 +154,21 @@ def counts(layers: Sequence[LayerPlan], dtype: str) -> str:
     if turned := sum(bool(l.rotation) for l in layers):
         parts.append(f"{turned} with rotated inputs")
     return ", ".join(parts)
+
+
+def took(seconds: Mapping[str, float]) -> str:
+    """The seconds of each stage in one line, with those of its parts that took a tenth of all.
+
+    {"trace": 2.0, "plan: choose": 5.0, "plan: compare": 0.1, "plan": 5.2} -> "7.2 s: trace 2.0, plan 5.2 (choose 5.0)"
+    """
+    stages = {name: s for name, s in seconds.items() if ":" not in name}
+    total = sum(stages.values())
+    said = []
+    for stage, s in stages.items():
+        parts = {n.partition(": ")[2]: t for n, t in seconds.items() if n.startswith(f"{stage}: ") and t >= total / 10}
+        inner = f" ({', '.join(f'{n} {t:.1f}' for n, t in parts.items())})" if parts else ""
+        said.append(f"{stage} {s:.1f}{inner}")
+    return f"compiled in {total:.1f} s: {', '.join(said)}"
 
 
 def _reason(reasons: Sequence[str]) -> str:

@@ -109,21 +109,27 @@ class Stages(Mapping[str, fx.GraphModule]):
 class Graphs(Mapping[str, fx.GraphModule]):
     """The graphs of the stages to look at, of which no weight is computed that is not there.
 
+    The lowered graph is the compiled model's own, which this does not keep; it is no stage of these once that is gone.
+
     Raises:
         StageError: as `Stages`.
     """
 
     def __init__(self, stages: Stages, lowered: fx.GraphModule) -> None:
-        self._stages, self._lowered = stages, lowered
+        self._stages, self._lowered = stages, weakref.ref(lowered)
 
     def __getitem__(self, name: str) -> fx.GraphModule:
-        return self._lowered if name == "lowered" else self._stages.graph(name)
+        if name != "lowered":
+            return self._stages.graph(name)
+        if (lowered := self._lowered()) is None:
+            raise KeyError("the compiled model is gone, and its lowered graph with it")
+        return lowered
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._stages)
+        return (name for name in self._stages if name != "lowered" or self._lowered() is not None)
 
     def __len__(self) -> int:
-        return len(self._stages)
+        return sum(1 for _ in self)
 
 
 def _ownerless(gm: fx.GraphModule) -> fx.Graph:

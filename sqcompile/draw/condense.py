@@ -65,7 +65,7 @@ def condense(gm: fx.GraphModule, roles: Roles) -> nx.DiGraph:
         Nodes have
 
         - ``kind``: "input", "output", "embedding", "norm", "product", "activation", "quantize" or "join";
-        - ``label`` and ``detail``, two lines of text, and ``roles``, a set;
+        - ``label`` and ``detail``, two lines of text, ``roles``, a set, and ``format``, what quantized linears run in;
         - ``linears``, their names, and ``keys``: names that are those of the same things in other stages;
         - ``blocks``, the repeated blocks around it, the outermost first, and ``block``, that one;
         - ``facts``, what there is to read, as (term, text), ``sqnr`` in dB or None, and ``lines``, the text of the operations
@@ -142,7 +142,7 @@ class _Boxes:
         found |= {"attention"} if operation(n) in _ATTENTIONS else set()
         blocks = _nested(block) if owners else None  # None: those of the nodes before it
         return {
-            "kind": kind, "roles": found, "label": label, "detail": detail, "blocks": blocks, "linears": tuple(linears),
+            "kind": kind, "format": self.roles.format, "roles": found, "label": label, "detail": detail, "blocks": blocks, "linears": tuple(linears),
             "keys": tuple(owners) or ((f"{roles.owners[own]} {label}",) if own in roles.owners else ()),
             "facts": self._facts(keys, block),
             "sqnr": min((roles.sqnr[k] for k in keys if k in roles.sqnr), default=None), "lines": [],

@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
+from sqcompile.plan.said import decibels
+
 # role -> (text of the chip, its width)
 CHIPS = {"producer": ("1/s", 22.0), "balance": ("s", 14.0), "explicit": ("× 1/s", 31.0)}
 CHIP_WORDS = {
@@ -35,15 +37,12 @@ def classes(data: dict[str, Any]) -> str:
     return " ".join(["node", "linear" if data["linears"] else data["kind"], *sorted(data["roles"]), *step])
 
 
-def legend(found: Iterable[str]) -> list[tuple[str, str]]:
-    """The colours that are in a drawing: (classes, what they mean).
-
-    Args:
-        found: the classes of its boxes.
-    """
-    boxes = [set(c.split()) for c in found]
+def legend(boxes_of: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The colours that are in a drawing of such boxes: (classes, what they mean)."""
+    every = [*boxes_of]
+    boxes, runs_in = [set(classes(data).split()) for data in every], next((data["format"] for data in every), "INT8")
     return [
-        (f"node {want}", text)
+        (f"node {want}", text.replace("INT8", runs_in) if "linear" in want else text)
         for want, without, text in _COLOURS
         if any(set(want.split()) <= c and not c & set(without.split()) for c in boxes)
     ]
@@ -60,9 +59,9 @@ def spoken(data: dict[str, Any]) -> str:
     roles = data["roles"]
     words = [data["label"], data["detail"]]
     words += [word for role, word in CHIP_WORDS.items() if role in roles]
-    words += ["in INT8"] if "quantized" in roles else ["in float"] if "float" in roles else []
+    words += [f"in {data['format']}"] if "quantized" in roles else ["in float"] if "float" in roles else []
     if "refused" in roles and not roles & {"quantized", "float"}:
         words.append("no parameter can absorb 1/s: x·(1/s) is multiplied before quantization")
     if data["sqnr"] is not None:
-        words.append(f"{data['sqnr']:.1f} dB")
+        words.append(decibels(data["sqnr"]))
     return ", ".join(w for w in words if w)

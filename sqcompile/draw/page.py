@@ -56,8 +56,9 @@ def fragment(
     Returns:
         HTML, one element and its style and script, for the body of a page.
     """
-    roles = roles_of(stages["traced"], plan)
-    drawings = {name: _stage(stages[name], name, roles) for name in stages}
+    traced = stages["traced"]
+    roles = roles_of(traced, plan)
+    drawings = {name: _stage(traced if name == "traced" else stages[name], name, roles) for name in stages}
     begin = drawings[stage]
     first = begin["full"] if full or begin["folded"] is None else begin["folded"]
     data = {
@@ -124,7 +125,7 @@ def _legend(g: nx.DiGraph) -> str:
         for role, text in CHIP_WORDS.items()
         if any(role in c.split() for c in found)
     ]
-    colours = "".join(_entry(css, text) for css, text in legend(found))
+    colours = "".join(_entry(css, text) for css, text in legend(data for _, data in g.nodes(data=True)))
     steps = "".join(_entry(css, text) for css, text in sqnr_legend())
     return (
         f'<ul class="sqd-by-role">{colours}{"".join(chips)}</ul>'

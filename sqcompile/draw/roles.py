@@ -15,6 +15,7 @@ from sqcompile.passes.labels.match import match
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.names import PRODUCTS, Names, refusal_lines
 from sqcompile.plan.plan import Plan
+from sqcompile.plan.said import decibels
 
 NORMS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"}
 _FORMATS = {"int8": "INT8", "fp8": "FP8"}
@@ -71,6 +72,7 @@ class Roles:
         reasons: why no parameter can absorb 1/s, or why linears stay in float.
         attentions: attention's node -> which of its products are in INT8, in words; in the order of their results.
         owners: attention's node -> its name.
+        format: what quantized linears run in, "INT8".
     """
 
     linears: dict[str, Linear]
@@ -83,6 +85,7 @@ class Roles:
     reasons: list[Reason] = field(default_factory=list)
     attentions: dict[str, str] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
+    format: str = "INT8"
 
     def add(self, key: str, role: str, *facts: tuple[str, str]) -> None:
         self.roles.setdefault(key, set()).add(role)
@@ -112,7 +115,7 @@ def roles_of(traced: fx.GraphModule, plan: Plan | None = None) -> Roles:
     sites, refusals = match(traced)
     linears = find_linears(traced)
     parameters = {**parameters_of(traced), **{l.node: l.name for l in linears}}
-    roles = Roles({l.name: l for l in linears}, parameters, Names(parameters.values()))
+    roles = Roles({l.name: l for l in linears}, parameters, Names(parameters.values()), format=_format(plan))
     for site in sites:
         if plan is not None and site.name not in plan.scales:
             continue
@@ -160,7 +163,7 @@ def _of_attention(how: AttentionPlan) -> list[tuple[str, str]]:
             if how.q_scale and how.k_scale
             else []
         )
-    facts += [("SQNR of the scores", f"{how.sqnr_db:.1f} dB")] if how.sqnr_db is not None else []
+    facts += [("SQNR of the scores", decibels(how.sqnr_db))] if how.sqnr_db is not None else []
     return [*facts, *([("because", how.reason)] if how.reason else [])]
 
 
@@ -175,7 +178,7 @@ def _add_layer(roles: Roles, layer: LayerPlan, plan: Plan) -> None:
         facts += [("Δ of the input", static), ("Δ of the weight", _SCALED[layer.weight or plan.recipe.weight])]
     if layer.sqnr_db is not None:
         roles.sqnr[layer.name] = layer.sqnr_db
-        facts.append(("SQNR", f"{layer.sqnr_db:.1f} dB"))
+        facts.append(("SQNR", decibels(layer.sqnr_db)))
     if layer.loss is not None:
         facts.append(("costs the outputs", f"{layer.loss:.2g}"))
     if layer.reason:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from html import escape
@@ -14,8 +15,10 @@ from sqcompile.draw.frames import frames, overlap
 from sqcompile.draw.layout import MARGIN, Layout, layout
 from sqcompile.draw.legend import CHIP_WORDS, CHIPS, classes, legend, sqnr_legend
 from sqcompile.draw.roles import Reason, by_done
+from sqcompile.plan.said import decibels
 
 _REASONS, _REASON_LENGTH = 8, 120
+_NO_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # a name may have any character
 
 
 def render(graph: nx.DiGraph, reasons: Sequence[Reason] = (), by_sqnr: bool = False) -> str:
@@ -30,7 +33,7 @@ def render(graph: nx.DiGraph, reasons: Sequence[Reason] = (), by_sqnr: bool = Fa
     above, legend_width, top = _legend(g, reasons, by_sqnr)
     width, height = max(place.size[0], legend_width), top + place.size[1]
     left = (width - place.size[0]) / 2
-    return "\n".join(
+    text = "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" class="sqd{" sqd-db" if by_sqnr else ""}" width="{width:.0f}" '
             f'height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}">',
@@ -43,6 +46,7 @@ def render(graph: nx.DiGraph, reasons: Sequence[Reason] = (), by_sqnr: bool = Fa
             "</svg>",
         ]
     )
+    return _NO_XML.sub("\ufffd", text)
 
 
 def interactive(graph: nx.DiGraph, label: str) -> str:
@@ -116,7 +120,7 @@ def _node(name: str, data: dict[str, Any], x: float, y: float, interactive: bool
     if data["detail"]:
         parts.append(f'<text class="detail size" x="{middle}" y="11">{escape(data["detail"])}</text>')
     if data["sqnr"] is not None:
-        parts.append(f'<text class="detail db" x="{middle}" y="11">{data["sqnr"]:.1f} dB</text>')
+        parts.append(f'<text class="detail db" x="{middle}" y="11">{decibels(data["sqnr"])}</text>')
     return "".join([*parts, "</g>"])
 
 
@@ -199,7 +203,7 @@ def _legend(g: nx.DiGraph, reasons: Sequence[Reason], by_sqnr: bool) -> tuple[li
         width = max(width, x)
 
     found = [c for _, c in g.nodes(data="classes")]
-    for css, text in sqnr_legend() if by_sqnr else legend(found):
+    for css, text in sqnr_legend() if by_sqnr else legend(data for _, data in g.nodes(data=True)):
         entry(swatch(css), 24, text)
     for role, text in CHIP_WORDS.items():
         if any(role in c.split() for c in found):

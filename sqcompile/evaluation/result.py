@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sqcompile.plan.notebook import folded, preformatted, table, titled
+from sqcompile.plan.said import decibels
 
 _SHOWN = 5  # layers in the table
 
@@ -140,10 +141,10 @@ class Evaluation:
         found = sorted((l for l in layers if l.sqnr_db is not None), key=lambda l: l.sqnr_db or 0.0)
         lines = [f"SQNR of {len(found)} of {len(layers)} quantized linears' outputs, the lowest first"]
         width = max((len(l.label) for l in found[:_SHOWN]), default=0)
-        lines += [f"  {l.label:{width}}  {l.sqnr_db:5.1f} dB" for l in found[:_SHOWN]]
+        lines += [f"  {l.label:{width}}  {decibels(l.sqnr_db or 0.0):>8}" for l in found[:_SHOWN]]
         if len(found) > _SHOWN:
             median = statistics.median(l.sqnr_db for l in found if l.sqnr_db is not None)
-            lines.append(f"  {'median of all':{width}}  {median:5.1f} dB")
+            lines.append(f"  {'median of all':{width}}  {decibels(median):>8}")
         return lines
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from sqcompile.page.charts import HEAT_DEPTH, HEAT_SHEAR
-from sqcompile.page.facts import inputs_of
-from sqcompile.page.findings import expected_loss
+from sqcompile.page.facts import inputs_of, is_dynamic
 from sqcompile.plan.evidence import CODES, OCTAVES, Curve, Evidence, InputEvidence
 from sqcompile.plan.names import linear_labels, site_labels
 from sqcompile.plan.plan import Plan
@@ -30,7 +29,6 @@ def data_of(plan: Plan) -> dict[str, Any]:
     return {
         "dtype": plan.recipe.dtype.upper(),
         "logits": evidence.logits,
-        "loss": short(expected_loss(plan)),
         "layers": {
             "name": [l.name for l in plan.layers],
             "quantized": [int(l.quantized) for l in plan.layers],
@@ -45,7 +43,7 @@ def data_of(plan: Plan) -> dict[str, Any]:
             "site": [site.get(l.name, -1) for l in plan.layers],
         },
         "reasons": reasons,
-        "overrides": {pattern: dict(fields) for pattern, fields in plan.recipe.by_pattern},
+        "overrides": [[pattern, dict(fields)] for pattern, fields in plan.recipe.by_pattern],
         "sites": [_site(found, labels[i], at, _curve(evidence, found), plan) for i, found in enumerate(inputs)],
         "heat": {"depth": HEAT_DEPTH, "shear": HEAT_SHEAR, "octaves": OCTAVES},
         "codes": CODES,
@@ -71,7 +69,7 @@ def _curve(evidence: Evidence, found: InputEvidence) -> Curve | None:
 def _site(i: InputEvidence, label: str, at: dict[str, int], curve: Curve | None, plan: Plan) -> dict[str, Any]:
     first = plan.layers[at[i.linears[0]]]
     return {
-        "dynamic": int(plan.recipe.activation == "per_tensor_static" and first.activation == "per_token"),
+        "dynamic": int(is_dynamic(plan, first)),
         "label": label,
         "linears": [at[n] for n in i.linears],
         "channels": i.channels,
@@ -79,6 +77,7 @@ def _site(i: InputEvidence, label: str, at: dict[str, int], curve: Curve | None,
         "dead": i.dead,
         "silent": i.silent,
         "spikes": i.spikes,
+        "undivided": [at[n] for n in i.undivided],
         "ratio": [short(r) for r in i.ratio],
         "clipped": i.clipped,
         "zeros": i.zeros,

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sqcompile.page.findings import Finding, expected_loss, findings_of
-from sqcompile.page.words import change, error_of, grown, percent, size
+from sqcompile.page.words import change, error_of, grown, percent, saved, size, told
 from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.evidence import Evidence, InputEvidence
 from sqcompile.plan.names import collapse, refusal_lines
 from sqcompile.plan.plan import Plan
+from sqcompile.plan.said import attentions_in, decibels
 
 if TYPE_CHECKING:
     from sqcompile.evaluation import Evaluation
@@ -82,8 +83,7 @@ def facts_of(subject: Subject) -> Facts:
     if memory.model or memory.linears:
         before, after = memory.model or memory.linears or (0, 0)
         what = "all tensors of the model" if memory.model else "of the quantized linears"
-        saved = f"{100 * (1 - after / before):.0f} % less, {what}" if before else what
-        found.cards.append(("Memory of weights", change(before, after), saved))
+        found.cards.append(("Memory of weights", change(before, after), f"{saved(before, after)}, {what}"))
     found.cards.append(_quality(plan, evidence, subject.evaluation))
     found.cards.append(_worst(done))
     found.cards.append(_speed(subject))
@@ -135,28 +135,30 @@ def _kinds(done: list[LayerPlan]) -> str:
 
 def _quality(plan: Plan, evidence: Evidence, measured: Evaluation | None) -> tuple[str, str, str]:
     if measured is not None and measured.increase is not None:
-        value = f"{measured.increase:+.2f} % ± {error_of(measured.increase_error, '.2f')}"
+        value = f"{told(measured.increase, '+.2f')} % ± {error_of(measured.increase_error, '.2f')}"
         return "Perplexity, measured", value, "beside the float model"
     if measured is not None and measured.perplexity is not None:
         return (
             "Perplexity, measured",
-            f"{measured.perplexity:.2f} ± {error_of(measured.perplexity_error, '.2f')}",
+            f"{told(measured.perplexity, '.2f')} ± {error_of(measured.perplexity_error, '.2f')}",
             "of the quantized model",
         )
     if measured is not None and measured.relative_error is not None:
-        value = f"{100 * measured.relative_error:.2f} % ± {error_of(measured.relative_error_error, '.2f', 100)}"
+        value = (
+            f"{told(100 * measured.relative_error, '.2f')} % ± {error_of(measured.relative_error_error, '.2f', 100)}"
+        )
         return "Error of the outputs", value, "measured, relative to the float model's"
+    if measured is not None and measured.top1 is not None:
+        value = f"{told(measured.top1, '.2f')} % ± {error_of(measured.top1_error, '.2f')}"
+        return "Same answer, measured", value, "how often the likeliest is the float model's"
     expected = expected_loss(plan)
     if expected is None:
-        return "Quality", "not measured", "pass an evaluation on held-out text"
+        return "Quality", "not measured", "pass an evaluation on held-out data"
+    how = "by gradients on the calibration sample, not measured"
+    how += "" if expected.of_all else f"; of {expected.known} of {expected.linears} linears"
     if evidence.logits:
-        return (
-            "Perplexity, expected",
-            f"+{100 * grown(expected):.2g} %",
-            "by gradients on the calibration sample, not measured",
-        )
-    error = 100 * math.sqrt(2 * expected)
-    return "Error of the outputs", f"about {error:.2g} %", "by gradients on the calibration sample, not measured"
+        return "Perplexity, expected", f"+{100 * grown(expected.loss):.2g} %", how
+    return "Error of the outputs, expected", f"about {100 * math.sqrt(2 * expected.loss):.2g} %", how
 
 
 def _worst(done: list[LayerPlan]) -> tuple[str, str, str]:
@@ -164,7 +166,12 @@ def _worst(done: list[LayerPlan]) -> tuple[str, str, str]:
     if not known:
         return "Lowest SQNR of a linear", "not known", "the plan has no numbers of it"
     low, name = min(known)
-    return "Lowest SQNR of a linear", f"{low:.1f} dB", f"{name.removesuffix('.weight')}, an error of {percent(low)}"
+    if low == math.inf:
+        note = "of every linear whose SQNR is known"
+    else:
+        note = f"{name.removesuffix('.weight')}, an error of {percent(low)}"
+    note += "" if len(known) == len(done) else f"; known of {len(known)} of {len(done)} linears"
+    return "Lowest SQNR of a linear", decibels(low), note
 
 
 def _speed(subject: Subject) -> tuple[str, str, str]:
@@ -198,8 +205,7 @@ def _rows(subject: Subject, evidence: Evidence, memory: Memory) -> Iterable[tupl
     if tokens:
         yield "Calibration", f"{tokens:,} tokens"
     if plan.attention:
-        some = sum(a.quantized != "none" for a in plan.attention)
-        yield "Attention", f"{some} of {len(plan.attention)} in INT8"
+        yield "Attention", attentions_in(plan.attention)
     if measured is not None:
         yield "Evaluation", f"{measured.compared}; {measured.windows:,} windows, {measured.tokens:,} predictions"
         for name, value, error in (
@@ -210,13 +216,18 @@ def _rows(subject: Subject, evidence: Evidence, memory: Memory) -> Iterable[tupl
             ("Cosine", measured.cosine, measured.cosine_error),
         ):
             if value is not None:
-                yield name, f"{value:.4g} ± {error_of(error, '.2g')}"
+                yield name, f"{told(value, '.4g')} ± {error_of(error, '.2g')}"
     if subject.no_drawing:
         yield "Graph", f"not drawn: {subject.no_drawing}"
     for line in subject.gemms:
         yield "Expected speed against bfloat16", line
     yield "Made with", evidence.versions or "not known"
     yield "Recipe", repr(plan.recipe)
+
+
+def is_dynamic(plan: Plan, first: LayerPlan) -> bool:
+    """Whether a static recipe leaves a linear's input a scale for each token."""
+    return plan.recipe.activation == "per_tensor_static" and first.activation == "per_token"
 
 
 def inputs_of(plan: Plan) -> tuple[InputEvidence, ...]:

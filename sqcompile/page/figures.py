@@ -9,7 +9,7 @@ import torch
 from sqcompile.errors import ReportError
 from sqcompile.page.data import label_of
 from sqcompile.page.extras import needed
-from sqcompile.page.facts import inputs_of
+from sqcompile.page.facts import inputs_of, is_dynamic
 from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.evidence import BINS, CODES, OCTAVES, Curve, InputEvidence
 from sqcompile.plan.plan import Plan
@@ -29,13 +29,14 @@ def plot(plan: Plan, site: str | int) -> Any:
     needed("mpl_toolkits.mplot3d")  # what gives a figure 3-D axes
     first = next(l for l in plan.layers if l.name == found.linears[0])
     figure = figures.Figure(figsize=(11, 10), layout="constrained")
-    figure.suptitle(label_of(plan, found))
+    edited = f"\n{', '.join(found.undivided)}: weights as before the plan was edited" if found.undivided else ""
+    figure.suptitle(label_of(plan, found) + edited)
     for k, (title, row) in enumerate((("activations", 0), ("weights", 2))):
         _channels(figure.add_subplot(3, 2, k + 1), found, title, row, first.quantized)
     for k, when in enumerate(("before", "after")[: 1 + first.quantized]):
         _tokens(figure, 3 + k, found, when, k)
     curve = plan.evidence.curves.get(found.site) if plan.evidence and found.site else None
-    _curve(figure.add_subplot(3, 2, 5), curve, first)
+    _curve(figure.add_subplot(3, 2, 5), curve, first, is_dynamic(plan, first))
     _codes(figure.add_subplot(3, 2, 6), found)
     return figure
 
@@ -94,16 +95,17 @@ def _tokens(figure: Any, place: int, i: InputEvidence, when: str, half: int) -> 
     axes.set(xlabel="channel", ylabel="sampled token", zlabel="|x|", title=f"tokens and channels, {when}")
 
 
-def _curve(axes: Any, curve: Curve | None, first: LayerPlan) -> None:
-    if curve is None or not curve.tried:
+def _curve(axes: Any, curve: Curve | None, first: LayerPlan, dynamic: bool) -> None:
+    tried = [t for t in curve.tried if t.dynamic == dynamic] if curve is not None else []
+    if curve is None or not tried:
         _empty(axes, "nothing was tried")
         return
     for mark, block in zip(_MARKS, (None, 16, 32, 64, 128), strict=True):
-        mine = [t for t in curve.tried if t.rotation == block and not t.dynamic]
+        mine = [t for t in tried if t.rotation == block]
         if mine:
             xs = [-0.1 if t.alpha is None else t.alpha for t in mine]
             axes.plot(xs, [t.cost for t in mine], f"{mark}-", ms=4, lw=1, label=f"rotation {block or 'none'}")
-    chosen = [t for t in curve.tried if (t.alpha, t.rotation) == (first.alpha, first.rotation)]
+    chosen = [t for t in tried if (t.alpha, t.rotation) == (first.alpha, first.rotation)]
     for t in chosen[:1]:
         axes.plot([-0.1 if t.alpha is None else t.alpha], [t.cost], "o", ms=13, mfc="none", mec="black", label="chosen")
     unit = "cost of the outputs" if curve.by_loss else "relative error"

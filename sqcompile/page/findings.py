@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from sqcompile.page.words import count, error_of, grown, some
+from sqcompile.page.words import count, error_of, grown, known_error, some, told
 from sqcompile.plan.evidence import Evidence, InputEvidence
 from sqcompile.plan.plan import Plan
 
@@ -17,6 +17,8 @@ Level = Literal["good", "look", "bad"]
 
 LOW_DB, VERY_LOW_DB = 20.0, 10.0  # a linear whose error has a tenth, or a third, of its output's size
 SMALL_LOSS, LARGE_LOSS = 1.0, 3.0  # percent of perplexity
+SMALL_ERROR, LARGE_ERROR = 5.0, 15.0  # percent of the size of output vectors
+SMALL_DIFFERENT, LARGE_DIFFERENT = 2.0, 5.0  # percent of answers
 CLIPS = 1e-3  # share of values
 
 
@@ -34,14 +36,23 @@ def findings_of(plan: Plan, evidence: Evidence, measured: Evaluation | None) -> 
     done = [l for l in plan.layers if l.quantized]
     known = [l for l in done if l.sqnr_db is not None]
     low = sorted((l for l in known if (l.sqnr_db or 0) < LOW_DB), key=lambda l: l.sqnr_db or 0.0)
+    dtype = plan.recipe.dtype.upper()
+    rest = "" if len(known) == len(done) else f" SQNR is known of {len(known)} of the {len(done)} linears in {dtype}."
     if low:
         level: Level = "bad" if (low[0].sqnr_db or 0) < VERY_LOW_DB else "look"
         names = some([l.name.removesuffix(".weight") for l in low])
-        yield Finding(level, f"{count(len(low), 'linear is', 'linears are')} below {LOW_DB:.0f} dB: {names}.")
+        yield Finding(level, f"{count(len(low), 'linear is', 'linears are')} below {LOW_DB:.0f} dB: {names}.{rest}")
     elif known:
+        whose = f"Every linear in {dtype}" if not rest else "Every linear whose SQNR is known"
+        said = f"{whose} keeps {LOW_DB:.0f} dB or more of its output on the calibration sample.{rest}"
+        yield Finding("look" if rest else "good", said)
+    elif done:
+        yield Finding("look", f"SQNR is known of none of the {len(done)} linears in {dtype}.")
+    faint = [a for a in plan.attention if a.quantized != "none" and a.sqnr_db is not None and a.sqnr_db < LOW_DB]
+    if faint:
+        names = some([a.name for a in faint])
         yield Finding(
-            "good",
-            f"Every linear in {plan.recipe.dtype.upper()} keeps {LOW_DB:.0f} dB or more of its output on the calibration sample.",
+            "look", f"The scores of {count(len(faint), 'attention', 'attentions')} are below {LOW_DB:.0f} dB: {names}."
         )
     shared = {
         l.name for l in done if (l.activation or plan.recipe.activation) != "per_token"
@@ -76,21 +87,55 @@ def _read_by(inputs: list[InputEvidence]) -> str:
 
 def _of_quality(plan: Plan, evidence: Evidence, measured: Evaluation | None) -> Iterable[Finding]:
     if measured is not None and measured.increase is not None:
-        most = measured.increase + 2 * (measured.increase_error or 0.0)
+        most = measured.increase + 2 * known_error(measured.increase_error)
         level: Level = "good" if most < SMALL_LOSS else "look" if most < LARGE_LOSS else "bad"
-        yield Finding(level, f"On {measured.tokens:,} held-out tokens perplexity is {measured.increase:+.2f} % ± {error_of(measured.increase_error, '.2f')} % against the float model's.")  # fmt: skip
+        yield Finding(level, f"On {measured.tokens:,} held-out tokens perplexity is {told(measured.increase, '+.2f')} % ± {error_of(measured.increase_error, '.2f')} % against the float model's.")  # fmt: skip
+        return
+    if measured is not None and measured.relative_error is not None:
+        error = 100 * measured.relative_error
+        most = error + 200 * known_error(measured.relative_error_error)
+        level = "good" if most < SMALL_ERROR else "look" if most < LARGE_ERROR else "bad"
+        yield Finding(level, f"On {measured.tokens:,} held-out vectors the error of the outputs is {told(error, '.2f')} % ± {error_of(measured.relative_error_error, '.2f', 100)} % of the float model's.")  # fmt: skip
+        return
+    if measured is not None and measured.top1 is not None:
+        least = measured.top1 - 2 * known_error(measured.top1_error)
+        level = "good" if least > 100 - SMALL_DIFFERENT else "look" if least > 100 - LARGE_DIFFERENT else "bad"
+        yield Finding(level, f"On {measured.tokens:,} held-out predictions the likeliest answer is the float model's in {told(measured.top1, '.2f')} % ± {error_of(measured.top1_error, '.2f')} %.")  # fmt: skip
         return
     if measured is not None:
         yield Finding("look", "The evaluation has no float model beside it, so that it does not say what was lost.")
         return
     expected = expected_loss(plan)
-    told = ""
+    expects = ""
     if expected is not None and evidence.logits:
-        told = f" Gradients on the calibration sample expect +{100 * grown(expected):.2g} % of perplexity."
-    yield Finding("look", f"What the model has lost was not measured on held-out data: pass an evaluation (sqcompile eval --against).{told}")  # fmt: skip
+        share = "" if expected.of_all else f", of {expected.known} of {expected.linears} linears"
+        expects = (
+            f" Gradients on the calibration sample expect +{100 * grown(expected.loss):.2g} % of perplexity{share}."
+        )
+    yield Finding("look", f"What the model has lost was not measured on held-out data: pass an evaluation (sqcompile eval --against).{expects}")  # fmt: skip
 
 
-def expected_loss(plan: Plan) -> float | None:
-    """What the roundings of all INT8 linears cost the outputs together, as `LayerPlan.loss`; None where that is not known."""
-    losses = [l.loss for l in plan.layers if l.quantized]
-    return sum(x for x in losses if x is not None) if any(x is not None for x in losses) else None
+@dataclass(frozen=True)
+class Expected:
+    """What the roundings of INT8 linears cost the outputs together.
+
+    Attributes:
+        loss: as `LayerPlan.loss`, added up.
+        known: of how many linears.
+        linears: how many there are in INT8.
+    """
+
+    loss: float
+    known: int
+    linears: int
+
+    @property
+    def of_all(self) -> bool:
+        return self.known == self.linears
+
+
+def expected_loss(plan: Plan) -> Expected | None:
+    """What the INT8 linears of a plan cost; None where that is known of none."""
+    every = [l.loss for l in plan.layers if l.quantized]
+    known = [x for x in every if x is not None]
+    return Expected(sum(known), len(known), len(every)) if known else None

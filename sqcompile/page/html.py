@@ -1,20 +1,28 @@
-"""html: the page from its parts: the overview as HTML, which needs no script; everything else as data for the scripts."""
+"""html: the page from its parts: the overview as HTML, which needs no script; everything else as data for the scripts.
+
+What is drawn, and the scripts that draw, are compressed texts, which the page unpacks when it needs them.
+"""
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import re
+import zlib
 from collections.abc import Iterable
 from html import escape
 from importlib import resources
 from types import ModuleType
 from typing import Any
 
+from sqcompile.page.attention import HEADINGS, attention_rows
 from sqcompile.page.charts import specs
 from sqcompile.page.data import data_of
 from sqcompile.page.facts import Facts, Subject, facts_of
 from sqcompile.page.findings import Finding
+from sqcompile.plan.plan import Plan
+from sqcompile.plan.said import attentions_in
 
 _SCRIPTS = ("plots.js", "sites.js", "table.js", "layers.js")
 _DARK = """color-scheme: dark;
@@ -37,14 +45,15 @@ def page(subject: Subject, altair: ModuleType, vl_convert: ModuleType) -> str:
         "css": _asset("page.css").replace("/*DARK*/", _DARK),
         "kicker": escape("sqcompile report" + (f" on {model}" if model and model != heading else "")),
         "heading": escape(heading),
-        "nav": '<li><a href="#graph">Graph</a></li>' if subject.drawing is not None else "",
+        "nav": _nav(subject),
         "dtype": escape(dtype),
         "cards": "".join(_card(*card) for card in facts.cards),
         "findings": "".join(_finding(f) for f in facts.findings),
         "floats": _floats(facts, dtype),
         "rows": "".join(f"<dt>{escape(k)}</dt><dd>{_value(k, v)}</dd>" for k, v in facts.rows),
+        "attention": _attention(subject.plan),
         "graph": _graph(subject),
-        "data": _json(data_of(subject.plan)),
+        "data": _packed(json.dumps(data_of(subject.plan), separators=(",", ":"), ensure_ascii=False, allow_nan=False)),
         "specs": _json(specs(altair)),
         "vega": _bundle(vl_convert),
         "script": "\n".join(_asset(name) for name in _SCRIPTS),
@@ -68,9 +77,13 @@ def _asset(name: str) -> str:
 
 @functools.cache
 def _bundle(vl_convert: ModuleType) -> str:
-    """Vega, Vega-Lite and Vega-Embed, as text that ends no script element."""
-    text: str = vl_convert.javascript_bundle()
-    return text.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+    """Vega, Vega-Lite and Vega-Embed, compressed."""
+    return _packed(vl_convert.javascript_bundle())
+
+
+def _packed(text: str) -> str:
+    """Text as the page's scripts unpack it; nothing in it can be taken for HTML."""
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
 def _json(found: Any) -> str:
@@ -97,6 +110,29 @@ def _floats(facts: Facts, dtype: str) -> str:
 
 def _value(name: str, value: str) -> str:
     return f"<code>{escape(value)}</code>" if name == "Recipe" else escape(value)
+
+
+def _nav(subject: Subject) -> str:
+    there = {"attention": subject.plan.attention, "graph": subject.drawing is not None}
+    return "".join(f'<li><a href="#{name}">{name.title()}</a></li>' for name, shown in there.items() if shown)
+
+
+def _attention(plan: Plan) -> str:
+    """A table of the attentions, which needs no script; nothing for a recipe that leaves them all alone."""
+    if not plan.attention:
+        return ""
+    head = "".join(f'<th scope="col">{escape(h)}</th>' for h in HEADINGS)
+    rows = []
+    for a, (name, *cells) in zip(plan.attention, attention_rows(plan), strict=True):
+        css = ' class="float"' if a.quantized == "none" else ""
+        name = f'<td class="name">{escape(name)}</td>'
+        rows.append(f"<tr{css}>{name}{''.join(f'<td>{escape(c)}</td>' for c in cells)}</tr>")
+    return (
+        '<section id="attention" aria-labelledby="h-attention"><h2 id="h-attention">Attention</h2>'
+        f'<p class="note">{escape(attentions_in(plan.attention))}. SQNR is of the scores QKᵀ on sampled tokens.</p>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Table of attentions"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
 
 
 def _graph(subject: Subject) -> str:

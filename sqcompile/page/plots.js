@@ -1,8 +1,16 @@
 // plots: the data of the page, its theme, and how vega draws. Vega itself is started by the first plot.
-const DATA = JSON.parse(document.getElementById("data").textContent);
-const SPECS = JSON.parse(document.getElementById("specs").textContent);
-const L = DATA.layers;
 const $ = id => document.getElementById(id);
+const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
+
+// The text that stands in an element, compressed.
+async function unpacked(id) {
+  const stream = new Blob([bytes($(id).textContent)]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Response(stream).text();
+}
+
+const DATA = JSON.parse(await unpacked("data"));
+const SPECS = JSON.parse($("specs").textContent);
+const L = DATA.layers;
 
 // An element with attributes and children; text is never taken for HTML.
 function make(tag, attributes = {}, ...children) {
@@ -21,21 +29,19 @@ const plain = name => name.replace(/\.weight(?=#|$)/, "");
 const number = (x, digits = 3) => x == null ? "–" : x === 0 ? "0" : Math.abs(x) >= 1e4 || Math.abs(x) < 1e-3
   ? x.toExponential(digits - 1) : String(Number(x.toPrecision(digits)));
 const percent = x => x == null ? "–" : x === 0 ? "0 %" : x < 1e-4 ? "< 0.01 %" : `${number(100 * x, 2)} %`;
-const db = i => L.exact[i] ? "exact" : L.sqnr[i] == null ? "–" : `${L.sqnr[i].toFixed(1)} dB`;
+// The SQNR of a linear: Infinity where its output is exact, null where nobody knows it.
+const sqnr = i => L.exact[i] ? Infinity : L.sqnr[i];
+const decibels = (x, unit = "") => x == null ? "–" : x === Infinity ? "exact" : x.toFixed(1) + unit;
+const db = i => decibels(sqnr(i), " dB");
 
-const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
 function bfloats(text) {
   const half = new Uint16Array(bytes(text).buffer), whole = new Uint32Array(half.length);
   half.forEach((x, i) => { whole[i] = x << 16; });
   return new Float32Array(whole.buffer);
 }
 
-let started = false;
-function startVega() {
-  if (started) return;
-  started = true;
-  document.head.append(make("script", {}, `(function(){${$("vega-bundle").textContent}\n})();`));
-}
+let started = null;
+const startVega = () => started ??= unpacked("vega-bundle").then(text => document.head.append(make("script", {}, `(function(){${text}\n})();`)));
 
 const color = name => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim() || name;
 
@@ -55,7 +61,6 @@ function config() {
 const drawn = new Map();
 
 async function draw(box, kind, rows, words = {}, renderer = "svg", then = null) {
-  startVega();
   const text = JSON.stringify(SPECS[kind]).replace(/@([a-z]\w*)/g, (_, name) => JSON.stringify(words[name] ?? (name === "dtype" ? DATA.dtype : color(name))).slice(1, -1));
   const spec = { ...JSON.parse(text), datasets: { rows } };
   if (words.height) spec.height = words.height;
@@ -65,6 +70,8 @@ async function draw(box, kind, rows, words = {}, renderer = "svg", then = null) 
   // vega names what it draws into in its own words; the box around that has ours
   const inside = make("div", { "aria-hidden": "true" });
   box.replaceChildren(inside);
+  await startVega();
+  if (!inside.isConnected) return; // another drawing has taken its place
   const result = await window.vegaEmbed(inside, spec, { actions: false, renderer, logLevel: 1, config: config(), tooltip: { theme: "custom" } });
   const entry = drawn.get(box);
   if (!entry) return result.finalize();

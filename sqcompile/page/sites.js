@@ -1,7 +1,7 @@
 // sites: one tensor and the linears that read it: its channels, tokens, candidates and codes.
 const SITES = DATA.sites;
 const lowest = s => {
-  const known = s.linears.filter(i => L.sqnr[i] != null).map(i => L.sqnr[i]);
+  const known = s.linears.map(sqnr).filter(x => x != null);
   return known.length ? Math.min(...known) : null;
 };
 let open = -1;
@@ -11,21 +11,28 @@ function siteList() {
   list.replaceChildren(...SITES.flatMap((s, i) => {
     if (text && !(s.label + " " + s.linears.map(k => L.name[k]).join(" ")).toLowerCase().includes(text)) return [];
     const low = lowest(s);
-    const sqnr = low == null ? (L.quantized[s.linears[0]] ? "–" : "float") : low.toFixed(1);
+    const beside = L.quantized[s.linears[0]] ? decibels(low) : "float";
     return [make("li", {}, make("button", { type: "button", "data-site": i, "aria-current": String(i === open), onclick: () => show(i) },
-      make("span", {}, s.label), make("span", {}, sqnr)))];
+      make("span", {}, s.label), make("span", {}, beside)))];
   }));
-  if (!list.children.length) list.append(make("li", { class: "note" }, "No site has such a name."));
+  if (!list.children.length) list.append(make("li", { class: "note" }, SITES.length ? "No site has such a name." : "None: the plan has no evidence."));
 }
 
 function show(i, scroll = false) {
   if (!SITES[i]) return;
   open = i;
   for (const b of document.querySelectorAll("#sitelist button")) b.setAttribute("aria-current", String(Number(b.dataset.site) === i));
+  inList();
   const box = $("site");
   forget(box);
   box.replaceChildren(...panel(SITES[i], i));
   if (scroll) $("sites").scrollIntoView();
+}
+
+// Moves the list, and not the page, until the site that is open is seen in it.
+function inList() {
+  const b = document.querySelector('#sitelist button[aria-current="true"]')?.getBoundingClientRect(), list = $("sitelist").getBoundingClientRect();
+  if (b && (b.top < list.top || b.bottom > list.bottom)) $("sitelist").scrollTop += b.top - list.top - (list.height - b.height) / 2;
 }
 
 function panel(s, i) {
@@ -45,6 +52,8 @@ function panel(s, i) {
       make("button", { type: "button", disabled: i === SITES.length - 1, onclick: () => show(i + 1) }, "Next"))),
     make("ul", { class: "floats mono" }, ...s.linears.map(k => make("li", {}, `${plain(L.name[k])}: ${L.quantized[k] ? db(k) : "float"}`))),
     s.spikes ? make("p", {}, make("span", { class: "tag look" }, "Spikes"), ` ${s.spikes}`) : null,
+    s.undivided.length ? make("p", {}, make("span", { class: "tag look" }, "Edited"),
+      ` ${s.undivided.map(k => plain(L.name[k])).join(", ")}: the weight absorbed 1/s of a site that was dropped when the plan was edited. Weights after smoothing, their codes and SQNR are of before.`) : null,
     make("ul", { class: "facts" }, ...facts.map(([k, v]) => make("li", {}, make("span", {}, k), v))));
   const plots = make("div", { class: "plots" }, ...channels(s, int, rotation), ...heats(s, int), ...curve(s, alpha, rotation), ...codes(s));
   return [head, plots, largest(s, int, rotation)];
@@ -103,11 +112,12 @@ function heats(s, int) {
 }
 
 function curve(s, alpha, rotation) {
-  if (!s.curve || !s.curve.tried.length) return [make("p", { class: "card note" }, "Nothing was tried here, so that there is no curve.")];
+  if (!s.curve?.tried.some(t => t[2] === s.dynamic)) return [make("p", { class: "card note" }, "Nothing was tried here, so that there is no curve.")];
   const is = t => t[0] === alpha && t[1] === rotation && t[2] === s.dynamic;
   const shown = s.curve.tried.filter(t => t[2] === s.dynamic);
   const say = t => `${t[0] == null ? "no smoothing" : `α ${t[0]}`}, ${t[1] ? `rotated by ${t[1]}` : "not rotated"}`;
-  const rows = shown.map(t => ({ alpha: t[0] ?? -0.1, rotation: String(t[1] ?? "none"), cost: Math.max(t[3], 1e-30), chosen: is(t), how: say(t) }));
+  const least = Math.min(...shown.map(t => t[3]).filter(x => x > 0), 1); // what costs nothing stands below, as 0 has no logarithm
+  const rows = shown.map(t => ({ alpha: t[0] ?? -0.1, rotation: String(t[1] ?? "none"), cost: t[3] || least / 10, chosen: is(t), how: say(t) }));
   const chosen = shown.find(is), plainly = shown.find(t => t[0] == null && t[1] == null);
   let words = chosen ? `Chosen, with a ring: ${say(chosen)}, ${number(chosen[3])}.` : "What runs is none of these.";
   if (chosen && plainly && chosen !== plainly) words += ` Without smoothing and rotation: ${number(plainly[3])}.`;
@@ -128,7 +138,7 @@ function codes(s) {
     if (used.length) words.push(`${what} reach from ${span(used[0])[0]} to ${span(used[used.length - 1])[1]}`);
   });
   if (!rows.length) return [make("p", { class: "card note" }, "No codes: these linears run in float.")];
-  const text = `Of sampled values ${words.join(", ")}; ${percent(s.clipped)} of activations are clipped, ${percent(s.zeros)} rounded to zero.`;
+  const text = `Of sampled values ${words.join(", ")}${s.clipped == null ? "" : `; ${percent(s.clipped)} of activations are clipped, ${percent(s.zeros)} rounded to zero`}.`;
   return [figure(`Histogram of ${DATA.dtype} codes`, text, "codes", rows, { codes: DATA.dtype === "INT8" ? "INT8 code" : "value, 127 being the largest" })];
 }
 

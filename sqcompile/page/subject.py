@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from sqcompile.compiled.report import Report
 
 _MEASURED = ("compared", "windows", "tokens", "perplexity", "increase", "relative_error", "tokens_per_second")
-_SHOWN = ("folded", "quantized")  # besides the traced stage; the lowered one would be made with all its weights
 _LONGEST = 200  # characters of a title
 
 
@@ -49,8 +48,6 @@ def _drawing(report: Report, plan: Plan) -> tuple[str | None, str]:
     if report.stages is None:
         return None, ""  # a plan alone has no graph
     try:
-        traced = report.stages["traced"]  # which saved models have not
-        shown = {"traced": traced} | {name: report.stages.graph(name) for name in _SHOWN}
-        return document(shown, plan), ""
-    except StageError as e:  # the float model is gone
+        return document(report.stages, plan), ""
+    except StageError as e:  # the float model is gone, or was never here, as of a saved model
         return None, str(e)

@@ -2,7 +2,7 @@
 const total = L.loss.reduce((sum, x, i) => sum + (L.quantized[i] ? x ?? 0 : 0), 0);
 const COLUMNS = [
   ["Linear", i => L.name[i], ""], ["Runs in", i => L.quantized[i] ? DATA.dtype : "float", ""], ["Smoothing", i => L.smoothing[i], ""],
-  ["α", i => L.alpha[i], "num"], ["Rotation", i => L.rotation[i], "num"], ["SQNR, dB", i => L.exact[i] ? Infinity : L.sqnr[i], "num"],
+  ["α", i => L.alpha[i], "num"], ["Rotation", i => L.rotation[i], "num"], ["SQNR, dB", sqnr, "num"],
   ["Cost", i => L.loss[i], "num"], ["Weight", i => L.shape[i].reduce((a, b) => a * b, 1), "num"], ["Why", i => DATA.reasons[L.reason[i]], ""],
 ];
 const chosen = new Set();
@@ -15,7 +15,7 @@ function tableRow(i) {
   const cells = [
     L.site[i] < 0 ? make("span", {}, name) : make("button", { type: "button", title: "Show its site", onclick: () => show(L.site[i], true) }, name),
     make("span", { class: "kind" }, COLUMNS[1][1](i)), L.smoothing[i], L.alpha[i] == null ? "" : L.alpha[i].toFixed(2), L.rotation[i] ?? "",
-    L.exact[i] ? "exact" : L.sqnr[i] == null ? "" : L.sqnr[i].toFixed(1), L.loss[i] == null ? "" : L.loss[i].toExponential(1),
+    sqnr(i) == null ? "" : decibels(sqnr(i)), L.loss[i] == null ? "" : L.loss[i].toExponential(1),
     L.shape[i].join(" × "), DATA.reasons[L.reason[i]],
   ];
   const row = make("tr", { class: L.quantized[i] ? "" : "float", "data-layer": i }, make("td", {}, box),
@@ -52,12 +52,21 @@ const python = x => x === true ? "True" : x === false ? "False" : x == null ? "N
   : Array.isArray(x) ? `(${x.map(python).join(", ")}${x.length === 1 ? "," : ""})`
   : typeof x === "object" ? `{${Object.entries(x).map(([k, v]) => `${python(k)}: ${python(v)}`).join(", ")}}` : JSON.stringify(x);
 
+// A pattern that names one linear alone: its own characters are not those of a pattern, nor is it a part of another name.
+function pattern(i) {
+  const name = plain(L.name[i].split("#")[0]), text = name.replace(/[[*?]/g, "[$&]");
+  const others = L.name.map(n => plain(n.split("#")[0])).filter(n => n !== name);
+  return others.some(n => `.${n}.`.includes(`.${name}.`)) ? text.replace(/\w/, "[$&]") : text;
+}
+
 function overrides() {
-  const fields = Object.entries(DATA.overrides).map(([k, v]) => [k, v]);
-  // a pattern for each weight; its own characters must not be those of a pattern
-  const names = [...new Set([...chosen].sort((a, b) => a - b).map(i => plain(L.name[i].split("#")[0]).replace(/[[*?]/g, "[$&]")))];
-  for (const name of names) fields.push([name, { ...(DATA.overrides[name] ?? {}), skip: true }]);
-  const lines = [...new Map(fields)].map(([k, v]) => `    ${python(k)}: ${python(v)},`);
+  const fields = new Map(DATA.overrides);
+  for (const i of [...chosen].sort((a, b) => a - b)) {
+    const name = pattern(i), known = fields.get(name) ?? {};
+    fields.delete(name); // what is said last counts
+    fields.set(name, { ...known, skip: true });
+  }
+  const lines = [...fields].map(([k, v]) => `    ${python(k)}: ${python(v)},`);
   return `overrides={\n${lines.join("\n")}\n}`;
 }
 

@@ -19,6 +19,14 @@ def change(before: int, after: int) -> str:
     return f"{one} → {other} {unit}" if unit == same else f"{one} {unit} → {other} {same}"
 
 
+def saved(before: int, after: int) -> str:
+    """What weights take beside before: 48 % less."""
+    share = 100 * (after / before - 1) if before else 0.0
+    if round(share) == 0:
+        return "as much as before"
+    return f"{share:.0f} % more" if share > 0 else f"{-share:.0f} % less"
+
+
 def percent(db: float) -> str:
     """An error of so many dB as a share."""
     return f"{100 * 10 ** (-max(db, -1000.0) / 20):.2g} % of its output"
@@ -27,6 +35,16 @@ def percent(db: float) -> str:
 def error_of(x: float | None, form: str, times: float = 1.0) -> str:
     """A standard error; "?" of one that is not known, as of a single window."""
     return "?" if x is None or math.isnan(x) else format(x * times, form)
+
+
+def told(x: float, form: str) -> str:
+    """A number that was measured, which may be none."""
+    return "not a number" if math.isnan(x) else format(x, form)
+
+
+def known_error(x: float | None) -> float:
+    """A standard error to reckon with; 0 of one that is not known."""
+    return 0.0 if x is None or math.isnan(x) else x
 
 
 def grown(x: float) -> float:

@@ -73,9 +73,14 @@ def in_float(plan: Plan, floats: dict[str, LayerPlan]) -> Plan:
     columns = {n: s for n, s in plan.columns.items() if n not in floats}
     evidence = plan.evidence
     if evidence is not None:
+        undivided = {site.partition(" -> ")[0] for site in plan.scales if site not in scales}
         inputs = tuple(
             # a page says of an input what is so of the first linear that reads it
-            dataclasses.replace(i, linears=tuple(sorted(i.linears, key=lambda name: name not in quantized)))
+            dataclasses.replace(
+                i,
+                linears=tuple(sorted(i.linears, key=lambda name: name not in quantized)),
+                undivided=tuple(name for name in i.linears if name in undivided or name in i.undivided),
+            )
             if quantized.intersection(i.linears)
             else _not_quantized(i)
             for i in evidence.inputs
@@ -88,7 +93,7 @@ def _not_quantized(i: InputEvidence) -> InputEvidence:
     """What is known of a tensor that linears in float read: it is the same afterwards, and has no codes."""
     return dataclasses.replace(
         i, site="", clipped=None, zeros=None, ratio=(i.ratio[0], i.ratio[0]), absmax=i.absmax[[0, 0, 2, 2]],
-        values=i.values[[0, 0, 2, 2]], heat=i.heat[[0, 0]], tops=(i.tops[0], i.tops[0]), codes=i.codes * 0,
+        values=i.values[[0, 0, 2, 2]], heat=i.heat[[0, 0]], tops=(i.tops[0], i.tops[0]), codes=i.codes * 0, undivided=(),
     )  # fmt: skip
 
 

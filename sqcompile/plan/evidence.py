@@ -77,6 +77,8 @@ class InputEvidence:
         tops: the largest value of the heat map before, and after.
         codes: int32 [2, 51], how many sampled values of activations and of weights have codes in each bin: the first is of
             -127 .. -123, the middle one of -2 .. 2. Of FP8, as if 448 was 127.
+        undivided: those of the linears whose weight absorbed 1/s of a site that was dropped when the plan was edited: what is
+            known of weights after smoothing is of before that.
     """
 
     linears: tuple[str, ...]
@@ -99,6 +101,7 @@ class InputEvidence:
     heat: Tensor
     tops: tuple[float, float]
     codes: Tensor
+    undivided: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,6 +32,7 @@ _PLAIN = (
     "cells", "tops",
 )  # fmt: skip
 _KEYS = {*_PLAIN, "sizes"}  # sizes: B, n, R, H
+_EDITED = "undivided"  # of an edited plan
 _ABOUT = ("model", "versions", "dtype", "bytes", "logits")
 _LONGEST = 10_000  # characters of a text
 _MOST = 2**53
@@ -44,6 +45,7 @@ def encoded(found: Evidence) -> tuple[dict[str, Any], dict[str, Tensor]]:
     inputs = [
         {n: getattr(i, n) for n in _PLAIN}
         | {"sizes": [i.absmax.shape[1], len(i.largest), i.heat.shape[1], i.heat.shape[2]]}
+        | ({_EDITED: i.undivided} if i.undivided else {})
         for i in found.inputs
     ]
     curves = {
@@ -79,7 +81,7 @@ def decoded(meta: Any, tensors: Mapping[str, Tensor]) -> Evidence:
 
 
 def _input(found: Any, tensors: Mapping[str, Tensor], at: dict[str, int]) -> InputEvidence:
-    need(isinstance(found, dict) and set(found) == _KEYS, f"an input of its evidence is {said(found)}")
+    need(isinstance(found, dict) and set(found) - {_EDITED} == _KEYS, f"an input of its evidence is {said(found)}")
     sizes = found["sizes"]
     good = isinstance(sizes, list) and len(sizes) == 4 and all(type(n) is int and 0 <= n <= MOST_BUCKETS for n in sizes)
     need(good, f"the sizes of an input of its evidence are {said(sizes)}")
@@ -143,6 +145,8 @@ def _check_input(i: InputEvidence) -> None:
     need(isinstance(i.linears, tuple) and len(i.linears) > 0, f"evidence: linears are {said(i.linears)}")
     for name in (*i.linears, i.site, i.spikes):
         _line(name, "evidence: a name")
+    known = isinstance(i.undivided, tuple) and all(name in i.linears for name in i.undivided)
+    need(known, f"evidence: undivided is {said(i.undivided)}, not some of the linears")
     what = f"evidence of {i.linears[0]!r}"
     for name in ("channels", "tokens", "itemsize", "dead", "silent", "width", "cells"):
         _count(getattr(i, name), f"{what}: {name}")

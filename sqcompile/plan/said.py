@@ -1,4 +1,4 @@
-"""said: a plan in one line, and as Jupyter shows it."""
+"""said: a plan in one line, and as Jupyter shows it; counts and numbers of plans in words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sqcompile.plan.entries import LayerPlan
+from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.notebook import line, table, titled
 
 if TYPE_CHECKING:
@@ -22,17 +22,28 @@ def said(plan: Plan) -> str:
 
 def counted(plan: Plan) -> list[str]:
     """How much a plan quantizes and smooths, in words."""
-    done = [l for l in plan.layers if l.quantized]
     found = [
-        f"{len(done)} of {len(plan.layers)} linears in {plan.recipe.dtype.upper()}",
+        linears_in(plan.layers, plan.recipe.dtype),
         f"{len(plan.scales)} site{'' if len(plan.scales) == 1 else 's'} smoothed",
     ]
-    if plan.attention:
-        found.append(
-            f"{sum(a.quantized != 'none' for a in plan.attention)} of {len(plan.attention)} attentions in INT8"
-        )
-    lowest = min((l.sqnr_db for l in done if l.sqnr_db is not None), default=math.inf)
-    return [*found, f"lowest SQNR {lowest:.1f} dB"] if math.isfinite(lowest) else found
+    found += [attentions_in(plan.attention)] if plan.attention else []
+    known = [l.sqnr_db for l in plan.layers if l.quantized and l.sqnr_db is not None]
+    return [*found, f"lowest SQNR {decibels(min(known))}"] if known else found
+
+
+def linears_in(layers: Sequence[LayerPlan], dtype: str) -> str:
+    """How many linears run in the number format."""
+    return f"{sum(l.quantized for l in layers)} of {len(layers)} linears in {dtype.upper()}"
+
+
+def attentions_in(attention: Sequence[AttentionPlan]) -> str:
+    """How many attentions run in INT8, the one number format they have."""
+    return f"{sum(a.quantized != 'none' for a in attention)} of {len(attention)} attentions in INT8"
+
+
+def decibels(db: float, unit: str = " dB") -> str:
+    """A signal to noise ratio; of no noise at all, "exact"."""
+    return "exact" if db == math.inf else f"{db:.1f}{unit}"
 
 
 def shown(plan: Plan) -> str:
@@ -51,7 +62,7 @@ def _layers(layers: Sequence[LayerPlan]) -> str:
             l.smoothing,
             "" if l.alpha is None else f"{l.alpha:.2f}",
             l.rotation,
-            "" if l.sqnr_db is None else f"{l.sqnr_db:.1f}",
+            "" if l.sqnr_db is None else decibels(l.sqnr_db, ""),
             "" if l.loss is None else f"{l.loss:.2e}",
         )
         for l in layers

@@ -79,7 +79,7 @@ class _Raised(BaseException):
     """What a user's function has raised, on its way out: nothing on the way takes it for an error of its own."""
 
     def __init__(self, error: Exception) -> None:
-        self.error = error
+        self.error, self.context = error, error.__context__
 
 
 class _Steps:
@@ -87,6 +87,7 @@ class _Steps:
 
     def __init__(self, tell: Callable[[Progress], Any] | None, line: _Line | None) -> None:
         self.open: list[_Step] = []
+        self.seconds: dict[str, float] = {}  # of what is over
         self._tell, self._line, self._last = tell, line, 0.0
 
     def begin(self, name: str, total: int | None) -> _Step:
@@ -98,10 +99,16 @@ class _Steps:
         """Ends a step, and what was left open in it. Nobody is asked: it may be an error that ends it."""
         if step not in self.open:
             return
-        log.debug("%s: %.2f s", self._now(step).stage, time.perf_counter() - step.since)
+        now = self._now(step)
+        log.debug("%s: %.2f s", now.stage, now.seconds)
+        self.seconds[now.stage] = self.seconds.get(now.stage, 0.0) + now.seconds
         del self.open[self.open.index(step) :]
         if self._line is not None and self.open:
             self._line.show(self._now(self.open[-1]))
+
+    def seconds_of_open(self) -> dict[str, float]:
+        now = [self._now(step) for step in self.open]
+        return {n.stage: self.seconds.get(n.stage, 0.0) + n.seconds for n in now}
 
     def told(self) -> None:
         now = self._now(self.open[-1])
@@ -124,12 +131,23 @@ class _Steps:
 
 
 _running: ContextVar[_Steps | None] = ContextVar("sqcompile_progress", default=None)
+_carrier: ContextVar[Callable[[Exception], Exception] | None] = ContextVar("sqcompile_carrier", default=None)
 
 
 def check_show(progress: Any) -> None:
     """Raises RecipeError for what ``progress`` cannot be."""
     if not isinstance(progress, bool) and not callable(progress):
         raise RecipeError(f"progress={progress!r}: True, False, or a function that takes a sqcompile.Progress")
+
+
+@contextlib.contextmanager
+def carried(by: Callable[[Exception], Exception]) -> Iterator[None]:
+    """What a user's function raises meanwhile comes as ``by(error)``, where there is somebody who takes it out of that."""
+    token = _carrier.set(by)
+    try:
+        yield
+    finally:
+        _carrier.reset(token)
 
 
 def silent(stage: str) -> None:
@@ -152,7 +170,7 @@ def stages(names: Sequence[str], progress: Show) -> Iterator[Enter]:
     line = _Line(names) if progress is True and is_watched() else None
     steps = _Steps(None if isinstance(progress, bool) else progress, line)
     token = _running.set(steps)
-    raised: Exception | None = None
+    raised: _Raised | None = None
 
     def enter(stage: str) -> None:
         if steps.open:
@@ -167,13 +185,30 @@ def stages(names: Sequence[str], progress: Show) -> Iterator[Enter]:
         if line is not None:
             line.finish(_DONE.get(names[-1], "done"))
     except _Raised as e:
-        raised = e.error
+        raised = e
     finally:
         _running.reset(token)
         if line is not None:
             line.close()
     if raised is not None:
-        raise raised
+        by = _carrier.get()
+        try:
+            raise raised.error if by is None else by(raised.error)
+        finally:  # what it was raised in is the user's own, and not what was in between
+            raised.error.__context__ = raised.context
+            raised = None  # its traceback has this frame
+
+
+def seconds_so_far() -> dict[str, float]:
+    """The seconds of each stage of the operation that runs, and of each part ("plan: choose"), as often as it ran.
+
+    In the order in which they ended, the stage that is under way last. Empty where no operation runs.
+    """
+    steps = _running.get()
+    if steps is None:
+        return {}
+    open_ = steps.seconds_of_open()
+    return {**{name: s for name, s in steps.seconds.items() if name not in open_}, **open_}
 
 
 @contextlib.contextmanager
@@ -195,7 +230,7 @@ def part(name: str = "", total: int | None = None) -> Iterator[Callable[..., Non
 
     def add(done: int | None = None) -> None:
         step.done = step.done + 1 if done is None else done
-        if steps.open[-1] is step:
+        if steps.open and steps.open[-1] is step:
             steps.told()
 
     try:

@@ -35,6 +35,7 @@ int_mm                       INT8 product of PyTorch itself, for comparison     
 check_sizes                  a condition of sizes that a program asks for at each call                2.11, 2.13
 scaled_mm                    FP8 product on tensor cores                                             2.11, 2.13
 collectives                  what processes ask of each other in a graph, without writes             2.11, 2.13
+withdraw                     operators of a library are what they were before it                     2.11, 2.13
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ __all__ = [
     "tracing",
     "tree_codegen",
     "version",
+    "withdraw",
     "writes_to_arguments",
 ]
 
@@ -198,3 +200,8 @@ def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
 def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
     """Has calls of the module run ``call``; None for `call_impl`."""
     module._compiled_call_impl = call
+
+
+def withdraw(library: torch.library.Library) -> None:
+    """Has operators be what they were before a library was made. No call of them may be running."""
+    library._destroy()

@@ -18,6 +18,7 @@ marked_dynamic              the dims of which that is so already                
 mark_static_address         a buffer that stays where it is: CUDA graphs use it in place             2.11, 2.13
 has_static_address          whether a tensor is marked so                                            2.11, 2.13
 aot_export_module           Dynamo's graph to ATen operators, with what it writes to as outputs      2.11, 2.13
+Through                     an error of a backend that comes out of the call as what it holds        2.11, 2.13
 functorch_interpreters      the transforms (vmap) that are entered                                   2.11, 2.13
 pop_functorch_interpreter   leaves the innermost                                                     2.11, 2.13
 set_grad_enabled            what a node calls for ``torch.no_grad()``                                2.11, 2.13
@@ -27,7 +28,7 @@ get_data                    what a node calls for ``x.data``                    
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch._dynamo.config as config
@@ -38,7 +39,7 @@ from torch._C._functorch import pop_dynamic_layer_stack as pop_functorch_interpr
 from torch._dynamo import mark_static_address, maybe_mark_dynamic
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
+from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import aot_export_module
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters as functorch_interpreters
@@ -47,6 +48,7 @@ __all__ = [
     "InterpreterFrame",
     "OptimizedModule",
     "TensorifyScalarRestartAnalysis",
+    "Through",
     "UnspecializeRestartAnalysis",
     "aot_export_module",
     "backend_of",
@@ -69,6 +71,25 @@ __all__ = [
 
 set_grad_enabled = torch._C._set_grad_enabled
 get_data = getattr(torch._C._autograd, "_get_data_attr", None)  # not in all versions; no node calls None
+
+
+class Through(ShortenTraceback):
+    """Raised by a backend while Dynamo compiles: the call that made it compile raises the error that this holds.
+
+    Dynamo lets its own kind of error through, and asks it last for what to raise.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error), first_useful_frame=None)
+        self.error = error
+
+    def remove_dynamo_frames(self) -> NoReturn:
+        """Raises the error, with the cause and the context that it had."""
+        context = self.error.__context__
+        try:
+            raise self.error
+        finally:
+            self.error.__context__ = context
 
 
 def original(compiled: OptimizedModule) -> Any:

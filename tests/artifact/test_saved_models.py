@@ -7,7 +7,7 @@ import gc
 import subprocess
 import sys
 from collections import OrderedDict, namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import artifact_cases as cases
 import pytest
@@ -38,7 +38,7 @@ def test_every_family_is_the_same_to_the_bit(name, tmp_path):
     net.save(tmp_path / "net")
     loaded = load(tmp_path / "net")
     assert loaded.lowered.code == net.lowered.code and loaded.plan == net.plan
-    assert str(loaded.report) == str(net.report) and loaded.weight_bytes() == net.weight_bytes()
+    assert str(loaded.report) == str(replace(net.report, seconds={})) and loaded.weight_bytes() == net.weight_bytes()
     for x in (call, resized(call)):
         a, b = net(**x), loaded(**x)
         assert type(a) is type(b) and all(map(torch.equal, outputs(a), outputs(b)))

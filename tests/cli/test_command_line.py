@@ -9,6 +9,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ import sqcompile
 from sqcompile import Recipe
 from sqcompile.checkpoints.float_model import Checkpoint
 from sqcompile.cli.app import app
+from sqcompile.cli.generate import Asked, tokens
 from sqcompile.errors import ArtifactError
 from sqcompile.lm import load_tokenizer
 
@@ -116,6 +118,19 @@ def test_generate_writes_what_the_model_says(made: Path):
     assert first == same != other
 
 
+def test_generate_of_a_float_model_has_a_cache(made: Path):
+    found = run("generate", made / "float", "--prompt", "def f", "-n", 12, "--json", "-q")
+    assert found.exit_code == 0, found.output
+    model: Any = Checkpoint.open(str(made / "float")).load()
+    ids = load_tokenizer()("def f", return_tensors="pt")["input_ids"]
+    want = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert json.loads(found.stdout)["tokens"] == want[0, ids.shape[1] :].tolist()
+    told = run("generate", made / "float", "--prompt", "def f", "-n", 12, "--temperature", 1, "--seed", 3)
+    assert "tokens/s with a KV cache" in told.output
+    drawn = tokens(model, ids, Asked("", 12, 1.0, 3), None)  # without one, of the same seed
+    assert load_tokenizer().decode(list(drawn), skip_special_tokens=True) in told.output
+
+
 def test_report_serve_show_and_bench(made: Path, monkeypatch):
     text = run("report", made / "out")
     assert "14 of 15 linears in INT8" in text.output and "lm_head.weight" in text.output
@@ -125,7 +140,15 @@ def test_report_serve_show_and_bench(made: Path, monkeypatch):
     written = run("report", made / "out", "-o", made / "page.html", "--evaluation", made / "eval.json")
     assert written.exit_code == 0, written.output
     page = (made / "page.html").read_text()
-    assert "14 of 15" in page and "<h1>out</h1>" in page and "lm_head.weight" in page and "Perplexity, measured" in page
+    assert "14 of 15" in page and "<h1>out</h1>" in page and "<li>lm_head: " in page and "Perplexity, measured" in page
+    sqcompile.load(made / "out", backend="eager").plan.save(made / "plan.safetensors")  # a plan alone
+    assert run("report", made / "plan.safetensors").output == text.output
+    assert run("report", made / "plan.safetensors", "-o", made / "plan.html").exit_code == 0
+    assert (
+        "14 of 15" in (made / "plan.html").read_text()
+        and "<h1>LlamaForCausalLM</h1>" in (made / "plan.html").read_text()
+    )
+    assert "is not a sqcompile plan" in run("report", made / "eval.json").output
     for wrong in (["--evaluation", made / "eval.json"], ["-o", made / "x.html", "--evaluation", made / "texts.jsonl"]):
         assert run("report", made / "out", *wrong).exit_code == 2
     refused = run("serve", made / "out")

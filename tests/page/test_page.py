@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import dataclasses
 import gc
 import json
 import pickle
 import re
+import weakref
+import zlib
 
 import page_browser
 import page_cases
@@ -21,7 +24,9 @@ from sqcompile import Evaluation, Plan, Recipe, ReportError
 from sqcompile.cli.report import read_evaluation
 from sqcompile.cli.terminal import CommandError
 from sqcompile.compiled.report import Report
+from sqcompile.page.data import data_of
 from sqcompile.page.facts import Subject, facts_of, memory_of
+from sqcompile.plan.evidence import Curve, Tried
 
 pytest.importorskip("altair", reason="altair is not installed")
 pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
@@ -48,16 +53,15 @@ def compiled():
 
 
 def data(text, name="data"):
-    return json.loads(re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', text, re.S)[1])
+    found = re.search(rf'<script type="(\S+)" id="{name}">(.*?)</script>', text, re.S)
+    return json.loads(found[2] if found[1] == "application/json" else zlib.decompress(base64.b64decode(found[2])))
 
 
 def test_a_page_of_a_compiled_model_has_its_graph(compiled, tmp_path):
     compiled.report.to_html(tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
     drawing = data(text, "drawing")
-    assert [f'data-stage="{name}"' in drawing for name in ("traced", "folded", "quantized", "lowered")] == [
-        True
-    ] * 3 + [False]
+    assert [f'data-stage="{name}"' in drawing for name in ("traced", "folded", "quantized", "lowered")] == [True] * 4
     assert "<svg" in drawing and data(text)["layers"]["name"] == ["up.weight", "down.weight"]
     assert "2 of 2" in text and "Tiny" in text and "href=" in text and "http-equiv" in text
     page = text.partition('<script type="text/plain" id="vega-bundle">')[0]
@@ -84,6 +88,21 @@ def test_without_the_float_model_the_page_says_why_there_is_no_graph(tmp_path):
     found.report.to_html(tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
     assert 'id="graph"' not in text and "not drawn: the float model was freed" in text
+
+
+def test_a_report_keeps_no_weights_of_a_model_that_is_gone(tmp_path):
+    model = Tiny().eval()
+    found = sqcompile.compile(model, [torch.randn(40, 32)], recipe=Recipe(alpha=0.5), backend="eager", progress=False)
+    report, lowered = found.report, weakref.ref(found.lowered)
+    assert [*report.stages] == ["traced", "folded", "quantized", "lowered"]
+    del found
+    gc.collect()
+    assert lowered() is None and [*report.stages] == ["traced", "folded", "quantized"] and len(report.stages) == 3
+    with pytest.raises(KeyError, match="the compiled model is gone"):
+        report.stages["lowered"]
+    report.to_html(tmp_path / "r.html")
+    drawing = data((tmp_path / "r.html").read_text(), "drawing")
+    assert 'data-stage="quantized"' in drawing and 'data-stage="lowered"' not in drawing
 
 
 def test_attentions_in_float_have_their_reasons():
@@ -114,10 +133,10 @@ def test_a_plan_without_evidence_says_what_is_missing(compiled, tmp_path):
 
 
 def test_80_layers_are_less_than_3_mb(tmp_path):
-    """With the 0.9 MB of vega's scripts, which stand for themselves in the test with a browser."""
+    """With vega's scripts, which stand for themselves in the test with a browser, and a drawing of 0.7 MB."""
     plan = page_cases.synthetic(80)
     Report.of(plan).to_html(tmp_path / "r.html")
-    assert (tmp_path / "r.html").stat().st_size + 900_000 < 3_000_000
+    assert (tmp_path / "r.html").stat().st_size + 410_000 + 700_000 < 2_000_000
     text = (tmp_path / "r.html").read_text()
     assert (
         len(data(text)["sites"]) == 320
@@ -232,6 +251,25 @@ def test_plot_by_matplotlib(compiled, tmp_path):
             compiled.report.plot(wrong)
     with pytest.raises(ReportError, match="no evidence to plot"):
         Report.of(dataclasses.replace(compiled.plan, evidence=None)).plot(0)
+
+
+def test_a_plot_rings_what_runs_among_the_candidates_of_its_kind(compiled):
+    """Of a static recipe that leaves an input a scale for each token, as the page does."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    plan = compiled.plan
+    site = plan.evidence.inputs[0].site
+    tried = tuple(Tried(0.5, None, dynamic, 1e-3 if dynamic else 9e-3) for dynamic in (False, True))
+    evidence = dataclasses.replace(plan.evidence, curves={site: Curve(False, tried)})
+    first = dataclasses.replace(plan.layers[0], activation="per_token")
+    plan = dataclasses.replace(
+        plan,
+        recipe=Recipe(alpha=0.5, activation="per_tensor_static"),
+        layers=(first, *plan.layers[1:]),
+        evidence=evidence,
+    )
+    (axes,) = (a for a in Report.of(plan).plot(0).axes if a.get_title() == "what was tried")
+    assert [line.get_ydata().tolist() for line in axes.get_lines()] == [[1e-3], [1e-3]]
+    assert data_of(plan)["sites"][0]["dynamic"] == 1
 
 
 def test_evaluations_from_files(tmp_path):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import math
 
 import page_cases
 import pytest
 from page_browser import NASTY, click, fixtures, texts, until
 
-from sqcompile import Recipe
+from sqcompile import Plan, Recipe
 from sqcompile.page import Subject, write_page
+from sqcompile.plan.edit import named_by
+from sqcompile.plan.entries import AttentionPlan, LayerPlan
 
 pytest.importorskip("altair", reason="altair is not installed")
 pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
@@ -53,6 +57,83 @@ def test_selected_rows_become_overrides(page):
     assert page.execute_async_script("navigator.clipboard.readText().then(arguments[0])") == text
     click(page, "#none")
     assert not page.find_element("id", "copy").is_enabled() and not page.find_element("id", "overrides").is_displayed()
+
+
+def small(*names: str, **fields: object) -> Plan:
+    """A plan of linears without evidence."""
+    layers = tuple(
+        LayerPlan(f"{n}.weight", "linear", True, "none", "", shape=(8, 8), **fields)  # type: ignore[arg-type]
+        for n in names
+    )
+    return Plan(Recipe(), {"args": [], "kwargs": {}}, {}, layers)
+
+
+def test_overrides_name_the_selected_linear_alone(page, tmp_path):
+    names = ("3", "fc", "block.fc", "block.fc.fc", "a[0]*", "a0", "constructor")
+    write_page(tmp_path / "r.html", Subject(small(*names)))
+    page.get((tmp_path / "r.html").as_uri())
+    until(page, "document.querySelectorAll('#rows tr').length === 7")
+    for i, name in enumerate(names):
+        click(page, "#none")
+        click(page, f'#rows tr[data-layer="{i}"] input')
+        (pattern,) = ast.literal_eval(page.find_element("id", "overrides").get_attribute("value").partition("=")[2])
+        assert [n for n in names if named_by(pattern, f"{n}.weight")] == [name]
+
+
+def test_what_is_exact_and_what_nobody_knows(page, tmp_path):
+    plan = small("a", "b", "c")
+    layers = tuple(dataclasses.replace(l, sqnr_db=x) for l, x in zip(plan.layers, (math.inf, 30.0, None), strict=True))
+    every = small("a", "b", sqnr_db=math.inf)
+    for shown, cells, words in (
+        (dataclasses.replace(plan, layers=layers), ["exact", "30.0", ""], "Without a bar: 1 in INT8 whose SQNR is not known."),
+        (every, ["exact", "exact"], "The lowest is exact, of a; the median is exact. Bars over the whole height: 2 exact."),
+        (plan, ["", "", ""], "The plan has no SQNR of its linears."),
+        (dataclasses.replace(plan, layers=()), [], "The plan has no SQNR of its linears."),
+    ):  # fmt: skip
+        write_page(tmp_path / "r.html", Subject(shown))
+        page.get((tmp_path / "r.html").as_uri())
+        until(page, f"document.getElementById('shown').textContent.startsWith('{len(cells)} of')")
+        assert texts(page, "#rows td:nth-child(7)") == cells and words in texts(page, "#c-sqnr")[0]
+        assert "no evidence" in texts(page, "#site")[0] and texts(page, "#sitelist li") == [
+            "None: the plan has no evidence."
+        ]
+
+
+def test_an_edited_site_says_what_is_not_so_any_more(page, tmp_path):
+    plan = page_cases.synthetic(2).keep_float("model.layers.0.mlp.down_proj")
+    write_page(tmp_path / "r.html", Subject(plan))
+    page.get((tmp_path / "r.html").as_uri())
+    until(page, "document.querySelectorAll('#sitelist button').length === 8")
+    click(page, '#sitelist button[data-site="2"]')
+    assert "model.layers.0.mlp.up_proj: the weight absorbed 1/s of a site that was dropped" in texts(page, "#site")[0]
+    click(page, '#sitelist button[data-site="6"]')
+    assert "Edited" not in texts(page, "#site")[0]
+
+
+def test_the_list_shows_the_site_that_is_open(page, tmp_path):
+    write_page(tmp_path / "r.html", Subject(page_cases.synthetic(8)))
+    page.get((tmp_path / "r.html").as_uri())
+    until(page, "document.querySelectorAll('#sitelist button').length === 32")
+    seen = """const list = document.getElementById('sitelist').getBoundingClientRect();
+      const b = document.querySelector('#sitelist button[aria-current="true"]').getBoundingClientRect();
+      return [b.top >= list.top && b.bottom <= list.bottom, document.getElementById('sitelist').scrollTop]"""
+    for row, last in ((55, True), (0, False)):
+        click(page, f'#rows tr[data-layer="{row}"] td.name button')
+        found, top = page.execute_script(seen)
+        assert found and (top > 0) == last
+
+
+def test_attentions_are_a_table(page, tmp_path):
+    made = {"alpha": 0.5, "sqnr_db": 33.0, "shape": (4, 2, 16)}
+    attention = tuple(AttentionPlan(n, "qk", "folded", f"because of {n}", **made) for n in ("a", "<i>b</i>"))
+    write_page(tmp_path / "r.html", Subject(dataclasses.replace(small("fc"), attention=attention)))
+    page.get((tmp_path / "r.html").as_uri())
+    until(page, "document.querySelectorAll('#rows tr').length === 1")
+    assert texts(page, "nav a")[-1] == "Attention" and texts(page, "#attention td.name") == ["a", "<i>b</i>"]
+    assert texts(page, "#attention tbody tr:first-child td")[1:] == [
+        "INT8 QKᵀ", "4 × 16, keys 2 × 16", "folded, α 0.50", "Q and K one for each token and head",
+        "33.0 dB", "because of a",
+    ]  # fmt: skip
 
 
 def test_a_drawing_is_a_frame_that_waits_until_it_is_seen(page, tmp_path):

@@ -6,7 +6,7 @@ import time
 
 import page_cases
 import pytest
-from page_browser import click, fixtures, scroll_through, texts, until
+from page_browser import accessible, click, fixtures, scroll_through, texts, until
 
 from sqcompile.compiled.report import Report
 
@@ -64,23 +64,19 @@ def test_the_theme_is_the_systems_and_can_be_switched(page):
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_axe_finds_nothing_serious(page, dark):
-    axe = pytest.importorskip("axe_selenium_python", reason="axe-selenium-python is not installed").Axe(page)
+def test_axe_finds_nothing(page, dark):
     if dark:
         click(page, "#theme")
     scroll_through(page)
     click(page, '#rows tr[data-layer="3"] input')
     click(page, "#site details summary")
-    axe.inject()
-    found = axe.run()
-    assert len(found["passes"]) > 15
-    serious = [v for v in found["violations"] if v["impact"] in ("serious", "critical")]
-    assert [(v["id"], [n["html"][:200] for n in v["nodes"]][:3]) for v in serious] == []
+    wrong, fulfilled = accessible(page)
+    assert wrong == [] and fulfilled > 15
 
 
 def test_a_page_of_32_layers_opens_at_once(driver, tmp_path):
     Report.of(page_cases.synthetic(32)).to_html(tmp_path / "report.html")
-    assert 890_000 < (tmp_path / "report.html").stat().st_size < 2_500_000
+    assert 400_000 < (tmp_path / "report.html").stat().st_size < 1_500_000
     start = time.monotonic()
     driver.get((tmp_path / "report.html").as_uri())
     until(

@@ -161,6 +161,11 @@ def test_an_edited_plan_is_saved_and_linears_in_float_stay_as_they_were(
     assert head in plan.layers  # it was in float, with its own reason
     kept.save(tmp_path / "plan")
     assert Plan.load(tmp_path / "plan") == kept != plan
+    edited = kept.keep_float("layers.0.down_proj")  # whose up_proj, in float already, is not divided any more
+    edited.save(tmp_path / "edited")
+    for plan in (edited, Plan.load(tmp_path / "edited")):
+        assert plan.evidence is not None
+        assert [i.undivided for i in plan.evidence.inputs if i.undivided] == [("layers.0.up_proj.weight",)]
 
 
 def test_evidence_of_linears_in_float_is_as_the_recipe_that_skips_them_makes_it(gated: tuple[nn.Module, Plan]) -> None:
@@ -175,8 +180,10 @@ def test_evidence_of_linears_in_float_is_as_the_recipe_that_skips_them_makes_it(
         assert found.keys() == wanted.keys()
         for names, i in found.items():
             of = wanted[names]
-            if edited is kept and not any("down_proj" in n for n in names):
-                continue  # up_proj's rows are not divided any more, which an edited plan's evidence does not say
+            if edited is kept and not any("down_proj" in n for n in names):  # up_proj's rows are not divided any more
+                assert i.undivided == tuple(n for n in names if "up_proj" in n)
+                continue
+            assert i.undivided == ()
             assert (i.site, i.clipped, i.zeros, i.ratio, i.tops) == (of.site, of.clipped, of.zeros, of.ratio, of.tops)
             for name in ("absmax", "values", "heat"):
                 assert torch.equal(getattr(i, name), getattr(of, name)), (names, name)

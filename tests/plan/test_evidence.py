@@ -147,9 +147,14 @@ def test_every_field_is_checked(tmp_path):
     evidence = dynamic_plan().evidence
     assert evidence is not None
     first = evidence.inputs[0]
-    for inputs in ((first, first), (dataclasses.replace(first, itemsize=2**40),)):
+    for inputs in (
+        (first, first),
+        (dataclasses.replace(first, itemsize=2**40),),
+        (dataclasses.replace(first, undivided=("nobody",)),),
+    ):
         with pytest.raises(
-            PlanError, match=r"a linear is there twice|itemsize is 1099511627776, not 1, 2, 4 or 8 bytes"
+            PlanError,
+            match=r"a linear is there twice|undivided is \('nobody',\)|itemsize is 1099511627776, not 1, 2, 4 or 8 bytes",
         ):
             check_evidence(dataclasses.replace(evidence, inputs=inputs))
     meta, tensors = parts(dynamic_plan(), tmp_path / "p")
@@ -187,3 +192,14 @@ def test_of_two_graphs_the_first_counts():
     one, other = made()[2].evidence, made(skip=("down",))[2].evidence
     both = one.joined(other)
     assert both.inputs == one.inputs and Evidence().joined(one).inputs == one.inputs and both.curves == one.curves
+
+
+def test_plans_of_two_versions_are_equal_and_their_files_are_not(tmp_path):
+    plan = dynamic_plan()
+    other = dataclasses.replace(
+        plan, evidence=dataclasses.replace(plan.evidence, versions="sqcompile 0.1.0, torch 9.0")
+    )
+    for p, name in ((plan, "a"), (plan, "b"), (other, "c")):
+        p.save(tmp_path / name)
+    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
+    assert a == b != c and Plan.load(tmp_path / "a") == Plan.load(tmp_path / "c")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import gc
+import json
 import re
 import xml.etree.ElementTree as ET
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ import sqcompile
 from sqcompile import DrawError, StageError
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
-from sqcompile.draw import condense, draw, roles_of
+from sqcompile.draw import condense, draw, fragment, roles_of
 from sqcompile.draw.svg import render
 from sqcompile.passes.ir.text import show
 
@@ -220,17 +224,43 @@ def test_coloured_by_sqnr(llama: tuple[nn.Module, sqcompile.CompiledModel], tmp_
     assert "below 20 dB" in words and "linear in INT8" not in words
 
 
-def test_text_is_escaped() -> None:
+@pytest.mark.parametrize(
+    ("name", "shown"), [("a<b>&c", "a<b>&c"), ("a\x01\u2028b", "a\ufffd\u2028b")]
+)  # XML has no \x01
+def test_text_is_escaped(name: str, shown: str) -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.add_module("a<b>&c", nn.Linear(8, 8))
+            self.add_module(name, nn.Linear(8, 8))
 
         def forward(self, x: Tensor) -> Tensor:
-            return getattr(self, "a<b>&c")(x)
+            return getattr(self, name)(x)
 
     boxes = [g for g in ET.fromstring(render(graph_of(Odd().eval(), torch.randn(2, 8)))).iter(f"{SVG}g")]
-    assert "a<b>&c" in [_label(g) for g in boxes if g.get("data-node")]
+    assert shown in [_label(g) for g in boxes if g.get("data-node")]
+
+
+def test_a_drawing_says_the_number_format() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)).eval()
+    recipe = sqcompile.Recipe(alpha=0.5, dtype="fp8")
+    plan = sqcompile.calibrate(model, [torch.randn(16, 8)], recipe=recipe, progress=False)
+    gm = trace(model, as_call(model, (torch.randn(4, 8),)))
+    found = {"fp8": fragment({"traced": gm}, plan), "int8": fragment({"traced": gm}, plan_as_int8(plan))}
+    for dtype, text in found.items():
+        assert f"linear in {dtype.upper()}" in text and "8 → 8" in text
+        assert ("INT8" in text, "FP8" in text) == (dtype == "int8", dtype == "fp8")
+    spoken = {dtype: unpacked(text)["stages"]["traced"]["nodes"]["linear"]["says"] for dtype, text in found.items()}
+    assert all(f"in {dtype.upper()}" in says for dtype, says in spoken.items())
+
+
+def plan_as_int8(plan: sqcompile.Plan) -> sqcompile.Plan:
+    return dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, dtype="int8"))
+
+
+def unpacked(text: str) -> Any:
+    packed = re.search(r'class="sqd-data">([^<]*)<', text)
+    assert packed is not None
+    return json.loads(zlib.decompress(base64.b64decode(packed[1])))
 
 
 def test_errors_name_what_to_do(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_what_a_function_raises_is_raised_and_the_model_is_untouched() -> None:
 
         with pytest.raises(ValueError) as caught:
             compiled(tell, model)
-        assert caught.value is error
+        assert caught.value is error and error.__context__ is None and error.__cause__ is None
         assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
         assert versions == {n: t._version for n, t in model.named_parameters()}
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()) and not model.training
@@ -139,6 +139,32 @@ def test_the_backend_tells_of_its_plan_and_of_each_graph() -> None:
     assert stages_of(seen) == ["plan", "fold", "insert_qdq", "lower", "emit"]
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("first", [True, False])
+def test_what_a_function_raises_comes_out_of_a_compiled_model_as_it_is(first: bool) -> None:
+    """In the call that Dynamo compiles in, which has a plan, and in one that ends the model's own calibration."""
+    model, x = two_linears(), batches(1)[0]
+    gone, cause = [True], KeyError("the cause")
+
+    def tell(now: Progress) -> None:
+        if gone and now.stage == "lower":
+            try:
+                raise OSError("the user's own")
+            except OSError:
+                raise ValueError("the server is gone") from cause
+
+    options: dict[str, Any] = {"compiler": "eager", "progress": tell}
+    options |= {"plan": compiled(False, model).plan} if first else {"calibration_steps": 1}
+    net = torch.compile(model, backend="smoothquant", options=options)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"^the server is gone$") as caught:
+            for _ in range(2):
+                net(x)
+        assert type(caught.value.__context__) is OSError and caught.value.__cause__ is cause
+        gone.clear()
+        assert torch.equal(net(x), net(x)) and not torch.equal(net(x), model(x))
+
+
 @pytest.mark.parametrize("wrong", ["yes", 1, None])
 def test_what_is_no_progress_is_refused(wrong: Any) -> None:
     with pytest.raises(sqcompile.RecipeError, match=r"progress=.*True, False, or a function that takes"):
@@ -164,7 +190,13 @@ def test_parts_end_with_what_is_in_them() -> None:
             left.append(add)
             add()  # of a part that another one is in
         add()  # of a part that is over
-    assert seen == [("a", 0, None), ("a: loop", 0, 2), ("b", 0, None), ("b: c", 0, 1), ("b: d", 0, None)]
+        with part("e") as add:
+            left.append(add)
+    for add in left:
+        add()  # when all is over
+    begun = ["a", "a: loop", "b", "b: c", "b: d", "b: e"]
+    assert [s[0] for s in seen] == begun and [s[2] for s in seen] == [None, 2, None, 1, None, None]
+    assert {s[1] for s in seen} == {0}
     assert list(each("xy", "no stage")) == ["x", "y"]  # nobody is told
 
 

@@ -142,13 +142,26 @@ def test_json_has_every_field_and_no_nan() -> None:
         raise AssertionError(name)
 
     found = json.loads(text, parse_constant=refuse)
-    assert found.keys() == {"format", "dtype", "summary", "layers", "attention", "sites", "gemms", "int8_attention"}
+    lists = {"layers", "attention", "sites", "gemms", "int8_attention"}
+    assert found.keys() == {"format", "dtype", "summary", "seconds", *lists} and found["seconds"] == {}
     assert found["summary"] == {"linears": 15, "quantized": 14, "folded": 12, "multiplied": 2, "rotated": 6}
     first, second = found["layers"][:2]
     assert first.keys() == {f.name for f in dataclasses.fields(LayerPlan)} and first["loss"] is first["sqnr_db"] is None
     assert LayerPlan(**{**second, "shape": tuple(second["shape"]), "loss": math.inf}) == plan.layers[1]
     assert [s["key"] for s in found["sites"]] == [s.key for s in Report.of(plan).sites]
     assert found["attention"][1]["name"] == "model.layers.1.self_attn"
+
+
+def test_the_seconds_of_each_stage_are_said(compiled: tuple[nn.Module, sqcompile.CompiledModel]) -> None:
+    report = compiled[1].report
+    stages = ["trace", "calibrate", "match", "plan", "fold", "insert_qdq", "lower", "emit"]
+    assert [name for name in report.seconds if ":" not in name] == stages and min(report.seconds.values()) >= 0
+    assert 0 < report.seconds["plan: choose"] <= report.seconds["plan"]
+    assert json.loads(report.to_json())["seconds"] == report.seconds
+    spent = {"trace": 2.0, "plan: choose": 5.0, "plan: compare": 0.1, "plan": 5.2, "lower": 0.04}
+    said = "compiled in 7.2 s: trace 2.0, plan 5.2 (choose 5.0), lower 0.0"
+    lines = str(dataclasses.replace(report, seconds=spent)).splitlines()
+    assert lines[-2] == said and "compiled in" not in str(dataclasses.replace(report, seconds={}))
 
 
 def test_gains_of_kernels_are_lists_in_json() -> None:

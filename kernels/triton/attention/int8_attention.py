@@ -18,6 +18,7 @@ from sqcompile.kernels.triton.attention import kernels
 from sqcompile.kernels.triton.attention import split as attention_split
 from sqcompile.kernels.triton.common import on
 from sqcompile.kernels.triton.gemm.tiles import Gpu, gpu_of
+from sqcompile.kernels.triton.launching import launch
 
 FEW_ROWS = 64  # up to as many rows of queries a key head, all of its query heads share a tile
 _MOST_SPLITS = 64
@@ -134,8 +135,8 @@ def int8_attention(
     v_scale = None if v_scale is None else v_scale.expand(batch, groups, 1, dv).transpose(2, 3)
     mask, blocks = _expanded(mask, blocks, (batch, heads, queries, keys), diagonal, tile, pack)
     with on(q.device):
-        kernels.forward[(programs, splits)](
-            q, q8,
+        launch(
+            kernels.forward, (programs, splits), q, q8,
             _descriptor(k, (1, 1, tile.bn, c)) if tma else k,
             _descriptor(v, (1, 1, cv, tile.bn) if pv == "int8" else (1, 1, tile.bn, cv)) if tma else v,
             out, part, q_scale, k_one, k_each, v_scale, mask, blocks,
@@ -147,8 +148,8 @@ def int8_attention(
             enable_fp_fusion=True,
         )  # fmt: skip
         if part is not None:
-            attention_split.combine[(rows,)](
-                part, out, v_scale, _strides(out), _strides(v_scale), heads, groups, queries, splits,
+            launch(
+                attention_split.combine, (rows,), part, out, v_scale, _strides(out), _strides(v_scale), heads, groups, queries, splits,
                 triton.next_power_of_2(splits), dv, cv, num_warps=4,
             )  # fmt: skip
     return out

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sqcompile.kernels.attention_parts import BLOCKED, MASK_BLOCK
 from sqcompile.kernels.triton.common import on
+from sqcompile.kernels.triton.launching import launch
 
 _BLOCKED = tl.constexpr(BLOCKED)
 _ELEMENTS = 16384  # of the mask a program looks at
@@ -85,8 +86,10 @@ def mask_blocks(mask: Tensor) -> Tensor:
     kinds = torch.empty((batch * heads * bands, listed), dtype=torch.int8, device=mask.device)
     with on(mask.device):
         if listed:
-            _classify[(len(kinds), triton.cdiv(listed, step))](
-                values, kinds, heads, queries, keys, values.stride(), read, rows, columns, step, is_bool, num_warps=8,
+            launch(
+                _classify, (len(kinds), triton.cdiv(listed, step)), values, kinds, heads, queries, keys, values.stride(), read, rows, columns, step, is_bool, num_warps=8,
             )  # fmt: skip
-        _list[(len(kinds),)](kinds, blocks, listed, min(_LIST, triton.next_power_of_2(max(1, listed))), num_warps=4)
+        launch(
+            _list, (len(kinds),), kinds, blocks, listed, min(_LIST, triton.next_power_of_2(max(1, listed))), num_warps=4
+        )
     return blocks.flatten(2)

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sqcompile.kernels.triton.common import as_rows, on
 from sqcompile.kernels.triton.gemm.int8_gemm import TL_DTYPE, aligned
 from sqcompile.kernels.triton.gemm.tiles import Config, Gpu, gpu_of
+from sqcompile.kernels.triton.launching import launch
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -127,8 +128,8 @@ def grouped_int8_gemm(
     b = TensorDescriptor.from_tensor(flat, [c.bn, c.bk]) if c.tma else flat
     programs = min(gpu.sms * c.ctas, (triton.cdiv(t, c.bm) + e) * triton.cdiv(n, c.bn))
     with on(q.device):
-        _grouped[(programs,)](
-            a, b, y, offsets, w_scale, x_scale, bias, t, e, n, k, q.stride(0), k, x_scale.numel() == t,
+        launch(
+            _grouped, (programs,), a, b, y, offsets, w_scale, x_scale, bias, t, e, n, k, q.stride(0), k, x_scale.numel() == t,
             triton.next_power_of_2(e), c.bm, c.bn, c.bk, c.tma, k % c.bk == 0,
             num_stages=c.stages, num_warps=c.warps, enable_fp_fusion=False,
         )  # fmt: skip

@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sqcompile.kernels.triton.common import INTERPRETED, as_rows, on
 from sqcompile.kernels.triton.gemm import kernels
 from sqcompile.kernels.triton.gemm.tiles import GEMV_ROWS, Config, bucket, for_epilogue, gpu_of, tiles
+from sqcompile.kernels.triton.launching import launch
 
 TL_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -108,8 +109,8 @@ def _persistent(q: Tensor, w: Tensor, y: Tensor, c: Config, epilogue: tuple[obje
         a = TensorDescriptor.from_tensor(q, [c.bm, c.bk])
         b = TensorDescriptor.from_tensor(w, [c.bn, c.bk])
         out = TensorDescriptor.from_tensor(y, [c.bm, c.bn // sub])
-    kernels.persistent[(programs,)](
-        a, b, out, m, n, k, q.stride(0), w.stride(0), *epilogue, c.bm, c.bn, c.bk, c.group, sub, c.flatten, specialize,
+    launch(
+        kernels.persistent, (programs,), a, b, out, m, n, k, q.stride(0), w.stride(0), *epilogue, c.bm, c.bn, c.bk, c.group, sub, c.flatten, specialize,
         num_stages=c.stages, num_warps=warps, **_EXACT,
     )  # fmt: skip
 
@@ -127,20 +128,32 @@ def _split(q: Tensor, w: Tensor, y: Tensor, m: int, n: int, k: int, c: Config, e
         whole = k % 4 == 0 and q.stride(0) % 4 == 0 and w.stride(0) % 4 == 0
         whole = whole and q.data_ptr() % 4 == 0 and w.data_ptr() % 4 == 0 and not INTERPRETED
         block = c.bk if whole else max(32, c.bk // 4)  # as many sums a thread either way
-        kernels.gemv[(triton.cdiv(n, c.bn), c.split)](
-            q, w, parts, n, k, q.stride(0), w.stride(0), *epilogue, m, c.bn, block, c.split, 4 if whole else 1, c.stages,
+        launch(
+            kernels.gemv, (triton.cdiv(n, c.bn), c.split), q, w, parts, n, k, q.stride(0), w.stride(0), *epilogue, m, c.bn, block, c.split, 4 if whole else 1, c.stages,
             early, launch_pdl=early, num_warps=c.warps, **_EXACT,
         )  # fmt: skip
     else:
         a = TensorDescriptor.from_tensor(q, [c.bm, c.bk]) if c.tma else q
         b = TensorDescriptor.from_tensor(w, [c.bn, c.bk]) if c.tma else w
         tiles_m = triton.cdiv(m, c.bm)
-        kernels.tile[(tiles_m * triton.cdiv(n, c.bn), c.split)](
-            a, b, parts, m, n, k, q.stride(0), w.stride(0), *epilogue,
+        launch(
+            kernels.tile, (tiles_m * triton.cdiv(n, c.bn), c.split), a, b, parts, m, n, k, q.stride(0), w.stride(0), *epilogue,
             c.bm, c.bn, c.bk, c.group, c.split, c.swap, c.tma, k % (c.split * c.bk) == 0, tiles_m == 1, early,
             launch_pdl=early, num_stages=c.stages, num_warps=c.warps, **_EXACT,
         )  # fmt: skip
     if c.split > 1:
-        kernels.add_parts[(triton.cdiv(n, 512), m)](
-            parts, y, m, n, *epilogue, 512, c.split, early, launch_pdl=early, num_warps=4, **_EXACT
+        launch(
+            kernels.add_parts,
+            (triton.cdiv(n, 512), m),
+            parts,
+            y,
+            m,
+            n,
+            *epilogue,
+            512,
+            c.split,
+            early,
+            launch_pdl=early,
+            num_warps=4,
+            **_EXACT,
         )

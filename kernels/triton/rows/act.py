@@ -28,6 +28,7 @@ from sqcompile.kernels.triton.common import (
     scale_of,
     to_int8,
 )
+from sqcompile.kernels.triton.launching import launch
 
 
 @triton.jit
@@ -119,7 +120,9 @@ def act_quantize(
     if m:
         block, warps = block_of(k)
         with on(gate.device):
-            launchable(_act_quantize, gate)[(m,)](
+            launch(
+                launchable(_act_quantize, gate),
+                (m,),
                 g, u, multiplier, q, factors, scale, k, g.stride(0), 0 if u is None else u.stride(0),
                 BLOCK=block, ONE=block >= k, ACT=activation, **rotation_of(rotation), num_warps=warps,
             )  # fmt: skip

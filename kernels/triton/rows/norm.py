@@ -30,6 +30,7 @@ from sqcompile.kernels.triton.common import (
     scale_of,
     to_int8,
 )
+from sqcompile.kernels.triton.launching import launch
 
 
 @triton.jit
@@ -216,7 +217,9 @@ def norm_quantize(
         block, warps = block_of(k)
         kernel = _norm_quantize if block >= k else _norm_quantize_wide
         with on(x.device):
-            launchable(kernel, x)[(m,)](
+            launch(
+                launchable(kernel, x),
+                (m,),
                 rows, more, weight, bias, multiplier, h, y, q, factors, scale, k, rows.stride(0),
                 0 if more is None else more.stride(0), eps,
                 BLOCK=block, RMS=kind == "rms", ROUND_FIRST=kind == "rms" and round_first, **rotation_of(rotation),

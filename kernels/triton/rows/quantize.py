@@ -26,6 +26,7 @@ from sqcompile.kernels.triton.common import (
     scale_of,
     to_int8,
 )
+from sqcompile.kernels.triton.launching import launch
 
 _PARTIALS = 512  # programs of the first per-tensor kernel; a few per multiprocessor, and cheap to reduce again
 
@@ -139,7 +140,9 @@ def quantize_rows(
         if mode == "tensor":
             partials = _PARTIALS  # however few the rows: their number may be a symbol
             partial = torch.empty(partials, dtype=torch.float32, device=x.device)
-            launchable(_absmax, x)[(partials,)](
+            launch(
+                launchable(_absmax, x),
+                (partials,),
                 rows,
                 multiplier,
                 partial,
@@ -151,8 +154,8 @@ def quantize_rows(
                 **rotation_of(rotation),
                 num_warps=warps,
             )
-        launchable(_quantize, x)[(programs,)](
-            rows, multiplier, q, factors, scale, partial, m, k, rows.stride(0), partials,
+        launch(
+            launchable(_quantize, x), (programs,), rows, multiplier, q, factors, scale, partial, m, k, rows.stride(0), partials,
             ROWS=per_program, BLOCK=block, ONE=block >= k, MODE=mode, PARTIALS=_PARTIALS, **rotation_of(rotation), num_warps=warps,
         )  # fmt: skip
     return q, factors

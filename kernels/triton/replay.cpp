@@ -1,0 +1,361 @@
+// Operators whose launches are replayed: what Python and Triton did for a call, done again for calls like it.
+//
+// A call is like another where its numbers, its words and the layouts of its tensors are equal. The first of its kind runs
+// in Python, which says what it launched (replay.py); the second time nothing but addresses differ. A launch that was
+// recorded has to give the same bytes as Python's before it is kept.
+
+#include <ATen/core/stack.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <dlfcn.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+// ---- what of the CUDA driver is called, declared here so that no CUDA toolkit is needed to build this ----
+
+struct Attribute {  // CUlaunchAttribute
+  int id, none;
+  int value, rest[15];
+};
+constexpr int kEarly = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+struct Config {  // CUlaunchConfig
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  Attribute* attributes;
+  unsigned count;
+};
+
+using Launch = int (*)(const Config*, void* function, void** parameters, void** extra);
+using Encode = int (*)(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes, const uint64_t* strides,
+                       const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int promotion, int fill);
+using Fill = int (*)(void* address, unsigned char byte, size_t bytes, void* stream);
+using Stream = int32_t (*)(int32_t device, void** stream);
+
+Launch launch_kernel = nullptr;
+Encode encode_map = nullptr;
+Fill fill_memory = nullptr;
+Stream current_stream = nullptr;  // null where there is no CUDA, as in tests
+
+// ---- recordings ----
+
+enum Kind : int64_t { kNumber = 0, kPointer = 1, kMap = 2 };
+
+struct Parameter {
+  Kind kind;
+  int64_t number = 0;          // kNumber: the bytes of the value; else: which buffer's address, -1 for none
+  int type = 0, swizzle = 0;   // kMap
+  std::vector<uint64_t> sizes, strides;
+  std::vector<uint32_t> box;
+};
+
+struct Kernel {
+  void* function;
+  unsigned grid[3], threads, shared;
+  bool early;       // may begin before the kernel before it has ended
+  int64_t scratch;  // bytes for all programs
+  std::vector<Parameter> parameters;
+};
+
+struct Buffer {  // made for a call: an output, or memory between two kernels
+  at::ScalarType type;
+  int64_t byte;  // that it is filled with; -1 for none
+  std::vector<int64_t> sizes, strides;
+};
+
+struct Recording {
+  std::vector<Buffer> buffers;  // the outputs first
+  size_t outputs = 0;
+  std::vector<Kernel> kernels;
+  bool usable() const { return outputs > 0; }
+};
+
+using Key = std::vector<int64_t>;
+struct Hash {
+  size_t operator()(const Key& key) const {
+    uint64_t h = 1469598103934665603ull;
+    for (int64_t x : key) h = (h ^ static_cast<uint64_t>(x)) * 1099511628211ull, h ^= h >> 29;
+    return h;
+  }
+};
+
+struct Operator {
+  c10::OperatorHandle python;
+  std::shared_mutex mutex;
+  std::unordered_map<Key, std::shared_ptr<const Recording>, Hash> recordings;
+};
+
+constexpr size_t kMost = 4096;  // recordings of an operator; calls of further kinds stay with Python
+std::unordered_map<std::string, std::unique_ptr<Operator>> operators;
+std::vector<std::unique_ptr<torch::Library>> libraries;
+thread_local std::shared_ptr<const Recording> left;  // by Python, for the call that it has just run
+thread_local std::string failure;
+
+struct Reader {
+  const int64_t* at;
+  int64_t next() { return *at++; }
+  template <typename T>
+  std::vector<T> list() {
+    std::vector<T> found(next());
+    for (T& x : found) x = static_cast<T>(next());
+    return found;
+  }
+};
+
+// What a call is, but for the addresses of its tensors; false for what no operator here takes.
+bool describe(c10::ArrayRef<c10::IValue> arguments, Key& key, std::vector<char*>& addresses, at::Device& device) {
+  for (const c10::IValue& v : arguments) {
+    if (v.isTensor()) {
+      const at::Tensor& t = v.toTensor();
+      if (!t.defined() || t.layout() != at::kStrided) return false;
+      char* address = static_cast<char*>(t.data_ptr());
+      int64_t alias = -1;  // of tensors at one place, any stands for all
+      for (size_t i = 0; alias < 0 && i < addresses.size(); ++i)
+        if (addresses[i] == address) alias = i;
+      if (addresses.empty()) device = t.device();
+      if (t.device() != device) return false;
+      addresses.push_back(address);
+      key.push_back(1 | static_cast<int64_t>(t.scalar_type()) << 8 | t.dim() << 16 |
+                    (reinterpret_cast<uintptr_t>(address) & 15) << 24 | static_cast<int64_t>(t.is_conj() || t.is_neg()) << 32);
+      key.push_back(alias);
+      for (int64_t x : t.sizes()) key.push_back(x);
+      for (int64_t x : t.strides()) key.push_back(x);
+    } else if (v.isNone()) {
+      key.push_back(2);
+    } else if (v.isInt()) {
+      key.push_back(3), key.push_back(v.toInt());
+    } else if (v.isBool()) {
+      key.push_back(4 | static_cast<int64_t>(v.toBool()) << 8);
+    } else if (v.isDouble()) {
+      const double x = v.toDouble();
+      int64_t bits;
+      std::memcpy(&bits, &x, 8);
+      key.push_back(5), key.push_back(bits);
+    } else if (v.isString()) {
+      const std::string_view s = v.toStringView();
+      key.push_back(6 | static_cast<int64_t>(s.size()) << 8);
+      for (size_t i = 0; i < s.size(); i += 8) {
+        int64_t eight = 0;
+        std::memcpy(&eight, s.data() + i, std::min<size_t>(8, s.size() - i));
+        key.push_back(eight);
+      }
+    } else {
+      return false;
+    }
+  }
+  if (addresses.empty()) return false;
+  key.push_back(device.index());
+  return true;
+}
+
+void check(int code, const char* what) {
+  TORCH_CHECK(code == 0, "sqcompile: ", what, " failed with the CUDA driver's error ", code);
+}
+
+void launch(const Kernel& k, const std::vector<char*>& addresses, char* scratch, void* stream) {
+  struct alignas(64) Map { char bytes[128]; };
+  size_t maps = 0, count = k.parameters.size();
+  for (const Parameter& p : k.parameters) maps += p.kind == kMap;
+  std::vector<Map> descriptors(maps);
+  std::vector<void*> values(count + 2), pointers(count + 2);
+  size_t map = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const Parameter& p = k.parameters[i];
+    char* address = p.kind == kNumber || p.number < 0 ? nullptr : addresses[p.number];
+    if (p.kind == kMap) {
+      const uint32_t steps[5] = {1, 1, 1, 1, 1};
+      check(encode_map(&descriptors[map], p.type, p.sizes.size(), address, p.sizes.data(), p.strides.data(), p.box.data(),
+                       steps, /*no interleave*/ 0, p.swizzle, /*128 bytes of L2*/ 2, /*zeros outside*/ 0),
+            "cuTensorMapEncodeTiled");
+      pointers[i] = &descriptors[map++];
+      continue;
+    }
+    if (p.kind == kNumber) std::memcpy(&values[i], &p.number, 8);
+    else values[i] = address;
+    pointers[i] = &values[i];
+  }
+  values[count] = scratch, values[count + 1] = nullptr;  // what Triton adds: scratch memory, and a profiler's
+  pointers[count] = &values[count], pointers[count + 1] = &values[count + 1];
+  Attribute early{kEarly, 0, 1, {}};
+  const Config config{{k.grid[0], k.grid[1], k.grid[2]}, {k.threads, 1, 1}, k.shared, stream, &early, k.early};
+  check(launch_kernel(&config, k.function, pointers.data(), nullptr), "a kernel launch");
+}
+
+std::vector<at::Tensor> run(const Recording& r, std::vector<char*> addresses, at::Device device) {
+  std::vector<at::Tensor> made;
+  std::vector<char*> scratch(r.kernels.size(), nullptr);
+  const auto options = at::TensorOptions().device(device);
+  made.reserve(r.buffers.size() + r.kernels.size());
+  for (const Buffer& b : r.buffers) {
+    made.push_back(at::empty_strided(b.sizes, b.strides, options.dtype(b.type)));
+    addresses.push_back(static_cast<char*>(made.back().data_ptr()));
+  }
+  for (size_t i = 0; i < r.kernels.size(); ++i)
+    if (r.kernels[i].scratch) {
+      made.push_back(at::empty_strided({r.kernels[i].scratch}, {1}, options.dtype(at::kByte)));
+      scratch[i] = static_cast<char*>(made.back().data_ptr());
+    }
+  void* stream = nullptr;
+  std::optional<c10::impl::VirtualGuardImpl> guard;
+  c10::Device before = device;
+  if (current_stream != nullptr) {
+    check(current_stream(device.index(), &stream), "the current stream");
+    guard.emplace(device.type());
+    before = guard->exchangeDevice(device);
+  }
+  try {
+    for (size_t i = 0; i < r.buffers.size(); ++i)
+      if (r.buffers[i].byte >= 0)
+        check(fill_memory(made[i].data_ptr(), r.buffers[i].byte, made[i].storage().nbytes(), stream), "cuMemsetD8Async");
+    for (size_t i = 0; i < r.kernels.size(); ++i) launch(r.kernels[i], addresses, scratch[i], stream);
+  } catch (...) {
+    if (guard) guard->uncheckedSetDevice(before);
+    throw;
+  }
+  if (guard && before != device) guard->uncheckedSetDevice(before);
+  made.resize(r.outputs);
+  return made;
+}
+
+bool same(const at::Tensor& a, const at::Tensor& b) {
+  if (a.sizes() != b.sizes() || a.strides() != b.strides() || a.scalar_type() != b.scalar_type()) return false;
+  if (a.numel() == 0) return true;
+  const int64_t bytes = a.numel() * a.element_size();  // both fill their memory
+  const auto raw = [bytes](const at::Tensor& t) {
+    return at::from_blob(t.data_ptr(), {bytes}, at::TensorOptions().dtype(at::kByte).device(t.device()));
+  };
+  return at::equal(raw(a), raw(b));
+}
+
+// Whether a recording does what Python did for a call.
+bool holds(const Recording& r, const std::vector<char*>& addresses, at::Device device, c10::ArrayRef<c10::IValue> outputs) {
+  if (r.outputs != outputs.size()) return false;
+  const std::vector<at::Tensor> found = run(r, addresses, device);
+  for (size_t i = 0; i < found.size(); ++i)
+    if (!outputs[i].isTensor() || !same(found[i], outputs[i].toTensor())) return false;
+  return true;
+}
+
+void replay(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  Operator& mine = *operators.at(op.operator_name().name);
+  const size_t count = op.schema().arguments().size();
+  Key key;
+  key.reserve(96);
+  std::vector<char*> addresses;
+  addresses.reserve(24);
+  at::Device device(at::kCPU);
+  if (!describe(torch::jit::last(*stack, count), key, addresses, device)) return mine.python.callBoxed(stack);
+  std::shared_ptr<const Recording> found;
+  bool room;
+  {
+    std::shared_lock lock(mine.mutex);
+    const auto at = mine.recordings.find(key);
+    if (at != mine.recordings.end()) found = at->second;
+    room = mine.recordings.size() < kMost;
+  }
+  if (found != nullptr && found->usable()) {
+    std::vector<at::Tensor> outputs = run(*found, std::move(addresses), device);
+    torch::jit::drop(*stack, count);
+    for (at::Tensor& y : outputs) stack->emplace_back(std::move(y));
+    return;
+  }
+  if (found != nullptr || !room) return mine.python.callBoxed(stack);
+  const std::vector<c10::IValue> kept(stack->end() - count, stack->end());  // holds the inputs until the comparison
+  const size_t below = stack->size() - count;
+  left = nullptr;
+  mine.python.callBoxed(stack);
+  const std::shared_ptr<const Recording> made = std::move(left);
+  left = nullptr;
+  if (made == nullptr) return;  // not now, as while a CUDA graph is recorded
+  const auto outputs = c10::ArrayRef<c10::IValue>(stack->data() + below, stack->size() - below);
+  const bool good = made->usable() && holds(*made, addresses, device, outputs);
+  std::unique_lock lock(mine.mutex);
+  mine.recordings[key] = good ? made : std::make_shared<const Recording>();
+}
+
+}  // namespace
+
+extern "C" {
+
+// Finds the driver's functions; says in words what is missing, null if nothing is.
+const char* sqcompile_replay_driver(const char* driver, const char* torch_cuda) {
+  void* cuda = dlopen(driver, RTLD_NOW);
+  launch_kernel = cuda ? reinterpret_cast<Launch>(dlsym(cuda, "cuLaunchKernelEx")) : nullptr;
+  encode_map = cuda ? reinterpret_cast<Encode>(dlsym(cuda, "cuTensorMapEncodeTiled")) : nullptr;
+  fill_memory = cuda ? reinterpret_cast<Fill>(dlsym(cuda, "cuMemsetD8Async")) : nullptr;
+  if (launch_kernel == nullptr || encode_map == nullptr || fill_memory == nullptr) return "the CUDA driver is too old";
+  if (torch_cuda == nullptr) return nullptr;
+  void* torch = dlopen(torch_cuda, RTLD_NOW | RTLD_NOLOAD);
+  current_stream = torch ? reinterpret_cast<Stream>(dlsym(torch, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  return current_stream == nullptr ? "PyTorch does not tell its current stream" : nullptr;
+}
+
+// sqcompile::name on CUDA (or, in tests, on the CPU) is replayed from now on, and sqcompile_triton::name is what is recorded.
+const char* sqcompile_replay(const char* name, int cuda) {
+  try {
+    const std::string full = std::string("sqcompile::") + name;
+    const auto python = c10::Dispatcher::singleton().findSchemaOrThrow((std::string("sqcompile_triton::") + name).c_str(), "");
+    operators[full] = std::unique_ptr<Operator>(new Operator{python});
+    const auto key = cuda ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
+    auto library = std::make_unique<torch::Library>(torch::Library::IMPL, "sqcompile", key, __FILE__, __LINE__);
+    library->impl(name, torch::CppFunction::makeFromBoxedFunction<&replay>());
+    libraries.push_back(std::move(library));
+    return nullptr;
+  } catch (const std::exception& e) {
+    failure = e.what();
+    return failure.c_str();
+  }
+}
+
+// What the call that runs in this thread launched, in the words of replay.py; no outputs: it cannot be replayed.
+void sqcompile_replay_leave(const int64_t* words) {
+  Reader in{words};
+  auto r = std::make_shared<Recording>();
+  r->outputs = in.next();
+  r->buffers.resize(in.next());
+  for (Buffer& b : r->buffers) {
+    b.type = static_cast<at::ScalarType>(in.next());
+    b.byte = in.next();
+    b.sizes = in.list<int64_t>();
+    b.strides = in.list<int64_t>();
+  }
+  r->kernels.resize(in.next());
+  for (Kernel& k : r->kernels) {
+    k.function = reinterpret_cast<void*>(in.next());
+    for (unsigned& x : k.grid) x = in.next();
+    k.threads = in.next(), k.shared = in.next(), k.early = in.next(), k.scratch = in.next();
+    k.parameters.resize(in.next());
+    for (Parameter& p : k.parameters) {
+      p.kind = static_cast<Kind>(in.next());
+      p.number = in.next();
+      if (p.kind != kMap) continue;
+      p.type = in.next(), p.swizzle = in.next();
+      p.sizes = in.list<uint64_t>();
+      p.strides = in.list<uint64_t>();
+      p.box = in.list<uint32_t>();
+    }
+  }
+  left = r;
+}
+
+// How many kinds of calls of an operator are replayed, and how many are known not to be.
+void sqcompile_replay_count(const char* name, int64_t* replayed, int64_t* others) {
+  Operator& mine = *operators.at(std::string("sqcompile::") + name);
+  std::shared_lock lock(mine.mutex);
+  *replayed = *others = 0;
+  for (const auto& [key, r] : mine.recordings) ++*(r->usable() ? replayed : others);
+}
+
+}
