@@ -107,11 +107,12 @@ def emulated(m: Block, s: dict[str, Tensor], x: Tensor) -> Tensor:
     return x + (by_rows(torch.relu(up), m.down.weight * hidden) + m.down.bias)
 
 
-def in_one_process() -> tuple[sqcompile.CompiledModel, sqcompile.Plan]:
-    """The block compiled with one α, and planned with choices, before there is a group."""
+def in_one_process() -> tuple[sqcompile.CompiledModel, sqcompile.Plan, nn.Module]:
+    """The block compiled with one α, and planned with choices, before there is a group; and the block, which stages need."""
     one = sqcompile.Recipe(alpha=0.5)
-    compiled = sqcompile.compile(Block().eval(), batches(), recipe=one, backend="eager", progress=False)
-    return compiled, sqcompile.calibrate(Block().eval(), batches(), progress=False)
+    model = Block().eval()
+    compiled = sqcompile.compile(model, batches(), recipe=one, backend="eager", progress=False)
+    return compiled, sqcompile.calibrate(model, batches(), progress=False), model
 
 
 def block(mesh: Any, whole: sqcompile.CompiledModel) -> dict[str, Any]:
