@@ -22,8 +22,9 @@ from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
 from sqcompile.compiled.stages import Stages
 from sqcompile.errors import CalibrationError, PlanError, RecipeError
 from sqcompile.kernels.targets import Target
-from sqcompile.models import check_model
+from sqcompile.models import check_model, check_recipe
 from sqcompile.passes.attention.chains import find_attentions
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.labels.match import match
 from sqcompile.passes.planning.absmax_alone import calibration_of, settled
@@ -64,11 +65,12 @@ def compile(
     evaluate: Callable[[nn.Module], float] | None = None,
     act_scales: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
     max_batches: int | None = None,
+    device_mesh: Any = None,
 ) -> CompiledModel:
     """Compiles a float model to W8A8 INT8 with SmoothQuant. The model itself is never changed.
 
     In a process group of `torch.distributed`, unless a plan is passed, all ranks call it with the same model and data, and
-    share the calibration; see `calibrate`.
+    share the calibration; see `calibrate`. With a ``device_mesh`` they hold one model together, and each compiles its shard.
 
     Args:
         model: an nn.Module in eval mode that torch.export can capture.
@@ -98,6 +100,8 @@ def compile(
             0.5 and nothing is rotated, static scales have no margin, and what needs tokens is refused.
         max_batches: how many batches of calib_loader are taken, the first ones; None for as many as have 512 rows together.
             A callable is run as it is.
+        device_mesh: the mesh, of one dim, that the model is sharded on (tensor parallel: its parameters are DTensors). All
+            processes of the mesh call it, and whatever reads or runs the compiled model, with the same data.
 
     Returns:
         A CompiledModel: call it as the model.
@@ -108,10 +112,10 @@ def compile(
         KeyboardInterrupt: for Ctrl-C, when the step at hand is done; a second one is raised at once.
     """
     stage_names = (*ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES)
-    with together(plan is None) as ranks:
+    with together(plan is None, device_mesh) as ranks:
         if backend not in BACKENDS:
             raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
-        check_model(model)
+        check_model(model, device_mesh)
         target = target_for(model, target)
         if plan is not None and evaluate is not None:
             raise PlanError("plan and evaluate: a plan needs no calibration, leave one of them out")
@@ -150,6 +154,7 @@ def calibrate(
     evaluate: Callable[[nn.Module], float] | None = None,
     act_scales: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
     max_batches: int | None = None,
+    device_mesh: Any = None,
 ) -> Plan:
     """Makes the Plan that `compile` would make; ``compile(model, plan=plan)`` then needs no data.
 
@@ -167,6 +172,8 @@ def calibrate(
         evaluate: as for `compile`.
         act_scales: as for `compile`.
         max_batches: as for `compile`.
+        device_mesh: as for `compile`. Each process has the plan of its own shard: the decisions are the same, scales of
+            sharded channels are its own.
 
     Returns:
         A Plan, which `Plan.save` writes to a file.
@@ -176,8 +183,8 @@ def calibrate(
             was passed something else.
         KeyboardInterrupt: as `compile`.
     """
-    with together() as ranks:
-        check_model(model)
+    with together(device_mesh=device_mesh) as ranks:
+        check_model(model, device_mesh)
         how = resolve_recipe(recipe)
         with deferred(), stages(ANALYSES, progress if ranks.first else False) as enter:
             return analyse(
@@ -237,6 +244,7 @@ def analyse(
             enter("calibrate")
             attentions = find_attentions(traced) if recipe.attention != "none" else []
             check_weights(traced, wanted(traced, find_linears(traced), recipe))
+        check_recipe(about(traced).parallel, recipe, scales is not None)
         if ranks.count > 1:
             ranks.agree(in_common(model, call, scales, recipe))
         if scales is not None:
@@ -247,24 +255,28 @@ def analyse(
             total = max_batches if max_batches is not None and (total is None or total > max_batches) else total
             make = partial(observe, traced, model, data, attentions, total, reader, None, ranks)
             calibration = observed(make)
-    if not ranks.first:
+    if not ranks.plans:
         return traced, Plan.decoded(ranks.from_first(b""))
     with compiling(), torch.no_grad():
         enter("match")
         sites, refusals = match(traced)
+        if about(traced).parallel.count > 1:
+            found = [(s.name, s.channels) for s in sites] + [(r.linear.name, r.linear.shape) for r in refusals]
+            ranks.agree({"another graph": (repr(found), "shard the model alike on every rank")})
         enter("plan")
         felt = feel(traced, sites, refusals, calibration, recipe)
         plan_of = partial(choose, traced, sites, refusals, calibration, recipe, to_spec(call), attentions, felt=felt)
         quantized = partial(rewrite, traced, until="quantized", shown=False, lazy=True)
-        plan = smoothed_or_not(plan_of, calibration.sample, quantized)
+        plan = smoothed_or_not(plan_of, calibration.sample, quantized, about(traced).parallel)
         if recipe.max_degradation is not None:
             if evaluate is None:
                 loses = by_divergence(traced, calibration.sample, quantized)
             else:
                 loses = by_value(model, traced, evaluate, target)
-            plan = within_budget(traced, plan, calibration, loses)
+            most = about(traced).parallel.most  # of all processes, which decide alike
+            plan = within_budget(traced, plan, calibration, lambda p: most([loses(p)])[0])
         plan = with_evidence(traced, sites, refusals, calibration, plan, type(model).__name__)
-    if ranks.count > 1:
+    if ranks.shares:
         ranks.from_first(plan.encoded())
     return traced, plan
 

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
+from sqcompile.capture.sharded import check_mesh
 from sqcompile.compiled.emit import CompiledModel
-from sqcompile.errors import CaptureError
+from sqcompile.errors import CaptureError, RecipeError
+from sqcompile.plan.recipe import Recipe
+from sqcompile.process.parallel import Parallel
 from sqcompile.pytorch.core import is_wrapper_subclass
+from sqcompile.pytorch.distributed import is_distributed
 
 
-def check_model(model: Any) -> None:
-    """Refuses what is no float module with values of its own.
+def check_model(model: Any, device_mesh: Any = None) -> None:
+    """Refuses what is no float module with values of its own, or with its shards of them on ``device_mesh``.
 
     Raises:
         CaptureError: saying what to pass instead.
@@ -44,6 +48,7 @@ def check_model(model: Any) -> None:
             raise CaptureError(
                 f"{what} shards its parameters ({type(module).__name__}): pass a model that holds them whole"
             )
+    check_mesh(model, device_mesh)
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         _check_tensor(name, t)
 
@@ -57,7 +62,7 @@ def _check_tensor(name: str, t: Tensor) -> None:
             f"{name} is on the meta device, and has no values: load the model with its weights (not offloaded: without "
             "device_map, where they do not fit)"
         )
-    if is_wrapper_subclass(t):
+    if is_wrapper_subclass(t) and not is_distributed(t):
         raise CaptureError(
             f"{name} is a {kind}, not a plain tensor (quantized or sharded already): load the float model, whole"
         )
@@ -86,3 +91,25 @@ def _no_module(x: Any) -> str:
             'parameters are its own (torch.compile(function, backend="smoothquant") takes functions)'
         )
     return f"the model is a {type(x).__name__}: pass an nn.Module"
+
+
+def check_recipe(parallel: Parallel, recipe: Recipe, scales: bool) -> None:
+    """Refuses what processes that hold a model together do not decide together.
+
+    Args:
+        parallel: those processes.
+        recipe: what is asked of them.
+        scales: whether activation scales are given, in the place of data.
+
+    Raises:
+        RecipeError: naming it.
+    """
+    if parallel.count == 1:
+        return
+    if recipe.attention != "none":
+        raise RecipeError(
+            f"attention={recipe.attention!r} with device_mesh: products of attention are not quantized in a sharded model, leave "
+            "attention out"
+        )
+    if scales:
+        raise RecipeError("act_scales with device_mesh: they are of whole linears, pass calib_loader")

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from sqcompile.process.parallel import ALONE, Parallel
+
 if TYPE_CHECKING:
     from sqcompile.capture.captured import Captured
     from sqcompile.kernels.targets import Target
@@ -38,6 +40,7 @@ class About:
         names: of a graph of Dynamo: the arguments' own names, by placeholder; None for another graph.
         sizes: two choices of sizes that a graph of Dynamo is known to serve.
         conditions: what its sizes fulfil, where that is known for good; else it is asked of ``fake_mode``.
+        parallel: the processes that hold the model together, each of which has a graph like this one.
         target: what it was lowered for; None for the devices of its tensors, or before it is.
         lazy: weights to be quantized, by the name of what holds their place. They keep float weights alive.
         merged: shared weights that the lowered graph holds: they live as long as it.
@@ -55,6 +58,7 @@ class About:
     names: dict[str, str] | None = None
     sizes: tuple[Sizes, Sizes] | None = None
     conditions: list[Any] | None = None
+    parallel: Parallel = ALONE
     target: Target | None = None
     lazy: dict[str, Lazy] = field(default_factory=dict)
     merged: list[Merged] = field(default_factory=list)

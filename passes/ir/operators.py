@@ -12,10 +12,23 @@ from enum import Flag, auto
 from typing import Any
 
 import torch
+from torch import distributed as dist
 
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.pytorch.core import collectives
 
 aten = torch.ops.aten
+# what DTensors of a mesh ask of each other: all_reduce, wait_tensor, all_gather, reduce_scatter
+COLLECTIVES: tuple[Any, ...] = (
+    (
+        collectives.all_reduce.default,
+        collectives.wait_tensor.default,
+        collectives.all_gather_into_tensor.default,
+        collectives.reduce_scatter_tensor.default,
+    )
+    if dist.is_available()
+    else ()
+)
 
 
 class Fact(Flag):
@@ -224,6 +237,9 @@ _TABLE = (
     Operator(aten.arange.default, _F.POSITIONS),
     Operator(aten.arange.start, _F.POSITIONS),
     Operator(aten.arange.start_step, _F.POSITIONS),
+    # between processes: sums of what each has, and waiting for them
+    *(Operator(t, _F.IN_PLACE, rule="all_reduce") for t in COLLECTIVES[:1]),
+    *(Operator(t, _F.IN_PLACE | _F.HOMOGENEOUS) for t in COLLECTIVES[1:2]),
     # other names
     Operator(aten.concat.default, alias_of=aten.cat.default),
     Operator(aten.concatenate.default, alias_of=aten.cat.default),

@@ -20,6 +20,7 @@ RESIDUAL = "joins a residual stream"
 OUTPUT = "is an output of the model"
 ROTARY = "is mixed with other channels by an addition (rotary position embedding)"
 ATTENTION = "feeds QKᵀ"
+SUMMED = "is added to those of other processes (all-reduce)"
 
 
 class Refused(Exception):
@@ -241,8 +242,13 @@ def _clamp(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node
     return _only(operands, n)[1]
 
 
+def _all_reduce(ctx: Any, n: fx.Node, out: Tensor, flow: Flow, operands: dict[fx.Node, Any]) -> Any:
+    """A sum of what each process has, whose scales are its own: a scale would have to be the same for all of them."""
+    raise Refused(SUMMED)
+
+
 _NAMED: dict[str, Callable[..., Any]] = {
     "mul": _mul, "div": _div, "add": _add, "join": _concat, "matmul": _matmul, "attention": _attention, "reduce": _reduce,
-    "masked_fill": _masked_fill, "pad": _pad, "clamp": _clamp,
+    "masked_fill": _masked_fill, "pad": _pad, "clamp": _clamp, "all_reduce": _all_reduce,
 }  # fmt: skip
 RULES: dict[Any, Callable[..., Any]] = {target: _NAMED[rule] for target, rule in named("rule").items()}

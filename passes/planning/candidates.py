@@ -102,6 +102,12 @@ def best(
         for largest, absmax in zip(x_absmax, (stats.absmax, *stats.halves), strict=True):
             largest.scatter_reduce_(0, index, absmax, "amax")
         w_absmax.scatter_reduce_(0, index, column_absmax(chooser.weight(l)), "amax")
+    parallel, dims = chooser.parallel, {chooser.parallel.dim(l.name) for l in linears}
+    inputs = dims == {1}  # each process has channels of its own
+    if inputs:
+        x_absmax, w_absmax = parallel.joined(x_absmax.t()).t(), parallel.joined(w_absmax)
+    elif 1 not in dims:
+        w_absmax = parallel.largest(w_absmax)
     touched, producer = list(linears), chooser.linears.get(site.producer)
     absorbs = producer is not None and site.kind == "linear" and producer.name not in floats
     if producer and absorbs and chooser.own[producer.name].weight == "per_tensor":
@@ -109,6 +115,7 @@ def best(
     scales: dict[float | None, Tensor | None] = {None: None}
     for candidate in () if chooser.why_unsmoothed(linears) else own.alphas:
         every = torch.stack([smoothing_scale(x, w_absmax, candidate) for x in x_absmax])
+        every = parallel.own(every.t()).t() if inputs else every
         scales[candidate] = torch.where(site.free.to(device), every, 1.0)
     if any(chooser.calibration.inputs[l.name].absmax_alone for l in linears):  # nothing can be tried
         alpha, block = [*scales][-1], _blocks(own, linears)[0]  # of a recipe that leaves one of each (`absmax_alone`)
@@ -157,6 +164,7 @@ def _ways(chooser: Chooser, linears: list[Linear], costly: bool) -> tuple[bool, 
     """Whether inputs may be dynamic: those of a static recipe that spike, or cost much, may be either."""
     may = all(chooser.own[l.name].may_leave_dynamic for l in linears)
     spiking = may and (costly or any(spikes(chooser.calibration.inputs[l.name]) for l in linears))
+    spiking = chooser.parallel.most([spiking])[0] > 0
     return (False, True) if spiking else (False,)
 
 

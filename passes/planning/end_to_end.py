@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from sqcompile.passes.ir.explain import first_line
 from sqcompile.plan.plan import Plan
+from sqcompile.process.parallel import ALONE, Parallel
 from sqcompile.statistics.sample import Sample
 
 log = logging.getLogger("sqcompile")
@@ -37,7 +38,12 @@ EXACT = 1e-12  # relative energy of an error that is none: float32's own
 MOST_DB = 20.0  # that a row says: where a threshold is crossed, or a value met by luck, it would say anything
 
 
-def smoothed_or_not(choose: Callable[..., Plan], sample: Sample, quantize: Callable[[Plan], fx.GraphModule]) -> Plan:
+def smoothed_or_not(
+    choose: Callable[..., Plan],
+    sample: Sample,
+    quantize: Callable[[Plan], fx.GraphModule],
+    parallel: Parallel = ALONE,
+) -> Plan:
     """The plan that `choose` makes, or the one without any smoothing where the model's outputs are better for it.
 
     What cannot be compared stays smoothed, with a warning.
@@ -46,6 +52,7 @@ def smoothed_or_not(choose: Callable[..., Plan], sample: Sample, quantize: Calla
         choose: takes why nothing is smoothed, None for the recipe's own choice.
         sample: of the graph's calls.
         quantize: gives the quantized stage of a plan. It is asked for one plan at a time, as each has its own weights.
+        parallel: the processes that hold the model together; what is worst in one of them decides.
     """
     plan: Plan = choose()
     if not sample.calls or not (plan.scales or any(a.smoothing != "none" for a in plan.attention)):
@@ -56,8 +63,8 @@ def smoothed_or_not(choose: Callable[..., Plan], sample: Sample, quantize: Calla
         lost = {l.name: l.reason for l in plain.layers if not l.quantized and l.name in quantized}
         if lost:  # without smoothing, outliers of their weights leave nothing of them (`weight_outliers`)
             kept: Plan = choose(lost=lost)
-            return kept if _at_worst(sample, quantize, plan, kept) > FLOAT_DB else plan
-        worst = _at_worst(sample, quantize, plan, plain)
+            return kept if _at_worst(sample, quantize, plan, kept, parallel) > FLOAT_DB else plan
+        worst = _at_worst(sample, quantize, plan, plain, parallel)
     except Exception as e:  # memory, say; neither plan is wrong for it
         warnings.warn(
             f"whether smoothing helps the outputs was not compared: {type(e).__name__}: {first_line(e)}. The model is smoothed "
@@ -69,7 +76,9 @@ def smoothed_or_not(choose: Callable[..., Plan], sample: Sample, quantize: Calla
     return plain if worst > TOLERANCE_DB else plan
 
 
-def _at_worst(sample: Sample, quantize: Callable[[Plan], fx.GraphModule], plan: Plan, plain: Plan) -> float:
+def _at_worst(
+    sample: Sample, quantize: Callable[[Plan], fx.GraphModule], plan: Plan, plain: Plan, parallel: Parallel
+) -> float:
     """How much worse one plan's outputs may be than another's, in dB: by a few calls where they tell, or by all."""
     noise: tuple[list[Tensor], list[Tensor]] = ([], [])
     worst = math.inf
@@ -78,7 +87,7 @@ def _at_worst(sample: Sample, quantize: Callable[[Plan], fx.GraphModule], plan: 
             break
         for found, p in zip(noise, (plan, plain), strict=True):
             found += _noise(sample, quantize(p), calls)
-        worst = at_worst(*noise)
+        worst = parallel.most([at_worst(*noise)])[0]
     return worst
 
 

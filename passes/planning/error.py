@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from sqcompile.kernels.reference import absmax_scale, quantize, token_scale
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import Linear, effective_weight, find_linears, nodes_by_name
 from sqcompile.passes.labels.match import Site
 from sqcompile.passes.planning.feel import Felt, Reads
@@ -70,6 +71,7 @@ class Chooser:
     ) -> None:
         self.felt = felt or Felt()
         self.gm, self.calibration, self.recipe, self.forced = gm, calibration, recipe, unsmoothed
+        self.parallel = about(gm).parallel
         self.unsmoothed = unsmoothed or (None if recipe.smooth else NO_SMOOTHING)  # attentions
         self.columns: dict[str, Tensor] = {}  # s of a linear's input channels, [K]
         self.halves: dict[str, Tensor] = {}  # s as chosen from either half of the tokens, [2, K]; for static scales
@@ -147,9 +149,10 @@ class Chooser:
             self.margins |= {l.name: room for l in group}
 
     def _energy(self, l: Linear) -> Tensor:
-        """|W_:j|² of a linear's columns, float32 [K]; of experts, the mean one's."""
+        """|W_:j|² of a linear's columns, float32 [K], with the rows of all processes; of experts, the mean one's."""
         if l.name not in self._energies:
-            self._energies[l.name] = column_energy(self.weight(l), l.experts)
+            found = column_energy(self.weight(l), l.experts)
+            self._energies[l.name] = self.parallel.summed(found) if self.parallel.dim(l.name) == 0 else found
         return self._energies[l.name]
 
     def loss(self, linears: Sequence[Linear]) -> float:
@@ -160,6 +163,7 @@ class Chooser:
     def losses(self, linears: Sequence[Linear]) -> dict[str, float]:
         """Of each linear by name: what its weight costs, and its share of what the input costs that it reads with others."""
         found, moments = dict.fromkeys((l.name for l in linears), 0.0), dict[Reads, Tensor]()
+        of_inputs = dict(found)
         readers = Counter(self.felt.reads[l.name] for l in linears)
         shared: dict[Reads, float] = {}
         for l in linears:
@@ -170,31 +174,52 @@ class Chooser:
                 else:
                     scale = None if self._per_token(l) else self._limit(l, self._quantized(l, how.columns, None))
                     shared[reads], moments[reads] = of_input(reads, how, scale, self.qtype)
-            found[l.name] += shared[reads] / readers[reads]
+            of_inputs[l.name] += shared[reads] / readers[reads]
             weight, tokens = self.weight(l), self.calibration.inputs[l.name].tokens
             shares = (tokens / tokens.sum()).tolist() if l.experts else [1.0]
             for share, w in zip(shares, weight if l.experts else [weight], strict=True):
                 per_tensor = self.own[l.name].weight == "per_tensor"
                 cost = of_weight(w, self.felt.outputs[l.name], moments[reads], how, per_tensor, self.qtype)
                 found[l.name] += share * cost
-        return found
+        return self._of_all(linears, of_inputs, found)
+
+    def _of_all(
+        self, linears: Sequence[Linear], inputs: dict[str, float], weights: dict[str, float]
+    ) -> dict[str, float]:
+        """What linears cost in all processes, from what this one has: a part of the weight, and maybe of the input's channels."""
+        if self.parallel.count == 1:
+            return {l.name: inputs[l.name] + weights[l.name] for l in linears}
+        every = self.parallel.total([c[l.name] for c in (inputs, weights) for l in linears])
+        for i, l in enumerate(linears):
+            dim, n = self.parallel.dim(l.name), self.parallel.count
+            inputs[l.name] = every[i] / (1 if dim == 1 else n)  # of whole inputs each process has the same
+            weights[l.name] = every[len(linears) + i] / (n if dim is None else 1)
+        return {l.name: inputs[l.name] + weights[l.name] for l in linears}
 
     def transform(self, l: Linear, columns: Tensor | None) -> Transform:
         """How a linear is changed before it is quantized; ``columns``: s of its input channels, float32 [K], or None."""
-        return Transform(columns, self.rotations.get(l.name), self.rows.get(l.name))
+        dim, per_tensor = self.parallel.dim(l.name), self.own[l.name].weight == "per_tensor"
+        how = Transform(columns, self.rotations.get(l.name), self.rows.get(l.name))
+        return replace(how, across=self.parallel.largest) if dim == 1 or (dim == 0 and per_tensor) else how
 
     def error(self, l: Linear) -> float:
         """|Y_quantized - Y|² / |Y|² of one linear on the sample; zero where there is no signal.
+
+        Of a linear whose inputs are sharded Y is the parts of all processes one beside the other, and not their sum: the
+        errors of the parts have nothing to do with each other.
 
         Static scales, and s with them, are those that the half of the tokens would give in which a row is not.
         """
         stats = self.calibration.inputs[l.name]
         if not self.static(l) or not has_halves(stats):
-            return relative(*self._sums(l, slice(None), self.columns.get(l.name), None))
+            return relative(*self.parallel.total(self._sums(l, slice(None), self.columns.get(l.name), None)))
         columns = self.halves.get(l.name, (None, None))
         parts = [self._sums(l, stats.half == 1 - h, columns[h], h) for h in (0, 1)]
         noise, signal = (sum(x) for x in zip(*parts, strict=True))
-        return relative(noise + sum(self._tail(l, columns[h], h) for h in (0, 1)), signal)
+        beyond = sum(self._tail(l, columns[h], h) for h in (0, 1))
+        if self.parallel.dim(l.name) == 0:  # each process has what all outputs feel
+            beyond /= self.parallel.count
+        return relative(*self.parallel.total((noise + beyond, signal)))
 
     def _tail(self, l: Linear, columns: Tensor | None, h: int) -> float:
         """What clipping is expected to add to the noise of as many new rows as are sampled of the other half."""

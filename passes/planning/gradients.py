@@ -20,7 +20,9 @@ from torch import Tensor, fx
 
 from sqcompile.kernels import reference
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.passes.ir.graph import Linear, constants, evaluate, is_mutable, nodes_by_name
+from sqcompile.passes.ir.about import about
+from sqcompile.passes.ir.graph import Linear, aten, constants, evaluate, first_leaf, is_mutable, nodes_by_name
+from sqcompile.passes.planning.between import REDUCED, Copied
 from sqcompile.process.interrupts import checkpoint
 from sqcompile.statistics.pieces import PIECE
 
@@ -71,7 +73,7 @@ class _Backward:
     def __init__(self, gm: fx.GraphModule, groups: list[Group], see: See) -> None:
         self.gm, self.see, self.groups = gm, see, groups
         nodes = nodes_by_name(gm)
-        self.constants = constants(gm)
+        self.constants, self.parallel = constants(gm), about(gm).parallel
         self.of = {nodes[l.node]: i for i, group in enumerate(groups) for l in group}  # the group of a linear
         self.inputs = [nodes[group[0].x] for group in groups]
         self.depends: set[fx.Node] = set()  # on a linear of a group
@@ -134,6 +136,11 @@ class _Backward:
         args, kwargs = fx.node.map_arg((n.args, n.kwargs), value)
         if read is not None and n in self.of:
             args = (read[self.of[n]], *args[1:])
+        if self.parallel.count > 1:
+            if n.target in REDUCED:
+                return REDUCED[n.target](self.parallel, *args)
+            if n.target == aten.linear.default and self.parallel.dims.get(first_leaf(n.args[1]) or "") == 0:  # type: ignore[arg-type]
+                args = (Copied.apply(args[0], self.parallel), *args[1:])
         target: Any = n.target
         # the operator has no derivative, and what it does has one
         return (reference.grouped_linear if target == sqcompile_ops.grouped_linear.default else target)(*args, **kwargs)

@@ -9,6 +9,7 @@ mean of X_j². No product of matrices is computed, and of a large weight only so
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +32,13 @@ class Transform:
         columns: s of its input channels, float32 [K]; None for ones.
         block: the blocks in which its input is rotated; None without rotation.
         rows: s of its output channels, float32 [N], by which W is divided and the output multiplied; None for ones.
+        across: makes scales of a shard of W those of the whole: their largest value of all processes.
     """
 
     columns: Tensor | None = None
     block: int | None = None
     rows: Tensor | None = None
+    across: Callable[[Tensor], Tensor] = lambda scale: scale
 
     def input(self, x: Tensor) -> Tensor:
         """x [..., K] diag(1/s) H in float32."""
@@ -101,12 +104,13 @@ def of_weight(
     parts, common, q_max = row_parts(w), None, qtype.q_max
     if per_tensor:
         common = torch.stack([weight_scale(transform.weight(w, p), False, q_max) for p in parts]).amax().view(1, 1)
+        common = transform.across(common)
     step = max(1, w.numel() // LARGEST)
     parts = parts if step == 1 else [slice(0, None, step)]
     cost, kept = 0.0, len(range(0, len(w), step))
     for part in parts:
         each = transform.weight(w, part)
-        by = weight_scale(each, True, q_max) if common is None else common
+        by = transform.across(weight_scale(each, True, q_max)) if common is None else common
         error = rounded(each, by, qtype).sub_(each)
         rows = outputs[part] if transform.rows is None else outputs[part] * transform.rows[part].square()
         cost += float((error.square_() @ moments).double() @ rows.double())

@@ -28,10 +28,11 @@ def noise_and_signal(
     parts, common = row_parts(weight), None
     if per_tensor:
         common = torch.cat([weight_scale(how.weight(weight, p), False, qtype.q_max) for p in parts]).amax().view(1, 1)
+        common = how.across(common)
     noise = signal = 0.0
     for part in parts:  # a few rows of the weight at a time: no float copy of it
         w = how.weight(weight, part)
-        w_scale = weight_scale(w, True, qtype.q_max) if common is None else common
+        w_scale = how.across(weight_scale(w, True, qtype.q_max)) if common is None else common
         y = x @ weight[part].float().t()
         y_hat = dequantize(x_int @ quantize(w, w_scale, dtype=qtype.dtype).float().t(), x_scale, w_scale.flatten())
         if how.rows is not None:

@@ -23,6 +23,7 @@ from torch import fx
 
 from sqcompile.errors import NothingToQuantizeError
 from sqcompile.kernels import speedup
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import Linear, aten, first_leaf, nodes_by_name, value
 from sqcompile.passes.planning.adapters import find_adapters
 from sqcompile.passes.planning.lm_head import is_lm_head
@@ -31,6 +32,8 @@ from sqcompile.passes.planning.routers import find_routers
 from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.recipe import LM_HEAD, Recipe
 from sqcompile.statistics.observe import Calibration
+
+ELSEWHERE = "another process's shard of it stays in float"
 
 
 def stay_float(gm: fx.GraphModule, linears: list[Linear], calibration: Calibration, recipe: Recipe) -> dict[str, str]:
@@ -44,7 +47,9 @@ def stay_float(gm: fx.GraphModule, linears: list[Linear], calibration: Calibrati
     own = {l.name: recipe_of(gm, l, recipe) for l in linears}
     floats = {l.name: reason for l in linears if (reason := _reason(gm, l, routers, calibration, own[l.name]))}
     floats = find_adapters(gm, linears) | floats
-    return floats | _slow(gm, [l for l in linears if l.name not in floats], own)
+    floats |= _slow(gm, [l for l in linears if l.name not in floats], own)
+    there = about(gm).parallel.most([l.name in floats for l in linears])
+    return {l.name: ELSEWHERE for l, so in zip(linears, there, strict=True) if so} | floats
 
 
 def check_any(gm: fx.GraphModule, linears: list[Linear], floats: dict[str, str]) -> None:

@@ -62,6 +62,8 @@ def lost(chooser: Chooser, l: Linear) -> str | None:
     per_tensor, sums = chooser.own[l.name].weight == "per_tensor", _Sums()
     for w in weight if l.experts else [weight]:
         _add(sums, w, how, per_tensor, chooser)
+    sums.signal, sums.noise = chooser.parallel.total([sums.signal, sums.noise])
+    sums.largest = chooser.parallel.most([sums.largest])[0]
     if sums.largest <= ORDINARY or not 0 < sums.noise < math.inf:
         return None
     left = 10 * math.log10(sums.signal / sums.noise)
@@ -81,10 +83,11 @@ def _add(sums: _Sums, w: Tensor, how: Transform, per_tensor: bool, chooser: Choo
     if per_tensor:
         common = torch.stack([weight_scale(how.weight(w, p), False, q_max) for p in parts]).amax().view(1, 1)
         largest = torch.stack([plain.weight(w, p).abs().amax() for p in parts]).amax().view(1, 1)
+        common, largest = how.across(common), how.across(largest)
     step = max(1, w.numel() // LARGEST)
     for part in parts if step == 1 else [slice(0, None, step)]:
         each = plain.weight(w, part)
         rotated = how.rotated(each)
-        by = weight_scale(rotated, True, q_max) if common is None else common
+        by = how.across(weight_scale(rotated, True, q_max)) if common is None else common
         error = how.rotated(rounded(rotated, by, chooser.qtype) - rotated)  # a rotation is its own inverse
         sums.add(each, error, each.abs().amax(-1, keepdim=True) if common is None else largest)

@@ -129,7 +129,8 @@ class _Inserter:
         self.gm.graph.erase_node(node)
 
     def _operands(self, linear: Linear, name: str, per_channel: bool) -> tuple[fx.Node, fx.Node]:
-        make = partial(quantized_weight, self.folded, linear, self.folded_nodes, per_channel, self.qtype)
+        whole = self._whole(linear, per_channel)
+        make = partial(quantized_weight, self.folded, linear, self.folded_nodes, per_channel, self.qtype, whole)
         if self.shared is None and not self.lazy:
             q, scale = make()
             return add_tensor(self.gm, f"{name}_{self.qtype.name}", q), add_tensor(self.gm, f"{name}_scale", scale)
@@ -140,6 +141,19 @@ class _Inserter:
         key = None if self.shared is None else (self.qtype.name, per_channel, self.shared.key(self.gm, weight))
         about(self.gm).lazy[str(w_int8.target)] = Lazy(key, make, str(w_scale.target))
         return w_int8, w_scale
+
+    def _whole(self, linear: Linear, per_channel: bool) -> Tensor | None:
+        """The scales of the whole weight of which a shard has a part of each row; None where its own are those.
+
+        Now, and not when the weight is made: then another process may have no need of it.
+        """
+        parallel = about(self.folded).parallel
+        dim = parallel.dim(linear.name)
+        if dim is None or (dim == 0 and per_channel):
+            return None
+        rows = rows_of(self.folded, self.folded_nodes[linear.weight])
+        parts = row_parts(torch.empty(linear.shape, device="meta"))
+        return parallel.largest(_scales(rows, parts, per_channel, self.qtype))
 
     def _input(self, x: fx.Node, layer: LayerPlan) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         """The quantized input as float32 integers, the factor of its rows, and Δ where it is static; made once for each."""
@@ -180,7 +194,12 @@ def _stand_in(
 
 
 def quantized_weight(
-    folded: fx.GraphModule, linear: Linear, nodes: dict[str, fx.Node], per_channel: bool, qtype: QType
+    folded: fx.GraphModule,
+    linear: Linear,
+    nodes: dict[str, fx.Node],
+    per_channel: bool,
+    qtype: QType,
+    whole: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """int8 [N, K] and float32 [N], or [1] per tensor; for experts, each a tensor of its own, with a leading [E].
 
@@ -189,6 +208,7 @@ def quantized_weight(
         linear: one of its linears.
         per_channel: whether each row has a scale of its own.
         qtype: the number format.
+        whole: the scales, float32 [N, 1] or [1, 1], where those of this weight alone would not do: it is a shard.
 
     Raises:
         WeightError: for a weight that is not finite.
@@ -197,7 +217,7 @@ def quantized_weight(
     device = value(nodes[linear.weight]).device
     q = torch.empty(linear.shape, dtype=qtype.dtype, device=device)
     if not linear.experts:
-        scale = _quantize_weight(rows, q, per_channel, qtype)
+        scale = _quantize_weight(rows, q, per_channel, qtype, whole)
     else:
         scales = []
         for e, out in enumerate(q):
@@ -209,20 +229,26 @@ def quantized_weight(
     return q, scale
 
 
-def _quantize_weight(rows: Rows, out: Tensor, per_channel: bool, qtype: QType) -> Tensor:
-    """Fills ``out`` [N, K] with the values of rows of a weight, and gives the scales, float32 [N] or [1]."""
+def _quantize_weight(rows: Rows, out: Tensor, per_channel: bool, qtype: QType, whole: Tensor | None = None) -> Tensor:
+    """Fills ``out`` [N, K] with the values of rows of a weight, and gives the scales, float32 [N] or [1]; ``whole``: [N, 1]."""
     parts = row_parts(out, _PART)  # no float copy of the weight
-    if per_channel:
+    if per_channel and whole is None:
         scales = []
         for p in parts:
             w = rows(p)
             scales.append(weight_scale(w.float(), True, qtype.q_max))
             _round_into(out[p], w, scales[-1], qtype)
         return torch.cat(scales).flatten()
-    scale = torch.cat([weight_scale(rows(p).float(), True, qtype.q_max) for p in parts]).amax(dim=0, keepdim=True)
+    scale = _scales(rows, parts, per_channel, qtype) if whole is None else whole
     for p in parts:
-        _round_into(out[p], rows(p), scale, qtype)
+        _round_into(out[p], rows(p), scale[p] if per_channel else scale, qtype)
     return scale.flatten()
+
+
+def _scales(rows: Rows, parts: list[slice], per_channel: bool, qtype: QType) -> Tensor:
+    """The scales of a weight: float32 [N, 1], or [1, 1] per tensor."""
+    scales = torch.cat([weight_scale(rows(p).float(), True, qtype.q_max) for p in parts])
+    return scales if per_channel else scales.amax(dim=0, keepdim=True)
 
 
 def _round_into(out: Tensor, w: Tensor, scale: Tensor, qtype: QType) -> None:

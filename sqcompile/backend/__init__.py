@@ -25,9 +25,13 @@ from sqcompile.backend.methods import follow_methods
 from sqcompile.backend.options import Options, parse
 from sqcompile.backend.runner import GRAD, Runner, asks_for_gradients
 from sqcompile.backend.session import reset, session_of
+from sqcompile.backend.sharded import on_local_parts
 from sqcompile.errors import CaptureError, SQCompileError
+from sqcompile.models import check_recipe
+from sqcompile.plan.recipe import resolve_recipe
 from sqcompile.process.lock import compiling
 from sqcompile.process.progress import carried
+from sqcompile.pytorch.distributed import local_part
 from sqcompile.pytorch.dynamo import Through
 
 __all__ = ["Options", "smoothquant"]
@@ -64,7 +68,9 @@ def _compiled(
     found = parse(options, mode)
     if torch.is_grad_enabled() and asks_for_gradients(example_inputs):
         return _without_gradients(gm, options, mode)
-    parameters: list[Tensor] = [x for x in example_inputs if isinstance(x, nn.Parameter)]
+    parameters: list[Tensor] = [local_part(x) for x in example_inputs if isinstance(x, nn.Parameter)]
+    gm, example_inputs, convert, parallel = on_local_parts(gm, example_inputs)
+    check_recipe(parallel, found.plan.recipe if found.plan else resolve_recipe(found.recipe), False)
     parameters += list(gm.parameters())
     if not parameters:  # there may be buffers
         parameters = model_tensors((x for x in example_inputs if isinstance(x, Tensor)), found)
@@ -74,12 +80,13 @@ def _compiled(
     names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
     # a method: Dynamo's wrapper would copy the attributes of an object, and keep the weights that it has now
     try:
-        template = capture(gm)
+        template = capture(gm, sharded=convert is not None)
     except CaptureError:
         if parameters:
             raise
         return gm.forward  # nothing of the model in it: masks that functions compute under vmap, say
-    return Runner(session, found, template, example_inputs, names).__call__
+    run = Runner(session, found, template, example_inputs, names, parallel).__call__
+    return run if convert is None else lambda *args: run(*convert(args))
 
 
 def _without_gradients(gm: fx.GraphModule, options: Mapping[str, Any] | None, mode: str | None) -> Callable[..., Any]:

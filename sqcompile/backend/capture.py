@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.backend.scalars import take_floats, tensors_of_floats
+from sqcompile.capture.sharded import local_calls
 from sqcompile.capture.trace import refuse_nested, tidy
 from sqcompile.capture.untouched import assigned_to, written_to
 from sqcompile.errors import CaptureError
@@ -56,11 +57,12 @@ class Template:
     fake_mode: Any
 
 
-def capture(gm: fx.GraphModule) -> Template:
+def capture(gm: fx.GraphModule, sharded: bool = False) -> Template:
     """Lowers Dynamo's graph to ATen operators as torch.export would: whole linears, norms and attention.
 
     Args:
         gm: as Dynamo hands it to a backend, while it compiles; it is not changed.
+        sharded: whether it computes with DTensors inside.
 
     Raises:
         CaptureError: for what the passes cannot work with: nested graphs, training mode, arguments that are no tensors.
@@ -86,7 +88,7 @@ def capture(gm: fx.GraphModule) -> Template:
         if n.op != "placeholder" and getattr(n.target, "__name__", n.target) == "set_":
             raise assigned_to(source(n))
     try:
-        with torch.no_grad(), mode, _transforms_left():
+        with torch.no_grad(), mode, _transforms_left(), local_calls() if sharded else contextlib.nullcontext():
             exported: Any
             exported, signature = aot_export_module(own, taken, trace_joint=False, pre_dispatch=True, decompositions={})
     except Exception as e:

@@ -18,6 +18,7 @@ from sqcompile.capture.call_spec import to_spec
 from sqcompile.capture.inputs import Call
 from sqcompile.errors import NothingToQuantizeError
 from sqcompile.passes.attention.chains import find_attentions
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.labels.match import match
 from sqcompile.passes.planning.budget import by_divergence, within_budget
@@ -90,7 +91,7 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
             with torch.no_grad():
                 felt = feel(gm, sites, refusals, calibration, own)
                 plan_of = partial(choose, gm, sites, refusals, calibration, own, call, o.attentions, felt=felt)
-                more = smoothed_or_not(plan_of, calibration.sample, partial(_quantized, gm))
+                more = smoothed_or_not(plan_of, calibration.sample, partial(_quantized, gm), about(gm).parallel)
                 if recipe.max_degradation is not None:
                     loses = by_divergence(gm, calibration.sample, partial(_quantized, gm))
                     more = within_budget(gm, more, calibration, loses)

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from sqcompile.backend.options import Options
 from sqcompile.errors import PlanError
+from sqcompile.pytorch.distributed import local_part
 from sqcompile.pytorch.dynamo import InterpreterFrame, OptimizedModule, original
 
 
@@ -116,6 +117,6 @@ def _modules_of(v: Any) -> Iterator[tuple[nn.Module, OptimizedModule | None]]:
 
 
 def all_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name; one that has several names comes with each."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+    """Parameters and buffers by name; one that has several names comes with each. Of a sharded one what this process holds."""
+    for name, t in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
+        yield name, local_part(t)

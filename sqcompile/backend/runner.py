@@ -16,6 +16,7 @@ from sqcompile.backend.floats import Floats
 from sqcompile.backend.options import Options
 from sqcompile.backend.self_calibration import step
 from sqcompile.backend.session import Session, session_of, sweep
+from sqcompile.backend.sharded import renamed
 from sqcompile.backend.weights import is_freed, source
 from sqcompile.compiled.inductor import compile_regions, compile_without_constants, inductor, with_layout
 from sqcompile.errors import CaptureError, StageError
@@ -30,6 +31,7 @@ from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import resolve_recipe
 from sqcompile.process.lock import compiling
+from sqcompile.process.parallel import ALONE, Parallel
 from sqcompile.process.progress import stages
 from sqcompile.statistics.observer import Observer
 
@@ -51,9 +53,16 @@ class Runner:
     """
 
     def __init__(
-        self, session: Session, options: Options, template: Template, examples: Sequence[Any], names: Sequence[str]
+        self,
+        session: Session,
+        options: Options,
+        template: Template,
+        examples: Sequence[Any],
+        names: Sequence[str],
+        parallel: Parallel = ALONE,
     ) -> None:
-        """``session`` is of the model at hand; ``examples`` and ``names`` are of Dynamo's arguments."""
+        """``session`` is of the model at hand; ``examples``, ``names`` and ``parallel.dims`` are of Dynamo's arguments."""
+        self.parallel = parallel
         self.options, self.template, self.fallback = options, template, list(names)
         refuse_writes(template, examples, lambda i: next(iter(session.names(examples[i])), names[i]))
         written = set(template.updates)
@@ -193,6 +202,8 @@ class Runner:
         constants |= {len(self.fallback) + i: (f"held_{i}", t) for i, t in enumerate(self.template.held)}
         gm = attach(self.template, constants, session.aliases())
         placeholders = gm.graph.find_nodes(op="placeholder")
+        own = {self.fallback[i]: name for i, name in zip(self.constants, names, strict=True)}
+        about(gm).parallel = renamed(self.parallel, own)
         about(gm).names = {
             n.name: self.fallback[i] for n, i in zip(placeholders, about(gm).arguments, strict=True)
         }  # as Dynamo spells the arguments' own

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from sqcompile.capture.captured import captured
 from sqcompile.capture.dynamic_axes import dims_of, find_lengths, grown, pinned
 from sqcompile.capture.inputs import Call
+from sqcompile.capture.sharded import as_local, parallel_of
 from sqcompile.capture.untouched import keeps_parameters, left_alone, refuse_writes, written_to
 from sqcompile.errors import CaptureError
 from sqcompile.passes.canonical.canonicalize import canonicalize, drops
@@ -80,7 +81,7 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     if (env := about(gm).fake_mode.shape_env) is not None:
         env.tracked_fakes = []  # for guards, which are made: fake tensors keep their ShapeEnv, in a way Python cannot see
     about(gm).out_spec = info.out_spec
-    about(gm).aliases = aliases(model)
+    about(gm).aliases, about(gm).parallel = aliases(model), parallel_of(model)
     canonicalize(gm)
     gm.graph.eliminate_dead_code()
     return verify(finish(clone(gm)), "traced")  # before anything runs it
@@ -116,7 +117,7 @@ def _module(exported: torch.export.ExportedProgram) -> fx.GraphModule:
 
 
 def tidy(gm: fx.GraphModule) -> None:
-    """Removes run-time checks and casts to the dtype there is, in place.
+    """Removes run-time checks, casts to the dtype there is and views of the shape there is, in place.
 
     Raises:
         CaptureError: for a nested graph, or a model in training mode.
@@ -126,6 +127,8 @@ def tidy(gm: fx.GraphModule) -> None:
             gm.graph.erase_node(n)
         elif n.target == aten.to.dtype and value(n).dtype == value(n.args[0]).dtype and len(n.args) == 2:
             n.replace_all_uses_with(n.args[0])  # a cast to the dtype it has
+        elif n.target == aten.view_as.default and n.args[0] is n.args[1]:
+            n.replace_all_uses_with(n.args[0])  # how autograd leaves a tensor as it is, such as DTensor.to_local
         else:
             refuse_nested(n)
     _refuse_training(gm.graph)
@@ -166,7 +169,7 @@ def _attempts(model: nn.Module, call: Call, examples: list[tuple[Call, Any]]) ->
         view = _as_called(model, call, fixed)
         for example, shapes in examples:
             try:
-                with torch.inference_mode(inference), torch.no_grad(), one_error(), left_alone(model):
+                with torch.inference_mode(inference), torch.no_grad(), one_error(), as_local(model), left_alone(model):
                     return torch.export.export(
                         view, example.args, example.kwargs, dynamic_shapes=shapes(view), strict=False
                     )

@@ -19,6 +19,7 @@ from sqcompile.passes.ir.verify import STAGES
 from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan
 from sqcompile.process.lock import compiling
+from sqcompile.pytorch.distributed import local_part
 
 
 class Stages(Mapping[str, fx.GraphModule]):
@@ -139,4 +140,5 @@ def _ownerless(gm: fx.GraphModule) -> fx.Graph:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     parameters = model.named_parameters(remove_duplicate=False)
-    return {**dict(model.named_buffers(remove_duplicate=False)), **dict(parameters)}
+    own = {**dict(model.named_buffers(remove_duplicate=False)), **dict(parameters)}
+    return {name: local_part(t) for name, t in own.items()}

@@ -4,6 +4,9 @@ They are collectives: each rank makes the same calls in the same order. Words go
 backend has, and where a rank that waits sees at once that another has failed. Tensors go through the group's backend, once
 all ranks have said that they are there: NCCL ends a process that waits for a rank which does not come. A thread in each
 process counts in the store that it lives; a rank that stops counting is taken for dead.
+
+Ranks of a default group share the batches, and rank 0 makes the plan for all. Ranks of a tensor-parallel group hold one model
+together: each runs every batch, and makes the plan of its own shard, all of them in step (`parallel`).
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import distributed as dist
 
 from sqcompile.errors import CalibrationError, SQCompileError
 from sqcompile.process.interrupts import checkpoint
+from sqcompile.process.parallel import device_of
 
 # seconds between two signs of life, and without one until a rank is taken for dead: some parsers let no other thread run
 BEAT, SILENT = 0.5, 60.0
@@ -36,13 +41,23 @@ class Ranks:
     rank, count = 0, 1
 
     @property
+    def shares(self) -> bool:
+        """Whether other processes observe a part of the data."""
+        return False
+
+    @property
+    def plans(self) -> bool:
+        """Whether this process makes a plan."""
+        return True
+
+    @property
     def first(self) -> bool:
-        """Whether this is rank 0, which makes the plan."""
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def owns(self, batch: int) -> bool:
         """Whether a batch, by its index, counts in this process."""
-        return batch % self.count == self.rank
+        return True
 
     def check(self) -> None:
         """Raises CalibrationError where another rank has failed or is dead."""
@@ -73,15 +88,16 @@ ALONE = Ranks()
 
 
 @contextlib.contextmanager
-def together(wanted: bool = True) -> Iterator[Ranks]:
+def together(wanted: bool = True, device_mesh: Any = None) -> Iterator[Ranks]:
     """The ranks of the default process group, if there is one of several processes and they are ``wanted``.
 
-    Where this rank raises an error in it, the others end with a CalibrationError that says so.
+    With a ``device_mesh`` of one dim, those of its group, which is a tensor-parallel one. Where this rank raises an error in it, the others end with a CalibrationError that says so.
     """
     if not wanted or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         yield ALONE
         return
-    ranks = _Group()
+    group = device_mesh.get_group() if getattr(device_mesh, "ndim", None) == 1 else None
+    ranks = _Group() if group is None else _Mesh(group)
     try:
         yield ranks
         ranks.done()
@@ -93,9 +109,10 @@ def together(wanted: bool = True) -> Iterator[Ranks]:
 
 
 class _Group(Ranks):
-    def __init__(self) -> None:
-        self.rank, self.count = dist.get_rank(), dist.get_world_size()
-        world = dist.group.WORLD
+    def __init__(self, group: Any = None) -> None:
+        """``group``: None for the default one."""
+        self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+        world = group or dist.group.WORLD
         assert world is not None
         self._store: dist.Store = world.get_group_store()
         # calls that are the k-th on their rank belong together, as those of collectives do
@@ -107,6 +124,17 @@ class _Group(Ranks):
         self._store.add(self._key("beat", self.rank), 1)
         self._watch = threading.Thread(target=self._watch_others, name="sqcompile ranks", daemon=True)
         self._watch.start()
+
+    @property
+    def shares(self) -> bool:
+        return True
+
+    @property
+    def plans(self) -> bool:
+        return self.first
+
+    def owns(self, batch: int) -> bool:
+        return batch % self.count == self.rank
 
     def check(self) -> None:
         if self._why is not None:
@@ -205,7 +233,7 @@ class _Group(Ranks):
         """The bytes that a rank sends to all; ``data`` where it is this one."""
         if not size:
             return b""
-        device = _device()
+        device = device_of(None)
         if data is None:
             tensor = torch.empty(size, dtype=torch.uint8, device=device)
         else:
@@ -243,10 +271,19 @@ class _Group(Ranks):
             self._why = self._why or _storeless(e)
 
 
-def _device() -> torch.device:
-    """Where the group's backend takes tensors: on a GPU the current one, as for PyTorch's own collectives of objects."""
-    kinds = [part.partition(":")[0] for part in dist.get_backend_config().split(",")]
-    return torch.device("cpu" if "cpu" in kinds else kinds[0])
+class _Mesh(_Group):
+    """Of a tensor-parallel group."""
+
+    @property
+    def shares(self) -> bool:
+        return False
+
+    @property
+    def plans(self) -> bool:
+        return True
+
+    def owns(self, batch: int) -> bool:
+        return True
 
 
 def _storeless(e: RuntimeError) -> str:

@@ -34,6 +34,7 @@ has_vnni, has_amx, init_amx  the INT8 instructions of this CPU, and leave of Lin
 int_mm                       INT8 product of PyTorch itself, for comparison                          2.11, 2.13
 check_sizes                  a condition of sizes that a program asks for at each call                2.11, 2.13
 scaled_mm                    FP8 product on tensor cores                                             2.11, 2.13
+collectives                  what processes ask of each other in a graph, without writes             2.11, 2.13
 withdraw                     operators of a library are what they were before it                     2.11, 2.13
 """
 
@@ -72,6 +73,7 @@ __all__ = [
     "call_impl",
     "check_sizes",
     "codegen",
+    "collectives",
     "compiled_call",
     "disable_current_modes",
     "enable_python_dispatcher",
@@ -121,6 +123,7 @@ init_amx: Callable[[], bool] = torch.cpu._init_amx
 check_sizes = torch._check
 int_mm = torch._int_mm
 scaled_mm = torch._scaled_mm
+collectives = torch.ops._c10d_functional
 
 
 class _Pair(NamedTuple):

@@ -79,7 +79,7 @@ def calibrate(
     numbers, digest = itertools.count(), Digest()
     # weights are then read once, and not for each batch; random numbers would come in another order
     pieces = limited() and not is_random(gm) and ranks.count == 1
-    observer.samples &= ranks.first
+    observer.samples &= ranks.plans
     later: list[list[Any]] | None = [] if pieces else None
 
     def observe(call: Call) -> None:
@@ -116,5 +116,6 @@ def calibrate(
         )
     if ranks.count > 1:
         ranks.agree({"more or fewer batches": (str(batches), SAME_DATA), "other batches": (digest.text(), SAME_DATA)})
+    if ranks.shares:
         gather(gm, observer, ranks)
     return Calibration(observer.found(), batches, observer.heads, observer.sample)

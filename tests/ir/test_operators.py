@@ -4,9 +4,10 @@ import operator
 
 import pytest
 import torch
+from torch import distributed
 
 from sqcompile.passes.canonical import functionalize
-from sqcompile.passes.ir.operators import LIKE_SECOND, OPERATORS, WHOLE, Fact, aten, having, named
+from sqcompile.passes.ir.operators import COLLECTIVES, LIKE_SECOND, OPERATORS, WHOLE, Fact, aten, having, named
 from sqcompile.passes.labels import rules
 
 LIKE = torch.zeros(4, 6, dtype=torch.float64)  # gives a shape or a dtype
@@ -42,6 +43,7 @@ CALLS = {
     aten.masked_scatter.default: (LIKE > 0, LIKE), aten.scatter.src: (0, LIKE.long(), LIKE),
     aten.scatter.value: (0, LIKE.long(), 2.0), aten.scatter_add.default: (0, LIKE.long(), LIKE),
     aten.index_add.default: (1, I, LIKE[:, :2]), aten.index_copy.default: (1, I, LIKE[:, :2]),
+    COLLECTIVES[0]: ("sum",), COLLECTIVES[1]: (),
     aten.index_put.default: ([None, I], LIKE[:, :2]), aten.slice_scatter.default: (LIKE[:, :2], 1, 0, 2),
 }  # fmt: skip
 WITHOUT_VALUES = {aten.empty_like.default, aten.new_empty.default}  # whatever was in memory
@@ -53,6 +55,15 @@ KINDS = {
     "shape only": having(Fact.SHAPE_ONLY) - WITHOUT_VALUES,
     "in place": having(Fact.IN_PLACE),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def group():
+    """Of this process, with which all_reduce is called."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    CALLS[COLLECTIVES[0]] = ("sum", distributed.group.WORLD.group_name)
+    yield
+    distributed.destroy_process_group()
 
 
 def x_of(seed=0):
