@@ -84,7 +84,8 @@ class Prompts:
             text,
             next_sequence_length=None if first else 1,
             past_key_values=cache,
-            attention_mask=None if bool(mask.all()) else mask,
+            # of one token it is asked for in any case: transformers 5.17 makes the mask of a static cache of nothing else
+            attention_mask=None if first and bool(mask.all()) else mask,
             use_cache=True,
             is_first_iteration=first,
             **known,
