@@ -90,7 +90,7 @@ def by_transformers(model: Any, cache: StaticCache) -> Write:
 def by_sqcompile(model: Any, length: int) -> Write:
     """`sqcompile.generate` with a cache of this length, at least."""
     plain: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_cache_len": length}
-    return lambda x, tokens: sqcompile.generate(model, x, max_new_tokens=tokens, **plain)
+    return lambda x, tokens: sqcompile.generate(model, x, max_new_tokens=tokens, record=x.is_cuda, **plain)
 
 
 def measure(write: Write, x: Tensor, new: int, rounds: int) -> tuple[float, float]:

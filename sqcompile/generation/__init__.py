@@ -2,7 +2,7 @@
 
     prefill      the prompt, at once; the model's own call, with all checks of a compiled one
     steps        forward of one token, processed logits, the next token, the new state: operations of the device alone
-    on a GPU     one step is recorded as a CUDA graph and replayed once a token, several steps ahead of the host
+    record=True  one step is recorded as a CUDA graph and replayed once a token, several steps ahead of the host
 
 `run` is the loop, `settings` what a GenerationConfig says, `scores` what it does to logits, `state` what lies on the device,
 `replay` how a step is recorded.
@@ -30,9 +30,10 @@ def generate(
     *,
     generator: torch.Generator | None = None,
     callback: Callable[[Tensor], object] | None = None,
+    record: bool = False,
     **overrides: Any,
 ) -> Tensor:
-    """Writes text after prompts, as ``model.generate`` of transformers does, without Python between two tokens.
+    """Writes text after prompts, as ``model.generate`` of transformers does, with a state that stays on the device.
 
     Settings are read as transformers reads them: ``overrides`` before ``generation_config`` before the model's own. What
     is honoured: max_new_tokens, max_length, min_new_tokens, min_length, eos_token_id (one or several), pad_token_id,
@@ -47,9 +48,10 @@ def generate(
     batch and the rounded length are known, and prompts that grow compile the model twice at most. Calls of one model come
     one after another.
 
-    On a GPU the first token after the prompt is decoded by the model's own call, which looks whether weights have
-    changed, as each call of a compiled model does. The others replay one CUDA graph each. The host looks whether all
-    sequences have ended every eight tokens, while the device goes on; tokens beyond the end are cut off.
+    With ``record`` the first token after the prompt is decoded by the model's own call, which looks whether weights have
+    changed, as each call of a compiled model does. The others replay one CUDA graph each, without Python between two
+    tokens. The host looks whether all sequences have ended every eight tokens, while the device goes on; tokens beyond the
+    end are cut off. This is new: not all of its tests have passed on a GPU, so compare its text with that of a call without.
 
     Args:
         model: a causal language model of transformers: in float, compiled by ``torch.compile``, with backend
@@ -59,9 +61,10 @@ def generate(
             transformers, all but pad_token_id if that is set and ends no text.
         generation_config: settings; without it the model's own.
         generator: where sampled tokens come from, on the model's device; without it the device's default generator. On
-            a GPU it has moved on by tokens that were cut off, too.
-        callback: called with each token of the batch, int64 [batch] on the CPU, in their order; on a GPU up to 16 tokens
-            after they were computed.
+            a GPU, with ``record``, it has moved on by tokens that were cut off, too.
+        callback: called with each token of the batch, int64 [batch] on the CPU, in their order; with ``record`` up to 16
+            tokens after they were computed.
+        record: whether tokens are replayed as a CUDA graph, on a GPU.
         **overrides: fields of GenerationConfig.
 
     Returns:
@@ -69,11 +72,11 @@ def generate(
         others go on with pad_token_id.
 
     Raises:
-        GenerationError: for a setting, a model or a prompt that this loop does not take.
+        GenerationError: for a setting, a model or a prompt that this loop does not take; for ``record`` without a GPU.
     """
     from sqcompile.generation.run import run  # here, as it imports transformers and Dynamo
 
-    return run(model, input_ids, attention_mask, generation_config, generator, callback, overrides)
+    return run(model, input_ids, attention_mask, generation_config, generator, callback, record, overrides)
 
 
 def free_generation(model: nn.Module) -> None:

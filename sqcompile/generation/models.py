@@ -85,3 +85,9 @@ def check_device(model: Any) -> torch.device:
             "sqcompile.generate waits for the device, which cannot be recorded as part of a CUDA graph"
         )
     return device
+
+
+def check_record(record: bool, device: torch.device) -> None:
+    """Raises: GenerationError, where steps are to be recorded and there are no CUDA graphs."""
+    if record and device.type != "cuda":
+        raise GenerationError(f"record=True replays tokens as CUDA graphs, and the model is on {device}: leave it out")

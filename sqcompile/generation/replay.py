@@ -145,11 +145,6 @@ class Replays:
         return True
 
 
-def replays_of(device: torch.device) -> Replays | None:
-    """For the state of one batch on this device; None where nothing can be recorded."""
-    return Replays(device) if device.type == "cuda" else None
-
-
 def default_generator(device: torch.device) -> torch.Generator:
     """What operations on a device draw from if nobody says."""
     if device.type != "cuda":

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from sqcompile.errors import GenerationError
 from sqcompile.generation.cache import rounded
 from sqcompile.generation.loop import Loop
-from sqcompile.generation.models import check_device, longest_text, transformers_model
+from sqcompile.generation.models import check_device, check_record, longest_text, transformers_model
 from sqcompile.generation.prompts import Prompts, check_generator
 from sqcompile.generation.reader import Reader
-from sqcompile.generation.replay import Replays, replays_of
+from sqcompile.generation.replay import Replays
 from sqcompile.generation.settings import read_settings
 from sqcompile.generation.state import State
 
@@ -28,25 +28,25 @@ class Kept:
     """What is kept of one model.
 
     Attributes:
-        states: by batch and length of the cache, the one used last at the end.
+        states: by batch, length of the cache and whether steps are recorded, the one used last at the end.
         running: whether a call is under way, in the thread that has the lock.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.states: dict[tuple[int, int], tuple[State, Replays | None]] = {}
+        self.states: dict[tuple[int, int, bool], tuple[State, Replays | None]] = {}
         self.running = False
 
-    def state(self, model: Any, batch: int, longest: int) -> tuple[State, Replays | None]:
+    def state(self, model: Any, batch: int, longest: int, record: bool) -> tuple[State, Replays | None]:
         """The state of a batch, made if there is none; the one that was not used for longest goes then."""
-        key = batch, longest
+        key = batch, longest, record
         found = self.states.pop(key, None)
         if found is not None and not found[0].fits(model):
             found = None
         if found is None:
             while len(self.states) >= _MOST:
                 del self.states[next(iter(self.states))]
-            found = State(model, batch, longest), replays_of(model.device)
+            found = State(model, batch, longest), Replays(model.device) if record else None
         self.states[key] = found
         return found
 
@@ -80,12 +80,14 @@ def run(
     generation_config: Any,
     generator: torch.Generator | None,
     callback: Callable[[Tensor], object] | None,
+    record: bool,
     overrides: Mapping[str, Any],
 ) -> Tensor:
     """See `sqcompile.generate`."""
     model = transformers_model(net)
     check_device(model)
     check_generator(generator, model.device)
+    check_record(record, model.device)
     with torch.inference_mode(False), torch.no_grad():  # what is kept serves calls of either mode
         prompts = Prompts(model, input_ids, attention_mask)
         settings = read_settings(
@@ -95,7 +97,7 @@ def run(
         with _lock:
             kept = _kept.setdefault(net, Kept())
         with kept.alone():
-            state, replays = kept.state(model, prompts.batch, rounded(settings.cache))
+            state, replays = kept.state(model, prompts.batch, rounded(settings.cache), record)
             reader = Reader(state.text, settings.eos, callback)
             loop = Loop(net, model, state, settings, replays, generator)
             with contextlib.nullcontext() if replays is None else replays.call(model, generator):

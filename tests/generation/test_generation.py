@@ -159,7 +159,7 @@ def test_what_is_kept_goes_with_the_model_or_when_it_is_told_to():
     [(state, _)] = run._kept[model].states.values()
     keys = state.cache.layers[0].keys
     assert torch.equal(sqcompile.generate(model, x, **settings), want)
-    assert run._kept[model].states[1, 128][0].cache.layers[0].keys is keys, "the cache is used again"
+    assert run._kept[model].states[1, 128, False][0].cache.layers[0].keys is keys, "the cache is used again"
     refs = weakref.ref(state), weakref.ref(model)
     del state, keys
     sqcompile.free_generation(model)
@@ -176,7 +176,7 @@ def test_the_cache_follows_the_model():
     settings = {"max_new_tokens": 4, "eos_token_id": None}
     same(model, x, **settings)
     same(model.double(), x, **settings)
-    assert run._kept[model].states[1, 128][0].cache.layers[0].keys.dtype == torch.float64
+    assert run._kept[model].states[1, 128, False][0].cache.layers[0].keys.dtype == torch.float64
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 import warnings
 
@@ -16,6 +17,7 @@ from sqcompile.backend.cuda_graphs import NotRecorded, Recorder, not_recorded
 from sqcompile.generation import replay, run
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+generate = functools.partial(sqcompile.generate, record=True)
 PLAIN = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
@@ -50,12 +52,13 @@ def made(monkeypatch):
     monkeypatch.setattr(replay, "Pool", lambda device: types.SimpleNamespace())
     found = []
 
-    def replays_of(device):
+    def pretended(device):
         found.append(Pretended(device))
         found[-1].pool.record = found[-1].record
         return found[-1]
 
-    monkeypatch.setattr(run, "replays_of", replays_of)
+    monkeypatch.setattr(run, "Replays", pretended)
+    monkeypatch.setattr(run, "check_record", lambda record, device: None)
     return found
 
 
@@ -66,12 +69,12 @@ def prompts(*shape, seed=5):
 def test_the_fourth_step_is_recorded_and_later_ones_are_replayed(made):
     model, x = tiny_lm("llama"), prompts(2, 7)
     want = model.generate(x, max_new_tokens=30, **PLAIN)
-    assert torch.equal(sqcompile.generate(model, x, max_new_tokens=30, **PLAIN), want)
+    assert torch.equal(generate(model, x, max_new_tokens=30, **PLAIN), want)
     [replays] = made
     assert (replays.records, replays.replayed) == (1, 29 - 4)
-    assert torch.equal(sqcompile.generate(model, x[:, :5], max_new_tokens=9, **PLAIN)[:, :5], x[:, :5])
+    assert torch.equal(generate(model, x[:, :5], max_new_tokens=9, **PLAIN)[:, :5], x[:, :5])
     assert (replays.records, replays.replayed) == (1, 25 + 7)  # the first is the model's own call
-    sqcompile.generate(model, x, max_new_tokens=9, **{**PLAIN, "eos_token_id": [95]})
+    generate(model, x, max_new_tokens=9, **{**PLAIN, "eos_token_id": [95]})
     assert (replays.records, len(made)) == (2, 1)  # a step that looks for an end is another one
 
 
@@ -82,10 +85,10 @@ def test_what_is_beyond_the_end_is_cut_off(made):
         ends = sorted({int(row[7 + at]) for row in free})
         told = []
         settings = {**PLAIN, "eos_token_id": ends, "max_new_tokens": 60}
-        got = sqcompile.generate(model, x, callback=told.append, **settings)
+        got = generate(model, x, callback=told.append, **settings)
         assert torch.equal(got, model.generate(x, **settings))
         assert torch.equal(torch.stack(told, 1), got[:, 7:])
-        assert torch.equal(sqcompile.generate(model, x, **settings), got)
+        assert torch.equal(generate(model, x, **settings), got)
 
 
 def test_the_host_is_at_most_sixteen_tokens_behind(made):
@@ -96,7 +99,7 @@ def test_the_host_is_at_most_sixteen_tokens_behind(made):
 
     model.register_forward_hook(count)
     told = iter(range(1, 99))
-    sqcompile.generate(model, x, max_new_tokens=50, callback=lambda t: behind.append(steps[0] - next(told)), **PLAIN)
+    generate(model, x, max_new_tokens=50, callback=lambda t: behind.append(steps[0] - next(told)), **PLAIN)
     assert len(behind) == 50 and 8 <= max(behind) <= 16
 
 
@@ -105,7 +108,7 @@ def test_samples_are_the_same_for_equal_seeds(made):
 
     def drawn(seed, **settings):
         torch.manual_seed(seed)
-        return sqcompile.generate(model, x, max_new_tokens=30, **{**PLAIN, "do_sample": True, **settings})
+        return generate(model, x, max_new_tokens=30, **{**PLAIN, "do_sample": True, **settings})
 
     torch.manual_seed(3)
     want = model.generate(x, max_new_tokens=30, **{**PLAIN, "do_sample": True})
@@ -121,15 +124,15 @@ def test_samples_are_the_same_for_equal_seeds(made):
 def test_other_weights_are_recorded_again(made):
     model, x = tiny_lm("llama"), prompts(2, 7)
     settings = {"max_new_tokens": 12, **PLAIN}
-    sqcompile.generate(model, x, **settings)
+    generate(model, x, **settings)
     with torch.no_grad():
         model.lm_head.weight.copy_(model.lm_head.weight.roll(1, 0))
-    assert torch.equal(sqcompile.generate(model, x, **settings), model.generate(x, **settings))
+    assert torch.equal(generate(model, x, **settings), model.generate(x, **settings))
     assert made[0].records == 2
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().roll(1, 0))
-    assert torch.equal(sqcompile.generate(model, x, **settings), model.generate(x, **settings))
+    assert torch.equal(generate(model, x, **settings), model.generate(x, **settings))
     assert made[0].records == 3
-    sqcompile.generate(model, x, **settings)
+    generate(model, x, **settings)
     assert made[0].records == 3
 
 
@@ -138,15 +141,15 @@ def test_a_compiled_model_is_recorded_once_it_has_a_plan(made):
     model, x = tiny_lm("llama"), prompts(2, 7)
     net = torch.compile(model, backend=smoothquant, options={"compiler": "eager", "calibration_steps": 8})
     settings = {"max_new_tokens": 7, **PLAIN}
-    sqcompile.generate(net, x, **settings)
+    generate(net, x, **settings)
     assert made[0].records == 0, "it calibrates itself"
     settings["max_new_tokens"] = 12
-    first = sqcompile.generate(net, x, **settings)
+    first = generate(net, x, **settings)
     assert made[0].records == 1
-    assert torch.equal(sqcompile.generate(net, x, **settings), first) and made[0].records == 1
+    assert torch.equal(generate(net, x, **settings), first) and made[0].records == 1
     model.model.layers[0].mlp.down_proj.weight.data.mul_(0.3)
     sqcompile.refresh(model)
-    changed = sqcompile.generate(net, x, **settings)
+    changed = generate(net, x, **settings)
     assert made[0].records == 2 and not torch.equal(changed, first)
     assert torch.equal(net.generate(x, **settings), changed)
 
@@ -156,15 +159,15 @@ def test_a_step_that_cannot_be_recorded_runs(made):
     settings = {"max_new_tokens": 12, **PLAIN, "do_sample": True}
     torch.manual_seed(0)
     want = model.generate(x, **settings)
-    sqcompile.generate(model, x, **{**settings, "max_new_tokens": 2})
+    generate(model, x, **{**settings, "max_new_tokens": 2})
     made[0].fails = True
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match=r"cannot be recorded as a CUDA graph \(it waits\)"):
-        assert torch.equal(sqcompile.generate(model, x, **settings), want)
+        assert torch.equal(generate(model, x, **settings), want)
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
-        assert torch.equal(sqcompile.generate(model, x, **settings), want)
+        assert torch.equal(generate(model, x, **settings), want)
     assert made[0].records == 0
 
 
@@ -175,7 +178,7 @@ def test_another_step_goes_on_after_one_that_cannot_be_recorded(made):
 
     def drawn(**more):
         torch.manual_seed(0)
-        return sqcompile.generate(model, x, **settings, **more)
+        return generate(model, x, **settings, **more)
 
     want = drawn()
     assert made[0].records == 1

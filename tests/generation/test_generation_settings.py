@@ -160,6 +160,11 @@ def test_models_that_cannot(ids):
         refused(tiny_lm("llama"), "parameters are on meta: load it onto one device")
 
 
+def test_nothing_is_recorded_without_a_gpu(ids):
+    with pytest.raises(GenerationError, match="the model is on cpu: leave it out"):
+        sqcompile.generate(tiny_lm("llama"), ids, record=True, max_new_tokens=2)
+
+
 def test_a_model_without_a_cache_is_refused(ids):
     block = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 16)).eval()
     net = sqcompile.compile(block, [torch.randn(4, 16)] * 2, backend="eager", progress=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 import weakref
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
     pytest.mark.usefixtures("fresh_dynamo"),
 ]
+generate = functools.partial(sqcompile.generate, record=True)
 PLAIN = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
@@ -65,13 +67,13 @@ def test_a_float_model_writes_what_transformers_writes(family):
     for x, m in ((ids[2:], None), (ids, mask)):
         settings = {**PLAIN, "max_new_tokens": 40}
         free = model.generate(x, attention_mask=m, **settings)
-        assert torch.equal(sqcompile.generate(model, x, m, **settings), free)
-        assert torch.equal(sqcompile.generate(model, x, m, **settings), free)
+        assert torch.equal(generate(model, x, m, **settings), free)
+        assert torch.equal(generate(model, x, m, **settings), free)
         settings["eos_token_id"] = sorted({int(row[x.shape[1] + 21]) for row in free})
         settings |= {"repetition_penalty": 1.2, "min_new_tokens": 9}
         want = model.generate(x, attention_mask=m, **settings)
-        assert torch.equal(sqcompile.generate(model, x, m, **settings), want)
-        assert torch.equal(sqcompile.generate(model, x.cpu(), None if m is None else m.cpu(), **settings), want.cpu())
+        assert torch.equal(generate(model, x, m, **settings), want)
+        assert torch.equal(generate(model, x.cpu(), None if m is None else m.cpu(), **settings), want.cpu())
     assert recordings(model) == 4  # with and without an end, for one prompt and three
 
 
@@ -86,7 +88,7 @@ def test_a_compiled_model_writes_what_its_own_generate_writes(llama, options):
     settings = {**PLAIN, "max_new_tokens": 40}
     static = {"cache_implementation": "static", "max_cache_len": 128}
     for x, m in ((ids[2:], None), (ids, mask)):
-        got = [sqcompile.generate(net, x, m, **settings) for _ in range(3)]
+        got = [generate(net, x, m, **settings) for _ in range(3)]
         want = net.generate(x, attention_mask=m, **settings, **static)
         assert all(torch.equal(one, want) for one in got)
     assert recordings(net) == 2
@@ -95,13 +97,13 @@ def test_a_compiled_model_writes_what_its_own_generate_writes(llama, options):
 def test_half_precision_and_compiled_by_inductor():
     model, x = tiny_lm("llama", dtype=torch.bfloat16, max_position_embeddings=512).cuda(), prompts(2, 12)
     settings = {**PLAIN, "max_new_tokens": 24}
-    want = sqcompile.generate(model, x, **settings)
-    assert torch.equal(sqcompile.generate(model, x, **settings), want)
+    want = generate(model, x, **settings)
+    assert torch.equal(generate(model, x, **settings), want)
     net = torch.compile(model)
-    got = sqcompile.generate(net, x, **settings)
-    assert torch.equal(sqcompile.generate(net, x, **settings), got) and recordings(net) == 1
+    got = generate(net, x, **settings)
+    assert torch.equal(generate(net, x, **settings), got) and recordings(net) == 1
     with pytest.raises(GenerationError, match="compile it without mode='reduce-overhead'"):
-        sqcompile.generate(torch.compile(model, mode="reduce-overhead"), x, **settings)
+        generate(torch.compile(model, mode="reduce-overhead"), x, **settings)
 
 
 def test_a_token_is_one_graph(llama):
@@ -110,13 +112,13 @@ def test_a_token_is_one_graph(llama):
 
     def launches(new):
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            sqcompile.generate(net, x, **PLAIN, max_new_tokens=new)
+            generate(net, x, **PLAIN, max_new_tokens=new)
             torch.cuda.synchronize()
         calls = {e.key: e.count for e in profiler.key_averages()}
         kernels = sum(calls.get(name, 0) for name in ("cudaLaunchKernel", "cuLaunchKernelEx", "cuLaunchKernel"))
         return calls.get("cudaGraphLaunch", 0), kernels, calls.get("cudaStreamSynchronize", 0)
 
-    sqcompile.generate(net, x, **PLAIN, max_new_tokens=40)
+    generate(net, x, **PLAIN, max_new_tokens=40)
     short, long = launches(20), launches(60)
     assert long[0] - short[0] == 40, "each further token is a graph, and nothing else"
     assert long[1:] == short[1:]
@@ -129,7 +131,7 @@ def test_samples_are_the_same_for_equal_seeds(llama):
 
     def drawn(seed, net=net, **more):
         torch.manual_seed(seed)
-        return sqcompile.generate(net, x, **{**settings, **more})
+        return generate(net, x, **{**settings, **more})
 
     first = drawn(1)  # of which some steps ran before one was recorded
     assert torch.equal(drawn(1), first) and torch.equal(drawn(1), first), "and all later ones were replayed"
@@ -153,7 +155,7 @@ def test_replayed_draws_come_by_their_probabilities():
     logits = 1.5 * torch.randn(96, generator=torch.Generator().manual_seed(0)).cuda()
     model.lm_head.register_forward_hook(lambda module, args, out: logits.expand(out.shape))
     settings = {"do_sample": True, "top_k": 0, "eos_token_id": None, "max_new_tokens": 80}
-    tokens = sqcompile.generate(model, prompts(1, 5).expand(500, -1), **settings)[:, 5:]
+    tokens = generate(model, prompts(1, 5).expand(500, -1), **settings)[:, 5:]
     assert recordings(model) == 1
     expected = 40000 * logits.double().softmax(-1)
     counts = torch.bincount(tokens.flatten(), minlength=96).double()
@@ -167,31 +169,31 @@ def test_other_weights_are_recorded_again(llama):
     net, x = compiled(model, plan, compiler="eager"), prompts(2, 9)
     settings = {**PLAIN, "max_new_tokens": 30}
     static = {"cache_implementation": "static", "max_cache_len": 128}
-    first = sqcompile.generate(net, x, **settings)
+    first = generate(net, x, **settings)
     model.load_state_dict({k: v * (0.5 if "down_proj" in k else 1.0) for k, v in model.state_dict().items()})
-    changed = sqcompile.generate(net, x, **settings)
+    changed = generate(net, x, **settings)
     assert not torch.equal(changed, first)
     assert torch.equal(changed, net.generate(x, **settings, **static))
-    assert torch.equal(sqcompile.generate(net, x, **settings), changed) and recordings(net) == 1
+    assert torch.equal(generate(net, x, **settings), changed) and recordings(net) == 1
 
 
 def test_tokens_come_in_order_and_in_any_stream(llama):
     model, plan = llama
     net, x = compiled(model, plan, compiler="eager"), prompts(2, 9)
     settings = {**PLAIN, "max_new_tokens": 30}
-    want, told = sqcompile.generate(net, x, **settings), []
+    want, told = generate(net, x, **settings), []
     with torch.cuda.stream(torch.cuda.Stream()):
-        got = sqcompile.generate(net, x, callback=told.append, **settings)
+        got = generate(net, x, callback=told.append, **settings)
         assert torch.equal(got, want)
     assert torch.equal(torch.stack(told, 1), want[:, 9:].cpu())
     with pytest.raises(KeyError):
-        sqcompile.generate(net, x, callback=lambda tokens: {}["a fault of the caller"], **settings)
-    assert torch.equal(sqcompile.generate(net, x, **settings), want)
+        generate(net, x, callback=lambda tokens: {}["a fault of the caller"], **settings)
+    assert torch.equal(generate(net, x, **settings), want)
 
 
 def test_nothing_is_left_of_a_model():
     model, x = tiny_lm("llama").cuda(), prompts(2, 9)
-    sqcompile.generate(model, x, **PLAIN, max_new_tokens=20)
+    generate(model, x, **PLAIN, max_new_tokens=20)
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -202,14 +204,14 @@ def test_what_cannot_be_recorded_runs_all_the_same():
     model, x = tiny_lm("llama").cuda(), prompts(2, 9)
     settings = {**PLAIN, "max_new_tokens": 20, "do_sample": True}
     torch.manual_seed(0)
-    want = sqcompile.generate(model, x, **settings)
+    want = generate(model, x, **settings)
     sqcompile.free_generation(model)
     model.lm_head.register_forward_hook(lambda module, args, logits: logits + 0 * float(logits.sum().isnan()))
     torch.manual_seed(0)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        got = sqcompile.generate(model, x, **settings)
+        got = generate(model, x, **settings)
     assert torch.equal(got, want)
     assert any("cannot be recorded as a CUDA graph" in str(w.message) for w in said)
     torch.manual_seed(0)
-    assert torch.equal(sqcompile.generate(model, x, **settings), want) and torch.rand(2, device="cuda").shape == (2,)
+    assert torch.equal(generate(model, x, **settings), want) and torch.rand(2, device="cuda").shape == (2,)
