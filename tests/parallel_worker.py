@@ -149,6 +149,7 @@ def block(mesh: Any, whole: sqcompile.CompiledModel) -> dict[str, Any]:
             "layers": settled(compiled.plan),
             "sites": [s.partition(" -> ")[0] for s in scales],
             "refused": [l.reason for l in compiled.plan.layers if l.smoothing == "multiplied"],
+            "saved": [said(lambda: compiled.save("x")), said(lambda: compiled.export("onnx", "x.onnx"))],
             "left": [type(p).__name__ for p in model.parameters()],
         }
 
@@ -204,6 +205,15 @@ def llama(folder: Path) -> dict[str, Any]:
         }
 
 
+def said(call: Callable[[], Any]) -> str:
+    """What a call refuses with; "" if it does not."""
+    try:
+        call()
+    except sqcompile.SQCompileError as e:
+        return f"{type(e).__name__}: {e}"
+    return ""
+
+
 def refusals(mesh: Any, rank: int) -> dict[str, str]:
     """What each wrong call says."""
     names = {"mesh_dim_names": ("dp", "tp")}
@@ -221,13 +231,7 @@ def refusals(mesh: Any, rank: int) -> dict[str, str]:
         ),
         "other data": lambda: sqcompile.calibrate(sharded(mesh), batches(rank), device_mesh=mesh),
     }
-    found = {}
-    for name, call in calls.items():
-        try:
-            call()
-        except sqcompile.SQCompileError as e:
-            found[name] = f"{type(e).__name__}: {e}"
-    return found
+    return {name: said(call) for name, call in calls.items()}
 
 
 def main(rank: int, folder: Path) -> None:

@@ -19,7 +19,7 @@ from sqcompile.checkpoints.export import Exported, source_of
 from sqcompile.compiled.inductor import compile_regions, compile_without_constants, inductor
 from sqcompile.compiled.report import Report
 from sqcompile.compiled.stages import Graphs, Stages
-from sqcompile.errors import CaptureError, StageError
+from sqcompile.errors import ArtifactError, CaptureError, StageError
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.flat import flatten
 from sqcompile.passes.ir.graph import get_tensor, set_tensor
@@ -117,6 +117,7 @@ class CompiledModel(nn.Module):
             ArtifactError: if something of the model cannot be saved, or the directory cannot be written.
             StageError: if the float model is gone, from which the INT8 weights are made, or its parameters changed.
         """
+        self._check_whole()
         target = about(self.lowered).target
         name = None if target is None else target.name
         save(self.stages["quantized"], self.plan, self.call, path, shard_bytes, code, name)
@@ -134,6 +135,7 @@ class CompiledModel(nn.Module):
             ArtifactError: as `sqcompile.export`.
             StageError: if the float model is gone, or its parameters changed; or, for a checkpoint, if this model was loaded.
         """
+        self._check_whole()
         check_target(format, path, source)
         if format == NATIVE:
             beside = None if source is None else source_of(None, source)
@@ -141,6 +143,13 @@ class CompiledModel(nn.Module):
         if is_program(format, source):
             return write_program(self.stages["quantized"], self.plan, format, path)
         return export(self.stages.model(), self.plan, format, path, source)
+
+    def _check_whole(self) -> None:
+        if about(self.lowered).parallel.count > 1:
+            raise ArtifactError(
+                "the model is sharded, and this process has one shard of it: save compiled.plan in each process and compile "
+                "the shards with it again, or compile the whole model to write it"
+            )
 
     def __repr__(self) -> str:
         return f"CompiledModel({self._said()})"
