@@ -3,7 +3,7 @@
 Python takes 50 to 190 us to launch one GEMM: it checks, chooses a tile, makes descriptors, and Triton binds and specializes
 thirty arguments. All of that depends on the layout of a call alone. So what the first call of its kind launches is
 recorded (`launching.Recorder`), compared with Python's result byte by byte, and launched by C++ from then on
-(replay.cpp). Where that does not build, or with versions of Triton that nobody tried it with, Python goes on.
+(recording.h, replay.cpp). Where that does not build, or with versions of Triton that nobody tried it with, Python goes on.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def replayed(schema: str, function: Callable[..., Any], key: str) -> None:
 @functools.cache
 def _library() -> Any | None:
     otherwise = "the code that launches sqcompile's GPU kernels does not build here, and Python launches them, which takes longer"
-    library = built("../triton/replay.cpp", otherwise=otherwise)
+    library = built("../triton/recording.h", "../triton/replay.cpp", otherwise=otherwise)
     if library is not None:
         library.sqcompile_replay_driver.restype = library.sqcompile_replay.restype = ctypes.c_char_p
     return library
