@@ -21,7 +21,6 @@ pytestmark = pytest.mark.usefixtures("without_vega")
 fixtures(globals())
 
 
-@pytest.mark.slow
 def test_names_are_text(page):
     assert page.title == f"{NASTY}: INT8 report" and texts(page, "h1") == [NASTY]
     assert NASTY in texts(page, "#rows tr td:last-child")[0]
