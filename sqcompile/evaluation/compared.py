@@ -10,6 +10,7 @@ Logits are what is called ``logits`` in the output, or the output itself, where 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -237,11 +238,15 @@ def _check(asked: str, logits: Tensor | None, tokens: Tokens, out: Any) -> None:
         )
 
 
+KV_CACHES = ("past_key_values", "cache")  # names of outputs: before transformers 5.24, and since
+
+
 def tensors_of(out: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors in floating point in an output, by where they are; those of a KV cache are none of it."""
     for path, x in pytree.tree_flatten_with_path(out)[0]:
         name = pytree.keystr(path).strip("[].'\"") or "output"
-        if isinstance(x, Tensor) and x.is_floating_point() and x.numel() and not name.startswith("past_key_values"):
+        of_cache = re.split(r"\W", name, maxsplit=1)[0] in KV_CACHES
+        if isinstance(x, Tensor) and x.is_floating_point() and x.numel() and not of_cache:
             yield name, x
 
 

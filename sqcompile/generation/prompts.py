@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -83,17 +84,23 @@ class Prompts:
         inputs = model.prepare_inputs_for_generation(
             text,
             next_sequence_length=None if first else 1,
-            past_key_values=cache,
             # of one token it is asked for in any case: transformers 5.17 makes the mask of a static cache of nothing else
             attention_mask=None if first and bool(mask.all()) else mask,
             use_cache=True,
             is_first_iteration=first,
+            **{_name_of_cache(model): cache},
             **known,
         )
         masks = inputs.get("attention_mask")
         if isinstance(masks, dict) and masks:  # one for each kind of attention, all of which see the whole cache here
             inputs["attention_mask"] = next(iter(masks.values()))
         return inputs
+
+
+def _name_of_cache(model: Any) -> str:
+    """What the model's transformers calls a KV cache: "cache" since 5.24."""
+    takes = inspect.signature(model.prepare_inputs_for_generation).parameters
+    return "cache" if "cache" in takes else "past_key_values"
 
 
 def check_generator(generator: Any, device: torch.device) -> None:

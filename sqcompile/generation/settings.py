@@ -69,6 +69,7 @@ _INSTEAD = {
     "streamer": "pass callback=, a function of each token",
     "assistant_model": "model.generate of the compiled model takes it",
     "past_key_values": "sqcompile.generate keeps a cache of its own",
+    "cache": "sqcompile.generate keeps a cache of its own",
 }
 
 

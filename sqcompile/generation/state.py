@@ -13,7 +13,8 @@ from sqcompile.generation.cache import static_cache
 from sqcompile.generation.scores import Values, next_tokens
 from sqcompile.generation.settings import Kind, Settings
 
-_OURS = {"input_ids", "past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+# "cache" is what transformers 5.24 and later call "past_key_values"
+_OURS = {"input_ids", "past_key_values", "cache", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 
 
 class State:
