@@ -7,6 +7,7 @@ another machine than this one. Whatever a graph was lowered for, its operators r
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -142,9 +143,17 @@ class Target:
         return known[name]
 
 
-@functools.cache
 def replay_launches() -> bool:
     """Has the operators that launch kernels of Triton replayed (`triton.replay`), once in a process; whether they are."""
+    with _installing:
+        return _replayed()
+
+
+_installing = threading.Lock()
+
+
+@functools.cache
+def _replayed() -> bool:
     from sqcompile.kernels.triton.replay import install  # here: elsewhere nobody needs Triton
 
     return install(LAUNCHING, on_cuda_library)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Partial, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 
@@ -218,6 +219,8 @@ def refusals(mesh: Any, rank: int) -> dict[str, str]:
     """What each wrong call says."""
     names = {"mesh_dim_names": ("dp", "tp")}
     uneven = parallelize_module(Plain(33), mesh, {"up": ColwiseParallel()})
+    partial = RowwiseParallel(input_layouts=Replicate(), output_layouts=Partial())
+    unsummed = parallelize_module(Plain(32), mesh, {"up": partial})
     calls: dict[str, Callable[[], Any]] = {
         "whole model": lambda: sqcompile.calibrate(Block().eval(), batches(), device_mesh=mesh),
         "no mesh": lambda: sqcompile.compile(sharded(mesh), batches()),
@@ -229,6 +232,7 @@ def refusals(mesh: Any, rank: int) -> dict[str, str]:
         "attention": lambda: sqcompile.calibrate(
             sharded(mesh), batches(), recipe=sqcompile.Recipe(attention="qk"), device_mesh=mesh
         ),
+        "no sum": lambda: sqcompile.compile(unsummed.eval(), [torch.randn(4, 32)], device_mesh=mesh),
         "other data": lambda: sqcompile.calibrate(sharded(mesh), batches(rank), device_mesh=mesh),
     }
     return {name: said(call) for name, call in calls.items()}

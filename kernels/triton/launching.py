@@ -68,7 +68,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        byte = _filled_with(func, args)
+        byte = _filled_with(func, args, out)
         if func in _MAKES or byte is not None:
             self.made.append(out)
             self.bytes |= {} if byte is None else {_start(out): byte}
@@ -111,11 +111,12 @@ class Recorder(TorchDispatchMode):
         return words
 
 
-def _filled_with(func: Any, args: Sequence[Any]) -> int | None:
+def _filled_with(func: Any, args: Sequence[Any], made: Any) -> int | None:
     """The byte that every byte of a new tensor is; None for what makes none, or another."""
     if func is aten.zeros.default:
         return 0
-    return 255 if func is aten.full.default and args[1] == -1 and isinstance(args[1], int) else None
+    minus_one = func is aten.full.default and args[1] == -1 and made.dtype in (torch.int8, torch.int32, torch.int64)
+    return 255 if minus_one else None
 
 
 def _launch(compiled: Any, grid: tuple[int, ...], values: list[Any], places: dict[int, int]) -> list[int]:

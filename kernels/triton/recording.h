@@ -103,7 +103,8 @@ void launch(const Kernel& k, const std::vector<char*>& addresses, char* scratch,
   check(launch_kernel(&config, k.function, pointers.data(), nullptr), "a kernel launch");
 }
 
-std::vector<at::Tensor> run(const Recording& r, std::vector<char*> addresses, at::Device device) {
+// ``poison``: what new memory is filled with before, so that what is left of it is seen; -1 for nothing.
+std::vector<at::Tensor> run(const Recording& r, std::vector<char*> addresses, at::Device device, int64_t poison = -1) {
   std::vector<at::Tensor> made;
   std::vector<char*> scratch(r.kernels.size(), nullptr);
   const auto options = at::TensorOptions().device(device);
@@ -127,8 +128,8 @@ std::vector<at::Tensor> run(const Recording& r, std::vector<char*> addresses, at
   }
   try {
     for (size_t i = 0; i < r.buffers.size(); ++i)
-      if (r.buffers[i].byte >= 0)
-        check(fill_memory(made[i].data_ptr(), r.buffers[i].byte, made[i].storage().nbytes(), stream), "cuMemsetD8Async");
+      if (const int64_t byte = r.buffers[i].byte >= 0 ? r.buffers[i].byte : poison; byte >= 0 && made[i].numel())
+        check(fill_memory(made[i].data_ptr(), byte, made[i].storage().nbytes(), stream), "cuMemsetD8Async");
     for (size_t i = 0; i < r.kernels.size(); ++i) launch(r.kernels[i], addresses, scratch[i], stream);
   } catch (...) {
     if (guard) guard->uncheckedSetDevice(before);

@@ -49,18 +49,28 @@ def install(operators: Mapping[str, Callable[..., Any]], registered: torch.libra
     if missing:
         log.debug("launches are not replayed: %s", missing.decode())
         return False
-    withdraw(registered)
     for schema, function in operators.items():
-        replayed(schema, function, "CUDA")
+        _define(schema, function, "CUDA")
+    withdraw(registered)
+    for schema in operators:
+        _replay(schema, "CUDA")
     return True
 
 
 def replayed(schema: str, function: Callable[..., Any], key: str) -> None:
     """Has ``sqcompile::`` operator replay what ``function`` launches, on "CUDA"; on "CPU" in tests, with their own driver."""
+    _define(schema, function, key)
+    _replay(schema, key)
+
+
+def _define(schema: str, function: Callable[..., Any], key: str) -> None:
+    _slow.define(schema)
+    _slow.impl(schema.partition("(")[0], _recorded(_library(), function), key)
+
+
+def _replay(schema: str, key: str) -> None:
     name, library = schema.partition("(")[0], _library()
     assert library is not None
-    _slow.define(schema)
-    _slow.impl(name, _recorded(library, function), key)
     failed = library.sqcompile_replay(name.encode(), key == "CUDA")
     if failed:
         raise RuntimeError(f"{name} cannot be replayed: {failed.decode()}")

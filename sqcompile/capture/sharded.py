@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -144,6 +145,23 @@ def local_calls(known: Sequence[tuple[nn.Module, str, Any]] = ()) -> Iterator[No
     mode = _Local(known)
     with traceable(mode.redistributed), mode:
         yield
+    if any(not part.summed for part in mode.later):
+        raise CaptureError(_NOT_SUMMED)
+
+
+_NOT_SUMMED = (
+    "a sum of several processes that a bias is added to is not summed up by itself: give RowwiseParallel "
+    "output_layouts=Replicate(), or Shard() of another dim than the last, and use nothing of it before"
+)
+
+
+@dataclass(eq=False)
+class _Part:
+    """This process's part of a sum, and the bias that is added when it is summed."""
+
+    out: Any
+    bias: Tensor
+    summed: bool = False
 
 
 class _Local(TorchFunctionMode):
@@ -152,7 +170,7 @@ class _Local(TorchFunctionMode):
     def __init__(self, known: Sequence[tuple[nn.Module, str, Any]]) -> None:
         super().__init__()
         self.known = known
-        self.later: list[tuple[Any, Tensor]] = []  # parts of sums, and the bias that is added when they are summed
+        self.later: list[_Part] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -164,17 +182,17 @@ class _Local(TorchFunctionMode):
 
     def redistributed(self, move: Callable[..., Any], x: Any) -> Callable[..., Any]:
         """What moves x to other placements, and then adds a bias that waits for it."""
-        bias = next((b for y, b in self.later if y is x), None)
-        if bias is None:
+        part = next((part for part in self.later if part.out is x), None)
+        if part is None:
             return lambda *args, **kwargs: move(x, *args, **kwargs)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             out = move(x, *args, **kwargs)
-            if out.placements[0].is_partial():
-                raise CaptureError(
-                    "a sum of several processes with a bias is not summed up: give RowwiseParallel output_layouts=Replicate()"
-                )
-            return _placed(out, out.to_local() + bias, out.placements[0])
+            to = out.placements[0]
+            if to.is_partial() or (to.is_shard() and to.dim % out.dim() == out.dim() - 1):
+                raise CaptureError(_NOT_SUMMED)
+            part.summed = True
+            return _placed(out, out.to_local() + part.bias, to)
 
         return run
 
@@ -197,7 +215,7 @@ class _Local(TorchFunctionMode):
         if of_weight is not None and of_weight.is_shard(1) and last:
             out = _placed(x, func(own, w), Partial())
             if bias is not None:
-                self.later.append((out, local_part(bias)))
+                self.later.append(_Part(out, local_part(bias)))
             return out
         if (
             last
@@ -220,6 +238,10 @@ class _Local(TorchFunctionMode):
         of_weight, own, w = self.placement(weight), local_part(ids), local_part(weight)
         if of_weight is None or not of_weight.is_shard():
             return _placed(ids, func(own, w, None, max_norm), ids.placements[0])
+        if not ids.placements[0].is_replicate():
+            raise CaptureError(
+                f"an embedding that is {of_weight} reads ids that are {ids.placements[0]}: give every process all ids"
+            )
         if of_weight.is_shard(1):
             return _placed(ids, func(own, w, None, max_norm), Shard(own.dim()))
         first = len(w) * ids.device_mesh.get_local_rank()

@@ -96,7 +96,8 @@ def together(wanted: bool = True, device_mesh: Any = None) -> Iterator[Ranks]:
     if not wanted or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         yield ALONE
         return
-    group = device_mesh.get_group() if getattr(device_mesh, "ndim", None) == 1 else None
+    one_dim = getattr(device_mesh, "ndim", None) == 1 and hasattr(device_mesh, "get_group")  # else it is refused later
+    group = device_mesh.get_group() if one_dim else None
     ranks = _Group() if group is None else _Mesh(group)
     try:
         yield ranks

@@ -119,6 +119,7 @@ def test_torch_compile(found):
         ("two dims", "CaptureError: device_mesh has 2 dims: pass the one that the model's linears are sharded on, such as mesh['tp']"),
         ("no DeviceMesh", "CaptureError: device_mesh='tp': pass a torch.distributed.device_mesh.DeviceMesh of one dim"),
         ("uneven", "CaptureError: up.weight has 33 channels in dim 0, of which 2 processes have unequal shards: shard it over a number of processes that divides them, or leave it whole"),
+        ("no sum", "CaptureError: a sum of several processes that a bias is added to is not summed up by itself: give RowwiseParallel output_layouts=Replicate(), or Shard() of another dim than the last, and use nothing of it before"),
         ("attention", "RecipeError: attention='qk' with device_mesh: products of attention are not quantized in a sharded model, leave attention out"),
         ("other data", "CalibrationError: rank 1 has another first batch than rank 0: pass every rank the same loader, with all batches in one order (no DistributedSampler, and one seed where it shuffles)"),
     ],
