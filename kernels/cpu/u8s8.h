@@ -42,7 +42,9 @@ SQ_VNNI inline __m256i to_bf16(__m512 x) {
 
 // y[row, at : at + 64] = (acc - 128 sum) * scale; the zero point comes out of the integer sum exactly.
 SQ_VNNI inline void store(const Problem& p, int64_t row, int64_t at, const __m512i (&acc)[4]) {
-  for (int c = 0; c < 4 && at + 16 * c < p.n; ++c) {
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    if (at + 16 * c >= p.n) break;
     const int64_t column = at + 16 * c, left = p.n - column;
     const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
     const __m512i zero = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, p.sum + column), 7);

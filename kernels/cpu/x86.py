@@ -26,7 +26,7 @@ from sqcompile.pytorch.core import has_amx, has_vnni, init_amx
 BLOCK = 64  # output channels per block of the packed weight
 DEPTH = 64  # input channels are padded to a multiple of this
 # Up to here the VNNI kernel is faster than oneDNN on every shape measured (`python -m sqcompile.bench cpu`).
-VNNI_ROWS = 16
+VNNI_ROWS = 32
 # From here AMX tiles beat AVX512-VNNI, where the CPU has them.
 AMX_ROWS = 4
 # Linux's advice numbers: use huge pages from now on, and for what is there already (Linux 6.1).
