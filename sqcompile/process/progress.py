@@ -101,8 +101,9 @@ class _Steps:
             return
         now = self._now(step)
         log.debug("%s: %.2f s", now.stage, now.seconds)
-        self.seconds[now.stage] = self.seconds.get(now.stage, 0.0) + now.seconds
         del self.open[self.open.index(step) :]
+        if all(other.name != step.name for other in self.open):  # a part of a part of the same name is in that
+            self.seconds[now.stage] = self.seconds.get(now.stage, 0.0) + now.seconds
         if self._line is not None and self.open:
             self._line.show(self._now(self.open[-1]))
 

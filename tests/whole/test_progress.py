@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 
 import sqcompile
 from sqcompile import Progress
-from sqcompile.process.progress import each, part, stages
+from sqcompile.process.progress import each, part, seconds_so_far, stages
 
 PIPELINE = ["trace", "calibrate", "match", "plan", "fold", "insert_qdq", "lower", "emit"]
 
@@ -209,3 +210,16 @@ def test_stages_are_logged_and_passes_with_their_seconds(caplog: pytest.LogCaptu
     debug = "\n".join(r.getMessage() for r in ours if r.levelno == logging.DEBUG)
     assert re.search(r"^fold: \d+\.\d\d s$", debug, re.M) and re.search(r"^plan: choose: \d+\.\d\d s$", debug, re.M)
     assert re.search(r"^lowered for this machine: \d+ x \w+", debug, re.M)
+
+
+def test_seconds_of_a_part_in_itself_are_counted_once() -> None:
+    with stages(("emit", "after"), False) as enter:
+        enter("emit")
+        with part("inductor"):
+            for _ in each([1, 2], "inductor"):
+                time.sleep(0.05)
+        enter("after")
+        found = seconds_so_far()
+    assert list(found) == ["emit: inductor", "emit", "after"]
+    assert 0.1 <= found["emit: inductor"] <= found["emit"]
+    assert seconds_so_far() == {}
