@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import multiprocessing
 import os
 import statistics
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from sqcompile.bench.cpu import llama
 from sqcompile.bench.peers import BASE, CONTENDERS, Run
-from sqcompile.bench.timing import machine, sqnr_db
+from sqcompile.bench.timing import machine, sqnr_db, versions
 
 PACKAGES = ("openvino", "nncf", "onnxruntime", "transformers")
 REST = 0.02  # seconds, after which threads that wait for work have stopped spinning
@@ -220,16 +219,6 @@ def medians(times: Mapping[Shape, Sequence[float]]) -> dict[Shape, float]:
     return {shape: statistics.median(ms) for shape, ms in times.items()}
 
 
-def versions() -> str:
-    found = []
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"no {package}")
-    return ", ".join(found)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sqcompile.bench cpu-peers", description=__doc__)
     parser.add_argument("--rounds", type=int, default=21, help="timed calls of each contender at each shape")
@@ -240,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [name for name in CONTENDERS if any(part in name for part in args.only)]
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read when a contender's process loads its libraries
-    lines = [f"{machine()}, {versions()}, {datetime.date.today()}", ""]
+    lines = [f"{machine()}, {versions(PACKAGES)}, {datetime.date.today()}", ""]
     lines.append(f"Medians of {args.rounds} calls in turns, gain over {BASE}, and SQNR of the output beside fp32\n")
     for case in args.cases:
         try:

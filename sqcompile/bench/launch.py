@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import sqcompile
 from sqcompile.bench.stack import HIDDEN, stack
-from sqcompile.bench.timing import gpu, publish, sqnr_db
+from sqcompile.bench.timing import gpu, interleaved, publish, sqnr_db
 from sqcompile.kernels.ops import LAUNCHING
 from sqcompile.kernels.targets import replay_launches
 
@@ -69,23 +69,20 @@ def decode_table(layers: int, batches: tuple[int, ...] = (1, 16)) -> Iterator[st
         yield f"| {layers} layers, batch x 1 | torch.compile bf16, us | sqcompile INT8, us | vs bf16 | SQNR |"
         yield "|---|---|---|---|---|"
         for x in inputs:
-            float_us, int8_us = _alternating(plain, ours, x)
+            ms = interleaved({"bf16": _waited(plain, x), "int8": _waited(ours, x)}, seconds=1.0, least=50)
+            float_us, int8_us = 1e3 * ms["bf16"], 1e3 * ms["int8"]
             quality = sqnr_db(plain(x), ours(x))
             yield f"| {len(x)} | {float_us:.0f} | {int8_us:.0f} | {float_us / int8_us:.2f}x | {quality:.1f} dB |"
 
 
-def _alternating(plain: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
-    """Microseconds of a call, the GPU's work included, of two models in turns."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for i in range(60):
-        for run, found in zip((plain, ours), times, strict=True):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            run(x)
-            torch.cuda.synchronize()
-            if i >= 10:
-                found.append((time.perf_counter() - start) * 1e6)
-    return statistics.median(times[0]), statistics.median(times[1])
+def _waited(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
+    """A call, and the GPU's work that it has begun."""
+
+    def call() -> None:
+        run(x)
+        torch.cuda.synchronize()
+
+    return call
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import math
 import platform
 import statistics
@@ -47,8 +48,8 @@ def machine() -> str:
     except (OSError, StopIteration):
         pass
     isa = "AMX" if has_amx() else "AVX512-VNNI" if has_vnni() else "no VNNI"
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return f"{name}, {isa}, INT8 linears by {kernels()}, {torch.get_num_threads()} threads, {versions}"
+    of = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{name}, {isa}, INT8 linears by {kernels()}, {torch.get_num_threads()} threads, {of}"
 
 
 def kernels() -> str:
@@ -60,13 +61,24 @@ def kernels() -> str:
     return "our AMX kernel" if x86.amx() else f"oneDNN (up to {x86.VNNI_ROWS} rows by our VNNI kernel)"
 
 
+def versions(packages: Iterable[str]) -> str:
+    """Of packages that a table is about: "onnx 1.23.2, no openvino"."""
+    found = []
+    for package in packages:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"no {package}")
+    return ", ".join(found)
+
+
 def gpu() -> str:
     """The GPU and versions, and the day."""
     import triton
 
     p = torch.cuda.get_device_properties(0)
-    versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    return f"{p.name}, {p.multi_processor_count} multiprocessors, {versions}, {datetime.date.today()}."
+    of = f"torch {torch.__version__}, triton {triton.__version__}"
+    return f"{p.name}, {p.multi_processor_count} multiprocessors, {of}, {datetime.date.today()}."
 
 
 def publish(lines: Iterable[str], out: Path | None) -> None:

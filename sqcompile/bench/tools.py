@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import importlib.metadata
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 import sqcompile
 from sqcompile.bench.other_tools import BATCH, Recipe, llm_compressor_recipes, torchao_recipes, words
-from sqcompile.bench.timing import machine
+from sqcompile.bench.timing import machine, versions
 from sqcompile.lm import calibration_texts, evaluation_texts, load_lm, token_windows
 from sqcompile.lm.load import DATA
 
@@ -192,16 +191,6 @@ def name(folder: Path) -> str:
     return "llama" if folder.resolve() == DATA else folder.name
 
 
-def versions() -> str:
-    found = []
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"no {package}")
-    return ", ".join(found)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sqcompile.bench tools", description=__doc__)
     parser.add_argument(
@@ -225,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     results = [r for of_model in found for r in of_model]
     windows = {r.found.windows for r in results if r.found}
     print(
-        f"\n{machine()}, {versions()}, {datetime.date.today()}\n\n"
+        f"\n{machine()}, {versions(PACKAGES)}, {datetime.date.today()}\n\n"
         f"More perplexity than in float, in percent, and KL divergence, in 1e-4 nats; {args.calibration} calibration windows of "
         f"512 tokens, {', '.join(map(str, windows))} held-out windows of {LENGTH}; ± is the (paired) standard error\n"
     )

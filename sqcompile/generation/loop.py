@@ -80,7 +80,10 @@ class Loop:
         return self.generator if self.replays is None else self.replays.generator
 
     def _step(self, i: int, kind: Any) -> None:
+        def step() -> None:
+            self.state.step(self.net, kind, self._source())
+
         if self.replays is None:
-            self.state.step(self.net, kind, self.generator)
+            step()
         else:
-            self.replays.step(i, lambda: self.state.step(self.net, kind, self._source()), self.net, self.model, kind)
+            self.replays.step(i, step, self.net, self.model, kind)

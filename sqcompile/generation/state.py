@@ -77,9 +77,8 @@ class State:
             tokens = torch.where(self.ended, values.pad, tokens)
             self.ended |= (tokens[:, None] == values.eos).any(1)
         if kind.penalty:
-            assert (
-                self.seen is not None
-            )  # padding, which counts for no text that goes on, may be an id that is not written
+            assert self.seen is not None
+            # padding, which counts for no text that goes on, may be an id that is not written
             self.seen.scatter_(1, tokens[:, None].clamp(max=self.seen.shape[1] - 1), True)
         self.text.index_copy_(1, self.length, tokens[:, None])
         return tokens

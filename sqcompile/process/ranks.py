@@ -36,19 +36,15 @@ class Ranks:
 
     Attributes:
         rank, count: of this process, and of all.
+        shares: whether other processes observe a part of the data.
     """
 
-    rank, count = 0, 1
-
-    @property
-    def shares(self) -> bool:
-        """Whether other processes observe a part of the data."""
-        return False
+    rank, count, shares = 0, 1, False
 
     @property
     def plans(self) -> bool:
         """Whether this process makes a plan."""
-        return True
+        return self.first or not self.shares
 
     @property
     def first(self) -> bool:
@@ -57,7 +53,7 @@ class Ranks:
 
     def owns(self, batch: int) -> bool:
         """Whether a batch, by its index, counts in this process."""
-        return True
+        return not self.shares or batch % self.count == self.rank
 
     def check(self) -> None:
         """Raises CalibrationError where another rank has failed or is dead."""
@@ -98,7 +94,7 @@ def together(wanted: bool = True, device_mesh: Any = None) -> Iterator[Ranks]:
         return
     one_dim = getattr(device_mesh, "ndim", None) == 1 and hasattr(device_mesh, "get_group")  # else it is refused later
     group = device_mesh.get_group() if one_dim else None
-    ranks = _Group() if group is None else _Mesh(group)
+    ranks = _Group(group)
     try:
         yield ranks
         ranks.done()
@@ -111,7 +107,8 @@ def together(wanted: bool = True, device_mesh: Any = None) -> Iterator[Ranks]:
 
 class _Group(Ranks):
     def __init__(self, group: Any = None) -> None:
-        """``group``: None for the default one."""
+        """``group``: a tensor-parallel one, in which all ranks observe all data; None for the default one, which shares it."""
+        self.shares = group is None
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
         world = group or dist.group.WORLD
         assert world is not None
@@ -125,17 +122,6 @@ class _Group(Ranks):
         self._store.add(self._key("beat", self.rank), 1)
         self._watch = threading.Thread(target=self._watch_others, name="sqcompile ranks", daemon=True)
         self._watch.start()
-
-    @property
-    def shares(self) -> bool:
-        return True
-
-    @property
-    def plans(self) -> bool:
-        return self.first
-
-    def owns(self, batch: int) -> bool:
-        return batch % self.count == self.rank
 
     def check(self) -> None:
         if self._why is not None:
@@ -270,21 +256,6 @@ class _Group(Ranks):
                         self._why = self._why or f"rank {rank} has ended: it gave no sign of life for {SILENT:g} s"
         except RuntimeError as e:
             self._why = self._why or _storeless(e)
-
-
-class _Mesh(_Group):
-    """Of a tensor-parallel group."""
-
-    @property
-    def shares(self) -> bool:
-        return False
-
-    @property
-    def plans(self) -> bool:
-        return True
-
-    def owns(self, batch: int) -> bool:
-        return True
 
 
 def _storeless(e: RuntimeError) -> str:
