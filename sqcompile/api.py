@@ -273,8 +273,7 @@ def analyse(
                 loses = by_divergence(traced, calibration.sample, quantized)
             else:
                 loses = by_value(model, traced, evaluate, target)
-            most = about(traced).parallel.most  # of all processes, which decide alike
-            plan = within_budget(traced, plan, calibration, lambda p: most([loses(p)])[0])
+            plan = within_budget(traced, plan, calibration, loses)
         plan = with_evidence(traced, sites, refusals, calibration, plan, type(model).__name__)
     if ranks.shares:
         ranks.from_first(plan.encoded())

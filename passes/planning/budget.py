@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.errors import CalibrationError, NothingToQuantizeError
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.planning.feel import logits_of
 from sqcompile.plan.edit import in_float
@@ -65,7 +66,7 @@ def within_budget(
     most = plan.recipe.max_degradation
     assert most is not None
     units = ranked(gm, plan, calibration)
-    logits = bool(logits_of(gm))
+    logits, parallel = bool(logits_of(gm)), about(gm).parallel  # processes that hold the model together decide alike
 
     def left(chosen: Sequence[Unit]) -> Plan:
         return without(plan, {n for u in chosen for n in u.names}, most, logits)
@@ -77,7 +78,7 @@ def within_budget(
     while high - low > 1:
         enough = (k for k in range(low + 1, high) if factor * told(units[:k]) <= most)
         k = next(enough, high - 1) if runs < GUESSES else (low + high) // 2
-        found, runs = degradation(left(units[:k])), runs + 1
+        [found], runs = parallel.most([degradation(left(units[:k]))]), runs + 1
         low, high = (low, k) if found <= most else (k, high)
         by_formula = told(units[:k])
         factor = found / by_formula if 0 < by_formula < math.inf and 0 < found < math.inf else factor
