@@ -14,53 +14,87 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-_before: list[Callable[..., Any]] = []  # the handler whose place ours has taken; none where Ctrl-C is not deferred
-_noted: list[int] = []  # signals that have not taken effect
+_SAID = "sqcompile: interrupted, stops after this step; Ctrl-C once more stops at once"
 
 watchers: list[Callable[[], None]] = []  # called at each checkpoint, between two operations (`memory`)
 
 
-def _note(number: int, frame: Any) -> None:
-    if _noted and _before:
-        _before[-1](number, frame)
-    else:
-        _noted.append(number)
-        print("sqcompile: interrupted, stops after this step; Ctrl-C once more stops at once", file=sys.stderr)
+class _Deferral:
+    """What Ctrl-C does while the pipeline runs, in the place of the handler that was there before.
+
+    That handler is set and set back once. What happens in between, where the user's own code comes and goes, is an
+    attribute's value: Python calls a handler after any function, and state of two places could be left half-done there.
+    """
+
+    def __init__(self, before: Callable[..., Any]) -> None:
+        self.before, self.at_once = before, False
+        self.noted: list[int] = []  # signals that have not taken effect
+
+    def handle(self, number: int, frame: Any) -> None:
+        if self.at_once or self.noted:
+            self.before(number, frame)
+        else:
+            self.noted.append(number)
+            print(_SAID, file=sys.stderr)
+
+    def take_effect(self) -> None:
+        if self.noted:
+            self.before(self.noted.pop(), None)
+
+
+_current: _Deferral | None = None  # of the main thread, which alone gets signals
+
+
+def _here() -> _Deferral | None:
+    return _current if threading.current_thread() is threading.main_thread() else None
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Ctrl-C takes effect at checkpoints meanwhile, or when this ends. Only the main thread gets any."""
+    global _current
+    if (outer := _here()) is not None:
+        was = outer.at_once
+        try:
+            outer.at_once = False
+            yield
+        finally:
+            outer.at_once = was
+            if was:
+                outer.take_effect()
+        return
     handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler) or handler is _note:
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
-    _noted.clear()
-    _before.append(handler)
+    own = _Deferral(handler)
     try:
-        signal.signal(signal.SIGINT, _note)
+        _current = own
+        signal.signal(signal.SIGINT, own.handle)
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-        _before.pop()
-        noted = _noted.copy()
-        _noted.clear()
-        if noted:
-            handler(noted[0], None)
+        try:
+            if signal.getsignal(signal.SIGINT) == own.handle:  # not one that the user's code has set meanwhile
+                signal.signal(signal.SIGINT, handler)
+        finally:
+            _current = None
+            own.take_effect()
 
 
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
     """Ctrl-C takes effect as without `deferred`: the user's own code runs."""
-    if signal.getsignal(signal.SIGINT) is not _note or threading.current_thread() is not threading.main_thread():
+    outer = _here()
+    if outer is None or outer.at_once:
         yield
         return
     checkpoint()
     try:
-        signal.signal(signal.SIGINT, _before[-1])
+        outer.at_once = True
+        outer.take_effect()
         yield
     finally:
-        signal.signal(signal.SIGINT, _note)
+        outer.at_once = False
 
 
 def each_at_once(batches: Iterable[Any]) -> Iterator[Any]:
@@ -79,5 +113,5 @@ def checkpoint() -> None:
     """Raises KeyboardInterrupt if Ctrl-C was pressed, in the main thread. Watchers have a look, in any thread."""
     for look in tuple(watchers):
         look()
-    if _noted and threading.current_thread() is threading.main_thread():
-        _before[-1](_noted.pop(), None)
+    if (current := _here()) is not None:
+        current.take_effect()

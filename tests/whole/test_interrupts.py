@@ -56,7 +56,7 @@ def untouched(model):
     assert not model._forward_pre_hooks_with_kwargs and "x" not in model.kept
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
-    assert torch.is_grad_enabled() and not interrupts._noted and not interrupts._before
+    assert torch.is_grad_enabled() and interrupts._current is None
 
 
 def module(name):
@@ -143,6 +143,64 @@ def test_the_second_is_raised_at_once_and_others_handlers_are_kept():
     finally:
         signal.signal(signal.SIGINT, before)
     assert seen == [signal.SIGINT]
+
+
+def _one_call_after(count, work):
+    """Runs it with Ctrl-C where Python next looks for signals after so many such places: whether there were so many."""
+    left = count
+
+    def look(frame, event, arg):
+        nonlocal left
+        if event in ("call", "c_return"):  # the places where Python 3.11 and later call a handler
+            left -= 1
+            if left == 0:
+                interrupt()
+
+    before = sys.getprofile()
+    try:
+        sys.setprofile(look)
+        work()
+    finally:
+        sys.setprofile(before)
+    return left <= 0
+
+
+def test_an_interrupt_at_each_instruction_leaves_no_state():
+    """What stands between the pipeline and the user's code, entered and left as a calibration by a callable does it."""
+
+    def work():
+        with interrupts.deferred(), torch.no_grad():
+            interrupts.checkpoint()
+            with interrupts.at_once(), interrupts.deferred():
+                interrupts.checkpoint()
+            for _ in interrupts.each_at_once([1]):
+                interrupts.checkpoint()
+
+    work()
+    for count in range(1, 1000):
+        reached = False
+        try:
+            reached = _one_call_after(count, work)
+        except KeyboardInterrupt:
+            reached = True
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, count
+        assert interrupts._current is None and torch.is_grad_enabled(), count
+        if not reached:
+            break
+    assert 50 < count < 999
+
+
+def test_a_handler_that_the_users_code_sets_is_kept():
+    def own(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with interrupts.deferred(), interrupts.at_once():
+            signal.signal(signal.SIGINT, own)
+        assert signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_other_threads_compile_without_handlers():
