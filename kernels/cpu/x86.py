@@ -49,8 +49,13 @@ def row_sum(w: Tensor, packed: Tensor) -> Tensor:
     """int32 [N], the sum of each row of w, int8 [N, K]; empty if ``packed`` has a layout our kernels cannot read."""
     if not _readable(packed, w):
         return torch.empty(0, dtype=torch.int32)
-    rows = max(1, 2**16 // max(1, w.shape[1]))  # at a time: PyTorch makes a copy in the dtype of the sum
-    return torch.cat([part.sum(dim=1, dtype=torch.int32) for part in w.split(rows)])
+    # A few rows at a time, in one buffer. PyTorch makes a copy in the dtype of the sum, and where each has memory of its
+    # own, between results that stay, the heap grows by all of them.
+    buffer = torch.empty((max(1, 2**16 // max(1, w.shape[1])), w.shape[1]), dtype=torch.int32)
+    found = torch.empty(w.shape[0], dtype=torch.int32)
+    for part, out in zip(w.split(len(buffer)), found.split(len(buffer)), strict=True):
+        torch.sum(buffer[: len(part)].copy_(part), dim=1, dtype=torch.int32, out=out)
+    return found
 
 
 def pack_with_sums(w: Tensor) -> tuple[Tensor, Tensor]:
