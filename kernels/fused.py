@@ -16,18 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sqcompile.kernels import reference
-from sqcompile.kernels.rotation import rotate
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": torch.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
+from sqcompile.kernels.rows import ACTIVATIONS, normed, quantized, scaled
 
 
 @functools.cache
@@ -39,7 +30,7 @@ def available(device: torch.device) -> bool:
 
 def quantize_rows(x: Tensor, granularity: str, multiplier: Tensor | None) -> tuple[Tensor, Tensor]:
     """int8 and Δ of x · multiplier, any float dtype [..., K]; one Δ per "token" [..., 1] or per "tensor" []."""
-    x = _scaled(x, multiplier)
+    x = scaled(x, multiplier)
     scale = reference.token_scale(x) if granularity == "token" else reference.tensor_scale(x)
     return reference.quantize(x, scale), scale
 
@@ -72,15 +63,8 @@ def norm_quantize(
         int8 [..., K], the rows' factors [..., 1] (Δ, or `reference.finite_rows` with a static one), and the norm's output
         in x's dtype, [0] unless kept.
     """
-    k = x.shape[-1]
-    if not rms:
-        y = F.layer_norm(x, (k,), weight, bias, eps)
-    else:
-        h = x.float()
-        y = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-        y = y.to(x.dtype) if round_first else y
-        y = (y if weight is None else weight * y).to(x.dtype)
-    q, scale = _quantized(_scaled(y, multiplier, rotation), scale)
+    y = normed(x, weight, bias, eps, rms, round_first)
+    q, scale = quantized(scaled(y, multiplier, rotation), scale)
     return q, scale, y if keep else x.new_empty(0)
 
 
@@ -90,7 +74,7 @@ def act_quantize(
     """int8 [..., K] and the rows' factors [..., 1] of act(gate) · up · multiplier, rotated in blocks of ``rotation`` channels
     unless 0: Δ, or `reference.finite_rows` with a static ``scale``."""
     y = ACTIVATIONS[activation](gate)
-    return _quantized(_scaled(y if up is None else y * up, multiplier, rotation), scale)
+    return quantized(scaled(y if up is None else y * up, multiplier, rotation), scale)
 
 
 def int8_gemm(
@@ -112,16 +96,6 @@ def int8_gemm(
     y = ACTIVATIONS[activation](y)
     y = (y if residual is None else y + residual.float()).to(dtype)
     return y if out_scale is None else reference.quantize(y, out_scale)
-
-
-def _scaled(x: Tensor, multiplier: Tensor | None, rotation: int = 0) -> Tensor:
-    x = x if multiplier is None else x.float() * multiplier
-    return rotate(x, rotation) if rotation else x
-
-
-def _quantized(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    rows = reference.token_scale(x) if scale is None else reference.finite_rows(x)
-    return reference.quantize(x, rows if scale is None else scale), rows
 
 
 def _quantize_rows_triton(x: Tensor, granularity: str, multiplier: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from sqcompile.errors import IndexRangeError
 from sqcompile.kernels import attention, attention_int8, attention_parts, fp8, fused, reference, rotation
-from sqcompile.kernels.cpu import rotate as cpu_rotate
+from sqcompile.kernels import rows as plain_rows
+from sqcompile.kernels.cpu import rows as cpu_rows
 from sqcompile.kernels.cpu import x86
 
 
@@ -155,13 +156,35 @@ _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 _OF_KERNELS = fused.OPAQUE | attention.ATTENTION | attention_int8.ATTENTION  # (plain PyTorch, Triton, fake)
 _ROTATE = "rotate_quantize(Tensor x, int block, Tensor? scale, int zero_point) -> (Tensor, Tensor)"
 _TRITON = {s: (f, fused.on_cuda(f, kernel)) for s, (f, kernel, _) in _OF_KERNELS.items()}
-_TRITON[_ROTATE] = (cpu_rotate.rotate_quantize, fused.on_cuda(rotation.rotate_quantize, fused.rotate_quantize_triton))
+_TRITON[_ROTATE] = (cpu_rows.rotate_quantize, fused.on_cuda(rotation.rotate_quantize, fused.rotate_quantize_triton))
 # The operators of CUDA that launch kernels of Triton, by schema; `triton.replay` withdraws the library for faster ones.
 LAUNCHING: dict[str, Callable[..., Any]] = {schema: on_cuda for schema, (_, on_cuda) in _TRITON.items()}
 on_cuda_library = torch.library.Library("sqcompile", "IMPL")
 
 _FAKES = {schema: fake for schema, (_, fake) in _OPAQUE.items()} | {s: fake for s, (_, _, fake) in _OF_KERNELS.items()}
 _FAKES[_ROTATE] = rotation.rotate_quantize_fake
+_ROWS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+    "linear_act_quantize(Tensor y, Tensor? scale, Tensor? bias, int gate, int up, int k, str activation, "
+    "Tensor? multiplier, int rotation, Tensor? static, int zero_point) -> (Tensor, Tensor)": (
+        cpu_rows.linear_act_quantize,
+        plain_rows.linear_act_quantize,
+        plain_rows.linear_act_quantize_fake,
+    ),
+    "linear_norm_quantize(Tensor y, Tensor? scale, Tensor? bias, Tensor? residual, Tensor? weight, Tensor? shift, float eps, "
+    "bool rms, bool round_first, Tensor? multiplier, int rotation, Tensor? static, int zero_point, bool keep_sum, "
+    "bool keep_norm) -> (Tensor, Tensor, Tensor, Tensor)": (
+        cpu_rows.linear_norm_quantize,
+        plain_rows.linear_norm_quantize,
+        plain_rows.linear_norm_quantize_fake,
+    ),
+}
+for _schema, (_on_cpu, _plain, _fake) in _ROWS.items():
+    _name = _schema.partition("(")[0]
+    _library.define(_schema)
+    _library.impl(_name, _on_cpu, "CPU")
+    _library.impl(_name, _plain, "CUDA")
+    torch.library.register_fake(f"sqcompile::{_name}", _fake, lib=_library)
+
 for _schema, _fake in _FAKES.items():
     _name = _schema.partition("(")[0]
     _library.define(_schema)

@@ -67,7 +67,7 @@ class Target:
             Packed weights are opaque: they cannot be saved.
         zero_point: of the activations' integers: 0 for int8, 128 for uint8.
         packs_experts: whether each expert's weight is packed, too.
-        fuses: whether norms, activations and residuals become part of the kernels beside them.
+        fuses: whose norms, activations and residuals become part of the kernels beside them: "cpu", "triton", or None.
         attention: whose float attention takes part: "cpu", "triton", or None for PyTorch's as it is.
         has_kernels: whether it has INT8 kernels of its own; without, the plain integer reference runs, with a warning.
     """
@@ -79,7 +79,7 @@ class Target:
     pack: Pack | None = None
     zero_point: int = 0
     packs_experts: bool = False
-    fuses: bool = False
+    fuses: Literal["cpu", "triton"] | None = None
     attention: Literal["cpu", "triton"] | None = None
     has_kernels: bool = True
     fp8: Emit = _fp8
@@ -88,7 +88,7 @@ class Target:
 
     def for_fp8(self) -> Target:
         """What FP8 linears are lowered for: operators of their own, and weights as they are."""
-        return replace(self, linear=self.fp8, pack=None, zero_point=0, fuses=False, has_kernels=self.has_fp8)
+        return replace(self, linear=self.fp8, pack=None, zero_point=0, fuses=None, has_kernels=self.has_fp8)
 
     @staticmethod
     def of(device: torch.device) -> Target:
@@ -200,6 +200,7 @@ def _x86(name: str) -> Target:
         x86.pack_with_sums,
         UINT8_ZERO_POINT,
         True,
+        fuses="cpu",
         attention="cpu",
         runs=lambda: x86.available(),
     )
@@ -207,7 +208,13 @@ def _x86(name: str) -> Target:
 
 def _cuda(capability: int) -> Target:
     return Target(
-        f"cuda-sm{capability}", "cuda", _fused, _plain_experts, fuses=True, attention="triton", has_fp8=capability >= 89
+        f"cuda-sm{capability}",
+        "cuda",
+        _fused,
+        _plain_experts,
+        fuses="triton",
+        attention="triton",
+        has_fp8=capability >= 89,
     )
 
 

@@ -62,13 +62,8 @@ from sqcompile.passes.ir.graph import (
     value,
 )
 from sqcompile.passes.ir.origin import replace
-from sqcompile.passes.lowering.patterns import act_of, activation_of, multiplied, norm_of
-
-_ATTENTION = {
-    sqcompile_ops.int8_attention.default,
-    sqcompile_ops.int8_scores.default,
-    sqcompile_ops.int8_attend.default,
-}
+from sqcompile.passes.lowering.patterns import activation_of
+from sqcompile.passes.lowering.quantized import ATTENTION, Quantized, before_views, point, quantized, rows_of
 
 
 def fuse(gm: fx.GraphModule) -> None:
@@ -77,52 +72,13 @@ def fuse(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
         _residual(gm, node)
     for q in list(gm.graph.find_nodes(op="call_function", target=sqcompile_ops.quantize.default)):
-        if any(u.target in _ATTENTION for u in q.users):
+        if any(u.target in ATTENTION for u in q.users):
             _into_attention(gm, q)
             continue  # the compiler fuses those of keys and values with the rotary embedding before them
-        q = _before_views(gm, q)
-        if not _into_gemm(gm, q, const):
-            _quantize(gm, q, const)
+        q = before_views(gm, q)
+        if not _into_gemm(gm, q, const) and (found := quantized(q, const)) is not None:
+            _quantize(gm, found)
     gm.graph.eliminate_dead_code()
-
-
-def _before_views(gm: fx.GraphModule, q: fx.Node) -> fx.Node:
-    """quantize(reshape(x)) -> reshape(quantize(x)), where tokens stay tokens: what computes x is in sight then."""
-    while True:
-        x, scale = q.args[:2]
-        assert isinstance(x, fx.Node) and isinstance(scale, fx.Node)
-        rows = _rows(q)
-        if x.target in (aten.clone.default, aten.contiguous.default):
-            others = [rows] if rows else [scale] if scale.args and scale.args[0] is x else []
-            for node in (q, *others):
-                node.update_arg(0, x.args[0])
-            if not x.users:
-                gm.graph.erase_node(x)
-            continue
-        sizes: Any = x.args[1] if x.target == aten.reshape.default else None
-        tokens = sizes and sizes[-1] == value(x.args[0]).shape[-1]  # type: ignore[arg-type]
-        if not tokens or len(q.args) > 2 or rows is None:
-            return q
-        with gm.graph.inserting_before(min(q, rows)):
-            inner = add_op(gm, rows.target, x.args[0])  # type: ignore[arg-type]
-            new = add_op(gm, sqcompile_ops.quantize.default, x.args[0], inner if rows is scale else scale)
-            replace(gm, q, add_op(gm, aten.reshape.default, new, sizes))
-            replace(gm, rows, add_op(gm, aten.reshape.default, inner, [*sizes[:-1], 1]))
-        gm.graph.erase_node(q)
-        gm.graph.erase_node(rows)
-        if not x.users:
-            gm.graph.erase_node(x)
-        q = new
-
-
-def _rows(q: fx.Node) -> fx.Node | None:
-    """What gives the rows of a quantize node their factors: its own scale per token, or finite_rows of a static one."""
-    x, scale = q.args[:2]
-    if scale.target == sqcompile_ops.token_scale.default and scale.args[0] is x:  # type: ignore[union-attr]
-        return scale  # type: ignore[return-value]
-    static = scale.op == "get_attr"  # type: ignore[union-attr]
-    same = [u for u in x.users if u.target == sqcompile_ops.finite_rows.default]  # type: ignore[union-attr]
-    return same[0] if static and same else None
 
 
 def _residual(gm: fx.GraphModule, add: fx.Node) -> None:
@@ -144,7 +100,7 @@ def _into_gemm(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> bool:
     """A static quantization of a GEMM's result, activated or not, happens in the GEMM: int8 in, int8 out."""
     x, scale = q.args[:2]
     assert isinstance(x, fx.Node) and isinstance(scale, fx.Node)
-    rows = _rows(q)
+    rows = rows_of(q)
     if scale not in const or rows is None or set(x.users) != {q, rows}:
         return False
     activation, gemm = activation_of(x), x
@@ -190,50 +146,29 @@ def _into_attention(gm: fx.GraphModule, q: fx.Node) -> None:
             attention.args = (x, None if own else scale, *attention.args[2:])
 
 
-def _quantize(gm: fx.GraphModule, q: fx.Node, const: set[fx.Node]) -> None:
-    x, scale = q.args[:2]
-    assert isinstance(x, fx.Node) and isinstance(scale, fx.Node)
-    if any(q.args[2:]):  # a zero point, or another number format
+def _quantize(gm: fx.GraphModule, d: Quantized) -> None:
+    if d.zero_point:
         return
-    per_token = scale.target == sqcompile_ops.token_scale.default
-    if not per_token and scale not in const and scale.target != sqcompile_ops.tensor_scale.default:
-        return
-    rows = _rows(q) if per_token or scale in const else scale
-    if rows is None:
-        return
-    static = _plane(gm, scale, min(q, rows)) if scale in const else None
-    readers = {u for u in x.users if u is not q and u is not rows}
-    turned: list[Any] = []  # the size of the blocks
-    if x.target == sqcompile_ops.rotate.default:
-        if readers or not (per_token or static is not None):
-            return
-        rotated, (inner, *turned) = x, x.args
-        assert isinstance(inner, fx.Node)
-        x = inner
-        readers = {u for u in x.users if u is not rotated}
-    base, multiplier = x, None
-    norm, act = norm_of(x, const), act_of(x, const)
-    if norm is None and act is None and (found := multiplied(x, const)) is not None:
-        base, multiplier = found
-        norm, act = norm_of(base, const), act_of(base, const)
-        readers = {u for u in base.users if u is not x} | readers
-    with gm.graph.inserting_before(min(q, rows) if per_token or static is not None else q):
-        if norm is not None and (per_token or static is not None) and (multiplier is None or len(x.users) <= 2):
-            readers = {u for u in readers if u > q}  # who reads it earlier computes the norm by itself
-            new = add_op(gm, sqcompile_ops.norm_quantize.default, *norm, static, multiplier, bool(readers), *turned)
+    static = _plane(gm, d.static, min(d.q, d.rows)) if d.static is not None else None
+    turned = [d.rotation] if d.rotation else []
+    with gm.graph.inserting_before(min(d.q, d.rows) if d.by_rows else d.q):
+        if d.norm is not None and d.by_rows and d.alone:
+            readers = {u for u in d.readers if u > d.q}  # who reads it earlier computes the norm by itself
+            args = *d.norm, static, d.multiplier, bool(readers), *turned
+            new = add_op(gm, sqcompile_ops.norm_quantize.default, *args)
             if readers:
-                _point(gm, base, new, 2, keep=readers)
-        elif act is not None and (per_token or static is not None) and not readers:
-            new = add_op(gm, sqcompile_ops.act_quantize.default, *act, static, multiplier, *turned)
+                point(gm, d.base, new, 2, readers)
+        elif d.act is not None and d.by_rows and not d.readers:
+            new = add_op(gm, sqcompile_ops.act_quantize.default, *d.act, static, d.multiplier, *turned)
         elif turned:
             return  # `fuse_rotations`
         elif static is None:
-            granularity = "token" if per_token else "tensor"
-            new = add_op(gm, sqcompile_ops.quantize_rows.default, base, granularity, multiplier)
+            granularity = "token" if d.by_rows else "tensor"
+            new = add_op(gm, sqcompile_ops.quantize_rows.default, d.base, granularity, d.multiplier)
         else:
             return  # pointwise: the compiler fuses it with what it finds
-    _point(gm, q, new, 0)
-    _point(gm, rows, new, 1)
+    point(gm, d.q, new, 0)
+    point(gm, d.rows, new, 1)
 
 
 def _plane(gm: fx.GraphModule, scale: fx.Node, reader: fx.Node) -> fx.Node:
@@ -242,14 +177,6 @@ def _plane(gm: fx.GraphModule, scale: fx.Node, reader: fx.Node) -> fx.Node:
         return scale
     with gm.graph.inserting_before(reader):
         return add_tensor(gm, f"{scale.target}_plane", get_tensor(gm, str(scale.target)).reshape(1, 1))
-
-
-def _point(gm: fx.GraphModule, old: fx.Node, new: fx.Node, i: int, keep: set[fx.Node] | None = None) -> None:
-    """Readers of old (or those in keep) read item i of new."""
-    with gm.graph.inserting_after(new):
-        item = gm.graph.call_function(operator.getitem, (new, i))
-    item.meta["val"] = value(new)[i]
-    replace(gm, old, item, keep)
 
 
 def _redo(gm: fx.GraphModule, gemm: fx.Node, old: fx.Node, *args: Any) -> None:

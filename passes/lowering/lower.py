@@ -47,9 +47,10 @@ from sqcompile.passes.ir.graph import (
     value,
 )
 from sqcompile.passes.ir.operators import LAYOUT
-from sqcompile.passes.ir.origin import replace
+from sqcompile.passes.ir.origin import STANDS_FOR, replace
 from sqcompile.passes.lowering.float_attention import lower_attention
 from sqcompile.passes.lowering.fuse import fuse
+from sqcompile.passes.lowering.fuse_rows import fuse_rows
 from sqcompile.passes.lowering.id_ranges import check_ids
 from sqcompile.passes.lowering.int8_attention import lower_int8_attention
 from sqcompile.passes.lowering.rotated import fuse_rotations
@@ -102,7 +103,7 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | Non
             bias, offsets = (None, more) if grouped else (more, None)
             found = _Quantized(node, q, weight, scale, weight_scale, bias, dtype, offsets, static)
             groups.setdefault(found.key, []).append(found)
-    fuses = False
+    fuses = set()
     for group in each([*groups.values()], "pack"):
         on = of(value(group[0].weight).device)
         qtype = BY_DTYPE[value(group[0].weight).dtype]
@@ -110,7 +111,7 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | Non
             on = on.for_fp8()
         if not on.has_kernels:
             _warn_reference(on.device, qtype)
-        fuses |= on.fuses
+        fuses.add(on.fuses)
         if group[0].offsets:
             _lower_experts(gm, group[0], shared, on)
         else:
@@ -120,8 +121,10 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | Non
     _materialize(gm)
     lower_int8_attention(gm, of)
     lower_attention(gm, of)
-    if fuses:
+    if "triton" in fuses:
         fuse(gm)
+    if "cpu" in fuses:
+        fuse_rows(gm)
     fuse_rotations(gm)
     check_ids(gm)
     about(gm).target = target
@@ -244,7 +247,9 @@ def _shifted(gm: fx.GraphModule, q: fx.Node, zero_point: int) -> fx.Node:
         if user.target == sqcompile_ops.quantize.default and user.args == (x, scale, zero_point):
             return user
     with gm.graph.inserting_before(q):
-        return add_op(gm, sqcompile_ops.quantize.default, x, scale, zero_point)
+        new = add_op(gm, sqcompile_ops.quantize.default, x, scale, zero_point)
+    new.meta[STANDS_FOR] = q.name
+    return new
 
 
 def _warn_reference(device: str, qtype: QType) -> None:

@@ -93,11 +93,16 @@ def _reads_input_size(n: fx.Node) -> bool:
 
 
 def _does(node: fx.Node) -> Hashable:
-    """What a call computes, whatever it reads: operator, numbers among its arguments, dtype and fixed sizes."""
+    """What a call computes, whatever it reads: operator, numbers among its arguments, dtypes and fixed sizes."""
     args = fx.node.map_arg((node.args, node.kwargs), lambda n: "constant" if n.op == "get_attr" else "data")
-    v = value(node)
-    like = (v.dtype, tuple(n if isinstance(n, int) else None for n in v.shape)) if isinstance(v, Tensor) else None
-    return str(node.target), repr(args), like
+    data = (n for n in node.all_input_nodes if n.op != "get_attr")
+    return str(node.target), repr(args), _like(value(node)), *(_like(value(n)) for n in data)
+
+
+def _like(v: Any) -> Hashable:
+    if isinstance(v, (tuple, list)):
+        return tuple(map(_like, v))
+    return (v.dtype, tuple(n if isinstance(n, int) else None for n in v.shape)) if isinstance(v, Tensor) else None
 
 
 def _longest(does: Sequence[Hashable], period: int) -> tuple[int, int]:
@@ -110,9 +115,13 @@ def _longest(does: Sequence[Hashable], period: int) -> tuple[int, int]:
 
 
 def _crossing(block: list[fx.Node]) -> int:
-    """How many of a block's results are read behind it; those that the graph returns count for nothing."""
+    """How many of a block's results are read behind it; those that the graph returns count for nothing.
+
+    An operator of several results is not cut from its results, which is more than any number.
+    """
     inside = set(block)
-    return sum(any(u not in inside and u.op != "output" for u in n.users) for n in block)
+    crossing = [n for n in block if any(u not in inside and u.op != "output" for u in n.users)]
+    return sum(len(block) if isinstance(value(n), (tuple, list)) else 1 for n in crossing)
 
 
 def cut(gm: fx.GraphModule, blocks: list[list[fx.Node]]) -> tuple[fx.GraphModule, dict[str, Region]]:

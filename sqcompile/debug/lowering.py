@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from sqcompile.compiled.walk import values
 from sqcompile.debug.result import NodeError
 from sqcompile.debug.run import FP8_NODE, NODE, relative_error
+from sqcompile.kernels.reference import UINT8_ZERO_POINT
 from sqcompile.passes.ir.graph import aten, nodes_by_name
 from sqcompile.passes.ir.operators import LAYOUT
 from sqcompile.passes.ir.origin import PLANNED, STANDS_FOR
@@ -41,7 +42,7 @@ def compare_lowering(
         labels: by the plan's names of linears and attentions.
     """
     stage = _Values(quantized, lowered, arguments)
-    found: list[NodeError] = []
+    found: dict[str, NodeError] = {}
 
     def instead(n: fx.Node, value: Any) -> Any:
         if n not in stage.asked:
@@ -49,18 +50,21 @@ def compare_lowering(
         want = stage.take(n)
         if STANDS_FOR not in n.meta and _differs(n):
             return want
-        error, tolerance = _compared(value, want)
+        shifted = _is_shifted(value, want)
+        error, tolerance = _compared(
+            (value.to(torch.int16) - UINT8_ZERO_POINT).to(torch.int8) if shifted else value, want
+        )
         name, operator = n.meta.get(PLANNED, n.name), _operator(n)
         if operator == "fp8_linear":
             tolerance = max(tolerance, FP8_NODE)
         node = NodeError(name, labels.get(name, name), operator, error, tolerance)
-        if PLANNED in n.meta or node.wrong:
-            found.append(node)
-        return want
+        if PLANNED in n.meta or node.wrong:  # an operator may give several results that show a linear's
+            found[name] = max(found.get(name, node), node, key=lambda e: (e.wrong, e.error))
+        return (want.to(torch.int16) + UINT8_ZERO_POINT).to(torch.uint8) if shifted else want
 
     for _ in values(lowered, arguments, instead):
         pass
-    return tuple(found)
+    return tuple(found.values())
 
 
 class _Values:
@@ -82,6 +86,11 @@ class _Values:
                 self._kept[node.name] = value
         self._left[name] -= 1
         return self._kept[name] if self._left[name] else self._kept.pop(name)
+
+
+def _is_shifted(value: Any, want: Any) -> bool:
+    """Whether a node has the quantized stage's int8 as uint8: with the zero point of oneDNN's kernels."""
+    return [getattr(x, "dtype", None) for x in (value, want)] == [torch.uint8, torch.int8]
 
 
 def _compared(value: Any, want: Any) -> tuple[float, float]:

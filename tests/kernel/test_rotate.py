@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sqcompile.kernels import rotation
-from sqcompile.kernels.cpu import rotate as on_cpu
+from sqcompile.kernels.cpu import rows as on_cpu
 from sqcompile.kernels.ops import sqcompile_ops
 
 

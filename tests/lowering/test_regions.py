@@ -18,6 +18,7 @@ import sqcompile
 import sqcompile.compiled.inductor
 from sqcompile import Recipe
 from sqcompile.backend import smoothquant
+from sqcompile.kernels.targets import Target
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.flat import flatten
 from sqcompile.passes.ir.graph import value
@@ -148,7 +149,8 @@ def test_blocks_are_compiled_once(compilations):
     model = Blocks([48] * LAYERS).eval()
     want = sqcompile.compile(model, [x], backend="eager", progress=False)
     got = sqcompile.compile(model, plan=want.plan, regional=True)
-    assert len(compilations) == 1, "all of the graph is blocks of one kind"
+    # Where a norm is one with the linear before it, the first norm and the last linear are no part of a block.
+    assert len(compilations) == (3 if Target.of(x.device).fuses else 1)
     for y in (x, x[:1, :5]):
         assert float((got(y) - want(y)).abs().max()) <= 1e-5
     assert got.weight_bytes() == want.weight_bytes()

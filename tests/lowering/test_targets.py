@@ -51,7 +51,8 @@ def test_a_graph_for_each_target_gives_the_numbers_of_the_reference(model, name,
         for n in net.lowered.graph.nodes
         if "linear" in str(n.target) or "gemm" in str(n.target)
     }
-    assert used == {LINEARS[name]}
+    between = {"linear_norm_quantize", "linear_act_quantize"} if name.startswith("x86") else set()
+    assert used == {LINEARS[name]} | between
     x = torch.randn(3, 5, 32)
     assert relative_error(net(x), reference(x)) < 1e-5
     assert net(x[:0]).shape == (0, 5, 32)
@@ -80,7 +81,7 @@ def test_the_target_of_a_gpu(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     target = Target.of(torch.device("cuda", 0))
     assert target.name == f"cuda-sm{capability[0]}{capability[1]}" and target == Target.named(target.name)
-    assert target.fuses and target.attention == "triton"
+    assert target.fuses == target.attention == "triton"
     monkeypatch.setattr(fused, "available", lambda device: False)
     target = Target.of(torch.device("cuda", 0))
     assert (target.name, target.device, target.attention) == ("reference", "cuda", None)
