@@ -136,10 +136,6 @@ _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
     "grouped_matmul_u8s8(Tensor q, Tensor[] w, Tensor w_scale, Tensor w_sum, Tensor offsets, ScalarType dtype)"
     " -> Tensor": (grouped_matmul_u8s8, _grouped_matmul_u8s8_fake),
-    "matmul_u8s8(Tensor q, Tensor w, Tensor w_scale, Tensor w_sum, ScalarType dtype) -> Tensor": (
-        matmul_u8s8,
-        _matmul_u8s8_fake,
-    ),
     "mask_kind(Tensor mask) -> Tensor": (attention.mask_kind, lambda mask: mask.new_empty((), dtype=torch.int64)),
     "stored(Tensor x) -> Tensor": (stored, torch.empty_like),
     "checked_ids(Tensor ids, SymInt low, SymInt end, str what) -> Tensor": (
@@ -163,7 +159,14 @@ on_cuda_library = torch.library.Library("sqcompile", "IMPL")
 
 _FAKES = {schema: fake for schema, (_, fake) in _OPAQUE.items()} | {s: fake for s, (_, _, fake) in _OF_KERNELS.items()}
 _FAKES[_ROTATE] = rotation.rotate_quantize_fake
-_ROWS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+# The operators of x86 CPUs, by schema: what they do on a CPU, plain ones for elsewhere, and fake ones. `cpu.dispatch`
+# withdraws the library for ones in C++.
+_X86: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, Callable[..., Any]]] = {
+    "matmul_u8s8(Tensor q, Tensor w, Tensor w_scale, Tensor w_sum, ScalarType dtype) -> Tensor": (
+        matmul_u8s8,
+        None,
+        _matmul_u8s8_fake,
+    ),
     "linear_act_quantize(Tensor y, Tensor? scale, Tensor? bias, int gate, int up, int k, str activation, "
     "Tensor? multiplier, int rotation, Tensor? static, int zero_point) -> (Tensor, Tensor)": (
         cpu_rows.linear_act_quantize,
@@ -178,18 +181,22 @@ _ROWS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any
         plain_rows.linear_norm_quantize_fake,
     ),
 }
-for _schema, (_on_cpu, _plain, _fake) in _ROWS.items():
+ON_X86: dict[str, Callable[..., Any]] = {schema: on_cpu for schema, (on_cpu, _, _) in _X86.items()}
+on_x86_library = torch.library.Library("sqcompile", "IMPL")
+for _schema, (_on_cpu, _plain, _fake) in _X86.items():
     _name = _schema.partition("(")[0]
     _library.define(_schema)
-    _library.impl(_name, _on_cpu, "CPU")
-    _library.impl(_name, _plain, "CUDA")
+    for _key in ("CPU", "MkldnnCPU"):  # packed weights carry the last one
+        on_x86_library.impl(_name, _on_cpu, _key)
+    if _plain is not None:
+        _library.impl(_name, _plain, "CUDA")
     torch.library.register_fake(f"sqcompile::{_name}", _fake, lib=_library)
 
 for _schema, _fake in _FAKES.items():
     _name = _schema.partition("(")[0]
     _library.define(_schema)
     if _schema in _OPAQUE:
-        for _key in ("CPU", "CUDA", "MkldnnCPU"):  # packed weights carry the last one
+        for _key in ("CPU", "CUDA", "MkldnnCPU"):
             _library.impl(_name, _OPAQUE[_schema][0], _key)
     else:
         _library.impl(_name, _TRITON[_schema][0], "CPU")

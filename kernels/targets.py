@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sqcompile.errors import RecipeError
 from sqcompile.kernels import fp8, fused
-from sqcompile.kernels.cpu import arm, x86
-from sqcompile.kernels.ops import LAUNCHING, on_cuda_library, sqcompile_ops
+from sqcompile.kernels.cpu import arm, dispatch, x86
+from sqcompile.kernels.ops import LAUNCHING, ON_X86, on_cuda_library, on_x86_library, sqcompile_ops
 from sqcompile.kernels.reference import UINT8_ZERO_POINT
 
 Pack = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -97,6 +97,8 @@ class Target:
             replay_launches()  # before the first kernel runs
             major, minor = torch.cuda.get_device_capability(device)
             return _cuda(10 * major + minor)
+        if device.type == "cpu" and x86.available():
+            dispatch.install(ON_X86, on_x86_library)
         here = [target for target, available in _CPUS if device.type == "cpu" and available()]
         return here[0] if here else _reference(device.type, fp8.available(device))
 

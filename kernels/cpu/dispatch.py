@@ -1,0 +1,73 @@
+"""dispatch: CPU operators of sqcompile that PyTorch calls without Python (dispatch.cpp).
+
+An operator in Python takes the host 15 to 25 us: more than its kernel at a few rows. Where the C++ does not build, Python
+goes on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from sqcompile.kernels.cpu import rows, x86
+from sqcompile.kernels.cpu.build import built
+from sqcompile.pytorch.core import withdraw
+
+log = logging.getLogger("sqcompile")
+
+_installing = threading.Lock()
+_python = torch.library.Library("sqcompile_python", "DEF")  # what the C++ passes on
+_NEVER = -1
+
+
+def install(operators: Mapping[str, Callable[..., Any]], registered: torch.library.Library) -> bool:
+    """Has x86's operators called without Python in this process from now on, once. Builds C++, once per machine.
+
+    Args:
+        operators: what they do in Python, by schema.
+        registered: the library that they are registered by, which is taken back: none of them may be running.
+
+    Returns:
+        whether they are.
+    """
+    with _installing:
+        return _installed(tuple(operators.items()), registered)
+
+
+@functools.cache
+def _installed(operators: tuple[tuple[str, Callable[..., Any]], ...], registered: torch.library.Library) -> bool:
+    library, row_kernels, gemms = _library(), rows.library(), x86.library()
+    if library is None or row_kernels is None or gemms is None:
+        return False
+    for schema, function in operators:
+        _python.define(schema)
+        for key in KEYS:
+            _python.impl(schema.partition("(")[0], function, key)
+    functions = (row_kernels.sqcompile_rows, gemms.sqcompile_vnni, gemms.sqcompile_amx)
+    addresses = [ctypes.cast(f, ctypes.c_void_p) for f in functions]
+    withdraw(registered)
+    wrong = library.sqcompile_dispatch(*addresses, x86.VNNI_ROWS, x86.AMX_ROWS if x86.amx() else _NEVER)
+    if wrong:
+        raise RuntimeError(f"sqcompile's CPU operators cannot be registered: {wrong.decode()}")
+    return True
+
+
+KEYS = ("CPU", "MkldnnCPU")  # packed weights carry the second one
+
+
+@functools.cache
+def _library() -> Any | None:
+    library = built(
+        "dispatch.cpp",
+        otherwise="the code that calls sqcompile's CPU kernels does not build here, and Python calls them",
+    )
+    if library is not None:
+        library.sqcompile_dispatch.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
+        library.sqcompile_dispatch.restype = ctypes.c_char_p
+    return library
