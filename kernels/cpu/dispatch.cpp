@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -91,7 +92,7 @@ int64_t code_of(const std::string& activation) {
   constexpr const char* kNames[] = {"none", "relu", "silu", "gelu", "gelu_tanh"};
   for (int64_t i = 0; i < 5; ++i)
     if (activation == kNames[i]) return i;
-  return -1;
+  throw std::runtime_error("there is no activation " + activation);
 }
 
 std::tuple<Tensor, Tensor> linear_act_quantize(Tensor y, Maybe scale, Maybe bias, int64_t gate, int64_t up, int64_t k,
@@ -102,7 +103,7 @@ std::tuple<Tensor, Tensor> linear_act_quantize(Tensor y, Maybe scale, Maybe bias
   in.array(1, bias);
   for (const Maybe* t : {&scale, &multiplier, &fixed}) in.floats(*t);
   const int64_t code = code_of(activation);
-  if (!in.fits || code < 0 || k % kLanes || y.numel() == 0) {
+  if (!in.fits || k % kLanes || y.numel() == 0) {
     auto stack = called<2>("sqcompile_python::linear_act_quantize", y, scale, bias, gate, up, k, activation, multiplier, rotation,
                            fixed, zero_point);
     return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
