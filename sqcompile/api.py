@@ -38,6 +38,7 @@ from sqcompile.passes.planning.stay_float import wanted
 from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.plan.recipe import Recipe, resolve_recipe
+from sqcompile.plan.shards import check_given
 from sqcompile.process.interrupts import deferred
 from sqcompile.process.lock import analysing, compiling
 from sqcompile.process.progress import Enter, Show, seconds_so_far, stages
@@ -112,7 +113,7 @@ def compile(
         KeyboardInterrupt: for Ctrl-C, when the step at hand is done; a second one is raised at once.
     """
     stage_names = (*ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES)
-    with together(plan is None, device_mesh) as ranks:
+    with together(plan is None or device_mesh is not None, device_mesh) as ranks:
         if backend not in BACKENDS:
             raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
         check_model(model, device_mesh)
@@ -126,7 +127,8 @@ def compile(
                     model, calib_loader, how, example_inputs, dynamic_shapes, enter, evaluate, target, act_scales,
                     max_batches, ranks,
                 )  # fmt: skip
-                ranks.done()
+                if ranks.shares:
+                    ranks.done()
             else:
                 data = {"calib_loader": calib_loader, "act_scales": act_scales}
                 plan = given_plan(plan, recipe, next((name for name, given in data.items() if given is not None), None))
@@ -134,6 +136,7 @@ def compile(
                 enter("trace")
                 with analysing(model), compiling():
                     traced = trace(model, call, dynamic_shapes)
+                check_given(plan, about(traced).parallel)
             with compiling():
                 history = Stages(model, traced, plan, target)
                 lowered = rewrite(traced, plan, until="lowered", enter=enter, target=target)
