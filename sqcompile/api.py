@@ -139,6 +139,7 @@ def compile(
                 check_given(plan, about(traced).parallel)
             with compiling():
                 history = Stages(model, traced, plan, target)
+                about(traced).whole = history.whole
                 lowered = rewrite(traced, plan, until="lowered", enter=enter, target=target)
                 enter("emit")
                 compiled = emit(lowered, Forward.of(model), plan, history, backend, regional)

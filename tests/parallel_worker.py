@@ -151,7 +151,6 @@ def block(mesh: Any, whole: sqcompile.CompiledModel) -> dict[str, Any]:
             "layers": settled(compiled.plan),
             "sites": [s.partition(" -> ")[0] for s in scales],
             "refused": [l.reason for l in compiled.plan.layers if l.smoothing == "multiplied"],
-            "saved": [said(lambda: compiled.save("x")), said(lambda: compiled.export("onnx", "x.onnx"))],
             "left": [type(p).__name__ for p in model.parameters()],
         }
 

@@ -68,6 +68,10 @@ class Ranks:
             CalibrationError: where it is not.
         """
 
+    def tell(self, what: str, text: str = "") -> list[str]:
+        """What each rank says at this step, by rank; see `Watch.tell`."""
+        return [text]
+
     def to_first(self, data: bytes) -> Iterator[bytes]:
         """What each other rank gives, on rank 0; nothing elsewhere."""
         return iter(())
@@ -198,7 +202,6 @@ class _Group(Ranks):
             raise CalibrationError(_storeless(e)) from e
 
     def tell(self, what: str, text: str = "") -> list[str]:
-        """What each rank says at this step, by rank; see `Watch.tell`."""
         self._steps += 1
         with self._answering():
             self._store.set(self._key(self._steps, self.rank), f"{what}\n{text}")
@@ -225,8 +228,8 @@ class _Group(Ranks):
             self.check()
             if time.monotonic() > self._began + most and not self._has("beat", rank):
                 self._why = (
-                    f"rank {rank} has not begun to calibrate in {most:g} s: every rank of a process group calls "
-                    "sqcompile.calibrate, or sqcompile.compile, with the same model and data"
+                    f"rank {rank} has not begun in {most:g} s: every rank of a process group makes the same calls of "
+                    "sqcompile, such as calibrate, with the same model and data"
                 )
             time.sleep(pause)
             pause = min(2 * pause, _PAUSE)
