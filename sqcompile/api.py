@@ -176,8 +176,8 @@ def calibrate(
         evaluate: as for `compile`.
         act_scales: as for `compile`.
         max_batches: as for `compile`.
-        device_mesh: as for `compile`. Each process has the plan of its own shard: the decisions are the same, scales of
-            sharded channels are its own.
+        device_mesh: as for `compile`. Each process has the plan of its own shard, which says so (`Plan.shard`): the decisions
+            are the same, scales of sharded channels are its own.
 
     Returns:
         A Plan, which `Plan.save` writes to a file.

@@ -233,9 +233,7 @@ def _decoded(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
             f"it has plan format {version!r}, and this version reads {', '.join(map(str, READABLE))}: calibrate again"
         )
     evidence = meta.pop("evidence", None) if version >= 5 else None
-    if version < 6:
-        meta.setdefault("shard", None)
-    if meta.keys() != {"format", "recipe", "call", "layers", "attention", "shard"}:
+    if meta.keys() != {"format", "recipe", "call", "layers", "attention"} | ({"shard"} if version >= 6 else set()):
         raise PlanError(f"its fields are {', '.join(sorted(meta))}, and not recipe, call, layers, attention and shard")
     for name in ("layers", "attention"):
         if not isinstance(meta[name], list):
@@ -250,7 +248,7 @@ def _decoded(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
         {k.removeprefix(_HEADS): v for k, v in tensors.items() if k.startswith(_HEADS)},
         {k.removeprefix(_COLUMNS): v for k, v in tensors.items() if k.startswith(_COLUMNS)},
         decoded_evidence(evidence, seen) if evidence is not None or seen else None,
-        None if meta["shard"] is None else _fields(Shard, meta["shard"]),
+        None if meta.get("shard") is None else _fields(Shard, meta["shard"]),
     )
 
 
