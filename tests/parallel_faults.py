@@ -38,9 +38,21 @@ class Mlp(nn.Module):
         return x + self.down(torch.relu(self.up(x)))
 
 
+class First(Mlp):
+    """[B, S, 64] of [B, S, 32], of which each process gives its own half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x).exp()
+
+
 def too_large(m: Mlp) -> None:
     """What the second process computes overflows, from finite weights."""
     m.up.weight[32:] = 3e38
+
+
+def high(m: Mlp) -> None:
+    """What the second process computes is finite, and its exponential is not."""
+    m.up.bias[32:] = 1e3
 
 
 def silent(m: Mlp) -> None:
@@ -65,8 +77,8 @@ def marked() -> list[Tensor]:
     return found
 
 
-def sharded(mesh: Any, change: Callable[[Mlp], None] = lambda m: None) -> nn.Module:
-    return parallelize_module(Mlp(change).eval(), mesh, MLP_STYLES)
+def sharded(mesh: Any, change: Callable[[Mlp], None] = lambda m: None, kind: type[Mlp] = Mlp) -> nn.Module:
+    return parallelize_module(kind(change).eval(), mesh, MLP_STYLES)
 
 
 def plans(mesh: Any, rank: int, folder: Path, whole: sqcompile.Plan) -> dict[str, Any]:
@@ -107,9 +119,11 @@ def plans(mesh: Any, rank: int, folder: Path, whole: sqcompile.Plan) -> dict[str
     }
 
 
-def calibrated(mesh: Any, change: Callable[[Mlp], None], data: list[Tensor], recipe: Any = "default") -> dict[str, Any]:
+def calibrated(
+    mesh: Any, change: Callable[[Mlp], None], data: list[Tensor], recipe: Any = "default", kind: type[Mlp] = Mlp
+) -> dict[str, Any]:
     """What is decided of a model, or said."""
-    model, plan = sharded(mesh, change), []
+    model, plan = sharded(mesh, change, kind), []
 
     def run() -> None:
         plan.append(sqcompile.calibrate(model, data, recipe=recipe, progress=False, device_mesh=mesh))
@@ -141,6 +155,7 @@ def failing(rank: int, where: Any, name: str, error: Exception, call: int = 0) -
 def faults(mesh: Any, rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "too large": calibrated(mesh, too_large, batches()),
+        "too large outputs": calibrated(mesh, high, batches(), kind=First),
         "silent": calibrated(mesh, silent, batches()),
         "silent, static": calibrated(mesh, silent, batches(), STATIC),
         "in one half": calibrated(mesh, at_marks, marked(), STATIC),

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from sqcompile.errors import first_line
+from sqcompile.errors import CalibrationError, first_line
 from sqcompile.pytorch.distributed import group_name
 
 FAILED = "failed"  # what a process is at that has left an `attempt`
 
 
-class Elsewhere(RuntimeError):
+class Elsewhere(CalibrationError):
     """Another process has failed in what all of them attempt."""
 
 

@@ -61,12 +61,14 @@ def test_an_error_of_one_process_ends_all(both):
     assert says == ["CalibrationError: rank 1 failed: MemoryError: no room for it", "MemoryError: no room\nfor it"]
 
 
-@pytest.mark.parametrize("name", ["silent", "silent, static", "in one half", "in one half, by outputs"])
+@pytest.mark.parametrize(
+    "name", ["silent", "silent, static", "in one half", "in one half, by outputs", "too large outputs"]
+)
 def test_numbers_of_one_process_decide_for_all(both, name):
-    """A shard without gradients, with inputs that are zero, or are in one half of the tokens."""
+    """A shard without gradients, with inputs that are zero, or are in one half of the tokens, or with outputs not finite."""
     first, second = (found["faults"][name] for found in both)
     assert first["said"] == second["said"] == ""
-    assert first["decided"] == second["decided"] and len(first["decided"]) == 2
+    assert first["decided"] == second["decided"] and len(first["decided"]) == (1 if name == "too large outputs" else 2)
 
 
 @pytest.mark.parametrize("name", ["gradients", "outputs"])
