@@ -38,6 +38,7 @@ from sqcompile.passes.planning.stay_float import wanted
 from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.plan.recipe import Recipe, resolve_recipe
+from sqcompile.plan.shards import check_given
 from sqcompile.process.interrupts import deferred
 from sqcompile.process.lock import analysing, compiling
 from sqcompile.process.progress import Enter, Show, seconds_so_far, stages
@@ -112,7 +113,7 @@ def compile(
         KeyboardInterrupt: for Ctrl-C, when the step at hand is done; a second one is raised at once.
     """
     stage_names = (*ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES)
-    with together(plan is None, device_mesh) as ranks:
+    with together(plan is None or device_mesh is not None, device_mesh) as ranks:
         if backend not in BACKENDS:
             raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
         check_model(model, device_mesh)
@@ -126,7 +127,8 @@ def compile(
                     model, calib_loader, how, example_inputs, dynamic_shapes, enter, evaluate, target, act_scales,
                     max_batches, ranks,
                 )  # fmt: skip
-                ranks.done()
+                if ranks.shares:
+                    ranks.done()
             else:
                 data = {"calib_loader": calib_loader, "act_scales": act_scales}
                 plan = given_plan(plan, recipe, next((name for name, given in data.items() if given is not None), None))
@@ -134,8 +136,10 @@ def compile(
                 enter("trace")
                 with analysing(model), compiling():
                     traced = trace(model, call, dynamic_shapes)
+                check_given(plan, about(traced).parallel)
             with compiling():
                 history = Stages(model, traced, plan, target)
+                about(traced).whole = history.whole
                 lowered = rewrite(traced, plan, until="lowered", enter=enter, target=target)
                 enter("emit")
                 compiled = emit(lowered, Forward.of(model), plan, history, backend, regional)
@@ -172,8 +176,8 @@ def calibrate(
         evaluate: as for `compile`.
         act_scales: as for `compile`.
         max_batches: as for `compile`.
-        device_mesh: as for `compile`. Each process has the plan of its own shard: the decisions are the same, scales of
-            sharded channels are its own.
+        device_mesh: as for `compile`. Each process has the plan of its own shard, which says so (`Plan.shard`): the decisions
+            are the same, scales of sharded channels are its own.
 
     Returns:
         A Plan, which `Plan.save` writes to a file.

@@ -59,3 +59,9 @@ class ReportError(SQCompileError, ValueError):
 
 class InternalError(SQCompileError):
     """A fault of sqcompile itself, such as a rule that fails on a layout. Nothing was changed; please report the message."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says at first."""
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

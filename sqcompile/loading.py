@@ -10,7 +10,9 @@ import torch
 from torch import fx, nn
 
 from sqcompile.artifact.code import taken
-from sqcompile.artifact.directory import MANIFEST, Saved, path_name, read
+from sqcompile.artifact.directory import MANIFESTS, Saved, path_name, read
+from sqcompile.artifact.sharded import as_artifact, shard_in
+from sqcompile.capture.sharded import parallel_on
 from sqcompile.capture.trace import register_kv_cache_pytree
 from sqcompile.checkpoints.read_model import is_checkpoint, read_model
 from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
@@ -28,6 +30,8 @@ from sqcompile.passes.rewrite.weight_store import Lazy, Shared
 from sqcompile.plan.plan import Plan
 from sqcompile.process.interrupts import deferred
 from sqcompile.process.lock import compiling
+from sqcompile.process.parallel import ALONE, Parallel
+from sqcompile.process.ranks import together
 
 
 def load(
@@ -38,6 +42,7 @@ def load(
     regional: bool = False,
     target: str | Target | None = None,
     code: bool = False,
+    device_mesh: Any = None,
 ) -> CompiledModel:
     """Loads what `CompiledModel.save` wrote, or an INT8 checkpoint, and compiles it for this machine.
 
@@ -56,13 +61,17 @@ def load(
         code: uses the code that ``save(path, code=True)`` kept, for the backend "inductor" and whole models. That is running
             what is in the directory: pass True for what you or somebody you trust saved. Where versions, processor or GPU are
             others, a warning says so, and the model is compiled here.
+        device_mesh: for what `CompiledModel.save` wrote of a sharded model: a mesh of one dim, of as many processes as saved
+            it. Each of them calls it, and loads its own shard.
 
     Returns:
         A CompiledModel. It has the stages "quantized" and "lowered". A result of a class that is not known here, such as a
         dataclass of the model's source, comes as `Outputs`: the same names, as keys and as attributes.
 
     Raises:
-        ArtifactError: if the directory is none, is damaged or of a newer format, or does not fit this machine.
+        ArtifactError: if the directory is none, is damaged or of a newer format, or does not fit this machine, or
+            ``device_mesh``; in every process of that where it is so in one.
+        CaptureError: for a ``device_mesh`` that is no mesh of one dim.
         RecipeError: for an unknown backend or target.
         KeyboardInterrupt: as `compile`.
     """
@@ -70,7 +79,13 @@ def load(
         raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
     if code and (backend != "inductor" or regional):
         raise RecipeError("code=True is Inductor's code of a whole model: leave out backend and regional, or code")
-    return loaded(path, device, backend, regional, target, code)
+    parallel = parallel_on(device_mesh)
+    if parallel.count == 1:
+        return loaded(path, device, backend, regional, target, code)
+    with as_artifact(), together(device_mesh=device_mesh) as ranks:
+        if code:
+            raise ArtifactError("code=True with device_mesh: code is kept of whole models, leave code out")
+        return loaded(shard_in(path, parallel, ranks), device, backend, regional, target, parallel=parallel)
 
 
 def loaded(
@@ -81,8 +96,12 @@ def loaded(
     target: Any = None,
     code: bool = False,
     constants: bool = True,
+    parallel: Parallel = ALONE,
 ) -> CompiledModel:
-    """As `load`. Without ``constants`` the compiled code is one that other processes can use, as that of ``code`` is."""
+    """As `load`, of a whole model or one shard.
+
+    Without ``constants`` the compiled code is one that other processes can use, as that of ``code`` is.
+    """
     where, on = device_of(device), Target.given(target)
     with deferred(), compiling(), torch.no_grad():
         register_kv_cache_pytree()
@@ -90,7 +109,7 @@ def loaded(
             if code:
                 raise ArtifactError(f"{os.fsdecode(path)} is a checkpoint, which has no code: leave code out")
             return _checkpoint(path_name(path), where, backend, regional, on)
-        saved = read(path, where)
+        saved = read(path, where, parallel)
         if code and (why := taken(path, saved.code)):
             warnings.warn(
                 f"the code of {os.fsdecode(path)} is not used, and the model is compiled: {why}. Save it again here, with "
@@ -98,7 +117,7 @@ def loaded(
                 stacklevel=3,
             )
         try:
-            history = SavedStages(path, where, on)
+            history = SavedStages(path, where, on, parallel)
             whole = constants and not code
             return emit(_lowered(saved, on), saved.call, saved.plan, history, backend, regional, whole)
         except SQCompileError:
@@ -113,7 +132,7 @@ def is_saved(folder: str) -> bool:
     Raises:
         ArtifactError: if its config.json cannot be read.
     """
-    return os.path.lexists(os.path.join(folder, MANIFEST)) or is_checkpoint(folder)
+    return any(os.path.lexists(os.path.join(folder, name)) for name in MANIFESTS) or is_checkpoint(folder)
 
 
 def opened(path: str | os.PathLike[str]) -> tuple[Plan, SavedStages]:
@@ -133,7 +152,7 @@ def opened(path: str | os.PathLike[str]) -> tuple[Plan, SavedStages]:
 def _is_checkpoint(path: Any) -> bool:
     name = path_name(path)
     try:
-        return not os.path.lexists(os.path.join(name, MANIFEST)) and is_checkpoint(name)
+        return not any(os.path.lexists(os.path.join(name, m)) for m in MANIFESTS) and is_checkpoint(name)
     except ArtifactError as e:
         raise ArtifactError(f"{name} cannot be loaded: {e}") from e
 
@@ -163,8 +182,15 @@ class SavedStages(Stages):
         ArtifactError: if the directory is gone.
     """
 
-    def __init__(self, path: str | os.PathLike[str], device: torch.device | None, target: Target | None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        device: torch.device | None,
+        target: Target | None,
+        parallel: Parallel = ALONE,
+    ) -> None:
         self._path, self._device, self._target = os.path.abspath(os.fsdecode(path)), device, target
+        self._parallel = parallel
         self.original = frozenset()  # nothing is shared with a model
 
     def model(self) -> nn.Module:
@@ -180,7 +206,7 @@ class SavedStages(Stages):
                 f"a saved model has no stage {name!r}, which holds the float weights: compile the float model with its plan"
             )
         with compiling(), torch.no_grad():
-            saved = read(self._path, self._device)
+            saved = read(self._path, self._device, self._parallel)
             if name == "lowered":
                 return _lowered(saved, self._target)
             return _filled(saved, {})

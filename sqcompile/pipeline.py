@@ -15,6 +15,7 @@ from sqcompile.errors import PlanError
 from sqcompile.kernels.targets import Target
 from sqcompile.passes.attention.chains import Attention, find_attentions
 from sqcompile.passes.attention.head_sites import match_heads
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import Linear, find_linears, nodes_by_name, value
 from sqcompile.passes.ir.text import show_stage
 from sqcompile.passes.ir.verify import verify
@@ -27,6 +28,7 @@ from sqcompile.passes.rewrite.fold import fold
 from sqcompile.passes.rewrite.insert_qdq import insert_qdq, quantize_weights
 from sqcompile.passes.rewrite.weight_store import Shared
 from sqcompile.plan.plan import Plan
+from sqcompile.plan.shards import check_shard, shard_of
 from sqcompile.process.progress import Enter, silent
 
 log = logging.getLogger("sqcompile")
@@ -59,6 +61,8 @@ def rewrite(
     attentions = [a for a in every if not a.refused]
     if shared is not None:
         plan = split_attention([a.name for a in attentions], as_used(plan, linears, every))
+    if shared is None:  # else the graph may be one of a sharded model that reads no shard
+        check_shard(plan, shard_of(about(gm).parallel))
     check_plan(gm, plan, linears, attentions)
     sites, refusals = match(gm)
     quantized = {l.name for l in plan.layers if l.quantized}

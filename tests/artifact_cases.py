@@ -71,7 +71,7 @@ def manifest(path: Path) -> dict[str, Any]:
 def write_manifest(path: Path, meta: dict[str, Any]) -> None:
     """The manifest with a right checksum, whatever is in it."""
     meta = {k: v for k, v in meta.items() if k != "sha256"}
-    sha256 = directory._sha256(json.loads(json.dumps(meta)))
+    sha256 = directory.sha256_of(json.loads(json.dumps(meta)))
     (path / directory.MANIFEST).write_text(json.dumps({**meta, "sha256": sha256}))
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,6 @@ def block(mesh: Any, whole: sqcompile.CompiledModel) -> dict[str, Any]:
             "layers": settled(compiled.plan),
             "sites": [s.partition(" -> ")[0] for s in scales],
             "refused": [l.reason for l in compiled.plan.layers if l.smoothing == "multiplied"],
-            "saved": [said(lambda: compiled.save("x")), said(lambda: compiled.export("onnx", "x.onnx"))],
             "left": [type(p).__name__ for p in model.parameters()],
         }
 
@@ -206,11 +206,11 @@ def llama(folder: Path) -> dict[str, Any]:
         }
 
 
-def said(call: Callable[[], Any]) -> str:
+def said(call: Callable[[], Any], kind: type[Exception] = sqcompile.SQCompileError) -> str:
     """What a call refuses with; "" if it does not."""
     try:
         call()
-    except sqcompile.SQCompileError as e:
+    except kind as e:
         return f"{type(e).__name__}: {e}"
     return ""
 
@@ -238,25 +238,31 @@ def refusals(mesh: Any, rank: int) -> dict[str, str]:
     return {name: said(call) for name, call in calls.items()}
 
 
-def main(rank: int, folder: Path) -> None:
+@contextlib.contextmanager
+def group(rank: int, folder: Path) -> Iterator[Any]:
+    """The mesh of the processes."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     ranks.BEAT = 0.1
-    alone = None if (folder / "llama").exists() else in_one_process()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(SIZE))
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=SIZE)
-    mesh = init_device_mesh("cpu", (SIZE,))
-    if alone is None:
-        found = llama(folder)
-    else:
-        found = {
-            "block": block(mesh, alone[0]),
-            "chosen": {**chosen(mesh), "alone": settled(alone[1])},
-            "backend": backend(mesh),
-            "refusals": refusals(mesh, rank),
-        }
-    (folder / f"found-{rank}.json").write_text(json.dumps(found))
+    yield init_device_mesh("cpu", (SIZE,))
     distributed.destroy_process_group()
+
+
+def main(rank: int, folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    alone = None if (folder / "llama").exists() else in_one_process()
+    with group(rank, folder) as mesh:
+        if alone is None:
+            found = llama(folder)
+        else:
+            found = {
+                "block": block(mesh, alone[0]),
+                "chosen": {**chosen(mesh), "alone": settled(alone[1])},
+                "backend": backend(mesh),
+                "refusals": refusals(mesh, rank),
+            }
+        (folder / f"found-{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

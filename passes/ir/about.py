@@ -12,7 +12,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from sqcompile.process.parallel import ALONE, Parallel
 
@@ -41,6 +41,8 @@ class About:
         sizes: two choices of sizes that a graph of Dynamo is known to serve.
         conditions: what its sizes fulfil, where that is known for good; else it is asked of ``fake_mode``.
         parallel: the processes that hold the model together, each of which has a graph like this one.
+        whole: by linear, scales of the weights of which this process has a part, under the plan at hand: so that only the first
+            graph asks the other processes. None while plans are tried.
         target: what it was lowered for; None for the devices of its tensors, or before it is.
         lazy: weights to be quantized, by the name of what holds their place. They keep float weights alive.
         merged: shared weights that the lowered graph holds: they live as long as it.
@@ -59,6 +61,7 @@ class About:
     sizes: tuple[Sizes, Sizes] | None = None
     conditions: list[Any] | None = None
     parallel: Parallel = ALONE
+    whole: dict[str, Tensor] | None = None
     target: Target | None = None
     lazy: dict[str, Lazy] = field(default_factory=dict)
     merged: list[Merged] = field(default_factory=list)

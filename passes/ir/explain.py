@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sqcompile.errors import CaptureError
+from sqcompile.errors import CaptureError, first_line
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.symbols import unbacked
 from sqcompile.pytorch.core import CAPTURE_LOGGERS
@@ -68,11 +68,6 @@ def check_shapes(gm: fx.GraphModule) -> None:
             raise CaptureError(
                 f"the size of what {operation(n)} gives depends on tensor values, at {source(n)}. What to try: {_VALUES}"
             )
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 def operation(node: fx.Node) -> str:

@@ -29,6 +29,7 @@ COLLECTIVES: tuple[Any, ...] = (
     if dist.is_available()
     else ()
 )
+MEETINGS = frozenset(COLLECTIVES[:1] + COLLECTIVES[2:])  # those that begin with a wait for the other processes
 
 
 class Fact(Flag):

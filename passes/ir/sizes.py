@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
-from sqcompile.errors import CaptureError, InternalError
+from sqcompile.errors import CaptureError, InternalError, first_line
 from sqcompile.passes.ir.about import Sizes, about
-from sqcompile.passes.ir.explain import first_line, fixed_sizes
+from sqcompile.passes.ir.explain import fixed_sizes
 from sqcompile.passes.ir.graph import value
 
 _Result = TypeVar("_Result")

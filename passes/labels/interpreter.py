@@ -34,8 +34,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
-from sqcompile.errors import InternalError, SQCompileError
-from sqcompile.passes.ir.explain import first_line
+from sqcompile.errors import InternalError, SQCompileError, first_line
 from sqcompile.passes.ir.graph import Linear, aten, constants, evaluate, is_channel_vector, leaves, value
 from sqcompile.passes.ir.operators import HOMOGENEOUS, LAYOUT, LIKE_SECOND, SHAPE_ONLY
 from sqcompile.passes.labels.rules import (

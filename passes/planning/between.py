@@ -42,20 +42,21 @@ class _Between(torch.autograd.Function):
         return ctx.back(g), None, None
 
 
-def _waited(target: Any, x: Tensor, *args: Any) -> Tensor:
+def _waited(parallel: Parallel, target: Any, x: Tensor, *args: Any) -> Tensor:
+    parallel.meet(f"{target} {[*x.shape]}")
     return COLLECTIVES[1](target(x, *args))
 
 
 def _reduced(parallel: Parallel, x: Tensor, *args: Any) -> Any:
-    return _Between.apply(x, lambda x: _waited(COLLECTIVES[0], x, *args), lambda g: g)
+    return _Between.apply(x, lambda x: _waited(parallel, COLLECTIVES[0], x, *args), lambda g: g)
 
 
 def _gathered(parallel: Parallel, x: Tensor, *args: Any) -> Any:
-    return _Between.apply(x, lambda x: _waited(COLLECTIVES[2], x, *args), parallel.own)
+    return _Between.apply(x, lambda x: _waited(parallel, COLLECTIVES[2], x, *args), parallel.own)
 
 
 def _scattered(parallel: Parallel, x: Tensor, *args: Any) -> Any:
-    return _Between.apply(x, lambda x: _waited(COLLECTIVES[3], x, *args), parallel.joined)
+    return _Between.apply(x, lambda x: _waited(parallel, COLLECTIVES[3], x, *args), parallel.joined)
 
 
 def _there(parallel: Parallel, x: Tensor) -> Tensor:

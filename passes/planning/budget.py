@@ -71,6 +71,9 @@ def within_budget(
     def left(chosen: Sequence[Unit]) -> Plan:
         return without(plan, {n for u in chosen for n in u.names}, most, logits)
 
+    def loses(chosen: Sequence[Unit]) -> float:
+        return parallel.most([degradation(left(chosen))])[0]
+
     def told(chosen: Sequence[Unit]) -> float:
         return 100 * _grown(sum(u.loss for u in units if u not in chosen))
 
@@ -78,7 +81,7 @@ def within_budget(
     while high - low > 1:
         enough = (k for k in range(low + 1, high) if factor * told(units[:k]) <= most)
         k = next(enough, high - 1) if runs < GUESSES else (low + high) // 2
-        [found], runs = parallel.most([degradation(left(units[:k]))]), runs + 1
+        found, runs = loses(units[:k]), runs + 1
         low, high = (low, k) if found <= most else (k, high)
         by_formula = told(units[:k])
         factor = found / by_formula if 0 < by_formula < math.inf and 0 < found < math.inf else factor
@@ -93,7 +96,7 @@ def within_budget(
     # with the last of them, one before it that is larger may be more than is needed
     for u in sorted(chosen[:-1], key=lambda u: -u.work):
         if factor * told(rest := [x for x in chosen if x is not u]) <= most:
-            return left(rest if degradation(left(rest)) <= most else chosen)
+            return left(rest if loses(rest) <= most else chosen)
     return left(chosen)
 
 

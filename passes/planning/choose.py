@@ -35,6 +35,7 @@ from sqcompile.plan.entries import LayerPlan, Smoothing
 from sqcompile.plan.evidence import Evidence
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Activation, Recipe
+from sqcompile.plan.shards import shard_of
 from sqcompile.process.progress import each
 from sqcompile.statistics.observe import Calibration
 
@@ -114,7 +115,7 @@ def choose(
     layers = tuple(_layer(chooser, l, floats, notes, losses.get(l.name)) for l in linears)
     columns = {name: s for name, s in chooser.columns.items() if name not in floats}
     evidence = Evidence(curves=curves(first.curves, chooser.curves))
-    return Plan(recipe, call, scales, layers, attention, heads, columns, evidence)
+    return Plan(recipe, call, scales, layers, attention, heads, columns, evidence, shard_of(chooser.parallel))
 
 
 def _layer(

@@ -15,7 +15,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from sqcompile.passes.ir.explain import first_line
 from sqcompile.plan.plan import Plan
 from sqcompile.process.parallel import ALONE, Parallel
 from sqcompile.statistics.sample import Sample
@@ -57,23 +56,22 @@ def smoothed_or_not(
     plan: Plan = choose()
     if not sample.calls or not (plan.scales or any(a.smoothing != "none" for a in plan.attention)):
         return plan
-    try:
-        plain: Plan = choose(unsmoothed=WHY)
-        quantized = {l.name for l in plan.layers if l.quantized}
-        lost = {l.name: l.reason for l in plain.layers if not l.quantized and l.name in quantized}
+    with parallel.attempt() as errors:
+        other: Plan = choose(unsmoothed=WHY)
+        quantized, most = {l.name for l in plan.layers if l.quantized}, TOLERANCE_DB
+        lost = {l.name: l.reason for l in other.layers if not l.quantized and l.name in quantized}
         if lost:  # without smoothing, outliers of their weights leave nothing of them (`weight_outliers`)
-            kept: Plan = choose(lost=lost)
-            return kept if _at_worst(sample, quantize, plan, kept, parallel) > FLOAT_DB else plan
-        worst = _at_worst(sample, quantize, plan, plain, parallel)
-    except Exception as e:  # memory, say; neither plan is wrong for it
+            other, most = choose(lost=lost), FLOAT_DB
+        worst = _at_worst(sample, quantize, plan, other, parallel)
+    if errors:  # memory, say; neither plan is wrong for it
         warnings.warn(
-            f"whether smoothing helps the outputs was not compared: {type(e).__name__}: {first_line(e)}. The model is smoothed "
-            "as the recipe says; evaluate it, or calibrate with smaller batches if it is memory that lacks",
+            f"whether smoothing helps the outputs was not compared: {errors[0]}. The model is smoothed as the recipe says; "
+            "evaluate it, or calibrate with smaller batches if it is memory that lacks",
             stacklevel=2,
         )
         return plan
-    log.debug("with smoothing, the outputs' noise is %.1f dB above that without, at worst", worst)
-    return plain if worst > TOLERANCE_DB else plan
+    log.debug("the smoothed outputs' noise is %.1f dB above that of the other plan, at worst", worst)
+    return other if worst > most else plan
 
 
 def _at_worst(

@@ -85,6 +85,11 @@ class Chooser:
         self.nodes = nodes_by_name(gm)
         self.qtype = recipe.qtype
         self.own = {l.name: recipe_of(gm, l, recipe) for l in self.linears.values()}  # recipes, by linear
+        seen = [l.name for l in self.linears.values() if l.name in calibration.inputs]
+        both = self.parallel.every([has_halves(calibration.inputs[name]) for name in seen])
+        self.halved = {
+            name for name, so in zip(seen, both, strict=True) if so
+        }  # tokens in both halves, in each process
         self.curves: dict[str, Costs] = {}  # by site, what was tried; without any candidate's handicap
         self._energies: dict[str, Tensor] = {}
 
@@ -211,7 +216,7 @@ class Chooser:
         Static scales, and s with them, are those that the half of the tokens would give in which a row is not.
         """
         stats = self.calibration.inputs[l.name]
-        if not self.static(l) or not has_halves(stats):
+        if not self.static(l) or l.name not in self.halved:
             return relative(*self.parallel.total(self._sums(l, slice(None), self.columns.get(l.name), None)))
         columns = self.halves.get(l.name, (None, None))
         parts = [self._sums(l, stats.half == 1 - h, columns[h], h) for h in (0, 1)]

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.passes.ir.about import about
-from sqcompile.passes.ir.explain import first_line
 from sqcompile.passes.ir.graph import Linear, aten, find_linears, value
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
 from sqcompile.passes.planning.gradients import Group, Seed, gradients
 from sqcompile.passes.planning.overrides import recipe_of
 from sqcompile.passes.planning.stay_float import stay_float
 from sqcompile.plan.recipe import Recipe
+from sqcompile.process.parallel import Parallel
 from sqcompile.process.progress import each
 from sqcompile.pytorch.core import pytree
 from sqcompile.statistics.observe import Calibration
@@ -69,11 +69,13 @@ class Felt:
         reads: by linear; those of one site that read one node share one.
         outputs: by linear: Σ g_n² over the rows of the calls, for every row of the outputs, float32 [N].
         why: in words, why nothing is known; None where something is.
+        idle: linears that the outputs do not depend on, or their part in one of the processes that hold the model together.
     """
 
     reads: dict[str, Reads] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     why: str | None = None
+    idle: frozenset[str] = frozenset()
 
     def knows(self, linears: Sequence[Linear]) -> bool:
         """Whether the outputs depend on each of some linears, as far as is known."""
@@ -83,7 +85,7 @@ class Felt:
         """In words, why nothing is known of some linears; None where something is."""
         if self.why is not None:
             return f"the outputs have no gradients: {self.why}"
-        idle = [l.name for l in linears if l.name not in self.reads or not bool(self.outputs[l.name].any())]
+        idle = [l.name for l in linears if l.name not in self.reads or l.name in self.idle]
         return f"no output depends on {idle[0]} in the calls that were run again" if idle else None
 
 
@@ -92,7 +94,8 @@ def feel(
 ) -> Felt | None:
     """What the outputs feel of the linears that are to be quantized, as `choose` takes it; None where nobody asks.
 
-    Whatever stands in the way is a reason, and no error: `choose` goes by the linears' own errors then.
+    Whatever stands in the way is a reason, and no error: `choose` goes by the linears' own errors then, in all processes that
+    hold the model together.
     """
     linears = find_linears(gm)
     if recipe.max_degradation is None and not any(recipe_of(gm, l, recipe).by_loss for l in linears):
@@ -108,7 +111,8 @@ def feel(
     if not calls:
         return Felt(why="no call can be run again")
     found = _Found(max(LEAST_ROWS, ROWS // len(calls)))
-    try:
+    parallel = about(gm).parallel
+    with parallel.attempt() as errors:
         for call in each(calls, "gradients"):
             seeds = found.seeds(gm, call.rows, logits)
             found.batch = call.batch
@@ -116,9 +120,9 @@ def feel(
                 for kind in {rows.device.type for _, rows in call.rows.values()}:
                     stack.enter_context(torch.autocast(kind, enabled=False))
                 gradients(gm, call.arguments, seeds, [tuple(g) for g in groups.values()], found.see)
-    except Exception as e:  # no derivative, no memory: the linears' own errors are known all the same
-        return Felt(why=f"{type(e).__name__}: {first_line(e)}")
-    return found.felt(calibration)
+    if errors:  # no derivative, no memory: the linears' own errors are known all the same
+        return Felt(why=errors[0])
+    return found.felt(calibration, parallel)
 
 
 class _Found:
@@ -168,14 +172,16 @@ class _Found:
             squares = g.flatten(0, -2).float().square().sum(0)
             self.outputs[l.name] = self.outputs[l.name] + squares if l.name in self.outputs else squares
 
-    def felt(self, calibration: Calibration) -> Felt:
+    def felt(self, calibration: Calibration, parallel: Parallel) -> Felt:
         every = {}
         for group, r in self.reads.items():
             largest = calibration.inputs[group[0].name].halves
             other = (r.rows.abs() > largest[r.half]).any(-1)  # padding was counted here, and not there
             every[group] = replace(r, weights=r.weights / self.count, half=r.half ^ other)
         reads = {l.name: r for group, r in every.items() for l in group}
-        return Felt(reads, {name: squares / self.count for name, squares in self.outputs.items()})
+        alive = parallel.every([bool(squares.any()) for squares in self.outputs.values()])
+        idle = frozenset(name for name, so in zip(self.outputs, alive, strict=True) if not so)
+        return Felt(reads, {name: squares / self.count for name, squares in self.outputs.items()}, None, idle)
 
 
 def _picked(cost: Tensor, may: Tensor, share: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -147,13 +147,18 @@ class _Inserter:
 
         Now, and not when the weight is made: then another process may have no need of it.
         """
-        parallel = about(self.folded).parallel
+        parallel, known = about(self.folded).parallel, about(self.folded).whole
         dim = parallel.dim(linear.name)
         if dim is None or (dim == 0 and per_channel):
             return None
+        if known is not None and linear.name in known:
+            return known[linear.name]
         rows = rows_of(self.folded, self.folded_nodes[linear.weight])
         parts = row_parts(torch.empty(linear.shape, device="meta"))
-        return parallel.largest(_scales(rows, parts, per_channel, self.qtype))
+        scales = parallel.largest(_scales(rows, parts, per_channel, self.qtype))
+        if known is not None:
+            known[linear.name] = scales
+        return scales
 
     def _input(self, x: fx.Node, layer: LayerPlan) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         """The quantized input as float32 integers, the factor of its rows, and Δ where it is static; made once for each."""

@@ -22,6 +22,7 @@ _MEMORY = {
     str(m).removeprefix("torch."): m
     for m in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 }
+GROUP = "the group of the model's processes"  # stands for the name that the group of a collective has in a process
 _LARGEST = 2**63
 _MOST_NESTING = 8
 

@@ -35,10 +35,14 @@ from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import constants, get_tensor, value
 from sqcompile.passes.ir.lazy import Weights
 from sqcompile.plan.plan import Plan
+from sqcompile.plan.shards import shard_of
+from sqcompile.process.parallel import ALONE, Parallel
 from sqcompile.version import VERSION
 
 FORMAT = 1
 MANIFEST, PLAN = "sqcompile.json", "plan.safetensors"
+SHARDED = "sharded.json"  # in its place, in a directory of shards (`sharded`)
+MANIFESTS = (MANIFEST, SHARDED)
 _MOST_BYTES = 2**29  # of the manifest
 _FIELDS = {"format", "versions", "forward", "calls", "returns", "graph", "tensors", "code"}
 
@@ -69,9 +73,29 @@ def save(
     Raises:
         ArtifactError: if something of the model cannot be saved, or the directory cannot be written.
     """
-    name = path_name(path)
-    check_saved_to(name)
-    meta: dict[str, Any] = {
+    name = check_saved_to(path)
+    meta = described(quantized, call)
+    try:
+        with new_directory(name, MANIFESTS, None if kept is None else kept.folder) as folder:
+            write(folder, meta, quantized, plan, most, kept)
+            if beside is not None:
+                copy_beside(beside, folder)
+            if code:
+                meta["code"] = write_code(folder, target)
+                write_manifest(os.path.join(folder, MANIFEST), meta)
+    except (ArtifactError, PlanError) as e:
+        raise ArtifactError(f"the model cannot be saved to {name}: {e}") from e
+    except Exception as e:  # whatever the system has to say of it
+        raise ArtifactError(f"the model cannot be saved to {name} ({said(e)})") from e
+
+
+def described(quantized: fx.GraphModule, call: Forward) -> dict[str, Any]:
+    """What a manifest says of a graph, but for its tensors.
+
+    Raises:
+        ArtifactError: if something of it cannot be saved.
+    """
+    return {
         "format": FORMAT,
         "versions": versions(),
         "forward": calls.forward_to_json(call),
@@ -80,20 +104,16 @@ def save(
         "graph": graphs.to_json(quantized),
         "code": None,
     }
-    try:
-        with new_directory(name, (MANIFEST,), None if kept is None else kept.folder) as folder:
-            meta["tensors"] = write_tensors(folder, _tensors(quantized), most, kept)
-            plan.save(os.path.join(folder, PLAN))
-            if beside is not None:
-                copy_beside(beside, folder)
-            _write_manifest(folder, meta)
-            if code:
-                meta["code"] = write_code(folder, target)
-                _write_manifest(folder, meta)
-    except (ArtifactError, PlanError) as e:
-        raise ArtifactError(f"the model cannot be saved to {name}: {e}") from e
-    except Exception as e:  # whatever the system has to say of it
-        raise ArtifactError(f"the model cannot be saved to {name} ({said(e)})") from e
+
+
+def write(
+    folder: str, meta: dict[str, Any], quantized: fx.GraphModule, plan: Plan, most: int, kept: Work | None = None
+) -> str:
+    """Writes the files of a graph that ``meta`` describes, and adds its tensors to that; returns the manifest's SHA-256."""
+    meta["tensors"] = write_tensors(folder, _tensors(quantized), most, kept)
+    plan.save(os.path.join(folder, PLAN))
+    write_manifest(os.path.join(folder, MANIFEST), meta)
+    return sha256_of(meta)
 
 
 def check_saved_to(path: str | os.PathLike[str]) -> str:
@@ -104,7 +124,7 @@ def check_saved_to(path: str | os.PathLike[str]) -> str:
     """
     name = path_name(path)
     try:
-        check_replaceable(os.path.realpath(name), (MANIFEST,))
+        check_replaceable(os.path.realpath(name), MANIFESTS)
     except (OSError, ValueError) as e:  # of a path with a zero in it, too
         raise ArtifactError(f"the model cannot be saved to {name} ({said(e)})") from e
     return name
@@ -121,9 +141,10 @@ def _tensors(quantized: fx.GraphModule) -> dict[str, Tensor | Later]:
     return found
 
 
-def _write_manifest(folder: str, meta: dict[str, Any]) -> None:
-    with open(os.path.join(folder, MANIFEST), "w", encoding="utf-8") as f:
-        f.write(json.dumps({**meta, "sha256": _sha256(meta)}))
+def write_manifest(path: str, meta: dict[str, Any]) -> None:
+    """Writes what `read_manifest` reads."""
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(json.dumps({**meta, "sha256": sha256_of(meta)}))
 
 
 @dataclass(frozen=True)
@@ -144,47 +165,67 @@ class Saved:
     code: Any
 
 
-def read(path: str | os.PathLike[str], device: torch.device | None) -> Saved:
+def read(path: str | os.PathLike[str], device: torch.device | None, parallel: Parallel = ALONE) -> Saved:
     """Reads a directory.
 
     Args:
         path: what `save` was given.
         device: where the model is to run; None for where it ran.
+        parallel: the processes of which this one loads its shard, which the directory is.
 
     Raises:
         ArtifactError: if it is no artifact, is damaged, of a newer format, or does not fit this machine.
     """
     name = path_name(path)
     try:
-        return _read(name, device)
+        return _read(name, device, parallel)
     except (ArtifactError, PlanError) as e:
         raise ArtifactError(f"{name} cannot be loaded: {e}") from e
     except Exception as e:  # of whatever a field that is not what it should be leads to
         raise ArtifactError(f"{name} cannot be loaded ({said(e)}): save the model again") from e
 
 
-def _read(name: str, device: torch.device | None) -> Saved:
-    meta = _manifest(name)
+def _read(name: str, device: torch.device | None, parallel: Parallel) -> Saved:
+    meta = manifest(name)
     here = _devices(meta["graph"], device)
     tensors = Tensors(name, meta["tensors"])
     plan = Plan.load(os.path.join(name, PLAN))
+    if plan.shard != shard_of(parallel):
+        raise ArtifactError(
+            "it is a shard of a model: pass the directory that holds all of them, in every process, with device_mesh"
+            if parallel.count == 1
+            else f"it is not the shard of {shard_of(parallel)}: copy the directory again, or save the model again"
+        )
     served, returns = calls.captured_from_json(meta["calls"], here), structures.from_json(meta["returns"])
-    gm = graphs.from_json(meta["graph"], tensors.like(), served, returns, here)
+    gm = graphs.from_json(meta["graph"], tensors.like(), served, returns, here, parallel)
     if unused := tensors.index.keys() - {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}:
         raise ArtifactError(f"its graph does not read the tensor {next(iter(unused))[:100]!r}")
     _check_constants(gm, tensors.nbytes)
     return Saved(gm, tensors, plan, calls.forward_from_json(meta["forward"]), meta["code"])
 
 
-def _manifest(name: str) -> dict[str, Any]:
+def manifest(name: str) -> dict[str, Any]:
+    """What the manifest of a directory says, which is whole.
+
+    Raises:
+        ArtifactError: if there is none, or it is damaged or of another format.
+    """
     path = os.path.join(name, MANIFEST)
     if not os.path.isdir(name):
         raise ArtifactError("there is no such directory: pass what CompiledModel.save was given")
     if not os.path.lexists(path):
+        if os.path.lexists(os.path.join(name, SHARDED)):
+            raise ArtifactError("it has shards of a model: load it in as many processes, with device_mesh")
         raise ArtifactError(f"it has no {MANIFEST}: pass what CompiledModel.save was given")
+    return read_manifest(path, _FIELDS)
+
+
+def read_manifest(path: str, fields: set[str]) -> dict[str, Any]:
+    """A file of JSON with a format, its own SHA-256 and some more fields, without its SHA-256."""
+    name = os.path.basename(path)
     if os.path.islink(path):
-        raise ArtifactError(f"{MANIFEST} is a link: copy the directory with the files themselves in it")
-    meta = read_object(read_regular(path, _MOST_BYTES, "a manifest").decode("utf-8"), MANIFEST)
+        raise ArtifactError(f"{name} is a link: copy the directory with the files themselves in it")
+    meta = read_object(read_regular(path, _MOST_BYTES, "a manifest").decode("utf-8"), name)
     version = meta.get("format")
     if type(version) is not int or version != FORMAT:
         raise ArtifactError(
@@ -192,12 +233,13 @@ def _manifest(name: str) -> dict[str, Any]:
             "that saved it, or save it again"
         )
     sha256 = meta.pop("sha256", None)
-    if meta.keys() != _FIELDS or sha256 != _sha256(meta):
-        raise ArtifactError(f"{MANIFEST} is damaged or was edited: copy the directory again, or save the model again")
+    if meta.keys() != fields or sha256 != sha256_of(meta):
+        raise ArtifactError(f"{name} is damaged or was edited: copy the directory again, or save the model again")
     return meta
 
 
-def _sha256(meta: dict[str, Any]) -> str:
+def sha256_of(meta: dict[str, Any]) -> str:
+    """SHA-256 of what a manifest says."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 

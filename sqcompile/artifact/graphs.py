@@ -29,9 +29,12 @@ from sqcompile.errors import ArtifactError
 from sqcompile.files.regular import said
 from sqcompile.passes.ir.about import About, about, describe_as
 from sqcompile.passes.ir.graph import FOLD_CAST, finish, set_tensor, value
+from sqcompile.passes.ir.operators import MEETINGS
 from sqcompile.passes.ir.origin import PLANNED
 from sqcompile.passes.ir.record import record
-from sqcompile.pytorch.core import FakeTensorMode, codegen, pytree, tree_codegen
+from sqcompile.process.parallel import ALONE, Parallel
+from sqcompile.pytorch.core import FakeTensorMode, codegen, pytree, schema, tree_codegen
+from sqcompile.pytorch.distributed import group_name
 
 _MARKS = {"planned": (PLANNED, str), "fold_cast": (FOLD_CAST, bool)}
 _MOST_NODES = 2_000_000
@@ -66,7 +69,8 @@ def _node(n: fx.Node) -> dict[str, Any]:
         return found | {"op": "tensor", "target": str(n.target), "device": str(value(n).device)}
     if n.op == "output":
         return found | {"op": "output", "args": [arguments.to_json(a) for a in n.args]}
-    found |= {"op": "call", "target": name_of(n.target), "args": [arguments.to_json(a) for a in n.args]}
+    args = (*n.args[:-1], arguments.GROUP) if n.target in MEETINGS else n.args
+    found |= {"op": "call", "target": name_of(n.target), "args": [arguments.to_json(a) for a in args]}
     if n.kwargs:
         found["kwargs"] = {k: arguments.to_json(v) for k, v in n.kwargs.items()}
     marks = {name: n.meta[key] for name, (key, _) in _MARKS.items() if n.meta.get(key)}
@@ -88,6 +92,7 @@ def from_json(
     calls: Captured,
     out_spec: Any,
     device: Callable[[str], torch.device],
+    parallel: Parallel = ALONE,
 ) -> fx.GraphModule:
     """The graph that JSON is, with recorded values, over tensors without data: they are set later, on the recorded devices.
 
@@ -96,6 +101,7 @@ def from_json(
         like: by name, the tensors that the graph may read, on the meta device.
         calls, out_spec: what the graph serves and returns.
         device: what a device of the file is here.
+        parallel: the processes that the graph's collectives are of.
 
     Raises:
         ArtifactError: for JSON that `to_json` does not make.
@@ -111,7 +117,7 @@ def from_json(
     root, graph = nn.Module(), fx.Graph()
     gm = fx.GraphModule(root, graph)
     graph = gm.graph
-    describe_as(gm, About(mode, captured=calls, out_spec=out_spec))
+    describe_as(gm, About(mode, captured=calls, out_spec=out_spec, parallel=parallel))
     nodes: dict[str, fx.Node] = {}
     listed = found.get("nodes")
     if (
@@ -211,7 +217,10 @@ def _call(gm: fx.GraphModule, n: Any, nodes: Mapping[str, fx.Node], device: Call
         raise ArtifactError(f"%{n['name']} of its graph has marks that are none")
     given = [arguments.from_json(a, nodes, device) for a in args]
     named = {k: arguments.from_json(v, nodes, device) for k, v in kwargs.items()}
-    new = gm.graph.create_node("call_function", operator_of(n.get("target")), tuple(given), named, name=n["name"])
+    target = operator_of(n.get("target"))
+    if target in MEETINGS:
+        given = _in_group(given, named, target, about(gm).parallel)
+    new = gm.graph.create_node("call_function", target, tuple(given), named, name=n["name"])
     new.meta |= {_MARKS[k][0]: v for k, v in marks.items()}
     try:
         record(gm, new)
@@ -220,3 +229,14 @@ def _call(gm: fx.GraphModule, n: Any, nodes: Mapping[str, fx.Node], device: Call
     except Exception as e:
         raise ArtifactError(f"%{n['name']} = {n['target']} of its graph cannot be computed ({said(e)})") from e
     return new
+
+
+def _in_group(given: list[Any], named: dict[str, Any], target: Any, parallel: Parallel) -> list[Any]:
+    """The arguments of a collective, in the group that the graph is loaded for: a file names none."""
+    if parallel.count == 1:
+        raise ArtifactError("its graph asks other processes: load it in all of them, with device_mesh")
+    names = [a.name for a in schema(target).arguments]
+    sized = "group_size" not in names or given[names.index("group_size") : -1] == [parallel.count]
+    if len(given) != len(names) or named or given[-1] != arguments.GROUP or not sized:
+        raise ArtifactError(f"its graph calls {target} in another group than that of its processes")
+    return [*given[:-1], group_name(parallel.group)]

@@ -47,7 +47,10 @@ _INTERNAL = {
     "_fft_r2c", "_weight_norm",
 }  # fmt: skip
 
-_NAME = re.compile(r"(aten|sqcompile)\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)")
+# what the processes that hold a model together ask of each other, in the one group that a saved graph is loaded for
+_COLLECTIVES = {"all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor", "wait_tensor"}
+
+_NAME = re.compile(r"(aten|sqcompile|_c10d_functional)\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)")
 
 
 def name_of(target: Any) -> str:
@@ -76,7 +79,10 @@ def operator_of(name: Any) -> Callable[..., Any]:
         raise ArtifactError(f"{str(name)[:100]!r} is no operator that a saved graph may call")
     namespace, packet, overload = parts.groups()
     ours = namespace == "sqcompile"
-    listed = packet in _OURS if ours else (not packet.startswith("_") or packet.startswith("__") or packet in _INTERNAL)
+    if namespace == "aten":
+        listed = not packet.startswith("_") or packet.startswith("__") or packet in _INTERNAL
+    else:
+        listed = packet in (_OURS if ours else _COLLECTIVES)
     try:
         found = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     except AttributeError as e:

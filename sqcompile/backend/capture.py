@@ -20,10 +20,10 @@ from sqcompile.backend.scalars import take_floats, tensors_of_floats
 from sqcompile.capture.sharded import local_calls
 from sqcompile.capture.trace import refuse_nested, tidy
 from sqcompile.capture.untouched import assigned_to, written_to
-from sqcompile.errors import CaptureError
+from sqcompile.errors import CaptureError, first_line
 from sqcompile.passes.canonical.canonicalize import canonicalize
 from sqcompile.passes.ir.about import About, about, attached, describe_as
-from sqcompile.passes.ir.explain import first_line, source
+from sqcompile.passes.ir.explain import source
 from sqcompile.passes.ir.graph import aten, clone, finish, get_tensor, set_tensor, value
 from sqcompile.passes.ir.operators import LAYOUT
 from sqcompile.passes.ir.sizes import conditions, vary

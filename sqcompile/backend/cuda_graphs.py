@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqcompile.passes.ir.explain import first_line
+from sqcompile.errors import first_line
 from sqcompile.pytorch.core import is_same_element_twice
 from sqcompile.pytorch.dynamo import has_static_address
 

@@ -34,6 +34,7 @@ from sqcompile.pipeline import rewrite
 from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import LM_HEAD, Recipe
+from sqcompile.plan.shards import shard_of
 from sqcompile.statistics.input_stats import InputStats
 from sqcompile.statistics.observe import Calibration
 from sqcompile.statistics.observer import Observer
@@ -105,9 +106,9 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
     if plan is None:
         raise error or NothingToQuantizeError("nothing to quantize: the observed graphs have no linear")
     known = {l.name for l in plan.layers}
-    return replace(
-        plan, recipe=recipe, layers=plan.layers + tuple({l.name: l for l in floats if l.name not in known}.values())
-    )
+    layers = plan.layers + tuple({l.name: l for l in floats if l.name not in known}.values())
+    shards = (shard_of(about(gm).parallel) for gm in graphs)  # some graphs of a sharded model may read no shard
+    return replace(plan, recipe=recipe, layers=layers, shard=next(filter(None, shards), None))
 
 
 def _quantized(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:

@@ -30,9 +30,11 @@ from sqcompile.passes.rewrite.weight_store import held
 from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import resolve_recipe
+from sqcompile.plan.shards import check_given
 from sqcompile.process.lock import compiling
 from sqcompile.process.parallel import ALONE, Parallel
 from sqcompile.process.progress import stages
+from sqcompile.process.ranks import together
 from sqcompile.statistics.observer import Observer
 
 GRAD = (
@@ -145,9 +147,17 @@ class Runner:
         session.runners.add(self)
         session.warn_of_uncounted(tensors)
         passes = ("fold", "insert_qdq", "lower", "emit")
-        with torch.inference_mode(False), torch.no_grad(), stages(passes, self.options.progress) as enter:
+        parallel = self.parallel
+        with (
+            together(parallel.count > 1, group=parallel.group),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            stages(passes, self.options.progress) as enter,
+        ):
             names = self._names(session, tensors)
             traced = self._attach(session, tensors, names)
+            if self.options.plan is not None:
+                check_given(self.options.plan, about(traced).parallel)
             plan = session.plan_of(traced)
             lowered = rewrite(traced, plan, self.options.stage, session.shared, enter)
             read = {str(n.target) for n in lowered.graph.find_nodes(op="get_attr")}

@@ -14,7 +14,9 @@ from sqcompile.backend.floats import PATIENCE
 from sqcompile.backend.session import Session
 from sqcompile.passes.planning.uses import first_use
 from sqcompile.plan.recipe import resolve_recipe
+from sqcompile.process.parallel import ALONE
 from sqcompile.process.progress import stages
+from sqcompile.process.ranks import together
 
 
 def step(session: Session, observed: Observed, graphs: Sequence[Observed]) -> None:
@@ -44,7 +46,12 @@ def step(session: Session, observed: Observed, graphs: Sequence[Observed]) -> No
     for o in observers:
         o.stop()
     recipe = resolve_recipe(session.options.recipe)
-    with torch.inference_mode(False), stages(("plan",), session.options.progress) as enter:
+    parallel = next((o.parallel for o in observers if o.parallel.count > 1), ALONE)
+    with (
+        together(parallel.count > 1, group=parallel.group),
+        torch.inference_mode(False),
+        stages(("plan",), session.options.progress) as enter,
+    ):
         enter("plan")
         plan = decide(observers, recipe, own if own >= steps else max(runs))
         session.plan = measured(plan, observers, session.torn)

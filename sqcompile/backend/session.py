@@ -23,9 +23,12 @@ from sqcompile.backend.options import Options
 from sqcompile.backend.weights import Blocks, check_not_freed, touch
 from sqcompile.errors import PlanError, RecipeError
 from sqcompile.passes.rewrite.weight_store import Shared
+from sqcompile.plan.entries import Shard
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import resolve_recipe
+from sqcompile.plan.shards import check_shard
 from sqcompile.pytorch.core import WeakIdKeyDictionary
+from sqcompile.pytorch.distributed import is_distributed
 from sqcompile.pytorch.dynamo import compile_lock
 
 
@@ -105,6 +108,15 @@ class Session:
                 stacklevel=2,
             )
 
+    def shard(self) -> Shard | None:
+        """What this process has of the model; None for all of it, or where the model is not found."""
+        root = self._root()
+        found: Any = next(filter(is_distributed, root.parameters()), None) if root is not None else None
+        mesh = None if found is None else found.device_mesh
+        if mesh is None or mesh.ndim != 1 or mesh.size() == 1:  # of more dims it is refused with the graph
+            return None
+        return Shard(mesh.get_local_rank(), mesh.size())
+
     def touch(self, tensors: Sequence[Tensor]) -> None:
         """Has all weights quantized again, some of which were written to without PyTorch knowing; says so once."""
         root = self._root()
@@ -122,6 +134,8 @@ class Session:
         """The plan for a graph, some of which the model's own calibration may not have seen."""
         assert self.plan is not None
         if self.options.plan is not None:
+            if self.has_model():
+                check_shard(self.plan, self.shard())
             return self.plan
         plan, unseen = completed(self.plan, traced)
         if unseen and not self._told:

@@ -46,6 +46,18 @@ def check_mesh(model: nn.Module, mesh: Any) -> None:
                 "load the float model whole"
             )
         return
+    check_dims(mesh)
+    if not found:
+        raise CaptureError(
+            f"device_mesh for a model that is not sharded: shard it ({_SHARD}), or leave device_mesh out"
+        )
+    for name, p in found.items():
+        if p.device_mesh.ndim != 1 or p.device_mesh.mesh.tolist() != mesh.mesh.tolist():
+            raise CaptureError(f"{name} is sharded on {p.device_mesh}, and not on device_mesh={mesh}: pass that one")
+
+
+def check_dims(mesh: Any) -> None:
+    """Raises CaptureError for what is no mesh of one dim."""
     from torch.distributed.device_mesh import DeviceMesh
 
     if not isinstance(mesh, DeviceMesh):
@@ -54,13 +66,18 @@ def check_mesh(model: nn.Module, mesh: Any) -> None:
         raise CaptureError(
             f"device_mesh has {mesh.ndim} dims: pass the one that the model's linears are sharded on, such as mesh['tp']"
         )
-    if not found:
-        raise CaptureError(
-            f"device_mesh for a model that is not sharded: shard it ({_SHARD}), or leave device_mesh out"
-        )
-    for name, p in found.items():
-        if p.device_mesh.ndim != 1 or p.device_mesh.mesh.tolist() != mesh.mesh.tolist():
-            raise CaptureError(f"{name} is sharded on {p.device_mesh}, and not on device_mesh={mesh}: pass that one")
+
+
+def parallel_on(mesh: Any) -> Parallel:
+    """The processes of a mesh; one process for None.
+
+    Raises:
+        CaptureError: for what is no mesh of one dim.
+    """
+    if mesh is None:
+        return ALONE
+    check_dims(mesh)
+    return Parallel(mesh.get_local_rank(), mesh.size(), mesh.get_group())
 
 
 def parallel_of(model: nn.Module) -> Parallel:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sqcompile.artifact.directory import MANIFEST
+from sqcompile.artifact.directory import MANIFEST, MANIFESTS
 from sqcompile.checkpoints.float_model import MODULES, Checkpoint, config_of, load_tokenizer, longest_of
 from sqcompile.checkpoints.read_files import CONFIG
 from sqcompile.cli.batches import LENGTH
@@ -26,7 +26,7 @@ def is_int8(folder: str) -> bool:
     """
     if not os.path.isdir(folder):
         raise CommandError(f"there is no directory {folder}: pass one with a model, or what sqcompile quantize wrote")
-    if not any(os.path.lexists(os.path.join(folder, name)) for name in (MANIFEST, CONFIG, MODULES)):
+    if not any(os.path.lexists(os.path.join(folder, name)) for name in (*MANIFESTS, CONFIG, MODULES)):
         raise CommandError(f"{folder} has no model: it has neither {MANIFEST} nor {CONFIG}")
     return is_saved(folder)
 

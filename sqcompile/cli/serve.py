@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 
-from sqcompile.artifact.directory import MANIFEST
+from sqcompile.artifact.directory import MANIFEST, SHARDED
 from sqcompile.cli.saved import is_int8
 from sqcompile.cli.terminal import CommandError, Terminal
 
@@ -18,6 +18,11 @@ def serve(folder: str, port: int, terminal: Terminal) -> None:
         CommandError: if none does, with what to do.
     """
     int8 = is_int8(folder)
+    if os.path.lexists(os.path.join(folder, SHARDED)):
+        raise CommandError(
+            f"{folder} has shards of a model in sqcompile's own format, which vLLM does not read: write the whole model, "
+            "sqcompile quantize MODEL_DIR --format compressed-tensors -o OUT"
+        )
     if os.path.lexists(os.path.join(folder, MANIFEST)):
         raise CommandError(
             f"{folder} is sqcompile's own format, which vLLM does not read: write another one, sqcompile quantize MODEL_DIR "

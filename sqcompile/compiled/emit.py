@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sqcompile.artifact.directory import save
+from sqcompile.artifact.sharded import save_shard
 from sqcompile.artifact.tensors import SHARD
 from sqcompile.capture.captured import contiguous, flatten_like
 from sqcompile.capture.inputs import Forward
@@ -107,17 +108,27 @@ class CompiledModel(nn.Module):
         It holds the graph, the INT8 weights before they are packed for this machine, what stays in float, and the plan: as
         safetensors and JSON. The directory appears whole or not at all; one that `save` wrote before is replaced.
 
+        Of a model compiled with ``device_mesh`` every process calls it, and writes its shard into the one directory.
+
         Args:
-            path: of the directory.
+            path: of the directory; of a sharded model on a disk that all processes see.
             shard_bytes: how large a file of weights may be, unless a single tensor is larger.
             code: also keeps what Inductor compiles for the model, which takes another compilation, in a process of its own.
-                `load(path, code=True)` uses it where versions and machine are the same.
+                `load(path, code=True)` uses it where versions and machine are the same. Not of a sharded model.
 
         Raises:
-            ArtifactError: if something of the model cannot be saved, or the directory cannot be written.
+            ArtifactError: if something of the model cannot be saved, or the directory cannot be written; in every process
+                of a sharded model where that is so in one.
             StageError: if the float model is gone, from which the INT8 weights are made, or its parameters changed.
         """
-        self._check_whole()
+        parallel = about(self.lowered).parallel
+        if parallel.count > 1:
+            if code:
+                raise ArtifactError(
+                    "code=True keeps the code of a whole model, and this one is sharded: leave code out"
+                )
+            save_shard(lambda: self.stages["quantized"], parallel, self.plan, self.call, path, shard_bytes)
+            return
         target = about(self.lowered).target
         name = None if target is None else target.name
         save(self.stages["quantized"], self.plan, self.call, path, shard_bytes, code, name)
@@ -147,8 +158,8 @@ class CompiledModel(nn.Module):
     def _check_whole(self) -> None:
         if about(self.lowered).parallel.count > 1:
             raise ArtifactError(
-                "the model is sharded, and this process has one shard of it: save compiled.plan in each process and compile "
-                "the shards with it again, or compile the whole model to write it"
+                "the model is sharded, and this process has one shard of it: compile the whole model to export it, or save "
+                "the shards with compiled.save(directory) in every process"
             )
 
     def __repr__(self) -> str:

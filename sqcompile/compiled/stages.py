@@ -36,7 +36,8 @@ class Stages(Mapping[str, fx.GraphModule]):
         self.shared = frozenset(n for n in names if n in own)
         self.original = frozenset(names)  # every tensor that came with the capture
         self._constants = {n: get_tensor(traced, n) for n in names - self.shared}
-        self._graph, self._about = _ownerless(clone(traced)), attached(about(traced))
+        self.whole: dict[str, Tensor] = {}  # see `About.whole`
+        self._graph, self._about = _ownerless(clone(traced)), attached(about(traced), whole=self.whole)
         self._states = {n: state(own[n]) for n in self.shared}
         self._plan, self._target = plan, target
         self._cache: weakref.WeakValueDictionary[str, fx.GraphModule] = weakref.WeakValueDictionary()

@@ -13,10 +13,9 @@ from torch import Tensor, fx
 
 from sqcompile.debug.result import SiteError
 from sqcompile.debug.run import FOLD, outputs, relative_error
-from sqcompile.errors import CaptureError, PlanError
+from sqcompile.errors import CaptureError, PlanError, first_line
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.attention.head_sites import HeadSite, match_heads
-from sqcompile.passes.ir.explain import first_line
 from sqcompile.passes.ir.graph import get_tensor, nodes_by_name
 from sqcompile.passes.ir.verify import verify
 from sqcompile.passes.labels.match import Site, input_sites, match

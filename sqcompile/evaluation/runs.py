@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from sqcompile.capture.inputs import Call, Forward
 from sqcompile.compiled.emit import CompiledModel
-from sqcompile.errors import EvaluationError, SQCompileError
-from sqcompile.passes.ir.explain import first_line
+from sqcompile.errors import EvaluationError, SQCompileError, first_line
 from sqcompile.process.interrupts import checkpoint
 from sqcompile.pytorch.core import pytree
 

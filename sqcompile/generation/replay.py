@@ -24,9 +24,9 @@ from torch import nn
 from sqcompile.backend.cuda_graphs import NotRecorded, Pool, not_recorded
 from sqcompile.backend.session import graphs_of
 from sqcompile.backend.weights import states
+from sqcompile.errors import first_line
 from sqcompile.generation.models import ways_to_call
 from sqcompile.generation.settings import Kind
-from sqcompile.passes.ir.explain import first_line
 
 log = logging.getLogger("sqcompile")
 

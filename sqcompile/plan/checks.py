@@ -16,7 +16,7 @@ from torch import Tensor
 from sqcompile.capture.call_spec import check_spec
 from sqcompile.errors import PlanError
 from sqcompile.kernels.rotation import blocks_of
-from sqcompile.plan.entries import AttentionPlan, LayerPlan
+from sqcompile.plan.entries import AttentionPlan, LayerPlan, Shard
 from sqcompile.plan.recipe import Activation, AttentionProducts, Recipe, Weight
 
 _LONGEST_NAME = 1000
@@ -58,6 +58,8 @@ class Contents(Protocol):
     def heads(self) -> dict[str, Tensor]: ...
     @property
     def columns(self) -> dict[str, Tensor]: ...
+    @property
+    def shard(self) -> Shard | None: ...
 
 
 def check_values(plan: Contents) -> None:
@@ -67,6 +69,7 @@ def check_values(plan: Contents) -> None:
         PlanError: names the field, its value and what it should be.
     """
     check_spec(plan.call)
+    _check_shard(plan.shard)
     layers = {l.name: l for l in plan.layers if _named(l.name, "linear")}
     attention = {a.name: a for a in plan.attention if _named(a.name, "attention")}
     need(len(layers) == len(plan.layers), "it names a linear twice")
@@ -88,6 +91,14 @@ def check_values(plan: Contents) -> None:
         shape, bounds = _HEADS[what]
         _tensor(t, f"heads {name!r}", shape(*attention[whose].shape), bounds)
     _check_sites(plan, layers)
+
+
+def _check_shard(shard: Any) -> None:
+    if shard is None:
+        return
+    need(isinstance(shard, Shard), f"its shard is {said(shard)}, neither a Shard nor None")
+    good = all(type(n) is int for n in (shard.rank, shard.count)) and 0 <= shard.rank < shard.count <= _LARGEST_SIZE
+    need(good and shard.count > 1, f"its shard is of rank {said(shard.rank)} of {said(shard.count)} processes")
 
 
 def _check_layer(l: LayerPlan, what: str, recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""entries: what a plan says of one linear, and of one attention."""
+"""entries: what a plan says of one linear, of one attention, and of whose shard of a model it is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,22 @@ from typing import Literal
 from sqcompile.plan.recipe import Activation, AttentionProducts, Weight
 
 Smoothing = Literal["folded", "multiplied", "none"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Whose shard of a model a plan is of, where several processes hold the model together.
+
+    Attributes:
+        rank: of the process in their group.
+        count: of all of them, at least 2.
+    """
+
+    rank: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.count}"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from sqcompile.errors import PlanError, RecipeError
 from sqcompile.plan import edit
 from sqcompile.plan.checks import check_values
-from sqcompile.plan.entries import AttentionPlan, LayerPlan
+from sqcompile.plan.entries import AttentionPlan, LayerPlan, Shard
 from sqcompile.plan.evidence import Evidence
 from sqcompile.plan.evidence_file import check_evidence
 from sqcompile.plan.evidence_file import decoded as decoded_evidence
@@ -28,9 +28,9 @@ from sqcompile.plan.recipe import LM_HEAD, Recipe, resolve_recipe
 from sqcompile.plan.said import said, shown
 
 # 2 had no checksum, and "lm_head" among what its recipe skips where 3 has ``Recipe.lm_head``; 4 has rotations, and
-# 5 evidence
-FORMAT = 5
-READABLE = (2, 3, 4, 5)
+# 5 evidence, and 6 whose shard it is of
+FORMAT = 6
+READABLE = (2, 3, 4, 5, 6)
 
 _T = TypeVar("_T")
 _HEADS = "attention: "  # before the names of ``Plan.heads`` in a file
@@ -56,6 +56,7 @@ class Plan:
             and not all of its site, where it is multiplied explicitly.
         evidence: what calibration saw and tried, for the page of a report; None where that is not known. It is saved, and no
             part of equality.
+        shard: of a sharded model, whose: sizes and scales are those of one process then. None of a whole model.
     """
 
     recipe: Recipe
@@ -66,17 +67,18 @@ class Plan:
     heads: dict[str, Tensor] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
     evidence: Evidence | None = field(default=None, repr=False)
+    shard: Shard | None = None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
             return NotImplemented
-        same = (self.recipe, self.call, self.layers, self.attention) == (
-            other.recipe, other.call, other.layers, other.attention,
+        same = (self.recipe, self.call, self.layers, self.attention, self.shard) == (
+            other.recipe, other.call, other.layers, other.attention, other.shard,
         )  # fmt: skip
         return same and all(_equal(getattr(self, n), getattr(other, n)) for n in ("scales", "heads", "columns"))
 
     def __hash__(self) -> int:
-        return hash((self.recipe, self.layers, self.attention, frozenset(self.scales)))
+        return hash((self.recipe, self.layers, self.attention, self.shard, frozenset(self.scales)))
 
     def __repr__(self) -> str:
         return said(self)
@@ -151,6 +153,7 @@ class Plan:
             "call": self.call,
             "layers": [dataclasses.asdict(l) for l in self.layers],
             "attention": [dataclasses.asdict(a) for a in self.attention],
+            "shard": None if self.shard is None else dataclasses.asdict(self.shard),
         }
         tensors = self.scales | {_HEADS + k: v for k, v in self.heads.items()}
         tensors |= {_COLUMNS + k: v for k, v in self.columns.items()}
@@ -230,8 +233,8 @@ def _decoded(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
             f"it has plan format {version!r}, and this version reads {', '.join(map(str, READABLE))}: calibrate again"
         )
     evidence = meta.pop("evidence", None) if version >= 5 else None
-    if meta.keys() != {"format", "recipe", "call", "layers", "attention"}:
-        raise PlanError(f"its fields are {', '.join(sorted(meta))}, and not recipe, call, layers and attention")
+    if meta.keys() != {"format", "recipe", "call", "layers", "attention"} | ({"shard"} if version >= 6 else set()):
+        raise PlanError(f"its fields are {', '.join(sorted(meta))}, and not recipe, call, layers, attention and shard")
     for name in ("layers", "attention"):
         if not isinstance(meta[name], list):
             raise PlanError(f"its {name} are no list")
@@ -245,6 +248,7 @@ def _decoded(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
         {k.removeprefix(_HEADS): v for k, v in tensors.items() if k.startswith(_HEADS)},
         {k.removeprefix(_COLUMNS): v for k, v in tensors.items() if k.startswith(_COLUMNS)},
         decoded_evidence(evidence, seen) if evidence is not None or seen else None,
+        None if meta.get("shard") is None else _fields(Shard, meta["shard"]),
     )
 
 

@@ -27,6 +27,7 @@ def counted(plan: Plan) -> list[str]:
         f"{len(plan.scales)} site{'' if len(plan.scales) == 1 else 's'} smoothed",
     ]
     found += [attentions_in(plan.attention)] if plan.attention else []
+    found += [] if plan.shard is None else [f"the shard of {plan.shard}"]
     known = [l.sqnr_db for l in plan.layers if l.quantized and l.sqnr_db is not None]
     return [*found, f"lowest SQNR {decibels(min(known))}"] if known else found
 

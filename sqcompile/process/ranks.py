@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from sqcompile.errors import CalibrationError, SQCompileError
+from sqcompile.errors import CalibrationError, SQCompileError, first_line
 from sqcompile.process.interrupts import checkpoint
-from sqcompile.process.parallel import device_of
+from sqcompile.process.parallel import FAILED, Elsewhere, device_of, watched
 
 # seconds between two signs of life, and without one until a rank is taken for dead: some parsers let no other thread run
 BEAT, SILENT = 0.5, 60.0
 _LINGER = 5.0  # seconds for which a rank that has failed stays, so that the others read why: the store may be its own
-_PAUSE = 0.02  # seconds between two looks into the store
+_SHORTEST, _PAUSE = 1e-4, 0.02  # seconds between two looks into the store, at first and later
 
 
 class Ranks:
@@ -68,6 +68,10 @@ class Ranks:
             CalibrationError: where it is not.
         """
 
+    def tell(self, what: str, text: str = "") -> list[str]:
+        """What each rank says at this step, by rank; see `Watch.tell`."""
+        return [text]
+
     def to_first(self, data: bytes) -> Iterator[bytes]:
         """What each other rank gives, on rank 0; nothing elsewhere."""
         return iter(())
@@ -84,19 +88,21 @@ ALONE = Ranks()
 
 
 @contextlib.contextmanager
-def together(wanted: bool = True, device_mesh: Any = None) -> Iterator[Ranks]:
+def together(wanted: bool = True, device_mesh: Any = None, group: Any = None) -> Iterator[Ranks]:
     """The ranks of the default process group, if there is one of several processes and they are ``wanted``.
 
-    With a ``device_mesh`` of one dim, those of its group, which is a tensor-parallel one. Where this rank raises an error in it, the others end with a CalibrationError that says so.
+    With a ``device_mesh`` of one dim, those of its group, which is a tensor-parallel one; or those of such a ``group``. Where
+    this rank raises an error in it, the others end with a CalibrationError that says so.
     """
     if not wanted or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         yield ALONE
         return
     one_dim = getattr(device_mesh, "ndim", None) == 1 and hasattr(device_mesh, "get_group")  # else it is refused later
-    group = device_mesh.get_group() if one_dim else None
+    group = device_mesh.get_group() if one_dim else group
     ranks = _Group(group)
     try:
-        yield ranks
+        with contextlib.nullcontext() if group is None else watched(group, ranks):
+            yield ranks
         ranks.done()
     except BaseException as e:
         ranks.fail(e)
@@ -128,7 +134,7 @@ class _Group(Ranks):
             raise CalibrationError(self._why)
 
     def agree(self, said: Mapping[str, tuple[str, str]]) -> None:
-        first, *others = (json.loads(text) for text in self._tell(json.dumps({k: v for k, (v, _) in said.items()})))
+        first, *others = map(json.loads, self.tell("agree", json.dumps({k: v for k, (v, _) in said.items()})))
         for rank, other in enumerate(others, 1):
             for what, (_, advice) in said.items():
                 if other.get(what) != first.get(what):
@@ -136,14 +142,14 @@ class _Group(Ranks):
         self.check()
 
     def to_first(self, data: bytes) -> Iterator[bytes]:
-        sizes = [int(text) for text in self._tell(str(len(data)))]
+        sizes = [int(text) for text in self.tell("to first", str(len(data)))]
         for rank in range(1, self.count):
             found = self._sent(data if rank == self.rank else None, sizes[rank], rank)
             if self.first:
                 yield found
 
     def from_first(self, data: bytes) -> bytes:
-        size = int(self._tell(str(len(data)))[0])
+        size = int(self.tell("from first", str(len(data)))[0])
         return self._sent(data if self.first else None, size, 0)
 
     def done(self) -> None:
@@ -195,25 +201,38 @@ class _Group(Ranks):
         except RuntimeError as e:
             raise CalibrationError(_storeless(e)) from e
 
-    def _tell(self, text: str) -> list[str]:
-        """What each rank says at this step, by rank."""
+    def tell(self, what: str, text: str = "") -> list[str]:
         self._steps += 1
         with self._answering():
-            self._store.set(self._key(self._steps, self.rank), text)
-            return [self._wait_for(self._steps, rank) for rank in range(self.count)]
+            self._store.set(self._key(self._steps, self.rank), f"{what}\n{text}")
+            found = [self._wait_for(self._steps, rank).partition("\n") for rank in range(self.count)]
+            if self._steps > 1:  # which all have read that are at this step
+                self._store.delete_key(self._key(self._steps - 1, self.rank))
+        failed = next((rank for rank, (at, *_) in enumerate(found) if at == FAILED), None)
+        if failed is not None and what != FAILED:
+            raise Elsewhere(f"rank {failed} failed: {' '.join(found[failed][2].split())}")
+        for rank, (at, *_) in enumerate(found if failed is None else ()):
+            if at != found[0][0]:
+                self._why = self._why or (
+                    f"rank {rank} is at {at!r} and rank 0 at {found[0][0]!r}: pass every rank the same model, data and options"
+                )
+        self.check()
+        return [said for *_, said in found]
 
     def _wait_for(self, step: object, rank: int) -> str:
         """What a rank says at a step."""
         most = self._store.timeout.total_seconds()  # type: ignore[attr-defined]  # of init_process_group
+        pause = _SHORTEST
         while not self._has(step, rank):
             checkpoint()
             self.check()
             if time.monotonic() > self._began + most and not self._has("beat", rank):
                 self._why = (
-                    f"rank {rank} has not begun to calibrate in {most:g} s: every rank of a process group calls "
-                    "sqcompile.calibrate, or sqcompile.compile, with the same model and data"
+                    f"rank {rank} has not begun in {most:g} s: every rank of a process group makes the same calls of "
+                    "sqcompile, such as calibrate, with the same model and data"
                 )
-            time.sleep(_PAUSE)
+            time.sleep(pause)
+            pause = min(2 * pause, _PAUSE)
         return self._store.get(self._key(step, rank)).decode()
 
     def _sent(self, data: bytes | None, size: int, source: int) -> bytes:
@@ -234,7 +253,7 @@ class _Group(Ranks):
                 checkpoint()
                 self.check()
                 time.sleep(_PAUSE)
-            raise CalibrationError(f"the ranks cannot exchange their statistics: {_first_line(e)}") from e
+            raise CalibrationError(f"the ranks cannot exchange their statistics: {first_line(e)}") from e
 
     def _watch_others(self) -> None:
         """Runs in a thread: shows that this process lives, and looks whether the others do."""
@@ -261,9 +280,5 @@ class _Group(Ranks):
 def _storeless(e: RuntimeError) -> str:
     return (
         "rank 0, or the launcher that keeps the process group's store in its place, has ended: the store does not answer, "
-        f"{_first_line(e)}"
+        f"{first_line(e)}"
     )
-
-
-def _first_line(e: RuntimeError) -> str:
-    return str(e).strip().partition("\n")[0]

@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 
-from sqcompile.errors import ArtifactError
+from sqcompile.errors import ArtifactError, first_line
 from sqcompile.files.directory import flush
 from sqcompile.files.regular import replace_file
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import ABSMAX_FLOOR, QMAX
-from sqcompile.passes.ir.explain import first_line
 
 OPSET = 21
 _MOST_BYTES = 1_900_000_000  # of a file of protobuf, which ends at 2 GB

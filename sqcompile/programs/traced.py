@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.capture.captured import NAMESPACE, Captured, Input
-from sqcompile.errors import ArtifactError
+from sqcompile.errors import ArtifactError, first_line
 from sqcompile.passes.ir.about import about
-from sqcompile.passes.ir.explain import first_line
 from sqcompile.passes.ir.flat import flatten
 from sqcompile.passes.ir.graph import get_tensor, set_tensor, value
 from sqcompile.pytorch.core import check_sizes, pytree

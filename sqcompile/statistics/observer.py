@@ -6,16 +6,19 @@ import contextlib
 import copy
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from sqcompile.errors import CalibrationError
+from sqcompile.errors import CalibrationError, first_line
 from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.attention.heads import brought
-from sqcompile.passes.ir.explain import first_line, operation, source
+from sqcompile.passes.ir.about import about
+from sqcompile.passes.ir.explain import operation, source
 from sqcompile.passes.ir.graph import Linear, aten, find_linears, nodes_by_name, value
+from sqcompile.passes.ir.operators import MEETINGS
 from sqcompile.process.interrupts import checkpoint
 from sqcompile.pytorch.core import pytree
 from sqcompile.statistics.input_stats import InputStats, seed_of
@@ -38,7 +41,7 @@ class Observer(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, attentions: Sequence[Attention] = (), number: int = 0) -> None:
         """``number``: of the graph, among those whose statistics are merged."""
         super().__init__(gm)
-        self.gm = gm
+        self.gm, self.parallel = gm, about(gm).parallel
         self.extra_traceback = False  # errors name the operation and the user's line themselves
         self.linears = find_linears(gm)
         self.reads = {_key(l): l for l in reversed(self.linears)}  # the first reader names the tensor in messages
@@ -126,7 +129,12 @@ class Observer(fx.Interpreter):
         with self.lock:
             self.batches += 1
             if not self.over.is_set() and self.samples:
-                self.sample.add(leaves, out, lambda i, y: call.padding.real(str(self.outputs[i]), y), call.index)
+                real = partial(self._real, call.padding)
+                self.sample.add(leaves, out, real, call.index, self.parallel.every)
+
+    def _real(self, padding: Padding, i: int, y: Tensor) -> Tensor | None:
+        """Which rows of an output are real tokens, bool [R]; None for all."""
+        return padding.real(str(self.outputs[i]), y)
 
     def stop(self) -> None:
         """Has calls that are still running, in other threads, add nothing more."""
@@ -136,6 +144,8 @@ class Observer(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         checkpoint()
         self.at = n
+        if n.target in MEETINGS:
+            self.parallel.meet(n.name)
         if n.name in self.routed:
             self._follow_mask(n)
         if n.name in self.readers and self.counts:

@@ -55,7 +55,12 @@ class Sample:
         return len(self.calls) >= CALLS or self.rows >= ROWS or self.looks >= LOOKS
 
     def add(
-        self, arguments: Sequence[Any], outputs: Any, real: Callable[[int, Tensor], Tensor | None], batch: int
+        self,
+        arguments: Sequence[Any],
+        outputs: Any,
+        real: Callable[[int, Tensor], Tensor | None],
+        batch: int,
+        every: Callable[[Sequence[bool]], Sequence[bool]] = lambda holds: holds,
     ) -> None:
         """Keeps a call, unless there are enough.
 
@@ -64,12 +69,13 @@ class Sample:
             outputs: what the graph returned.
             real: which rows of an output at a position are real tokens, bool [R]; None for all.
             batch: index of the call.
+            every: of conditions, which hold in all processes that run the graph.
         """
         if self.full:
             return
         self.looks += 1
         size = sum(a.numel() * a.element_size() for a in arguments if isinstance(a, Tensor))
-        compared = _compared(outputs)
+        compared = _compared(outputs, every)
         left = (LARGEST - self.bytes - size) // (4 * CALLS * max(1, len(compared)))  # numbers of one output
         if left <= 0:
             return
@@ -129,7 +135,7 @@ class Sample:
         return [{i: pairs[i] for i in call.rows if i in pairs} for call, pairs in zip(again, found, strict=True)]
 
 
-def _compared(outputs: Any) -> dict[int, Tensor]:
+def _compared(outputs: Any, every: Callable[[Sequence[bool]], Sequence[bool]]) -> dict[int, Tensor]:
     """By position: the outputs in floating point; of four dims, as caches [B, H, S, D], only where there are no others."""
     tensors = {
         i: y
@@ -138,8 +144,9 @@ def _compared(outputs: Any) -> dict[int, Tensor]:
         and y.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         and y.layout == torch.strided
         and y.numel()
-        and bool(y.isfinite().all())
     }
+    finite = every([bool(y.isfinite().all()) for y in tensors.values()])
+    tensors = {i: y for (i, y), so in zip(tensors.items(), finite, strict=True) if so}
     return {i: y for i, y in tensors.items() if y.dim() < 4} or tensors
 
 

@@ -12,8 +12,10 @@ from typing import Any
 
 from torch import fx
 
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import constants
 from sqcompile.passes.ir.lazy import Weights
+from sqcompile.passes.ir.operators import MEETINGS
 from sqcompile.process.interrupts import checkpoint
 from sqcompile.process.progress import each
 
@@ -28,7 +30,7 @@ def run_together(gm: fx.GraphModule, calls: Sequence[Sequence[Any]], see: See) -
         calls: an argument for each placeholder, of each call.
         see: is given each value: of which call, of which node.
     """
-    const, last = constants(gm), _last_uses(gm)
+    const, last, parallel = constants(gm), _last_uses(gm), about(gm).parallel
     common: dict[fx.Node, Any] = {}
     own: list[dict[fx.Node, Any]] = [{} for _ in calls]
     given, weights = [iter(arguments) for arguments in calls], Weights(gm)
@@ -39,6 +41,8 @@ def run_together(gm: fx.GraphModule, calls: Sequence[Sequence[Any]], see: See) -
         if n in const:
             common[n] = weights.get(str(n.target)) if n.op == "get_attr" else _value(n, common, {})
         for i, env in enumerate(own):
+            if n.target in MEETINGS:
+                parallel.meet(n.name)
             if n not in const:
                 env[n] = next(given[i]) if n.op == "placeholder" else _value(n, common, env)
             see(i, n, common[n] if n in const else env[n])

@@ -82,7 +82,7 @@ def test_it_is_what_the_three_steps_give_and_nothing_else_is_left(checkpoint, wh
 STEPS = {
     "before the plan": ("sqcompile.api.choose", ["calibrate"]),
     "before the weights": ("sqcompile.artifact.tensors.write_weights", ["calibrate", "analyse"]),
-    "as the manifest is written": ("sqcompile.artifact.directory._write_manifest", ["calibrate", "analyse", "weights"]),
+    "as the manifest is written": ("sqcompile.artifact.directory.write_manifest", ["calibrate", "analyse", "weights"]),
 }
 
 
@@ -105,7 +105,7 @@ def test_a_run_goes_on_where_it_was_cut_off(step, checkpoint, whole, tmp_path, m
 @pytest.mark.slow
 def test_what_was_damaged_meanwhile_is_made_anew(checkpoint, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr("sqcompile.artifact.directory._write_manifest", cut)
+        m.setattr("sqcompile.artifact.directory.write_manifest", cut)
         with pytest.raises(Cut):
             quantized(checkpoint, tmp_path / "out")
     work = tmp_path / "out.work"

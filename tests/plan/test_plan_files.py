@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from sqcompile import Plan, PlanError, Recipe
 from sqcompile.files import regular
-from sqcompile.plan.entries import LayerPlan
+from sqcompile.plan.entries import LayerPlan, Shard
+from sqcompile.plan.file import checksum
 
 plan, static = pytest.fixture(dynamic_plan), pytest.fixture(static_plan)
 
@@ -99,7 +100,8 @@ def old_file(plan, path, skip):
     """The plan as format 2 kept it."""
     meta, tensors = parts(dataclasses.replace(plan, evidence=None), path)
     recipe = {k: v for k, v in meta["recipe"].items() if k != "lm_head"}
-    meta = {k: v for k, v in meta.items() if k != "sha256"} | {"format": 2, "recipe": {**recipe, "skip": skip}}
+    meta = {k: v for k, v in meta.items() if k not in ("sha256", "shard")}
+    meta |= {"format": 2, "recipe": {**recipe, "skip": skip}}
     write(path, meta, tensors)
 
 
@@ -112,6 +114,42 @@ def test_plans_of_format_2_keep_what_their_skip_meant(old, skip, lm_head, plan, 
     found = Plan.load(tmp_path / "old")
     assert found.recipe == Recipe(attention="qk", skip=skip, lm_head=lm_head)
     assert dataclasses.replace(found, recipe=plan.recipe) == plan
+
+
+def test_plans_of_format_5_are_of_whole_models(plan, tmp_path):
+    meta, tensors = parts(plan, tmp_path / "p")
+    old = {k: v for k, v in meta.items() if k not in ("sha256", "shard")} | {"format": 5}
+    write(tmp_path / "old", {**old, "sha256": checksum(old, tensors)}, tensors)
+    found = Plan.load(tmp_path / "old")
+    assert found == plan and found.shard is None
+    write(tmp_path / "old", {**old, "shard": None}, tensors)
+    with pytest.raises(PlanError, match="its fields are"):
+        Plan.load(tmp_path / "old")
+
+
+def test_whose_shard_it_is_of_is_kept(plan, tmp_path):
+    one = dataclasses.replace(plan, shard=Shard(1, 2))
+    one.save(tmp_path / "p")
+    found = Plan.load(tmp_path / "p")
+    assert found == one != plan and found.shard == Shard(1, 2) and Plan.decoded(one.encoded()) == one
+    assert "the shard of rank 1 of 2" in repr(one) and one.keep_float("mlp").shard == one.shard
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [(2, 2), (-1, 2), (0, 1), (0, 0), (True, 2), (0.0, 2), ("0", 2), (0, None), (0, 2**40)],
+)  # fmt: skip
+def test_a_shard_that_cannot_be(shard, plan, tmp_path):
+    meta, tensors = parts(plan, tmp_path / "p")
+    write(tmp_path / "p", {**meta, "shard": dict(zip(("rank", "count"), shard, strict=True))}, tensors)
+    with pytest.raises(PlanError, match="its shard is of rank"):
+        Plan.load(tmp_path / "p")
+    for wrong in (0, [], {"rank": 0}, {"rank": 0, "count": 2, "more": 1}):
+        write(tmp_path / "p", {**meta, "shard": wrong}, tensors)
+        with pytest.raises(PlanError):
+            Plan.load(tmp_path / "p")
+    with pytest.raises(PlanError, match="neither a Shard nor None"):
+        dataclasses.replace(plan, shard=shard).check()
 
 
 def test_nothing_but_a_regular_file_is_read_or_replaced(plan, tmp_path):

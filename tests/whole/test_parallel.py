@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import parallel_worker
 import pytest
 from conftest import tiny_lm
+from parallel_cases import run
 
 RANKS = range(parallel_worker.SIZE)
 COLUMNS, ROWS = ("q", "k", "v", "up"), ("o", "down")
 
 
-def run(folder: Path) -> list[dict[str, Any]]:
-    """What each process of the worker has found."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, parallel_worker.__file__]
-    started = [subprocess.Popen([*command, str(rank), str(folder)], env=env) for rank in RANKS]
-    try:
-        end = time.monotonic() + 300
-        while any(p.poll() is None for p in started):
-            assert time.monotonic() < end and not any(p.poll() for p in started)
-            time.sleep(0.05)
-        assert not any(p.wait() for p in started)
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in RANKS]
-
-
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(tmp_path_factory.mktemp("parallel"))
+    return run(parallel_worker.__file__, tmp_path_factory.mktemp("parallel"))
 
 
 @pytest.fixture(scope="module", params=RANKS)
@@ -52,14 +29,6 @@ def test_a_pair_of_linears_keeps_one_all_reduce(found):
     assert len(block["all_reduce"]) == len(ROWS) and all("int8_linear" in n for n in block["all_reduce"])
     assert block["collectives"] == 2 * len(ROWS)  # each is waited for
     assert block["left"].count("DTensor") == 12
-
-
-def test_a_shard_is_not_written(found):
-    """A directory of one process would be taken for the model."""
-    for words in found["block"]["saved"]:
-        assert words.startswith(
-            "ArtifactError: the model is sharded, and this process has one shard of it: save compiled.plan"
-        )
 
 
 def test_folding_is_exact(found):
@@ -133,7 +102,7 @@ def test_a_model_of_transformers(tmp_path):
     """Sharded by its own plan, with a sharded vocabulary: compiled, and by torch.compile with the same plan in generate."""
     pytest.importorskip("accelerate")  # transformers wants it to shard a model
     tiny_lm("llama", num_hidden_layers=1).save_pretrained(tmp_path / "llama")
-    for found in run(tmp_path):
+    for found in run(parallel_worker.__file__, tmp_path):
         assert found["folded"] <= 1e-5 < found["error"] <= 2e-2
         # the embedding's, one of attention and one of the MLP; the head's
         assert found["collectives"] == {"all_reduce": 3, "all_gather": 1}

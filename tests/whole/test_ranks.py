@@ -78,7 +78,7 @@ def test_families_have_the_same_plan_too(tmp_path):
         ("recipe", {}, "CalibrationError: rank 1 has another recipe than rank 0: pass every rank the same"),
         ("no recipe", {1: "RecipeError: unknown recipe 'O7': pass one of default, O1, O2, O3, fp8, or a sqcompile.Recipe"}, "CalibrationError: rank 1 failed: unknown recipe 'O7': pass one of default, O1, O2, O3, fp8, or a sqcompile.Recipe"),
         ("again", {}, "none"),
-        ("late", {}, "CalibrationError: rank 2 has not begun to calibrate in 3 s: every rank of a process group calls sqcompile.calibrate, or sqcompile.compile, with the same model and data"),
+        ("late", {}, "CalibrationError: rank 2 has not begun in 3 s: every rank of a process group makes the same calls of sqcompile, such as calibrate, with the same model and data"),
     ],
 )  # fmt: skip
 def test_the_ranks_end_together(folder, name, own, others):
