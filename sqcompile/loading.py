@@ -221,7 +221,7 @@ def _lower(gm: fx.GraphModule, target: Target | None) -> fx.GraphModule:
 def _filled(saved: Saved, lazy: dict[str, Lazy]) -> fx.GraphModule:
     """The graph over its tensors, less those that are read when they are packed."""
     gm = saved.graph
-    later = lazy.keys() | {l.scale for l in lazy.values()}
+    later = lazy.keys() | {name for l in lazy.values() for name in l.beside}
     about(gm).lazy = lazy
     for n in gm.graph.find_nodes(op="get_attr"):
         if n.target not in later:
@@ -251,4 +251,4 @@ def _lazy(saved: Saved, weight: fx.Node, scale: fx.Node) -> Lazy:
         w, s = (saved.tensors.read(str(n.target)).to(value(n).device) for n in (weight, scale))
         return w, s
 
-    return Lazy(("saved", str(weight.target)), make, str(scale.target))
+    return Lazy(("saved", str(weight.target)), make, (str(scale.target),))

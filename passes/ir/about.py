@@ -42,7 +42,7 @@ class About:
         conditions: what its sizes fulfil, where that is known for good; else it is asked of ``fake_mode``.
         parallel: the processes that hold the model together, each of which has a graph like this one.
         target: what it was lowered for; None for the devices of its tensors, or before it is.
-        lazy: weights to be quantized, by the name of what holds their place. They keep float weights alive.
+        lazy: weights to be quantized, or to be packed, by the name of what holds their place. They keep float weights alive.
         merged: shared weights that the lowered graph holds: they live as long as it.
         recorded: memory of `record`.
         values: memory of `labels.interpreter.values_at`.
