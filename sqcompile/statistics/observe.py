@@ -19,6 +19,7 @@ from sqcompile.capture.inputs import Call, Reader
 from sqcompile.errors import CalibrationError, CaptureError
 from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.ir.about import about
+from sqcompile.passes.ir.pieces import run_in_pieces
 from sqcompile.process.interrupts import each_at_once
 from sqcompile.process.memory import limited
 from sqcompile.process.progress import part
@@ -26,7 +27,6 @@ from sqcompile.process.ranks import ALONE, Ranks
 from sqcompile.statistics.exchange import SAME_DATA, Digest, gather
 from sqcompile.statistics.input_stats import InputStats
 from sqcompile.statistics.observer import Observer
-from sqcompile.statistics.pieces import observe_in_pieces
 from sqcompile.statistics.sample import Sample, is_random
 
 
@@ -106,7 +106,10 @@ def calibrate(
             reader.run(loader, observe)
         if later:
             with part("layers", 100) as percent:  # of the pieces of the graph, each of which all batches run through
-                observe_in_pieces(observer, later, lambda i, count: percent(100 * i // count))
+                calls = [observer.begin(leaves) for leaves in later]
+                outs = run_in_pieces(calls, later, lambda i, count: percent(100 * i // count))
+                for call, leaves in zip(calls, later, strict=True):
+                    observer.end(call, leaves, next(outs))
     batches = next(numbers)
     if not batches:
         raise CalibrationError(

@@ -16,6 +16,7 @@ from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.attention.heads import brought
 from sqcompile.passes.ir.explain import first_line, operation, source
 from sqcompile.passes.ir.graph import Linear, aten, find_linears, nodes_by_name, value
+from sqcompile.passes.ir.pieces import Stepped
 from sqcompile.process.interrupts import checkpoint
 from sqcompile.pytorch.core import pytree
 from sqcompile.statistics.input_stats import InputStats, seed_of
@@ -28,7 +29,7 @@ def _key(l: Linear) -> tuple[str, str | None]:
     return l.x, l.offsets
 
 
-class Observer(fx.Interpreter):
+class Observer(Stepped):
     """Runs a traced graph and keeps statistics of its linears' inputs, and of its attentions'.
 
     Threads may run it at the same time: each call is run by a copy, which has its values, and adds to the one set of
