@@ -47,8 +47,10 @@ class Mapped(mmap.mmap):
     address: int
 
     @staticmethod
-    def of(descriptor: int, size: int) -> Mapped:
-        """The first bytes, at least one, of a file that is open for reading; the descriptor may be closed then.
+    def of(descriptor: int, size: int, start: int = 0) -> Mapped:
+        """Bytes, at least one, of a file that is open for reading; the descriptor may be closed then.
+
+        ``start`` is a multiple of ``mmap.ALLOCATIONGRANULARITY``: offsets are from there.
 
         Raises:
             OSError: if the system refuses.
@@ -56,9 +58,9 @@ class Mapped(mmap.mmap):
         if hasattr(mmap, "MAP_PRIVATE"):
             # Nothing is set aside for pages that might be written to: a file may be larger than memory.
             kind = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-            new = Mapped(descriptor, size, flags=kind, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            new = Mapped(descriptor, size, flags=kind, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
         else:
-            new = Mapped(descriptor, size, access=mmap.ACCESS_COPY)
+            new = Mapped(descriptor, size, access=mmap.ACCESS_COPY, offset=start)
         new.address = torch.frombuffer(new, dtype=torch.uint8).data_ptr()
         _every.add(new)
         return new
