@@ -78,13 +78,16 @@ def _last(
 
 
 def _cut(gm: fx.GraphModule) -> list[list[fx.Node]]:
-    lazy = about(gm).lazy
+    # each of the tensors that are made together asks for all of them: the first one is where they are made
+    together = {name: (of, *lazy.beside) for of, lazy in about(gm).lazy.items() for name in (of, *lazy.beside)}
     pieces: list[list[fx.Node]] = [[]]
     linears = size = 0
     for n in gm.graph.nodes:
-        made = [str(a.target) for a in n.all_input_nodes if a.op == "get_attr" and a.target in lazy]
+        made = together.get(str(n.target), ()) if n.op == "get_attr" else ()
         if n.target in LINEARS or made:
-            new = sum(get_tensor(gm, name).nbytes for of in made for name in (of, *lazy[of].beside))
+            for name in made:
+                del together[name]
+            new = sum(get_tensor(gm, name).nbytes for name in made)
             linears, size = linears + 1, size + new
             if linears > PIECE or (size > MADE and linears > 1):
                 pieces.append([])

@@ -165,7 +165,7 @@ class _Watcher:
             self.told = True
             warnings.warn(
                 f"the process takes {left / 1e6:.0f} MB beside mapped weights, more than the limit of {self.most / 1e6:.0f} MB: "
-                "pass smaller calibration batches, or raise the limit",
+                "pass smaller batches, or raise the limit",
                 stacklevel=2,
             )
 
