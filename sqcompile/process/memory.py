@@ -114,7 +114,8 @@ def bytes_of(text: str) -> int:
 def memory_limit(most: int) -> Iterator[None]:
     """Keeps the memory of the process at about so many bytes while sqcompile works, as far as it is of mapped files.
 
-    Between two operations it is looked at, and where it is more, all pages of the files of `open_checkpoint` are given back.
+    Between two operations it is looked at, and where it is more, all pages of mapped files are given back: those of
+    `open_checkpoint`, of artifacts, and of INT8 checkpoints. Calibration, and `evaluate` of paths, read each weight once then.
     They are read again when they are needed: from the system's cache where that has room, else from the disk. Activations and
     the weight at hand are the rest. Where these alone take more than the limit, a warning says so, once.
 
