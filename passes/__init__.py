@@ -8,6 +8,6 @@ a GraphModule, leave it as it was, and return a new one; the steps that they are
 
 Every pass reads recorded values (``meta["val"]``) and the record's ``fake_mode`` (`ir.about`), and records what it adds. Of the
 rest of the record, captures give ``captured``, ``out_spec`` and ``aliases``, of Dynamo's graphs ``arguments``, ``updates``,
-``names``, ``sizes`` and ``conditions``; `insert_qdq` gives ``lazy`` where weights are shared, and `lower`, which uses that up,
-gives ``target`` and ``merged``.
+``names``, ``sizes`` and ``conditions``; `insert_qdq` gives ``lazy`` where weights are shared, and `lower`, which uses that up
+or gives its own, gives ``target`` and ``merged``.
 """

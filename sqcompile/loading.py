@@ -12,9 +12,10 @@ from torch import fx, nn
 from sqcompile.artifact.code import taken
 from sqcompile.artifact.directory import MANIFESTS, Saved, path_name, read
 from sqcompile.artifact.sharded import as_artifact, shard_in
+from sqcompile.capture.inputs import Forward
 from sqcompile.capture.sharded import parallel_on
 from sqcompile.capture.trace import register_kv_cache_pytree
-from sqcompile.checkpoints.read_model import is_checkpoint, read_model
+from sqcompile.checkpoints.read_model import ReadModel, is_checkpoint, read_model
 from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
 from sqcompile.compiled.stages import Stages
 from sqcompile.errors import ArtifactError, RecipeError, SQCompileError, StageError
@@ -126,6 +127,26 @@ def loaded(
             raise ArtifactError(f"{os.fsdecode(path)} cannot be loaded ({said(e)}): save the model again") from e
 
 
+def unpacked(
+    path: str | os.PathLike[str], device: Any = None, target: Any = None
+) -> tuple[fx.GraphModule, Forward, Plan]:
+    """The lowered graph of what `load` loads, how it is called, and its plan. It need not fit in memory.
+
+    Its weights are read and packed when they are asked for (``About.lazy``); what stays in float is mapped.
+
+    Raises:
+        SQCompileError: as `load`.
+    """
+    where, on = device_of(device), Target.given(target)
+    with deferred(), compiling(), torch.no_grad():
+        register_kv_cache_pytree()
+        if _is_checkpoint(path):
+            found = _read_checkpoint(path_name(path), where)
+            return _lower(found.graph, on, lazy=True), found.call, found.plan
+        saved = read(path, where)
+        return _lower(_filled(saved, _weights(saved)), on, lazy=True), saved.call, saved.plan
+
+
 def is_saved(folder: str) -> bool:
     """Whether a directory is one that `load` reads, and no float model.
 
@@ -160,11 +181,7 @@ def _is_checkpoint(path: Any) -> bool:
 def _checkpoint(
     name: str, where: torch.device | None, backend: str, regional: bool, target: Target | None
 ) -> CompiledModel:
-    if where is not None and where.type != "cpu":
-        raise ArtifactError(
-            f"a checkpoint is loaded for the CPU, not for {where}: load it, save the result, and load that with device="
-        )
-    found = read_model(name)
+    found = _read_checkpoint(name, where)
     try:
         lowered = _lower(found.graph, target)
         return emit(lowered, found.call, found.plan, CheckpointStages(name, None, target), backend, regional)
@@ -172,6 +189,14 @@ def _checkpoint(
         raise
     except Exception as e:  # of a graph that no version has made
         raise ArtifactError(f"{name} cannot be loaded ({said(e)}): export it again") from e
+
+
+def _read_checkpoint(name: str, where: torch.device | None) -> ReadModel:
+    if where is not None and where.type != "cpu":
+        raise ArtifactError(
+            f"a checkpoint is loaded for the CPU, not for {where}: load it, save the result, and load that with device="
+        )
+    return read_model(name)
 
 
 class SavedStages(Stages):
@@ -239,15 +264,15 @@ def _lowered(saved: Saved, target: Target | None) -> fx.GraphModule:
     return _lower(_filled(saved, _weights(saved)), target)
 
 
-def _lower(gm: fx.GraphModule, target: Target | None) -> fx.GraphModule:
+def _lower(gm: fx.GraphModule, target: Target | None, lazy: bool = False) -> fx.GraphModule:
     store = Shared(lambda tensor: None, lambda key: None)
-    return verify(lower(gm, store, target), "lowered")
+    return verify(lower(gm, store, target, lazy), "lowered")
 
 
 def _filled(saved: Saved, lazy: dict[str, Lazy]) -> fx.GraphModule:
     """The graph over its tensors, less those that are read when they are packed."""
     gm = saved.graph
-    later = lazy.keys() | {l.scale for l in lazy.values()}
+    later = lazy.keys() | {name for l in lazy.values() for name in l.beside}
     about(gm).lazy = lazy
     for n in gm.graph.find_nodes(op="get_attr"):
         if n.target not in later:
@@ -277,4 +302,4 @@ def _lazy(saved: Saved, weight: fx.Node, scale: fx.Node) -> Lazy:
         w, s = (saved.tensors.read(str(n.target)).to(value(n).device) for n in (weight, scale))
         return w, s
 
-    return Lazy(("saved", str(weight.target)), make, str(scale.target))
+    return Lazy(("saved", str(weight.target)), make, (str(scale.target),))

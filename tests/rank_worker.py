@@ -13,13 +13,16 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 import sqcompile
+from sqcompile.passes.ir import pieces
 from sqcompile.process import ranks
+from sqcompile.statistics import observe
 
 SILENT = 3.0
 FAMILIES = (("llama", "O3"), ("mixtral", "default"))
@@ -95,7 +98,16 @@ def infinite() -> list[Tensor]:
     return found
 
 
+def within_a_limit() -> sqcompile.Plan:
+    """Piece by piece, with a part of the sample's calls among those that a rank runs beside its own."""
+    small, few = mock.patch.multiple(pieces, PIECE=2, MOST=0, _SMALL=1), mock.patch.object(observe, "_AHEAD", 3)
+    with small, few, sqcompile.memory_limit(2**40):
+        return sqcompile.calibrate(Tiny().eval(), batches(), progress=False)
+
+
 def plan_of(what: str) -> sqcompile.Plan:
+    if what == "limited":
+        return within_a_limit()
     if what == "compiled":
         return sqcompile.compile(Tiny().eval(), batches(), backend="eager", progress=False).plan
     recipe = "O3" if what == "O3" else "default"
@@ -106,9 +118,9 @@ def plan_of(what: str) -> sqcompile.Plan:
 # by the size of the group; 0 for none
 PLANS = {
     0: ("default", "O3", "one batch"),
-    1: ("default",),
-    2: ("default", "callable", "compiled"),
-    3: ("O3", "one batch"),
+    1: ("default", "limited"),
+    2: ("default", "callable", "compiled", "limited"),
+    3: ("O3", "one batch", "limited"),
 }
 
 

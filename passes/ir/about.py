@@ -44,7 +44,7 @@ class About:
         whole: by linear, scales of the weights of which this process has a part, under the plan at hand: so that only the first
             graph asks the other processes. None while plans are tried.
         target: what it was lowered for; None for the devices of its tensors, or before it is.
-        lazy: weights to be quantized, by the name of what holds their place. They keep float weights alive.
+        lazy: weights to be quantized, or to be packed, by the name of what holds their place. They keep float weights alive.
         merged: shared weights that the lowered graph holds: they live as long as it.
         recorded: memory of `record`.
         values: memory of `labels.interpreter.values_at`.

@@ -168,15 +168,23 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
     return new
 
 
-def add_tensor(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
-    """A get_attr node for a new buffer. Call inside ``graph.inserting_before``."""
+def add_tensor(gm: fx.GraphModule, name: str, tensor: Tensor, device: torch.device | None = None) -> fx.Node:
+    """A get_attr node for a new buffer. Call inside ``graph.inserting_before``.
+
+    A tensor on the meta device stands in for one that is not there yet; ``device`` is that one's.
+    """
     base, k = name, 1
     while _has(gm, name):
         k += 1
         name = f"{base}_{k}"
     set_tensor(gm, name, tensor)
     node = gm.graph.get_attr(name)
-    node.meta["val"] = tensor if tensor.is_mkldnn else about(gm).fake_mode.from_tensor(tensor, static_shapes=True)
+    mode = about(gm).fake_mode
+    if tensor.is_meta and device is not None:
+        with mode:
+            node.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    else:
+        node.meta["val"] = tensor if tensor.is_mkldnn else mode.from_tensor(tensor, static_shapes=True)
     return node
 
 

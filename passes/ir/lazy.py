@@ -9,23 +9,23 @@ from sqcompile.passes.ir.graph import get_tensor
 
 
 class Weights:
-    """A graph's tensors; of a lazy weight, its scale is made with it and kept until it is asked for, or the other way."""
+    """A graph's tensors. What is made with a lazy weight, such as its scale, is kept until it is asked for, as is the weight."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm, self.lazy = gm, about(gm).lazy
-        self.of_scale = {lazy.scale: name for name, lazy in self.lazy.items()}
+        self.made_with = {other: name for name, lazy in self.lazy.items() for other in lazy.beside}
         self.made: dict[str, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
         """Whether a tensor is made when it is asked for."""
-        return self.of_scale.get(name, name) in self.lazy
+        return self.made_with.get(name, name) in self.lazy
 
     def get(self, name: str) -> Tensor:
         """A tensor by its name."""
         if name not in self:
             return get_tensor(self.gm, name)
         if name not in self.made:
-            weight = self.of_scale.get(name, name)
+            weight = self.made_with.get(name, name)
             lazy = self.lazy[weight]
-            self.made[weight], self.made[lazy.scale] = lazy.make()
+            self.made |= zip((weight, *lazy.beside), lazy.make(), strict=True)
         return self.made.pop(name)

@@ -53,6 +53,7 @@ from sqcompile.passes.lowering.fuse import fuse
 from sqcompile.passes.lowering.fuse_rows import fuse_rows
 from sqcompile.passes.lowering.id_ranges import check_ids
 from sqcompile.passes.lowering.int8_attention import lower_int8_attention
+from sqcompile.passes.lowering.merged import made_later, merged, stand_in
 from sqcompile.passes.lowering.rotated import fuse_rotations
 from sqcompile.passes.rewrite.weight_store import Lazy, Merged, Shared
 from sqcompile.process.memory import release_freed_memory
@@ -82,7 +83,9 @@ class _Quantized:
         return self.q, self.scale, self.static, self.dtype, self.bias is None, alone
 
 
-def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | None = None) -> fx.GraphModule:
+def lower(
+    gm: fx.GraphModule, shared: Shared | None = None, target: Target | None = None, lazy: bool = False
+) -> fx.GraphModule:
     """Lowers every quantized linear, and computes what depends on parameters alone.
 
     With ``shared`` (the same as of `insert_qdq`), a weight that another graph has made is taken from it. ``target`` is
@@ -90,6 +93,9 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | Non
 
     For a target without kernels, the plain reference runs, with a warning once per device type. Weights are packed one
     group at a time and the plain int8 copy is dropped, so no two copies of the model exist.
+
+    With ``lazy``, of a graph whose weights are lazy, they are packed when somebody asks for them: until then the result
+    holds tensors without data (on the meta device), and its ``About.lazy`` says how what an operator reads is made.
     """
     gm = clone(gm)
     of = target_of(target)
@@ -103,7 +109,7 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | Non
             bias, offsets = (None, more) if grouped else (more, None)
             found = _Quantized(node, q, weight, scale, weight_scale, bias, dtype, offsets, static)
             groups.setdefault(found.key, []).append(found)
-    fuses = set()
+    fuses, later = set(), dict[str, Lazy]()
     for group in each([*groups.values()], "pack"):
         on = of(value(group[0].weight).device)
         qtype = BY_DTYPE[value(group[0].weight).dtype]
@@ -113,11 +119,11 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | Non
             _warn_reference(on.device, qtype)
         fuses.add(on.fuses)
         if group[0].offsets:
-            _lower_experts(gm, group[0], shared, on)
+            later |= _lower_experts(gm, group[0], shared, on, lazy)
         else:
-            _lower_group(gm, group, shared, on)
+            later |= _lower_group(gm, group, shared, on, lazy)
         release_freed_memory()
-    about(gm).lazy.clear()  # it holds the float weights
+    about(gm).lazy = later  # what was there holds the float weights
     _materialize(gm)
     lower_int8_attention(gm, of)
     lower_attention(gm, of)
@@ -131,33 +137,19 @@ def lower(gm: fx.GraphModule, shared: Shared | None = None, target: Target | Non
     return finish(gm)
 
 
-def _weights(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | None, target: Target) -> Merged:
-    """The weights of a group as one: packed where the target's kernels want it; shared between graphs if asked for."""
-    merge = _merge_experts if group[0].offsets else _merge
-    if shared is None:
-        parts = [(get_tensor(gm, str(g.weight.target)), get_tensor(gm, str(g.weight_scale.target))) for g in group]
-        return merge(parts, target)
-    lazy: list[Lazy] = [about(gm).lazy[str(g.weight.target)] for g in group]
-    key = target.name, *(l.key for l in lazy)
-    return shared.get(gm, key, lambda: merge([l.make() for l in lazy], target))
+def _weights(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | None, target: Target, lazy: bool) -> Merged:
+    experts = group[0].offsets is not None
+    if lazy:
+        return stand_in([g.weight for g in group], experts, target)
+    return merged(gm, [(g.weight, g.weight_scale) for g in group], experts, shared, target)
 
 
-def _merge(parts: list[tuple[torch.Tensor, torch.Tensor]], target: Target) -> Merged:
-    w_int8 = parts[0][0] if len(parts) == 1 else torch.cat([w for w, _ in parts])  # no copy of a large one
-    scale = torch.cat([scale.expand(len(w)) for w, scale in parts])
-    if target.pack is None:
-        return Merged(w_int8, scale)
-    w, beside = target.pack(w_int8)
-    return Merged(w, scale, beside)
-
-
-def _merge_experts(parts: list[tuple[torch.Tensor, torch.Tensor]], target: Target) -> Merged:
-    [(w_int8, scale)] = parts
-    scale = scale.expand(w_int8.shape[:2]).contiguous()
-    if target.pack is None or not target.packs_experts:
-        return Merged(w_int8, scale)
-    packed, beside = zip(*(target.pack(matrix) for matrix in w_int8), strict=True)
-    return Merged([*packed], scale, torch.stack(beside))
+def _later(gm: fx.GraphModule, group: list[_Quantized], target: Target, nodes: list[fx.Node | None]) -> dict[str, Lazy]:
+    """How what the nodes hold is made. Nobody reads the sums of a target that needs none."""
+    first = group[0]
+    static = None if first.static is None else get_tensor(gm, str(first.static.target))
+    held = [str(n.target) for n in nodes if n is not None and n.users]
+    return made_later(gm, [g.weight for g in group], first.offsets is not None, target, static, held)
 
 
 def _name(g: _Quantized) -> str:
@@ -165,23 +157,26 @@ def _name(g: _Quantized) -> str:
     return str(g.weight.target).removesuffix(f"_{BY_DTYPE[value(g.weight).dtype].name}")
 
 
-def _columns(gm: fx.GraphModule, g: _Quantized, merged: Merged) -> torch.Tensor:
+def _columns(gm: fx.GraphModule, g: _Quantized, weights: Merged) -> torch.Tensor:
     """The factors of output channels, float32 [N] or [E, N]: Δw, times Δx where it is static."""
-    return merged.scale if g.static is None else merged.scale * get_tensor(gm, str(g.static.target))
+    done = g.static is None or weights.scale.is_meta
+    return weights.scale if done else weights.scale * get_tensor(gm, str(g.static.target))  # type: ignore[union-attr]
 
 
-def _lower_group(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | None, target: Target) -> None:
+def _lower_group(
+    gm: fx.GraphModule, group: list[_Quantized], shared: Shared | None, target: Target, lazy: bool
+) -> dict[str, Lazy]:
     first = group[0]
-    sizes = [value(g.weight).shape[0] for g in group]
-    merged = _weights(gm, group, shared, target)
-    assert isinstance(merged.w, torch.Tensor)
+    sizes, device = [value(g.weight).shape[0] for g in group], value(first.weight).device
+    weights = _weights(gm, group, shared, target, lazy)
+    assert isinstance(weights.w, torch.Tensor)
     bias = None if first.bias is None else torch.cat([evaluate(gm, g.bias) for g in group if g.bias is not None])
     name = _name(first)
     with gm.graph.inserting_before(first.out):
-        w_scale = add_tensor(gm, f"{name}_columns", _columns(gm, first, merged))
+        w_scale = add_tensor(gm, f"{name}_columns", _columns(gm, first, weights), device)
         b = None if bias is None else add_tensor(gm, f"{name}_bias", bias)
-        w = add_tensor(gm, f"{name}_packed" if target.pack else f"{name}_merged", merged.w)
-        beside = None if merged.beside is None else add_tensor(gm, f"{name}_sum", merged.beside)
+        w = add_tensor(gm, f"{name}_packed" if target.pack else f"{name}_merged", weights.w, device)
+        beside = None if weights.beside is None else add_tensor(gm, f"{name}_sum", weights.beside, device)
         q = _shifted(gm, first.q, target.zero_point)
         new = gm.graph.call_function(*target.linear(Operands(q, first.scale, w, w_scale, beside, b, first.dtype)))
         like = value(first.out)
@@ -194,24 +189,30 @@ def _lower_group(gm: fx.GraphModule, group: list[_Quantized], shared: Shared | N
                 add_op(gm, aten.contiguous.default, p) if _shows_strides(g.out) else p
                 for g, p in zip(group, parts, strict=True)
             ]
+    later = _later(gm, group, target, [w, w_scale, beside]) if lazy else {}
     for g, part in zip(group, parts, strict=True):
         _replace(gm, g, part)
+    return later
 
 
-def _lower_experts(gm: fx.GraphModule, g: _Quantized, shared: Shared | None, target: Target) -> None:
-    merged = _weights(gm, [g], shared, target)
-    name = _name(g)
+def _lower_experts(
+    gm: fx.GraphModule, g: _Quantized, shared: Shared | None, target: Target, lazy: bool
+) -> dict[str, Lazy]:
+    weights = _weights(gm, [g], shared, target, lazy)
+    name, device = _name(g), value(g.weight).device
     with gm.graph.inserting_before(g.out):
-        w_scale = add_tensor(gm, f"{name}_columns", _columns(gm, g, merged))
-        if isinstance(merged.w, torch.Tensor):
-            w: Any = add_tensor(gm, f"{name}_all", merged.w)
+        w_scale = add_tensor(gm, f"{name}_columns", _columns(gm, g, weights), device)
+        if isinstance(weights.w, torch.Tensor):
+            w: Any = add_tensor(gm, f"{name}_all", weights.w, device)
         else:
-            w = [add_tensor(gm, f"{name}_packed_{e}", p) for e, p in enumerate(merged.w)]
-        beside = None if merged.beside is None else add_tensor(gm, f"{name}_sum", merged.beside)
+            w = [add_tensor(gm, f"{name}_packed_{e}", p, device) for e, p in enumerate(weights.w)]
+        beside = None if weights.beside is None else add_tensor(gm, f"{name}_sum", weights.beside, device)
         q = _shifted(gm, g.q, target.zero_point if target.packs_experts else 0)
         new = gm.graph.call_function(*target.experts(Operands(q, g.scale, w, w_scale, beside, g.offsets, g.dtype)))
         new.meta["val"] = value(g.out)
+    later = _later(gm, [g], target, [*(w if isinstance(w, list) else [w]), w_scale, beside]) if lazy else {}
     _replace(gm, g, new)
+    return later
 
 
 def _shows_strides(node: fx.Node) -> bool:

@@ -22,9 +22,9 @@ from sqcompile.kernels import reference
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import Linear, aten, constants, evaluate, first_leaf, is_mutable, nodes_by_name
+from sqcompile.passes.ir.pieces import PIECE
 from sqcompile.passes.planning.between import REDUCED, Copied
 from sqcompile.process.interrupts import checkpoint
-from sqcompile.statistics.pieces import PIECE
 
 Group = tuple[Linear, ...]
 Seed = Callable[[Tensor], Tensor]

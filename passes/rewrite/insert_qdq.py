@@ -90,9 +90,8 @@ def insert_qdq(gm: fx.GraphModule, plan: Plan, shared: Shared | None = None, laz
 def quantize_weights(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph of lazy weights that is run as it is, without `lower`: its weights are quantized now. In place."""
     for name, lazy in each([*about(gm).lazy.items()], "quantize"):
-        w, scale = lazy.make()
-        set_tensor(gm, name, w)
-        set_tensor(gm, lazy.scale, scale)
+        for of, tensor in zip((name, *lazy.beside), lazy.make(), strict=True):
+            set_tensor(gm, of, tensor)
     about(gm).lazy.clear()
     return gm
 
@@ -139,7 +138,7 @@ class _Inserter:
         w_int8 = _stand_in(self.gm, f"{name}_{self.qtype.name}", linear.shape, self.qtype.dtype, value(weight).device)
         w_scale = _stand_in(self.gm, f"{name}_scale", rows, torch.float32, value(weight).device)
         key = None if self.shared is None else (self.qtype.name, per_channel, self.shared.key(self.gm, weight))
-        about(self.gm).lazy[str(w_int8.target)] = Lazy(key, make, str(w_scale.target))
+        about(self.gm).lazy[str(w_int8.target)] = Lazy(key, make, (str(w_scale.target),))
         return w_int8, w_scale
 
     def _whole(self, linear: Linear, per_channel: bool) -> Tensor | None:
@@ -192,10 +191,7 @@ def _stand_in(
     gm: fx.GraphModule, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> fx.Node:
     """A get_attr node for a tensor that is not there yet. Call inside ``graph.inserting_before``."""
-    node = add_tensor(gm, name, torch.empty(shape, dtype=dtype, device="meta"))
-    with about(gm).fake_mode:
-        node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
-    return node
+    return add_tensor(gm, name, torch.empty(shape, dtype=dtype, device="meta"), device)
 
 
 def quantized_weight(

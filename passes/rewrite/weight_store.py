@@ -40,17 +40,18 @@ class Merged:
 
 @dataclass(frozen=True)
 class Lazy:
-    """A weight that is not quantized yet.
+    """A weight that is not quantized, or in a lowered graph not packed, yet.
 
     Attributes:
         key: says which float tensors it is made of, and how; None where nobody shares it.
-        make: gives int8 [N, K] or [E, N, K] and its float32 scales (see `insert_qdq`).
-        scale: under which name the graph holds the scales.
+        make: gives int8 [N, K] or [E, N, K] and its float32 scales (see `insert_qdq`); for a lowered graph, what its operator
+            reads (see `lower`).
+        beside: under which names the graph holds what is made with the weight.
     """
 
     key: Hashable
-    make: Callable[[], tuple[Tensor, Tensor]]
-    scale: str
+    make: Callable[[], tuple[Tensor, ...]]
+    beside: tuple[str, ...]
 
 
 class Shared:

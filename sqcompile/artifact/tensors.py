@@ -22,7 +22,8 @@ from torch import Tensor
 from sqcompile.capture.call_spec import DTYPES, MOST_DIMS
 from sqcompile.errors import ArtifactError
 from sqcompile.files.directory import link_or_copy
-from sqcompile.files.safetensors_files import FILE_NAME, opened
+from sqcompile.files.regular import said
+from sqcompile.files.safetensors_files import FILE_NAME, WeightFile
 from sqcompile.files.weights import Later, write_weights
 from sqcompile.files.work import Work
 from sqcompile.process.interrupts import checkpoint
@@ -144,20 +145,18 @@ class Tensors:
         files: dict[str, dict[str, Any]] = {}
         for entry in self.index.values():
             files.setdefault(entry["file"], {}).setdefault(entry["key"], entry)
+        self._files = {file: WeightFile(self.folder, file) for file in files}
         for file, entries in files.items():
-            with opened(self.folder, file) as f:
-                if {*f.keys()} != entries.keys():
+            places = self._files[file].places
+            if places.keys() != entries.keys():
+                raise ArtifactError(f"{file} has other tensors than the index says: copy the directory again, whole")
+            for key, entry in entries.items():
+                want = _stored_shape(entry)
+                if list(places[key].shape) != want or places[key].dtype != DTYPES[entry["dtype"]]:
                     raise ArtifactError(
-                        f"{file} has other tensors than the index says: copy the directory again, whole"
+                        f"{key} of {file} is {places[key]}, and the index says {entry['dtype']} {want}: copy the directory "
+                        "again, whole"
                     )
-                for key, entry in entries.items():
-                    part = f.get_slice(key)
-                    want = _stored_shape(entry)
-                    if list(part.get_shape()) != want or _DTYPE_CODES.get(part.get_dtype()) != entry["dtype"]:
-                        raise ArtifactError(
-                            f"{key} of {file} is {part.get_dtype()} {list(part.get_shape())}, and the index says "
-                            f"{entry['dtype']} {want}: copy the directory again, whole"
-                        )
         self.nbytes = sum(
             math.prod(e["shape"]) * DTYPES[e["dtype"]].itemsize for of in files.values() for e in of.values()
         )
@@ -189,20 +188,16 @@ class Tensors:
             ArtifactError: as `map`.
         """
         entry = self.index[name]
-        with opened(self.folder, entry["file"]) as f:
-            t: Tensor = f.get_tensor(entry["key"])
+        checkpoint()
+        try:
+            t = self._files[entry["file"]].tensor(entry["key"])
+        except OSError as e:
+            raise ArtifactError(f"{entry['file']} cannot be read ({said(e)}): copy the directory again, whole") from e
         if _sha256(t) != entry["sha256"]:
             raise ArtifactError(
                 f"{name} in {entry['file']} is damaged: its SHA-256 is another than was saved. Copy the file again"
             )
         return _laid_out(t, entry)
-
-
-_DTYPE_CODES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "F16": "float16",
-    "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}  # fmt: skip
 
 
 def _checked(index: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor
 from sqcompile.errors import ArtifactError
 from sqcompile.files.bounded_json import read_object
 from sqcompile.files.regular import read_regular, said
-from sqcompile.files.safetensors_files import FILE_NAME, check_no_link, opened
+from sqcompile.files.safetensors_files import FILE_NAME, WeightFile, check_no_link
+from sqcompile.files.weights import CODES
+from sqcompile.process.interrupts import checkpoint
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _MOST_BYTES = 2**28
-_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def read_json(folder: str, file: str) -> dict[str, Any]:
@@ -33,26 +35,23 @@ def read_json(folder: str, file: str) -> dict[str, Any]:
         raise ArtifactError(f"{file} cannot be read ({said(e)}): copy the directory again, whole") from e
 
 
-def _names(folder: str, file: str) -> list[str]:
-    with opened(folder, file) as f:
-        return [*f.keys()]
-
-
 class Files:
     """The tensors of a directory.
 
     Attributes:
         found: the file of each tensor, by name.
+        opened: the files, by name.
     """
 
-    def __init__(self, folder: str, names: Callable[[str, str], Iterable[str]] = _names) -> None:
-        """Looks at the index and at the headers of the files, which ``names`` reads: of a directory and a file of it.
+    def __init__(self, folder: str) -> None:
+        """Looks at the index and at the headers of the files.
 
         Raises:
             ArtifactError: if a file is missing, damaged, a link, or not where the directory is.
         """
         self.folder = folder
         self.found: dict[str, str] = {}
+        self.opened: dict[str, WeightFile] = {}
         index = None
         if os.path.lexists(os.path.join(folder, INDEX)):
             index = read_json(folder, INDEX).get("weight_map")
@@ -64,7 +63,8 @@ class Files:
         elif not os.path.lexists(os.path.join(folder, SINGLE)):
             raise ArtifactError(f"it has no {SINGLE} and no {INDEX}: only weights in safetensors are read")
         for file in sorted({SINGLE} if index is None else {*index.values()}):
-            for name in names(self.folder, file):
+            self.opened[file] = WeightFile(self.folder, file)
+            for name in self.opened[file].places:
                 if name in self.found or (index is not None and index.get(name) != file):
                     raise ArtifactError(f"{file} has {name[:100]!r}, which the index has elsewhere or twice")
                 self.found[name] = file
@@ -78,7 +78,7 @@ class Files:
         Raises:
             ArtifactError: if it is missing or another.
         """
-        return self._read(name, [list(shape)], ("I8",))
+        return self._read(name, [list(shape)], (torch.int8,))
 
     def floats(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A float tensor in ``dtype``, mapped where the file has that dtype.
@@ -86,9 +86,11 @@ class Files:
         Raises:
             ArtifactError: if it is missing, another, or not finite.
         """
-        t = self._read(name, [list(shape)], tuple(_FLOATS)).to(dtype)
-        if not all(bool(part.isfinite().all()) for part in t.reshape(-1).split(2**22)):
-            raise ArtifactError(f"{name} has values that are not finite: export it again")
+        t = self._read(name, [list(shape)], _FLOATS).to(dtype)
+        for part in t.reshape(-1).split(2**22):
+            checkpoint()
+            if not bool(part.isfinite().all()):
+                raise ArtifactError(f"{name} has values that are not finite: export it again")
         return t
 
     def scale(self, name: str, shapes: Sequence[Sequence[int]]) -> Tensor:
@@ -97,20 +99,19 @@ class Files:
         Raises:
             ArtifactError: if it is missing, another, or not positive and finite.
         """
-        t = self._read(name, [list(s) for s in shapes], tuple(_FLOATS)).float().flatten()
+        t = self._read(name, [list(s) for s in shapes], _FLOATS).float().flatten()
         if not bool((t.isfinite() & (t > 0)).all()):
             raise ArtifactError(f"{name} has scales that are not positive and finite: export it again")
         return t
 
-    def _read(self, name: str, shapes: list[list[int]], dtypes: tuple[str, ...]) -> Tensor:
+    def _read(self, name: str, shapes: list[list[int]], dtypes: tuple[torch.dtype, ...]) -> Tensor:
         if name not in self.found:
             raise ArtifactError(f"there is no tensor {name!r} in its files: export it again")
-        with opened(self.folder, self.found[name]) as f:
-            part = f.get_slice(name)
-            shape, dtype = list(part.get_shape()), part.get_dtype()
-            if shape not in shapes or dtype not in dtypes:
-                raise ArtifactError(
-                    f"{name} is {dtype} {shape}, and {' or '.join(dtypes)} {' or '.join(map(str, shapes))} is wanted"
-                )
-            t: Tensor = f.get_tensor(name)
-            return t
+        file = self.opened[self.found[name]]
+        place = file.places[name]
+        if list(place.shape) not in shapes or place.dtype not in dtypes:
+            wanted = " or ".join(CODES[d] for d in dtypes)
+            raise ArtifactError(
+                f"{name} is {CODES[place.dtype]} {list(place.shape)}, and {wanted} {' or '.join(map(str, shapes))} is wanted"
+            )
+        return file.tensor(name)

@@ -93,8 +93,8 @@ def _read(folder: str) -> ReadModel:
     by_scale = {f"{name.replace('#', '_use')}_scale": leaf for name, leaf in filled.read.items()}
     lazy = about(gm).lazy
     for name, old in lazy.items():
-        leaf = by_scale[old.scale]
-        lazy[name] = Lazy(("file", leaf), functools.partial(filled.weight, leaf), old.scale)
+        leaf = by_scale[old.beside[0]]
+        lazy[name] = Lazy(("file", leaf), functools.partial(filled.weight, leaf), old.beside)
     return ReadModel(verify(gm, "quantized"), plan, Forward.of(model))
 
 

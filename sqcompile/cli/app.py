@@ -104,6 +104,7 @@ def evaluate(
     tokenizer: o.TokenizerDir = None,
     backend: Annotated[str, typer.Option(help="eager, or inductor, which is faster and compiles first")] = "eager",
     device: o.Device = None,
+    max_memory: o.MaxMemory = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -114,15 +115,19 @@ def evaluate(
     `sqcompile eval out --text held_out.txt --against models/llama`
 
     `sqcompile eval out --data pictures/ --against models/vit --json`
+
+    `sqcompile eval out --text held_out.txt --against models/llama-70b --max-memory 16GiB`
     """
     from sqcompile.cli.terminal import command
 
     with command(json, quiet) as terminal:
         from sqcompile.cli.batches import Asked
         from sqcompile.cli.evaluate import evaluate_directory
+        from sqcompile.process.memory import bytes_of
 
         asked = Asked(text, samples, seq_len, seed, batch_size, tokenizer)
-        evaluate_directory(folder, against, asked, backend, device, terminal)
+        memory = None if max_memory is None else bytes_of(max_memory)
+        evaluate_directory(folder, against, asked, backend, device, memory, terminal)
 
 
 @app.command()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,30 +15,56 @@ from torch import Tensor, nn
 from sqcompile.checkpoints.float_model import Checkpoint
 from sqcompile.cli.batches import Asked, batches, template_of, windows
 from sqcompile.cli.samples import kind_of, texts, token_ids
-from sqcompile.cli.saved import is_int8, load_any, row_length, tokenizer_of
+from sqcompile.cli.saved import is_int8, load_any, plan_in, row_length, tokenizer_of
 from sqcompile.cli.terminal import CommandError, Terminal
-from sqcompile.compiled.emit import CompiledModel
 from sqcompile.evaluation import Evaluation, evaluate
+from sqcompile.evaluation.runs import original
+from sqcompile.evaluation.streamed import Streamed
+from sqcompile.process.memory import memory_limit
 
 
 def evaluate_directory(
-    folder: str, against: str | None, asked: Asked, backend: str, device: str | None, terminal: Terminal
+    folder: str,
+    against: str | None,
+    asked: Asked,
+    backend: str,
+    device: str | None,
+    memory: int | None,
+    terminal: Terminal,
 ) -> None:
     """Evaluates the model of a directory, beside that of another one if there is one.
+
+    With ``memory``, bytes that the process may take, the models are not loaded: their weights are read as they are used.
 
     Raises:
         SQCompileError: one sentence.
     """
-    reference = load_any(against, backend, device) if against else None
+    if memory is not None and backend != "eager":
+        raise CommandError(f"--max-memory runs a model as it is read: leave out --backend {backend}")
+    with nullcontext() if memory is None else memory_limit(memory):
+        _evaluate(folder, against, asked, partial(_opened, backend, device, memory is not None), terminal)
+
+
+def _opened(backend: str, device: str | None, streamed: bool, folder: str) -> nn.Module:
+    return Streamed(folder, device) if streamed else load_any(folder, backend, device)
+
+
+def _evaluate(
+    folder: str, against: str | None, asked: Asked, opened: Callable[[str], nn.Module], terminal: Terminal
+) -> None:
     source = against if against and not is_int8(against) else None if is_int8(folder) else folder
-    model = load_any(folder, backend, device)
+    reference = opened(against) if against else None
+    model = opened(folder)
     data: Any
     if source is not None:
         checkpoint = Checkpoint.open(source)
-        data = batches(asked, checkpoint, lambda: reference if reference is not None and source == against else model)
+        data = batches(
+            asked, checkpoint, lambda: original(reference if reference is not None and source == against else model)
+        )
     else:
         data = _windows(asked, folder, model)
-    if isinstance(model, CompiledModel) and "attention_mask" in model.plan.call["kwargs"]:
+    plan = plan_in(model)
+    if plan is not None and "attention_mask" in plan.call["kwargs"]:
         data = [b if "attention_mask" in b else {**b, "attention_mask": torch.ones_like(b["input_ids"])} for b in data]
     found = evaluate(model, data, against=reference, layers=False, progress=terminal.progress)
     terminal.result(as_dict(found), str(found).partition("\nSQNR per layer")[0])

@@ -13,7 +13,9 @@ from sqcompile.checkpoints.read_files import CONFIG
 from sqcompile.cli.batches import LENGTH
 from sqcompile.cli.terminal import CommandError
 from sqcompile.compiled.emit import CompiledModel
+from sqcompile.evaluation.streamed import Streamed
 from sqcompile.loading import device_of, is_saved, load
+from sqcompile.plan.plan import Plan
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
@@ -48,11 +50,17 @@ def load_any(folder: str, backend: str, device: str | None) -> nn.Module:
     return model if device is None else model.to(device_of(device))
 
 
+def plan_in(model: nn.Module) -> Plan | None:
+    """The plan of a model in INT8; None of a float one."""
+    return model.plan if isinstance(model, (CompiledModel, Streamed)) else None
+
+
 def row_length(folder: str, model: nn.Module) -> int:
     """Tokens of a row of text where nobody says how many: 512, or as many as the model takes, or was calibrated with."""
     if os.path.exists(os.path.join(folder, CONFIG)):
         return min(LENGTH, longest_of(config_of(folder)) or LENGTH)
-    ids = model.plan.call["kwargs"].get("input_ids", {}) if isinstance(model, CompiledModel) else {}
+    plan = plan_in(model)
+    ids = plan.call["kwargs"].get("input_ids", {}) if plan is not None else {}
     return ids["shape"][1] if len(ids.get("shape", ())) == 2 else LENGTH
 
 

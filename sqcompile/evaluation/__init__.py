@@ -6,12 +6,14 @@ print(sqcompile.evaluate(compiled, text, against=model, tokenizer=tokenizer))
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sqcompile.capture.inputs import Call, Reader
 from sqcompile.compiled.emit import CompiledModel
@@ -23,8 +25,10 @@ from sqcompile.evaluation.measure import MODELS, Measure
 from sqcompile.evaluation.result import Evaluation, LayerError
 from sqcompile.evaluation.runs import Run, evaluating, forward_of, original
 from sqcompile.evaluation.scores import mean_and_error
+from sqcompile.evaluation.streamed import Streamed
 from sqcompile.process.interrupts import deferred, each_at_once
 from sqcompile.process.progress import Show, part, stages
+from sqcompile.pytorch.core import pytree
 from sqcompile.results import calibrates_itself, is_quantized
 
 __all__ = ["Evaluation", "LayerError", "evaluate"]
@@ -33,10 +37,10 @@ _CALLS = 8  # that are kept to compare layers by
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     data: Any,
     *,
-    against: nn.Module | Evaluation | None = None,
+    against: nn.Module | Evaluation | str | os.PathLike[str] | None = None,
     tokenizer: Any = None,
     length: int | None = None,
     limit: int | None = None,
@@ -62,11 +66,13 @@ def evaluate(
     neither has the length of the outputs is refused. Labels are those of transformers, not shifted. Neither model is changed; both are run in eval mode.
 
     Args:
-        model: what `sqcompile.compile` gave, what ``torch.compile(model, backend="smoothquant")`` gave, or any module.
+        model: what `sqcompile.compile` gave, what ``torch.compile(model, backend="smoothquant")`` gave, or any module; or the
+            path of a directory with a model, INT8 or float, which need not fit in memory (`memory_limit`): all batches run
+            through one part of it after the other, so that each weight is read once.
         data: text, a str or a list of them; token ids, int64 [windows, length] or a list of rows; or a loader or list of
             batches, each a tensor, a tuple of arguments or a dict of keyword arguments, as for calibration. Batches are
             moved to the model's device.
-        against: the float model, not compiled to INT8 in place; or an `Evaluation` of it on the same data, which saves running it again and gives the
+        against: the float model, not compiled to INT8 in place, or the path of its directory; or an `Evaluation` of it on the same data, which saves running it again and gives the
             paired increase of perplexity, and nothing else.
         tokenizer: of text. Windows are cut as by `sqcompile.lm.token_windows`.
         length: tokens in a window of text; 512, or as many as the model's configuration allows, if None.
@@ -87,6 +93,8 @@ def evaluate(
         torch.OutOfMemoryError: of a device.
         KeyboardInterrupt: for Ctrl-C, when the call at hand is done; a second one is raised at once.
     """
+    model = Streamed(model) if isinstance(model, (str, os.PathLike)) else model
+    against = Streamed(against) if isinstance(against, (str, os.PathLike)) else against
     beside = against if isinstance(against, nn.Module) else None
     _check(model, against, compare)
     reader = _reader(model if beside is None else beside)
@@ -95,7 +103,7 @@ def evaluate(
     )
     runs = [Run(m, what) for m, what in zip((model, beside), MODELS, strict=True) if m is not None]
     measure = Measure(compare, Signs.of(reader.forward))
-    calls = list[Call]()
+    kept = list[Call]()
     if _calibrates(model):
         raise EvaluationError(f"{_CALIBRATES}: {_CALIBRATE}")
     left_out = _without_layers(model, beside) if layers else "layers=False"
@@ -103,26 +111,41 @@ def evaluate(
     with deferred(), torch.no_grad(), evaluating([r.model for r in runs]), stages(names, progress) as enter:
         enter("evaluate")
         with part(total=total) as done:
-            for i, batch in enumerate(each_at_once(found)):
-                if isinstance(batch, (str, bytes)):
-                    raise EvaluationError("data gives text: pass a list of it, list(data), and the model's tokenizer")
-                call = reader.call(batch, i)
-                tokens = Tokens.of(batch, call, reader.rows)
-                outs = [run(call, 0 if tokens.ids is None else tokens.ids.numel(), i) for run in runs]
+            # each run takes the calls as it needs them: one after the other, or all of them first
+            calls, *each = itertools.tee(_calls(found, reader, limit), 1 + len(runs))
+            every = [
+                run.outputs((call, 0 if tokens.ids is None else tokens.ids.numel()) for call, tokens in own)
+                for run, own in zip(runs, each, strict=True)
+            ]
+            for i, (call, tokens) in enumerate(calls):
+                outs = [next(outputs) for outputs in every]
                 if i == 0 and _calibrates(model):
                     raise EvaluationError(f"{_CALIBRATES}, of which it has seen a batch: {_RESET}{_CALIBRATE}")
                 measure.add(outs, tokens, i)
                 del outs  # logits of the next batch would lie beside them
-                if len(calls) < _CALLS:
-                    calls.append(call)
+                if len(kept) < _CALLS:
+                    kept.append(call)
                 done()
-                if limit is not None and measure.windows >= limit:
-                    break  # before the loader makes another one
         result = _result(measure, runs, against)
         if left_out is None:
             enter("layers")
-            return _with_layers(result, model, runs[0], calls)
+            return _with_layers(result, model, runs[0], kept)
     return dataclasses.replace(result, without_layers=left_out)
+
+
+def _calls(found: Iterable[Any], reader: Reader, limit: int | None) -> Iterator[tuple[Call, Tokens]]:
+    """The calls that batches stand for, up to the end of the one that has the last window of a limit."""
+    windows = 0
+    for i, batch in enumerate(each_at_once(found)):
+        if isinstance(batch, (str, bytes)):
+            raise EvaluationError("data gives text: pass a list of it, list(data), and the model's tokenizer")
+        call = reader.call(batch, i)
+        yield call, Tokens.of(batch, call, reader.rows)
+        windows += next(
+            len(x) if x.dim() else 1 for x in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor)
+        )
+        if limit is not None and windows >= limit:
+            return  # before the loader makes another one
 
 
 _CALIBRATES = "the model still calibrates itself, and would do so on the evaluation data"
@@ -138,10 +161,12 @@ def _calibrates(model: nn.Module) -> bool:
 def _check(model: Any, against: Any, compare: str) -> None:
     """Refuses what is none of the arguments."""
     if not isinstance(model, nn.Module):
-        raise EvaluationError(f"the model is a {type(model).__name__}: pass an nn.Module")
+        raise EvaluationError(f"the model is a {type(model).__name__}: pass an nn.Module, or the path of a directory")
     if not isinstance(against, (nn.Module, Evaluation, type(None))):
         raise EvaluationError(f"against is a {type(against).__name__}: pass the float model, or an Evaluation of it")
-    if isinstance(against, nn.Module) and is_quantized(against):
+    if isinstance(against, nn.Module) and (
+        is_quantized(against) or (isinstance(against, Streamed) and against.plan is not None)
+    ):
         raise EvaluationError("against is quantized itself, or a layer of it is: load the float model once more")
     if compare not in ("auto", *KINDS):
         raise EvaluationError(f"compare={compare!r}: choose one of auto, {', '.join(KINDS)}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from sqcompile.errors import EvaluationError
 from sqcompile.evaluation.compared import Signs, Tokens, in_words, kind_of, logits_of, tensors_of
 from sqcompile.evaluation.scores import add_to, parts, vectors
+from sqcompile.process.interrupts import checkpoint
 from sqcompile.statistics.divergence import divergence
 
 MODELS = ("the model", "the float model")
@@ -105,6 +106,7 @@ class Measure:
         sums = self._start(shape[0], device, names + ["kl", "same"] * (len(logits) - 1))
         flat, each, at = [x.flatten(0, -2) for x in logits], counted.shape[1:].numel(), 0
         for rows in parts(where, size):
+            checkpoint()  # within a limit of memory, weights make room for what is computed here
             logs = [x[rows.to(x.device)].to(device, torch.float32).log_softmax(-1) for x in flat]
             self._check_numbers([l[:, 0] for l in logs], rows, each, batch)
             window = rows // each
@@ -165,6 +167,7 @@ class Measure:
             (x, each), (y, _) = vectors(x), vectors(y)
             counted = tokens.real(torch.Size((len(x) // each, each)), x.device)
             for rows in parts(counted.flatten().nonzero().flatten(), x.shape[-1]):
+                checkpoint()
                 got, want = x[rows].to(device, torch.float32), y[rows.to(y.device)].to(device, torch.float32)
                 noise, window = (got - want).square().sum(-1), (rows // each).to(device)
                 for what, values in zip(MODELS, (got, want), strict=True):

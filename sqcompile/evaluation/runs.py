@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from sqcompile.capture.inputs import Call, Forward
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.errors import EvaluationError, SQCompileError, first_line
+from sqcompile.evaluation.streamed import Streamed
 from sqcompile.process.interrupts import checkpoint
 from sqcompile.pytorch.core import pytree
 
 
 def original(model: nn.Module) -> nn.Module:
-    """The module that torch.compile was given, or the model itself."""
+    """The module that torch.compile was given, the float model that is streamed, or the model itself."""
+    if isinstance(model, Streamed):
+        return model.source or model
     from sqcompile.pytorch.dynamo import OptimizedModule  # here, as Dynamo imports triton
     from sqcompile.pytorch.dynamo import original as of
 
@@ -28,7 +31,7 @@ def original(model: nn.Module) -> nn.Module:
 
 def forward_of(model: nn.Module) -> Forward:
     """How a model is called."""
-    return model.call if isinstance(model, CompiledModel) else Forward.of(original(model))
+    return model.call if isinstance(model, (CompiledModel, Streamed)) else Forward.of(original(model))
 
 
 @contextlib.contextmanager
@@ -56,7 +59,8 @@ class Run:
         self.model, self.what = model, what
         of = original(model)
         tensors = (t for ts in (of.parameters(), of.buffers()) for t in ts)
-        self.device = next((t.device for t in tensors), torch.device("cpu"))
+        here = model.device if isinstance(model, Streamed) else torch.device("cpu")
+        self.device = next((t.device for t in tensors), here)
         self._parameters = forward_of(model).signature.parameters
         self._speeds: list[float] = []
         self._sizes: set[tuple[torch.Size, ...]] = set()  # of the tensors of calls so far
@@ -69,15 +73,11 @@ class Run:
                 torch.OutOfMemoryError.
         """
         checkpoint()
-        args, kwargs = self.moved(call)
+        args, kwargs = self._arguments(call)
         leaves = pytree.tree_leaves((args, kwargs))
-        # as the model is captured: a KV cache is not for windows that are read whole
-        default = {n: p.default for n, p in self._parameters.items()}
-        fixed = {"use_cache": False} if "use_cache" in self._parameters and "use_cache" not in kwargs else {}
-        first = [next(of.pop(n) for of in (kwargs, fixed, default) if n in of) for n in call.positional]
         start = self._now()
         try:
-            out = self.model(*first, *args, **kwargs, **fixed)
+            out = self.model(*args, **kwargs)
         except (SQCompileError, torch.OutOfMemoryError):
             raise
         except Exception as e:
@@ -87,6 +87,31 @@ class Run:
             self._speeds.append(tokens / max(seconds, 1e-9))
         self._sizes.add(sizes)
         return out
+
+    def outputs(self, calls: Iterable[tuple[Call, int]]) -> Iterator[Any]:
+        """The outputs of calls, each with the number of its tokens, one after the other; errors as of one."""
+        if not isinstance(self.model, Streamed):
+            for i, (call, tokens) in enumerate(calls):
+                yield self(call, tokens, i)
+            return
+        bound = []
+        for i, (call, _) in enumerate(calls):
+            args, kwargs = self._arguments(call)
+            try:
+                bound.append(self.model.call.bind(args, kwargs))
+            except TypeError as e:
+                raise EvaluationError(f"{self.what} refuses batch {i}: {e}") from e
+        if bound:
+            yield from self.model.run(bound, self.what)
+
+    def _arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model is called with."""
+        args, kwargs = self.moved(call)
+        # as the model is captured: a KV cache is not for windows that are read whole
+        default = {n: p.default for n, p in self._parameters.items()}
+        fixed = {"use_cache": False} if "use_cache" in self._parameters and "use_cache" not in kwargs else {}
+        first = [next(of.pop(n) for of in (kwargs, fixed, default) if n in of) for n in call.positional]
+        return (*first, *args), {**kwargs, **fixed}
 
     def moved(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A call's arguments on the model's device."""

@@ -47,8 +47,10 @@ class Mapped(mmap.mmap):
     address: int
 
     @staticmethod
-    def of(descriptor: int, size: int) -> Mapped:
-        """The first bytes, at least one, of a file that is open for reading; the descriptor may be closed then.
+    def of(descriptor: int, size: int, start: int = 0) -> Mapped:
+        """Bytes, at least one, of a file that is open for reading; the descriptor may be closed then.
+
+        ``start`` is a multiple of ``mmap.ALLOCATIONGRANULARITY``: offsets are from there.
 
         Raises:
             OSError: if the system refuses.
@@ -56,9 +58,9 @@ class Mapped(mmap.mmap):
         if hasattr(mmap, "MAP_PRIVATE"):
             # Nothing is set aside for pages that might be written to: a file may be larger than memory.
             kind = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-            new = Mapped(descriptor, size, flags=kind, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            new = Mapped(descriptor, size, flags=kind, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
         else:
-            new = Mapped(descriptor, size, access=mmap.ACCESS_COPY)
+            new = Mapped(descriptor, size, access=mmap.ACCESS_COPY, offset=start)
         new.address = torch.frombuffer(new, dtype=torch.uint8).data_ptr()
         _every.add(new)
         return new
@@ -112,7 +114,8 @@ def bytes_of(text: str) -> int:
 def memory_limit(most: int) -> Iterator[None]:
     """Keeps the memory of the process at about so many bytes while sqcompile works, as far as it is of mapped files.
 
-    Between two operations it is looked at, and where it is more, all pages of the files of `open_checkpoint` are given back.
+    Between two operations it is looked at, and where it is more, all pages of mapped files are given back: those of
+    `open_checkpoint`, of artifacts, and of INT8 checkpoints. Calibration, and `evaluate` of paths, read each weight once then.
     They are read again when they are needed: from the system's cache where that has room, else from the disk. Activations and
     the weight at hand are the rest. Where these alone take more than the limit, a warning says so, once.
 
@@ -163,7 +166,7 @@ class _Watcher:
             self.told = True
             warnings.warn(
                 f"the process takes {left / 1e6:.0f} MB beside mapped weights, more than the limit of {self.most / 1e6:.0f} MB: "
-                "pass smaller calibration batches, or raise the limit",
+                "pass smaller batches, or raise the limit",
                 stacklevel=2,
             )
 

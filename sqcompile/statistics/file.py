@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sqcompile.errors import ArtifactError
 from sqcompile.files.bounded_json import read_object
-from sqcompile.files.safetensors_files import opened
+from sqcompile.files.safetensors_files import WeightFile
 from sqcompile.files.weights import write_weights
 from sqcompile.statistics.input_stats import SIZES, InputStats
 from sqcompile.statistics.observe import Calibration
@@ -60,9 +60,9 @@ def read_statistics(folder: str, file: str) -> Calibration:
     Raises:
         ArtifactError: if it is something else.
     """
-    with opened(folder, file) as f:
-        meta = read_object((f.metadata() or {}).get(_KEY, ""), "the statistics")
-        tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118  (no mapping)
+    f = WeightFile(folder, file)
+    meta = read_object(f.metadata.get(_KEY, ""), "the statistics")
+    tensors = {name: f.tensor(name).clone() for name in f.places}
     try:
         every = [_stats({n: tensors[f"{i} {n}"] for n in _TENSORS}, count) for i, count in enumerate(meta["counts"])]
         calls = [_call(tensors, c, found) for c, found in enumerate(meta["calls"])]

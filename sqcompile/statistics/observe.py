@@ -19,6 +19,7 @@ from sqcompile.capture.inputs import Call, Reader
 from sqcompile.errors import CalibrationError, CaptureError
 from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.ir.about import about
+from sqcompile.passes.ir.pieces import run_in_pieces
 from sqcompile.process.interrupts import each_at_once
 from sqcompile.process.memory import limited
 from sqcompile.process.progress import part
@@ -26,8 +27,9 @@ from sqcompile.process.ranks import ALONE, Ranks
 from sqcompile.statistics.exchange import SAME_DATA, Digest, gather
 from sqcompile.statistics.input_stats import InputStats
 from sqcompile.statistics.observer import Observer
-from sqcompile.statistics.pieces import observe_in_pieces
-from sqcompile.statistics.sample import Sample, is_random
+from sqcompile.statistics.sample import CALLS, LOOKS, Sample, is_random
+
+_AHEAD = CALLS  # others' batches that rank 0 runs with its own for the sample, which mostly takes no more
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,11 @@ def calibrate(
     observer = observer or Observer(gm, attentions)
     captured, reader = about(gm).calls, reader or Reader(model)
     numbers, digest = itertools.count(), Digest()
-    # weights are then read once, and not for each batch; random numbers would come in another order
-    pieces = limited() and not is_random(gm) and ranks.count == 1
+    # weights are then read once, and not for each batch; random numbers, and what shards say to each other, would come in
+    # another order
+    pieces = limited() and not is_random(gm) and (ranks.shares or ranks.count == 1)
     observer.samples &= ranks.plans
-    later: list[list[Any]] | None = [] if pieces else None
+    later: dict[int, list[Any]] = {}  # batches by their index, those that this rank may run
 
     def observe(call: Call) -> None:
         ranks.check()
@@ -89,11 +92,12 @@ def calibrate(
             leaves = flatten_like(call, captured)
         except CaptureError as e:
             raise CalibrationError(f"calibration batch {i}: {e}") from e
-        if later is not None:
-            later.append([x.clone() if isinstance(x, Tensor) else x for x in leaves])
-            return  # they are counted when they are run
         if ranks.count > 1:
             digest.add(leaves)
+        if pieces:
+            if ranks.owns(i) or (observer.samples and i < LOOKS):
+                later[i] = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+            return  # they are counted when they are run
         if ranks.owns(i) or (observer.samples and not observer.sample.full):
             observer.batch(leaves, i, ranks.owns(i))
         done()
@@ -106,7 +110,7 @@ def calibrate(
             reader.run(loader, observe)
         if later:
             with part("layers", 100) as percent:  # of the pieces of the graph, each of which all batches run through
-                observe_in_pieces(observer, later, lambda i, count: percent(100 * i // count))
+                _observe_in_pieces(observer, later, ranks, percent)
     batches = next(numbers)
     if not batches:
         raise CalibrationError(
@@ -119,3 +123,23 @@ def calibrate(
     if ranks.shares:
         gather(gm, observer, ranks)
     return Calibration(observer.found(), batches, observer.heads, observer.sample)
+
+
+def _observe_in_pieces(
+    observer: Observer, batches: dict[int, list[Any]], ranks: Ranks, percent: Callable[[int], object]
+) -> None:
+    """Adds batches by their index to an observer's statistics, and to its sample, as one after the other."""
+    now = {i: leaves for i, leaves in batches.items() if ranks.owns(i) or i < _AHEAD}
+    calls = [observer.begin(leaves, i, ranks.owns(i)) for i, leaves in now.items()]
+
+    def done(i: int, count: int) -> None:
+        ranks.check()
+        percent(100 * i // count)
+
+    outs = run_in_pieces(calls, [*now.values()], done)
+    own = iter(calls)
+    for i, leaves in batches.items():
+        if i in now:
+            observer.end(next(own), leaves, next(outs))
+        elif observer.samples and not observer.sample.full:
+            observer.batch(leaves, i, counts=False)

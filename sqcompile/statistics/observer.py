@@ -19,6 +19,7 @@ from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.explain import operation, source
 from sqcompile.passes.ir.graph import Linear, aten, find_linears, nodes_by_name, value
 from sqcompile.passes.ir.operators import MEETINGS
+from sqcompile.passes.ir.pieces import Stepped
 from sqcompile.process.interrupts import checkpoint
 from sqcompile.pytorch.core import pytree
 from sqcompile.statistics.input_stats import InputStats, seed_of
@@ -31,7 +32,7 @@ def _key(l: Linear) -> tuple[str, str | None]:
     return l.x, l.offsets
 
 
-class Observer(fx.Interpreter):
+class Observer(Stepped):
     """Runs a traced graph and keeps statistics of its linears' inputs, and of its attentions'.
 
     Threads may run it at the same time: each call is run by a copy, which has its values, and adds to the one set of

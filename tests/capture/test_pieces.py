@@ -17,9 +17,10 @@ from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
 from sqcompile.errors import CalibrationError
 from sqcompile.passes.attention.chains import find_attentions
+from sqcompile.passes.ir import pieces
 from sqcompile.passes.ir.about import about
 from sqcompile.pipeline import rewrite
-from sqcompile.statistics import observe, pieces
+from sqcompile.statistics import observe
 from sqcompile.statistics.together import run_together
 
 

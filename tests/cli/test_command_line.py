@@ -96,6 +96,20 @@ def test_eval_beside_the_float_model(made: Path):
     assert alone.exit_code == 0 and "perplexity" in alone.output and "4 windows, 124 predictions" in alone.output
 
 
+@pytest.mark.parametrize("out", ["out", "float"])
+def test_eval_within_a_limit_of_memory_says_the_same(out: str, made: Path):
+    """Of a quantized model beside the float one, and of either alone."""
+    for beside in (["--against", made / "float"] if out == "out" else [], []):
+        command = ["eval", made / out, "--text", made / "texts.jsonl", *beside, "--samples", 6, "--json", "-q"]
+        want, found = (run(*command, *limit) for limit in ([], ["--max-memory", "1TiB"]))
+        assert found.exit_code == want.exit_code == 0, found.output + want.output
+        a, b = ({k: v for k, v in json.loads(x.stdout).items() if "second" not in k} for x in (want, found))
+        assert a == b and a["perplexity"] > 1
+    for wrong, said in ((["--backend", "inductor"], "leave out --backend inductor"), (["--max-memory", "9"], "limit")):
+        refused = run("eval", made / out, "--text", made / "texts.jsonl", "--max-memory", "1TiB", *wrong)
+        assert refused.exit_code == (2 if "leave" in said else 0) and said in refused.output
+
+
 def test_generate_writes_what_the_model_says(made: Path):
     found = run("generate", made / "out", "--prompt", "def f", "-n", 5, "--json", "-q")
     assert found.exit_code == 0, found.output
