@@ -25,7 +25,7 @@ def rotate_quantize(x: Tensor, block: int, scale: Tensor | None, zero_point: int
     kernels = library()
     if kernels is None or x.numel() == 0 or x.dtype == torch.float64:
         return rotation.rotate_quantize(x, block, scale, zero_point)
-    x = x.contiguous() if x.dtype in (torch.float32, torch.bfloat16) else x.to(torch.float32).contiguous()
+    x = x if x.dtype in (torch.float32, torch.bfloat16) else x.to(torch.float32)
     k = x.shape[-1]
     q, factors = _outputs(x.shape, k, zero_point)
     tensors = x, None, None, None, None, None, None, None, None, scale, q, factors
@@ -53,7 +53,7 @@ def linear_act_quantize(
             y, scale, bias, gate, up, k, activation, multiplier, rotation, static, zero_point
         )
     q, factors = _outputs(y.shape, k, zero_point)
-    tensors = y.contiguous(), scale, bias, None, None, None, None, None, multiplier, static, q, factors
+    tensors = y, scale, bias, None, None, None, None, None, multiplier, static, q, factors
     _run(kernels, tensors, half, (k, gate, up, rotation, _ACTIVATIONS[activation], _NONE), zero_point)
     return q, factors
 
@@ -82,13 +82,11 @@ def linear_norm_quantize(
             y, scale, bias, residual, weight, shift, eps, rms, round_first, multiplier, rotation, static, zero_point,
             keep_sum, keep_norm,
         )  # fmt: skip
-    shape = y.shape
-    if residual is not None:
-        residual, shape = residual.contiguous(), residual.shape
+    shape = y.shape if residual is None else residual.shape
     q, factors = _outputs(shape, k, zero_point)
     total, normed = (torch.empty(shape if keep else (0,), dtype=y.dtype) for keep in (keep_sum, keep_norm))
     tensors = (
-        y.contiguous(), scale, bias, residual, weight, shift,
+        y, scale, bias, residual, weight, shift,
         total if keep_sum else None, normed if keep_norm else None, multiplier, static, q, factors,
     )  # fmt: skip
     _run(kernels, tensors, half, (k, 0, -1, rotation, 0, _RMS if rms else _LAYER), zero_point, eps)
@@ -117,6 +115,9 @@ def _outputs(shape: Sequence[int], k: int, zero_point: int) -> tuple[Tensor, Ten
 def _run(
     kernels: Any, tensors: tuple[Tensor | None, ...], half: int, how: tuple[int, ...], zero_point: int, eps: float = 0.0
 ) -> None:
+    tensors = tuple(
+        None if t is None else t.contiguous() for t in tensors
+    )  # parameters may be views, with steps of their own
     y, scale, factors = tensors[0], tensors[1], tensors[-1]
     assert y is not None and factors is not None
     count = factors.numel()

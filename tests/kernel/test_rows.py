@@ -142,3 +142,16 @@ def test_what_the_kernel_does_not_take_is_plain(k, dtype):
 def test_no_rows():
     q, factors = on_cpu.linear_act_quantize(torch.empty(0, 32), None, None, 0, -1, 32, "relu", None, 0, None, 128)
     assert q.shape == (0, 32) and factors.shape == (0, 1) and q.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF])
+def test_operands_that_are_views(dtype):
+    """A parameter may be every second number of a tensor, and the rows may lie in another order."""
+    y, residual = drawn(64, 10, dtype=dtype).t(), drawn(2, 5, 128, dtype=dtype, seed=1)[..., ::2]
+    weight, shift, multiplier = (drawn(128, seed=s)[::2] for s in (2, 3, 4))
+    scale, bias = drawn(20, 1, seed=5).abs()[::2], drawn(128, dtype=dtype, seed=6)[::2]
+    args = y, scale, bias, residual, weight, shift, 1e-5, False, False, multiplier, 32, None, 128, True, True
+    found, want = (f(*a) for f, a in ((on_cpu.linear_norm_quantize, args), (rows.linear_norm_quantize, exact(*args))))
+    same(found[:2], want[:2])
+    args = y, scale, bias, 0, 32, 32, "silu", multiplier[:32], 16, None, 128
+    same(on_cpu.linear_act_quantize(*args), rows.linear_act_quantize(*exact(*args)))
