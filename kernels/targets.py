@@ -97,10 +97,8 @@ class Target:
             replay_launches()  # before the first kernel runs
             major, minor = torch.cuda.get_device_capability(device)
             return _cuda(10 * major + minor)
-        if device.type == "cpu" and x86.available():
-            dispatch.install(ON_X86, on_x86_library)
         here = [target for target, available in _CPUS if device.type == "cpu" and available()]
-        return here[0] if here else _reference(device.type, fp8.available(device))
+        return _ready(here[0]) if here else _reference(device.type, fp8.available(device))
 
     @staticmethod
     def given(target: Any) -> Target | None:
@@ -166,7 +164,14 @@ TargetOf = Callable[[torch.device], Target]  # what tensors of a device are lowe
 
 def target_of(target: Target | None) -> TargetOf:
     """One target for all devices; for None, each device's own."""
-    return Target.of if target is None else lambda device: target
+    return Target.of if target is None else lambda device: _ready(target)
+
+
+def _ready(target: Target) -> Target:
+    """The target, with what its operators need in this process: before the first graph that is lowered for it runs."""
+    if target.fuses == "cpu" and x86.available():
+        dispatch.install(ON_X86, on_x86_library)
+    return target
 
 
 def _plain(o: Operands) -> tuple[Any, tuple[Any, ...]]:

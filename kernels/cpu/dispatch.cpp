@@ -1,7 +1,7 @@
 // CPU operators that PyTorch's dispatcher calls without Python, which takes longer than a decoded token's kernels do.
 //
-// Written against PyTorch's stable interface, which compiles in a second. What the kernels do not take goes on to the same
-// operator in Python, `sqcompile_python::`.
+// Written against PyTorch's stable interface, which compiles in a second. Operands of dtypes that the kernels do not take, which
+// no lowered graph has, go on to the same operator in Python, `sqcompile_python::`.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -72,19 +72,32 @@ int32_t dtype_of(const Tensor& t) {
 
 void* at(const Maybe& t) { return t ? t->data_ptr() : nullptr; }
 
+// Refuses what would be read behind a row's end, and rotations that there are none of.
+void check(int64_t width, int64_t k, int64_t gate, int64_t up, int64_t block) {
+  const bool rotates = block == 0 || ((block == 16 || block == 32 || block == 64 || block == 128) && k % block == 0);
+  if (!rotates || gate < 0 || up < -1 || std::max(gate, up) + k > width)
+    throw std::runtime_error("columns " + std::to_string(gate) + " and " + std::to_string(up) + " to " + std::to_string(k) +
+                             " more, rotated by " + std::to_string(block) + ", of " + std::to_string(width) + " channels");
+}
+
 // What the kernel reads: whether it can, and in which dtypes.
 struct Inputs {
   bool fits = true;
   int64_t half = 0;
 
-  void array(int bit, const Maybe& t) {
+  void array(int bit, Maybe& t) {
     if (!t) return;
     const int32_t dtype = dtype_of(*t);
     if (dtype == aoti_torch_dtype_bfloat16()) half |= int64_t{1} << bit;
-    fits = fits && t->is_contiguous() && (dtype == aoti_torch_dtype_bfloat16() || dtype == aoti_torch_dtype_float32());
+    fits = fits && (dtype == aoti_torch_dtype_bfloat16() || dtype == aoti_torch_dtype_float32());
+    dense(t);
   }
-  void floats(const Maybe& t) {
-    fits = fits && (!t || (t->is_contiguous() && dtype_of(*t) == aoti_torch_dtype_float32()));
+  void floats(Maybe& t) {
+    fits = fits && (!t || dtype_of(*t) == aoti_torch_dtype_float32());
+    dense(t);
+  }
+  static void dense(Maybe& t) {  // parameters may be views, with steps of their own
+    if (t && !t->is_contiguous()) t = torch::stable::contiguous(*t);
   }
 };
 
@@ -95,41 +108,45 @@ int64_t code_of(const std::string& activation) {
   throw std::runtime_error("there is no activation " + activation);
 }
 
-std::tuple<Tensor, Tensor> linear_act_quantize(Tensor y, Maybe scale, Maybe bias, int64_t gate, int64_t up, int64_t k,
+std::tuple<Tensor, Tensor> linear_act_quantize(Tensor given, Maybe scale, Maybe bias, int64_t gate, int64_t up, int64_t k,
                                                std::string activation, Maybe multiplier, int64_t rotation, Maybe fixed,
                                                int64_t zero_point) {
   Inputs in;
-  in.array(0, y);
+  Maybe source = given;
+  in.array(0, source);
   in.array(1, bias);
-  for (const Maybe* t : {&scale, &multiplier, &fixed}) in.floats(*t);
+  for (Maybe* t : {&scale, &multiplier, &fixed}) in.floats(*t);
+  const Tensor& y = *source;
   const int64_t code = code_of(activation);
-  if (!in.fits || k % kLanes || y.numel() == 0) {
+  if (!in.fits || k % kLanes) {
     auto stack = called<2>("sqcompile_python::linear_act_quantize", y, scale, bias, gate, up, k, activation, multiplier, rotation,
                            fixed, zero_point);
     return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
   }
   const Tensor q = empty(with_last(y, k), zero_point ? aoti_torch_dtype_uint8() : aoti_torch_dtype_int8());
   const Tensor factors = empty(with_last(y, 1), aoti_torch_dtype_float32());
-  const int64_t width = y.size(y.dim() - 1), rows = y.numel() / width;
+  const int64_t width = y.size(y.dim() - 1), rows = width ? y.numel() / width : 0;
+  check(width, k, gate, up, rotation);
   void* const pointers[] = {y.data_ptr(), at(scale), at(bias), nullptr, nullptr, nullptr, nullptr, nullptr,
                             at(multiplier), at(fixed), q.data_ptr(), factors.data_ptr()};
   const int64_t numbers[] = {rows, width, k, gate, up, rotation, code, kNone, scale && scale->numel() == rows, zero_point,
                              in.half, torch::stable::get_num_threads()};
-  kernels.rows(pointers, numbers, 0.0f);
+  if (rows) kernels.rows(pointers, numbers, 0.0f);
   return {q, factors};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_norm_quantize(Tensor y, Maybe scale, Maybe bias, Maybe residual, Maybe weight,
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_norm_quantize(Tensor given, Maybe scale, Maybe bias, Maybe residual, Maybe weight,
                                                                 Maybe shift, double eps, bool rms, bool round_first,
                                                                 Maybe multiplier, int64_t rotation, Maybe fixed,
                                                                 int64_t zero_point, bool keep_sum, bool keep_norm) {
   Inputs in;
-  const Maybe* const arrays[] = {&bias, &residual, &weight, &shift};
-  in.array(0, y);
-  for (int i = 0; i < 4; ++i) in.array(i + 1, *arrays[i]);
-  for (const Maybe* t : {&scale, &multiplier, &fixed}) in.floats(*t);
+  Maybe source = given;
+  Maybe* const arrays[] = {&source, &bias, &residual, &weight, &shift};
+  for (int i = 0; i < 5; ++i) in.array(i, *arrays[i]);
+  for (Maybe* t : {&scale, &multiplier, &fixed}) in.floats(*t);
+  const Tensor& y = *source;
   const int64_t k = y.size(y.dim() - 1);
-  if (!in.fits || k % kLanes || y.numel() == 0) {
+  if (!in.fits || k % kLanes) {
     auto stack = called<4>("sqcompile_python::linear_norm_quantize", y, scale, bias, residual, weight, shift, eps, rms,
                            round_first, multiplier, rotation, fixed, zero_point, keep_sum, keep_norm);
     return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2]), to<Tensor>(stack[3])};
@@ -140,22 +157,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_norm_quantize(Tensor y, Maybe 
   const Tensor factors = empty(with_last(like, 1), aoti_torch_dtype_float32());
   const Tensor sum = empty(keep_sum ? with_last(like, k) : std::vector<int64_t>{0}, dtype);
   const Tensor normed = empty(keep_norm ? with_last(like, k) : std::vector<int64_t>{0}, dtype);
-  const int64_t rows = y.numel() / k;
+  const int64_t rows = k ? y.numel() / k : 0;
+  check(k, k, 0, -1, rotation);
   void* const pointers[] = {y.data_ptr(), at(scale), at(bias), at(residual), at(weight), at(shift),
                             keep_sum ? sum.data_ptr() : nullptr, keep_norm ? normed.data_ptr() : nullptr,
                             at(multiplier), at(fixed), q.data_ptr(), factors.data_ptr()};
   const int64_t numbers[] = {rows, k, k, 0, -1, rotation, 0, rms ? kRmsNorm : kLayerNorm, scale && scale->numel() == rows,
                              zero_point, in.half, torch::stable::get_num_threads()};
-  kernels.rows(pointers, numbers, static_cast<float>(eps));
+  if (rows) kernels.rows(pointers, numbers, static_cast<float>(eps));
   return {q, factors, sum, normed};
 }
 
-Tensor matmul_u8s8(Tensor q, Tensor w, Tensor w_scale, Tensor w_sum, ScalarType dtype) {
+Tensor matmul_u8s8(Tensor given, Tensor w, Tensor w_scale, Tensor w_sum, ScalarType dtype) {
+  const Tensor q = given.is_contiguous() ? given : torch::stable::contiguous(given);
   const int64_t k = q.size(q.dim() - 1), n = w_scale.numel(), rows = q.numel() ? q.numel() / k : 0;
   const bool amx = kernels.amx_rows >= 0 && rows >= kernels.amx_rows;
   const bool half = dtype == ScalarType::BFloat16;
   if (!rows) return empty(with_last(q, n), half ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32());
-  if (!q.is_contiguous()) return to<Tensor>(called<1>("sqcompile_python::matmul_u8s8", q, w, w_scale, w_sum, dtype)[0]);
   if (!w_sum.numel() || !(amx || rows <= kernels.vnni_rows)) {
     const Tensor zeros = empty({n}, aoti_torch_dtype_int64());
     std::fill_n(static_cast<int64_t*>(zeros.data_ptr()), n, 0);
@@ -167,9 +185,9 @@ Tensor matmul_u8s8(Tensor q, Tensor w, Tensor w_scale, Tensor w_sum, ScalarType 
   const Tensor y = empty(with_last(q, n), half ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32());
   const int64_t depth = (k + 63) / 64 * 64, threads = torch::stable::get_num_threads();
   if (amx) {
-    std::unique_ptr<uint8_t[]> tiles(new uint8_t[(rows + 31) / 32 * 32 * depth]);
+    const Tensor tiles = empty({(rows + 31) / 32 * 32 * depth}, aoti_torch_dtype_uint8());  // 64-byte aligned, as tensors are
     kernels.amx(q.data_ptr(), packed, w_scale.data_ptr(), w_sum.data_ptr(), y.data_ptr(), half, rows, n, k, depth, threads,
-                tiles.get());
+                tiles.data_ptr());
   } else {
     kernels.vnni(q.data_ptr(), packed, w_scale.data_ptr(), w_sum.data_ptr(), y.data_ptr(), half, rows, n, k, depth, threads);
   }

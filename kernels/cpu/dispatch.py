@@ -23,6 +23,8 @@ log = logging.getLogger("sqcompile")
 
 _installing = threading.Lock()
 _python = torch.library.Library("sqcompile_python", "DEF")  # what the C++ passes on
+_again = torch.library.Library("sqcompile", "IMPL")
+KEYS = ("CPU", "MkldnnCPU")  # packed weights carry the second one
 _NEVER = -1
 
 
@@ -54,11 +56,11 @@ def _installed(operators: tuple[tuple[str, Callable[..., Any]], ...], registered
     withdraw(registered)
     wrong = library.sqcompile_dispatch(*addresses, x86.VNNI_ROWS, x86.AMX_ROWS if x86.amx() else _NEVER)
     if wrong:
-        raise RuntimeError(f"sqcompile's CPU operators cannot be registered: {wrong.decode()}")
-    return True
-
-
-KEYS = ("CPU", "MkldnnCPU")  # packed weights carry the second one
+        log.debug("CPU operators stay in Python: %s", wrong.decode())
+        for schema, function in operators:
+            for key in KEYS:
+                _again.impl(schema.partition("(")[0], function, key)
+    return not wrong
 
 
 @functools.cache

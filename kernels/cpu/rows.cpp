@@ -69,16 +69,16 @@ void normalize(const Task& t, int64_t row, float* h) {
   Vector sum = {}, squares = {};
   float mean = 0;
   if (t.norm == kLayerNorm) {
-    for (int64_t at = 0; at < t.k; at += kLanes) sum += at_of(h, at);
+    for (int64_t at = 0; at < t.k; at += kLanes) sum += loaded(h, at);
     mean = total(sum) / t.k;
   }
   for (int64_t at = 0; at < t.k; at += kLanes) {
-    const Vector v = at_of(h, at) - mean;
+    const Vector v = loaded(h, at) - mean;
     squares += v * v;
   }
   const float inverse = 1.0f / std::sqrt(total(squares) / t.k + t.eps);
   for (int64_t at = 0; at < t.k; at += kLanes) {
-    Vector v = (at_of(h, at) - mean) * inverse;
+    Vector v = (loaded(h, at) - mean) * inverse;
     if (t.weight.data) v *= t.weight.read(at);
     if (t.shift.data) v += t.shift.read(at);
     if (t.normed) store(t.normed, t.y.bf16, row * t.k + at, v);
@@ -95,7 +95,7 @@ int32_t rotate_row(const Task& t, float* h) {
     Vector v[kStep / kLanes];
     std::memcpy(v, h + at, sizeof(v));
     if (t.multiplier)
-      for (int i = 0; i < kStep / kLanes; ++i) v[i] *= at_of(t.multiplier, at + i * kLanes);
+      for (int i = 0; i < kStep / kLanes; ++i) v[i] *= loaded(t.multiplier, at + i * kLanes);
     if constexpr (Block > 0) rotate_block<Block>(v);
     for (int i = 0; i < kStep / kLanes; ++i) {
       Lanes size;
@@ -123,7 +123,7 @@ inline void quantize_row(const Task& t, int64_t row, const float* h, int32_t lar
   }
   const float inverse = static_cast<float>(1.0 / static_cast<double>(scale));
   uint8_t* q = static_cast<uint8_t*>(t.q) + row * t.k;
-  for (int64_t i = 0; i < t.k; i += kLanes) write(t, at_of(h, i), inverse, q + i);
+  for (int64_t i = 0; i < t.k; i += kLanes) write(t, loaded(h, i), inverse, q + i);
 }
 
 inline void run_row(const Task& t, int64_t row, float* h) {

@@ -120,6 +120,13 @@ def _run(
     )  # parameters may be views, with steps of their own
     y, scale, factors = tensors[0], tensors[1], tensors[-1]
     assert y is not None and factors is not None
+    k, gate, up, block, *_ = how
+    if (
+        (block and (block not in rotation.BLOCKS or k % block))
+        or min(gate, up + 1) < 0
+        or max(gate, up) + k > y.shape[-1]
+    ):
+        raise ValueError(f"columns {gate} and {up} to {k} more, rotated by {block}, of {y.shape[-1]} channels")
     count = factors.numel()
     per_row = scale is not None and scale.numel() == count
     numbers = count, y.shape[-1], *how, per_row, zero_point, half, torch.get_num_threads()

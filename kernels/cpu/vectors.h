@@ -62,11 +62,12 @@ inline Vector fma(Vector a, Vector b, Vector c) {
 
 inline Vector all(float x) { return Vector{} + x; }
 
-// 1 / v to 2 units in the last place; of what is not finite, 0 or NaN.
+// 1 / v to 2 units in the last place; 0 of infinity.
 inline Vector reciprocal(Vector v) {
 #if defined(__AVX512F__)
   const Vector near = (Vector)_mm512_rcp14_ps((__m512)v);
-  return fma(fma(-v, near, all(1.0f)), near, near);
+  const Vector nearer = fma(fma(-v, near, all(1.0f)), near, near);
+  return v == HUGE_VALF ? Vector{} : nearer;  // 0 times infinity is NaN
 #else
   return 1.0f / v;
 #endif
@@ -80,8 +81,9 @@ inline Vector abs(Vector v) {
   return v;
 }
 
-// e^x to 2 units in the last place; x is brought into [-87, 88], NaN stays NaN.
+// e^x to 2 units in the last place, infinity above 88, e^-87 below -87; NaN stays NaN.
 inline Vector exp(Vector x) {
+  const Vector given = x;
   x = x < -87.0f ? Vector{} - 87.0f : x;
   x = x > 88.0f ? Vector{} + 88.0f : x;
   const Vector shifted = fma(x, all(1.44269504f), all(12582912.0f));  // 1.5 * 2^23: the sum is an integer
@@ -98,7 +100,7 @@ inline Vector exp(Vector x) {
   bits = ((bits - 0x4b400000) + 127) << 23;  // 2^n
   Vector power;
   std::memcpy(&power, &bits, sizeof(power));
-  return p * power;
+  return given > 88.0f ? all(HUGE_VALF) : p * power;
 }
 
 // x/2 (1 + erf(x / sqrt 2)) by erfc of |x|, to 2e-7 of |x| (Abramowitz and Stegun 7.1.26).
@@ -129,7 +131,7 @@ inline float total(Vector v) {
   return sum;
 }
 
-inline Vector at_of(const float* h, int64_t at) {
+inline Vector loaded(const float* h, int64_t at) {
   Vector v;
   std::memcpy(&v, h + at, sizeof(v));
   return v;

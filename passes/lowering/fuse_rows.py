@@ -34,7 +34,8 @@ import torch
 from torch import fx
 
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.passes.ir.graph import add_op, aten, constants, value
+from sqcompile.kernels.rotation import BLOCKS
+from sqcompile.passes.ir.graph import add_op, arguments, aten, constants, value
 from sqcompile.passes.lowering.quantized import ATTENTION, Quantized, before_views, point, quantized
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -73,24 +74,26 @@ def fuse_rows(gm: fx.GraphModule) -> None:
             continue
         found = quantized(before_views(gm, q), const)
         if found is not None and found.by_rows and found.alone and _fits(found):
-            _fuse(gm, found)
+            _fuse(gm, found, const)
     gm.graph.eliminate_dead_code()
 
 
 def _fits(d: Quantized) -> bool:
-    v = value(d.base)
-    return v.dtype in _DTYPES and v.shape[-1] % _LANES == 0
+    v, k = value(d.base), value(d.base).shape[-1]
+    blocks = not d.rotation or (d.rotation in BLOCKS and k % d.rotation == 0)
+    return v.dtype in _DTYPES and k % _LANES == 0 and blocks and (d.static is None or value(d.static).numel() == 1)
 
 
-def _fuse(gm: fx.GraphModule, d: Quantized) -> None:
+def _fuse(gm: fx.GraphModule, d: Quantized, const: set[fx.Node]) -> None:
     first = min(d.q, d.rows)
     rest = d.multiplier, d.rotation, d.static, d.zero_point
     if d.norm is not None:
         h, weight, shift, *how = d.norm
-        if value(h).dtype != value(d.base).dtype:
+        vectors = [value(v).dtype for v in (weight, shift) if v is not None]
+        if value(h).dtype != value(d.base).dtype or not {*vectors} <= {*_DTYPES}:
             return
         readers = {u for u in d.readers if u > d.q}  # who reads it earlier computes the norm by itself
-        source = _summed(h, d, first) if readers == d.readers else _Source(h)
+        source = _summed(h, d, first, const) if readers == d.readers else _Source(h)
         with gm.graph.inserting_before(first):
             read = *_read(gm, source), source.residual
             kept = bool(source.others), bool(readers)
@@ -124,14 +127,19 @@ def _read(gm: fx.GraphModule, source: _Source) -> tuple[fx.Node, Any, Any]:
 
 def _is_linear(node: Any, readers: int = 1) -> bool:
     """Whether a node is a linear whose product can be read in its place, by all who read it."""
-    found = isinstance(node, fx.Node) and node.target == sqcompile_ops.int8_linear_packed.default
-    return found and len(node.users) == readers and node.args[-1] in _DTYPES
+    if not isinstance(node, fx.Node) or node.target != sqcompile_ops.int8_linear_packed.default:
+        return False
+    bias: Any = node.args[5]
+    dtypes = {node.args[-1]} if bias is None else {node.args[-1], value(bias).dtype}
+    return len(node.users) == readers and dtypes <= {*_DTYPES}
 
 
-def _summed(h: fx.Node, d: Quantized, first: fx.Node) -> _Source:
+def _summed(h: fx.Node, d: Quantized, first: fx.Node, const: set[fx.Node]) -> _Source:
     """A linear's result and what is added to it, where h is their sum, or the result alone; else h."""
-    others = frozenset(h.users) - _between(h, d.base)
-    if any(u < first for u in others):
+    between = _between(h, d.base)
+    others = frozenset(h.users) - between
+    shared = any(u not in between for n in between - {h, d.base} if n not in const for u in n.users)
+    if shared or any(u < first for u in others):  # who reads a part of the norm would have it all computed again
         return _Source(h)
     if h.target == aten.add.Tensor and not h.kwargs:
         pairs: list[Any] = [h.args[:2], h.args[1::-1]]
@@ -170,12 +178,25 @@ def _activated(gate: fx.Node, up: fx.Node | None) -> _Source | None:
     if up is None and _is_linear(gate):
         return _Source(gate, True, result=gate)
     parts = [p for p in (gate, up) if p is not None]
-    sliced = all(p.target == aten.slice.Tensor and len(p.users) == 1 and p.args[1] == -1 for p in parts)
-    linear: Any = parts[0].args[0] if sliced else None
-    if sliced and all(p.args[0] is linear for p in parts) and _is_linear(linear, len(parts)):
-        starts: list[Any] = [p.args[2] for p in parts]
-        return _Source(linear, True, starts[0], starts[1] if up is not None else -1, result=gate, second=up)
+    columns = [_columns(p) for p in parts]
+    if None not in columns:
+        linears, starts = zip(*columns, strict=True)
+        if len({*linears}) == 1 and _is_linear(linears[0], len(parts)):
+            return _Source(linears[0], True, starts[0], starts[1] if up is not None else -1, result=gate, second=up)
     return _Source(gate) if up is None else None
+
+
+def _columns(part: fx.Node) -> tuple[fx.Node, int] | None:
+    """What a node has columns of, one beside the other, that nobody else reads, and the first of them."""
+    if part.target != aten.slice.Tensor or len(part.users) != 1:
+        return None
+    args = arguments(part)
+    source, start, dims = args["self"], args["start"] or 0, value(args["self"]).dim()
+    width, size = value(source).shape[-1], value(part).shape[-1]
+    if args["dim"] % dims != dims - 1 or args["step"] != 1 or not all(type(n) is int for n in (start, width, size)):
+        return None
+    start = start + width if start < 0 else start
+    return (source, start) if start >= 0 and start + size <= width else None
 
 
 def _opaque(x: fx.Node) -> bool:

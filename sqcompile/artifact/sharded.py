@@ -76,16 +76,18 @@ def save_shard(
 def _save(quantized: fx.GraphModule, plan: Plan, call: Forward, name: str, most: int, ranks: Ranks) -> None:
     meta = described(quantized, call)
     with new_directory(name, MANIFESTS) if ranks.first else contextlib.nullcontext("") as temporary:
-        own = os.path.join(temporary, _folder(ranks.rank, ranks.count))
+        own = None  # until it is there: what is removed after an error is this process's own
         try:
             if ranks.first:
-                os.mkdir(own)
+                os.mkdir(made := os.path.join(temporary, _folder(ranks.rank, ranks.count)))
+                own = made
             temporary = json.loads(ranks.tell("folder", json.dumps(temporary))[0])
             if not os.path.isdir(temporary):
                 raise ArtifactError(f"rank {ranks.rank} does not see {temporary}: pass a path that all processes see")
             if not ranks.first:
-                own = os.path.join(temporary, _folder(ranks.rank, ranks.count))
-                os.mkdir(own)
+                os.mkdir(made := os.path.join(temporary, _folder(ranks.rank, ranks.count)))
+                own = made
+            assert own is not None
             digest = write(own, meta, quantized, plan, most)
             for file in os.listdir(own):
                 flush(os.path.join(own, file))
@@ -98,7 +100,7 @@ def _save(quantized: fx.GraphModule, plan: Plan, call: Forward, name: str, most:
                 meta = {"format": FORMAT, "versions": versions(), "shards": written}
                 write_manifest(os.path.join(temporary, SHARDED), meta)
         except BaseException:
-            if temporary:
+            if own is not None:
                 shutil.rmtree(own, ignore_errors=True)
                 with contextlib.suppress(OSError):  # others have theirs in it, and the last one removes it
                     os.rmdir(temporary)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sqcompile.capture.inputs import Call, Reader
 from sqcompile.compiled.emit import CompiledModel
@@ -28,7 +28,6 @@ from sqcompile.evaluation.scores import mean_and_error
 from sqcompile.evaluation.streamed import Streamed
 from sqcompile.process.interrupts import deferred, each_at_once
 from sqcompile.process.progress import Show, part, stages
-from sqcompile.pytorch.core import pytree
 from sqcompile.results import calibrates_itself, is_quantized
 
 __all__ = ["Evaluation", "LayerError", "evaluate"]
@@ -112,7 +111,8 @@ def evaluate(
         enter("evaluate")
         with part(total=total) as done:
             # each run takes the calls as it needs them: one after the other, or all of them first
-            calls, *each = itertools.tee(_calls(found, reader, limit), 1 + len(runs))
+            ahead = limit if any(isinstance(run.model, Streamed) for run in runs) else None
+            calls, *each = itertools.tee(_calls(found, reader, ahead), 1 + len(runs))
             every = [
                 run.outputs((call, 0 if tokens.ids is None else tokens.ids.numel()) for call, tokens in own)
                 for run, own in zip(runs, each, strict=True)
@@ -126,6 +126,8 @@ def evaluate(
                 if len(kept) < _CALLS:
                     kept.append(call)
                 done()
+                if limit is not None and measure.windows >= limit:
+                    break  # before the loader makes another one
         result = _result(measure, runs, against)
         if left_out is None:
             enter("layers")
@@ -134,18 +136,17 @@ def evaluate(
 
 
 def _calls(found: Iterable[Any], reader: Reader, limit: int | None) -> Iterator[tuple[Call, Tokens]]:
-    """The calls that batches stand for, up to the end of the one that has the last window of a limit."""
+    """The calls that batches stand for. With a limit, up to the end of the one that has its last window."""
     windows = 0
     for i, batch in enumerate(each_at_once(found)):
         if isinstance(batch, (str, bytes)):
             raise EvaluationError("data gives text: pass a list of it, list(data), and the model's tokenizer")
         call = reader.call(batch, i)
-        yield call, Tokens.of(batch, call, reader.rows)
-        windows += next(
-            len(x) if x.dim() else 1 for x in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor)
-        )
+        tokens = Tokens.of(batch, call, reader.rows)
+        yield call, tokens
+        windows += 1 if tokens.ids is None or not tokens.ids.dim() else len(tokens.ids)
         if limit is not None and windows >= limit:
-            return  # before the loader makes another one
+            return
 
 
 _CALIBRATES = "the model still calibrates itself, and would do so on the evaluation data"

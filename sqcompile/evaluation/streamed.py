@@ -19,10 +19,9 @@ from sqcompile.capture.captured import contiguous, flatten_like
 from sqcompile.capture.inputs import Call, Forward
 from sqcompile.capture.traced_call import traced_call
 from sqcompile.checkpoints.float_model import Checkpoint
-from sqcompile.errors import EvaluationError, SQCompileError
+from sqcompile.errors import EvaluationError, SQCompileError, first_line
 from sqcompile.loading import device_of, is_saved, unpacked
 from sqcompile.passes.ir.about import about
-from sqcompile.passes.ir.explain import first_line
 from sqcompile.passes.ir.graph import value
 from sqcompile.passes.ir.lazy import Weights
 from sqcompile.passes.ir.pieces import Stepped, run_in_pieces

@@ -85,7 +85,9 @@ class WeightFile:
             raise
         except Exception as e:  # of the system, or of a header that is no JSON
             raise ArtifactError(f"{file} cannot be read ({said(e)}): copy the directory again, whole") from e
-        self.metadata: Any = header.pop("__metadata__", None) or {}
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        if not isinstance(self.metadata, dict) or not all(isinstance(v, str) for v in self.metadata.values()):
+            raise ArtifactError(f"{file} has metadata that are no words: copy the directory again, whole")
         self.places = {name: _place(file, 8 + size, name, found, self._size) for name, found in header.items()}
 
     def whole(self) -> Mapped:

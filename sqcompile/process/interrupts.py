@@ -78,6 +78,7 @@ def deferred() -> Iterator[None]:
                 signal.signal(signal.SIGINT, handler)
         finally:
             _current = None
+            own.at_once = True  # whoever has kept the handler, or sets it again, has the one before it
             own.take_effect()
 
 

@@ -60,6 +60,12 @@ def test_activations(dtype):
             )
     equal("linear_act_quantize", y.transpose(0, 1), None, None, 0, -1, 192, "none", None, 0, None, 128)
     equal("linear_act_quantize", y[..., :40], None, None, 0, -1, 40, "relu", None, 0, None, 128)
+    args = (
+        y.transpose(1, 2).contiguous().transpose(1, 2),
+        drawn(7, 2, 1).abs().transpose(0, 1),
+        drawn(384, dtype=dtype)[::2],
+    )
+    equal("linear_act_quantize", *args, 0, 96, 96, "silu", drawn(192)[::2], 0, None, 128)
     equal("linear_act_quantize", y[:0], None, None, 0, -1, 192, "relu", None, 0, None, 128)
 
 
@@ -83,3 +89,23 @@ def test_norms(rms, dtype):
 def test_an_activation_that_there_is_not():
     with pytest.raises(RuntimeError, match="there is no activation tanhshrink"):
         sqcompile_ops.linear_act_quantize(drawn(2, 32), None, None, 0, -1, 32, "tanhshrink", None, 0, None, 128)
+
+
+@pytest.mark.parametrize("columns", [(-16, -1), (0, 32), (16, -1)])
+def test_columns_behind_the_end(columns):
+    for ops in (sqcompile_ops, torch.ops.sqcompile_python):
+        with pytest.raises((RuntimeError, ValueError), match="to 32 more"):
+            ops.linear_act_quantize(drawn(2, 32), None, None, *columns, 32, "relu", None, 0, None, 128)
+
+
+@pytest.mark.parametrize(("k", "block"), [(32, 8), (256, 256), (80, 64)])
+def test_blocks_that_there_are_not(k, block):
+    for ops in (sqcompile_ops, torch.ops.sqcompile_python):
+        with pytest.raises((RuntimeError, ValueError), match=f"rotated by {block}"):
+            ops.linear_act_quantize(drawn(2, k), None, None, 0, -1, k, "relu", None, block, None, 128)
+        with pytest.raises((RuntimeError, ValueError), match=f"rotated by {block}"):
+            ops.linear_norm_quantize(
+                drawn(2, k), None, None, None, None, None, 1e-5, True, True, None, block, None, 128, False, True
+            )
+    with pytest.raises(ValueError, match=f"rotated by {block}"):
+        sqcompile_ops.rotate_quantize(drawn(2, k), block, None, 128)

@@ -81,13 +81,28 @@ return [%getitem, %getitem_1]
         # the linear, or the activation, is read by something else, too
         "%a = aten.relu(%y)\n%n = aten.mul(%a, %x)\n%s1 = sqcompile.token_scale(%n)\n%q = sqcompile.quantize(%n, %s1, 128)\nreturn [%q, %s1, %y]",
         "%n = aten.relu(%y)\n%s1 = sqcompile.token_scale(%n)\n%q = sqcompile.quantize(%n, %s1, 128)\nreturn [%q, %s1, %n]",
+        # columns that do not lie beside each other, or not in the middle
+        "%a = aten.slice(%y, -1, 0, 64, 2)\n%n = aten.relu(%a)\n" + QUANTIZED + "return [%q, %s1]",
         # one scale for all rows, that depends on them
         "%n = aten.relu(%y)\n%s1 = sqcompile.tensor_scale(%n)\n%q = sqcompile.quantize(%n, %s1, 128)\nreturn [%q, %s1]",
     ],
 )
 def test_what_is_left_to_the_compiler(text):
     after = only_after(fused(text))
-    assert "int8_linear_packed" in after and "linear_act_quantize" not in after
+    assert "int8_linear_packed" in after and "linear_act_quantize(%matmul" not in after
+
+
+def test_columns_from_the_end():
+    text = "%a = aten.slice(%y, 2, -32, 9999)\n%n = aten.relu(%a)\n" + QUANTIZED + "return [%q, %s1]"
+    assert "linear_act_quantize(%matmul_u8s8_default, %s0, %bias, 32, -1, 32, relu" in only_after(fused(text))
+
+
+def test_a_part_of_a_norm_that_something_else_reads():
+    """The sum stays, as it would be computed twice otherwise."""
+    text = "%h = aten.add(%x, %y)\n%p = aten.pow(%h, 2)\n%m = aten.mean(%p, [-1], True)\n%e = aten.add(%m, 1e-06)\n"
+    text += "%r = aten.rsqrt(%e)\n%c = aten.mul(%h, %r)\n%n = aten.mul(%g, %c)\n" + QUANTIZED + "return [%q, %s1, %c]"
+    after = only_after(fused(text))
+    assert "int8_linear_packed" in after and "sqcompile.linear_norm_quantize(%h, None, None, None" in after
 
 
 def test_a_sum_that_is_read_before_the_norm_stays():

@@ -45,7 +45,9 @@ def test_activations(activation, dtype):
 @pytest.mark.parametrize("activation", [a for a in rows.ACTIVATIONS if a != "none"])
 def test_activations_are_as_exact_as_pytorchs(activation):
     """Channels are one to a row, so that each has all 127 steps of its own, and the factor shows the value itself."""
-    x = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 88.8, -88.8, 1e30])])
+    x = torch.cat(
+        [torch.linspace(-20, 20, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 88.8, -88.8, 1e30, -1e30, -3e38])]
+    )
     y = torch.zeros(len(x), 16)
     y[:, 3] = x
     _, factors = on_cpu.linear_act_quantize(y, None, None, 0, -1, 16, activation, None, 0, None, 0)
