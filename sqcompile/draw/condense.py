@@ -26,7 +26,7 @@ _ACTIVATIONS = {
     "gelu", "silu", "relu", "relu6", "leaky_relu", "tanh", "sigmoid", "softmax", "softplus", "elu", "mish", "hardtanh",
     "hardswish", "hardsigmoid", "topk",
 }  # fmt: skip
-# Pieces of INT8 attention, and operators fused for GPUs: what they are drawn as, and called.
+# Pieces of INT8 attention, and operators that several have become: what they are drawn as, and called.
 _PIECES = {
     "scaled_dot_product_attention": ("product", "attention"), "attention": ("product", "attention"),
     "int8_attention": ("product", "attention"), "int8_scores": ("product", "QKᵀ"), "attend": ("product", "PV"),
@@ -34,17 +34,18 @@ _PIECES = {
     "norm_quantize": ("norm", "norm, quantize"), "act_quantize": ("activation", "activation, quantize"),
     "quantize_rows": ("quantize", "quantize"), "rotate": ("quantize", "rotate"),
     "rotate_quantize": ("quantize", "rotate, quantize"),
+    "linear_norm_quantize": ("norm", "norm, quantize"), "linear_act_quantize": ("activation", "activation, quantize"),
 }  # fmt: skip
 _ATTENTIONS = {"scaled_dot_product_attention", "attention", "int8_attention", "int8_scores", "attend", "int8_attend"}
 _INT8_ATTENTION = {"int8_attention", "int8_attend", "attend"}  # the last node of one
 _JOINS = {"add": "+", "sub": "−", "mul": "×", "div": "÷", "cat": "concat", "where": "where"}
 
-# How many arguments carry activations, where the others are masks, scales and weights.
-_DATA_ARGS = {
+# How many arguments carry activations, or which ones, where the others are masks, scales and weights.
+_DATA_ARGS: dict[str, int | tuple[int, ...]] = {
     "scaled_dot_product_attention": 3, "attention": 3, "int8_attention": 5, "int8_scores": 3, "attention_weights": 1,
     "mask_scores": 1, "attend": 2, "int8_attend": 2, "norm_quantize": 1, "act_quantize": 2, "quantize_rows": 1, "rotate": 1, "rotate_quantize": 1, "linear": 1, "int8_linear": 1, "int8_linear_packed": 1, "int8_linear_s8": 1, "fp8_linear": 1,
     "quantize": 1, "dequantize": 1, "grouped_linear": 1, "grouped_dequantize": 1, "int8_grouped_linear": 1,
-    "int8_grouped_linear_packed": 1,
+    "int8_grouped_linear_packed": 1, "matmul_u8s8": 1, "linear_act_quantize": 1, "linear_norm_quantize": (0, 3),
 }  # fmt: skip
 
 # What later stages append to the name of a weight.
@@ -80,8 +81,7 @@ def condense(gm: fx.GraphModule, roles: Roles) -> nx.DiGraph:
     for n in (n for n in gm.graph.nodes if n not in const):
         if n.op != "output" and not isinstance(value(n), (Tensor, tuple, list)):
             continue  # a size
-        count = _DATA_ARGS.get(operation(n))
-        read = n.all_input_nodes if count is None else [a for a in n.args[:count] if isinstance(a, fx.Node)]
+        read = _data_of(n)
         sources = [data[a] for a in read if data.get(a)]
         flat = list(dict.fromkeys(s for part in sources for s in part))
         other = list(dict.fromkeys(s for a in read for s in loose.get(a, [])))
@@ -96,6 +96,22 @@ def condense(gm: fx.GraphModule, roles: Roles) -> nx.DiGraph:
     g = _finish(g, roles)
     boxes.tell(g)
     return g
+
+
+def _data_of(n: fx.Node) -> list[fx.Node]:
+    """What carries activations into a node."""
+    which = _DATA_ARGS.get(operation(n))
+    if which is None:
+        return n.all_input_nodes
+    args = n.args[:which] if isinstance(which, int) else [n.args[i] for i in which]
+    return [a for a in args if isinstance(a, fx.Node)]
+
+
+def _piece(n: fx.Node) -> tuple[str, str] | None:
+    """What an operator of `_PIECES` is drawn as, and called."""
+    if operation(n) == "linear_act_quantize" and "none" in n.args:
+        return _PIECES["rotate_quantize" if n.args[8] else "quantize_rows"]
+    return _PIECES.get(operation(n))
 
 
 class _Boxes:
@@ -116,8 +132,8 @@ class _Boxes:
             return "input" if n.op == "placeholder" else "output"
         if name in NORMS or n.name in self.vectors:
             return "norm"
-        if name in _PIECES:
-            return _PIECES[name][0]
+        if (piece := _piece(n)) is not None:
+            return piece[0]
         if any(part in name for part in _PRODUCTS):
             return "product"
         if name in _ACTIVATIONS:
@@ -190,7 +206,8 @@ class _Boxes:
             leaf = first_leaf(table) or "embedding"
             names = [x for x in self.aliases.get(leaf, ()) if x not in self.roles.linears]  # not that of a tied head
             return (names or [leaf])[0].removesuffix(".weight").rpartition(".")[2]
-        return _PIECES[of][1] if of in _PIECES else _JOINS.get(of, of)
+        piece = _piece(n)
+        return _JOINS.get(of, of) if piece is None else piece[1]
 
     def _linears(self, n: fx.Node) -> list[str]:
         """The linears a product computes: one, or those that `lower` merged, which read one input."""

@@ -122,7 +122,9 @@ def test_stages_agree(family, name, dtype):
     assert relative_error(got, want) < (bound if dtype == torch.float32 else 0.08)
     found = {n.target for n in compiled.stages["lowered"].graph.nodes}
     if name in ("default", "static"):
-        assert sqcompile_ops.rotate_quantize.default in found and sqcompile_ops.rotate.default not in found
+        by_rows = {"rotate_quantize", "linear_act_quantize", "linear_norm_quantize"}
+        assert found & {getattr(sqcompile_ops, name).default for name in by_rows}
+        assert sqcompile_ops.rotate.default not in found
 
 
 def test_plans_keep_rotations_and_older_ones_are_read(tmp_path):
