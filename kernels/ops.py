@@ -3,7 +3,7 @@
 Each is one node in a graph, so that passes can match it. Most are composite: a compiler that traces through them sees
 plain arithmetic and fuses it with what surrounds it (a norm before a quantize, an activation after a linear).
 `matmul_u8s8` is opaque: it chooses its kernel by the number of rows when it runs, so that one compiled graph serves
-prefill and decode; so are the operators of attention and the fused ones of GPUs (fused.py).
+prefill and decode; so are the operators of attention, those of rows on CPUs (rows.py) and the GEMMs of GPUs (fused.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sqcompile.kernels import attention, attention_int8, attention_parts, fp8, f
 from sqcompile.kernels import rows as plain_rows
 from sqcompile.kernels.cpu import rows as cpu_rows
 from sqcompile.kernels.cpu import x86
+from sqcompile.kernels.cpu.dispatch import KEYS
 
 
 def matmul_u8s8(q: Tensor, w: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype) -> Tensor:
@@ -186,7 +187,7 @@ on_x86_library = torch.library.Library("sqcompile", "IMPL")
 for _schema, (_on_cpu, _plain, _fake) in _X86.items():
     _name = _schema.partition("(")[0]
     _library.define(_schema)
-    for _key in ("CPU", "MkldnnCPU"):  # packed weights carry the last one
+    for _key in KEYS:
         on_x86_library.impl(_name, _on_cpu, _key)
     if _plain is not None:
         _library.impl(_name, _plain, "CUDA")
@@ -196,7 +197,7 @@ for _schema, _fake in _FAKES.items():
     _name = _schema.partition("(")[0]
     _library.define(_schema)
     if _schema in _OPAQUE:
-        for _key in ("CPU", "CUDA", "MkldnnCPU"):
+        for _key in ("CUDA", *KEYS):
             _library.impl(_name, _OPAQUE[_schema][0], _key)
     else:
         _library.impl(_name, _TRITON[_schema][0], "CPU")
