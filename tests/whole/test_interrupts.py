@@ -203,6 +203,15 @@ def test_a_handler_that_the_users_code_sets_is_kept():
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_handler_that_the_users_code_keeps_is_the_one_before():
+    """Such as a library that calls the handler that it found, for as long as it lives."""
+    with interrupts.deferred(), interrupts.at_once():
+        kept = signal.getsignal(signal.SIGINT)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            kept(signal.SIGINT, None)
+
+
 def test_other_threads_compile_without_handlers():
     found = []
     thread = threading.Thread(target=lambda: found.append(compiled(net())))
