@@ -8,7 +8,7 @@ or still the user's own is safe by construction. `evaluate` turns an expression 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,9 +258,9 @@ def linear_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     return x, w, rest[0] if rest and node.target == aten.linear.default else None  # type: ignore[return-value]
 
 
-def above(*nodes: fx.Node) -> set[fx.Node]:
-    """Nodes and all that they are computed from."""
-    todo, found = list(nodes), set[fx.Node]()
+def above(*nodes: fx.Node, start: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """Nodes and all that they are computed from, but for what ``start``, which is part of it, is computed from."""
+    todo, found = list(nodes), set(start)
     while todo:
         n = todo.pop()
         if n not in found:

@@ -35,7 +35,8 @@ from torch import fx
 
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.rotation import BLOCKS
-from sqcompile.passes.ir.graph import add_op, arguments, aten, constants, value
+from sqcompile.passes.ir.graph import above, add_op, arguments, aten, constants, value
+from sqcompile.passes.labels.rules import behind
 from sqcompile.passes.lowering.quantized import ATTENTION, Quantized, before_views, point, quantized
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -136,7 +137,7 @@ def _is_linear(node: Any, readers: int = 1) -> bool:
 
 def _summed(h: fx.Node, d: Quantized, first: fx.Node, const: set[fx.Node]) -> _Source:
     """A linear's result and what is added to it, where h is their sum, or the result alone; else h."""
-    between = _between(h, d.base)
+    between = above(d.base, start=[h])  # what the norm is made of, however it is spelled
     others = frozenset(h.users) - between
     shared = any(u not in between for n in between - {h, d.base} if n not in const for u in n.users)
     if shared or any(u < first for u in others):  # who reads a part of the norm would have it all computed again
@@ -150,17 +151,6 @@ def _summed(h: fx.Node, d: Quantized, first: fx.Node, const: set[fx.Node]) -> _S
                 same = value(residual).dtype == value(linear).dtype == value(h).dtype
                 return _Source(y, True, residual=residual, others=others, result=y) if same else _Source(h)
     return _Source(h, True, result=h) if _is_linear(h, len(h.users)) and not others else _Source(h)
-
-
-def _between(h: fx.Node, base: fx.Node) -> set[fx.Node]:
-    """What a norm of h is made of, however it is spelled."""
-    todo, found = [base], {h}
-    while todo:
-        n = todo.pop()
-        if n not in found:
-            found.add(n)
-            todo.extend(n.all_input_nodes)
-    return found
 
 
 def _behind_views(node: Any) -> Any:
@@ -201,6 +191,5 @@ def _columns(part: fx.Node) -> tuple[fx.Node, int] | None:
 
 def _opaque(x: fx.Node) -> bool:
     """Whether an operator that the compiler cannot look into gives x, in other dims."""
-    while x.target in (aten.reshape.default, aten.transpose.int, aten.clone.default, aten.contiguous.default):
-        x = x.args[0]  # type: ignore[assignment]
-    return x.target == sqcompile_ops.attention.default or x.target in ATTENTION
+    source = behind(x, {aten.reshape.default, aten.transpose.int, aten.clone.default, aten.contiguous.default})
+    return source.target == sqcompile_ops.attention.default or source.target in ATTENTION
