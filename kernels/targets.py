@@ -204,7 +204,7 @@ def _x86(name: str) -> Target:
         "cpu",
         _u8s8,
         _u8s8_experts,
-        x86.pack_with_sums,
+        x86.pack,
         UINT8_ZERO_POINT,
         True,
         fuses="cpu",

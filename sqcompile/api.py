@@ -35,7 +35,7 @@ from sqcompile.passes.planning.evidence import with_evidence
 from sqcompile.passes.planning.feel import feel
 from sqcompile.passes.planning.finite import check_weights
 from sqcompile.passes.planning.stay_float import wanted
-from sqcompile.pipeline import rewrite
+from sqcompile.pipeline import on_trial, rewrite
 from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.plan.recipe import Recipe, resolve_recipe
 from sqcompile.plan.shards import check_given
@@ -270,7 +270,7 @@ def analyse(
         enter("plan")
         felt = feel(traced, sites, refusals, calibration, recipe)
         plan_of = partial(choose, traced, sites, refusals, calibration, recipe, to_spec(call), attentions, felt=felt)
-        quantized = partial(rewrite, traced, until="quantized", shown=False, lazy=True)
+        quantized = partial(on_trial, traced)
         plan = smoothed_or_not(plan_of, calibration.sample, quantized, about(traced).parallel)
         if recipe.max_degradation is not None:
             if evaluate is None:

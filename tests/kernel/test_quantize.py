@@ -85,8 +85,7 @@ def _cpu_matmul(monkeypatch, kernel, u8, w, scale, dtype):
     """x86.matmul by one of its kernels."""
     if kernel == "amx" and not x86.amx():
         pytest.skip("needs AMX")
-    packed = x86.pack(w)
-    w_sum = x86.row_sum(w, packed)
+    packed, w_sum = x86.pack(w)
     assert w_sum.numel() == w.shape[0], "oneDNN packs in a layout that our kernels cannot read"
     monkeypatch.setattr(x86, "amx", lambda: kernel == "amx")
     monkeypatch.setattr(x86, "VNNI_ROWS", 1_000_000)
@@ -163,6 +162,6 @@ def test_onednn_and_reference_agree_with_scales(dtype, per_token, bias):
     assert torch.equal(sqcompile_ops.int8_linear(u8, scale, w8, w_scale.flatten(), b, dtype), want)
     w_sum = w8.sum(1, dtype=torch.int32)
     for rows in (w_sum, w_sum[:0]):  # our kernel, and oneDNN for any layout
-        got = sqcompile_ops.int8_linear_packed(u8, scale, x86.pack(w8), w_scale.flatten(), rows, b, dtype)
+        got = sqcompile_ops.int8_linear_packed(u8, scale, x86.pack(w8)[0], w_scale.flatten(), rows, b, dtype)
         assert got.dtype == dtype and got.shape == (2, 7, 50)
         assert torch.equal(got, want)
