@@ -38,6 +38,7 @@ struct {
   void (*vnni)(const void*, const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
   void (*amx)(const void*, const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
               void*);
+  void (*avx2)(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, void*);
   int64_t vnni_rows, amx_rows;  // the most rows for the one without tiles, the least for the other; -1 where there is none
 } kernels;
 
@@ -174,6 +175,13 @@ Tensor matmul_u8s8(Tensor given, Tensor w, Tensor w_scale, Tensor w_sum, ScalarT
   const bool amx = kernels.amx_rows >= 0 && rows >= kernels.amx_rows;
   const bool half = dtype == ScalarType::BFloat16;
   if (!rows) return empty(with_last(q, n), half ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32());
+  if (w.dim() == 3) {  // packed for AVX2, by which everything of it is computed
+    const Tensor y = empty(with_last(q, n), half ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32());
+    const Tensor wide = empty({rows * ((k + 1) / 2 * 2)}, aoti_torch_dtype_int16());
+    kernels.avx2(q.data_ptr(), w.data_ptr(), w_scale.data_ptr(), y.data_ptr(), half, rows, n, k,
+                 torch::stable::get_num_threads(), wide.data_ptr());
+    return y;
+  }
   if (!w_sum.numel() || !(amx || rows <= kernels.vnni_rows)) {
     const Tensor zeros = empty({n}, aoti_torch_dtype_int64());
     std::fill_n(static_cast<int64_t*>(zeros.data_ptr()), n, 0);
@@ -197,12 +205,13 @@ Tensor matmul_u8s8(Tensor given, Tensor w, Tensor w_scale, Tensor w_sum, ScalarT
 }  // namespace
 
 // Has the dispatcher call the operators here from now on. Null, or what is wrong.
-extern "C" const char* sqcompile_dispatch(void* rows, void* vnni, void* amx, int64_t vnni_rows, int64_t amx_rows) {
+extern "C" const char* sqcompile_dispatch(void* rows, void* vnni, void* amx, void* avx2, int64_t vnni_rows, int64_t amx_rows) {
   static auto& kept = *new std::vector<std::unique_ptr<torch::stable::detail::StableLibrary>>;  // for ever
   static std::string wrong;
   kernels.rows = reinterpret_cast<decltype(kernels.rows)>(rows);
   kernels.vnni = reinterpret_cast<decltype(kernels.vnni)>(vnni);
   kernels.amx = reinterpret_cast<decltype(kernels.amx)>(amx);
+  kernels.avx2 = reinterpret_cast<decltype(kernels.avx2)>(avx2);
   kernels.vnni_rows = vnni_rows;
   kernels.amx_rows = amx_rows;
   try {

@@ -51,7 +51,7 @@ def _installed(operators: tuple[tuple[str, Callable[..., Any]], ...], registered
         _python.define(schema)
         for key in KEYS:
             _python.impl(schema.partition("(")[0], function, key)
-    functions = (row_kernels.sqcompile_rows, gemms.sqcompile_vnni, gemms.sqcompile_amx)
+    functions = (row_kernels.sqcompile_rows, gemms.sqcompile_vnni, gemms.sqcompile_amx, gemms.sqcompile_avx2)
     addresses = [ctypes.cast(f, ctypes.c_void_p) for f in functions]
     withdraw(registered)
     wrong = library.sqcompile_dispatch(*addresses, x86.VNNI_ROWS, x86.AMX_ROWS if x86.amx() else _NEVER)
@@ -70,6 +70,6 @@ def _library() -> Any | None:
         otherwise="the code that calls sqcompile's CPU kernels does not build here, and Python calls them",
     )
     if library is not None:
-        library.sqcompile_dispatch.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
+        library.sqcompile_dispatch.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
         library.sqcompile_dispatch.restype = ctypes.c_char_p
     return library

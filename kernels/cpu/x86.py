@@ -22,7 +22,7 @@ from torch import Tensor
 from sqcompile.kernels.cpu import onednn
 from sqcompile.kernels.cpu.build import built
 from sqcompile.kernels.reference import UINT8_ZERO_POINT
-from sqcompile.pytorch.core import has_amx, has_vnni, init_amx
+from sqcompile.pytorch.core import has_amx, has_avx2, has_vnni, init_amx
 
 BLOCK = 64  # output channels per block of the packed weight
 DEPTH = 64  # input channels are padded to a multiple of this
@@ -37,6 +37,11 @@ MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 def available() -> bool:
     """Whether this CPU multiplies u8 by s8 without saturating between (VNNI); plain AVX2 does not."""
     return torch.backends.mkldnn.is_available() and has_vnni()
+
+
+def has_avx2_kernels() -> bool:
+    """Whether this CPU has AVX2, and our kernels are built: what `pack_avx2` packs is multiplied by nothing else."""
+    return has_avx2() and library() is not None
 
 
 # By the shape of a weight, one that oneDNN has packed in the layout our kernels read, as long as somebody uses it.
@@ -105,16 +110,27 @@ def _fill(kernels: Any, w: Tensor, blocks: Tensor) -> Tensor:
     return w_sum
 
 
+def pack_avx2(w: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [N, K] in the layout of avx2.cpp: int8 [N / 16, K / 2, 32], both rounded up. Its kernel needs no sums."""
+    kernels, (n, k), w = library(), w.shape, w.contiguous()
+    assert kernels is not None
+    packed = torch.empty((-(-n // 16), -(-k // 2), 32), dtype=torch.int8)
+    kernels.sqcompile_pack_avx2(w.data_ptr(), packed.data_ptr(), n, k, torch.get_num_threads())
+    return packed, torch.empty(0, dtype=torch.int32)
+
+
 def matmul(q: Tensor, packed: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype) -> Tensor:
     """(q - 128) wᵀ · w_scale by the fastest kernel for this CPU and number of rows.
 
     Args:
         q: uint8 [..., K], at least one row.
-        packed, w_sum: from `pack`.
+        packed, w_sum: from `pack`, or `pack_avx2`.
         w_scale: float32 [N].
         dtype: float32 or bfloat16, of the result [..., N].
     """
     rows = q.numel() // q.shape[-1]
+    if packed.dim() == 3:
+        return _matmul_avx2(q.contiguous(), packed, w_scale, dtype, rows)
     if w_sum.numel() and (rows <= VNNI_ROWS or amx()) and (kernels := library()) is not None:
         return _matmul(kernels, q.contiguous(), torch.ops.mkldnn.data_ptr(packed), w_scale, w_sum, dtype, rows)
     return onednn.qlinear(q, UINT8_ZERO_POINT, packed, w_scale, dtype)
@@ -152,6 +168,17 @@ def _matmul(
         kernels.sqcompile_amx(*arguments, tiles.data_ptr())
     else:
         kernels.sqcompile_vnni(*arguments)
+    return y
+
+
+def _matmul_avx2(q: Tensor, packed: Tensor, w_scale: Tensor, dtype: torch.dtype, rows: int) -> Tensor:
+    kernels, n, k = library(), w_scale.numel(), q.shape[-1]
+    assert kernels is not None  # which has packed the weight
+    y, wide = torch.empty((*q.shape[:-1], n), dtype=dtype), torch.empty(rows * _round_up(k, 2), dtype=torch.int16)
+    kernels.sqcompile_avx2(
+        q.data_ptr(), packed.data_ptr(), w_scale.data_ptr(), y.data_ptr(), dtype == torch.bfloat16, rows, n, k,
+        torch.get_num_threads(), wide.data_ptr(),
+    )  # fmt: skip
     return y
 
 
@@ -193,11 +220,13 @@ def has_flash() -> bool:
 @functools.cache
 def library() -> Any | None:
     """The compiled kernels; None where they do not build."""
-    lib = built("u8s8.h", "pack.cpp", "vnni.cpp", "amx.cpp", "flash.cpp")
+    lib = built("u8s8.h", "pack.cpp", "vnni.cpp", "amx.cpp", "avx2.cpp", "flash.cpp")
     if lib is not None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         lib.sqcompile_pack.argtypes = [pointer] * 3 + [integer] * 4
         lib.sqcompile_is_packed.argtypes, lib.sqcompile_is_packed.restype = [pointer] * 3 + [integer] * 3, integer
+        lib.sqcompile_pack_avx2.argtypes, lib.sqcompile_pack_avx2.restype = [pointer] * 2 + [integer] * 3, None
+        lib.sqcompile_avx2.argtypes, lib.sqcompile_avx2.restype = [pointer] * 4 + [integer] * 5 + [pointer], None
         lib.sqcompile_vnni.argtypes = [pointer] * 5 + [integer] * 6
         lib.sqcompile_amx.argtypes = [pointer] * 5 + [integer] * 6 + [pointer]
         lib.sqcompile_flash.argtypes = [pointer] * 6 + [ctypes.c_float, integer, integer, integer]

@@ -41,10 +41,12 @@ def drawn(*shape, dtype=FLOAT, seed=0):
 def test_products(n, k, rows, dtype):
     """By our kernels, by oneDNN, and of no rows."""
     r = torch.Generator().manual_seed(0)
-    packed, sums = x86.pack_with_sums(torch.randint(-127, 128, (n, k), generator=r, dtype=torch.int8))
+    w = torch.randint(-127, 128, (n, k), generator=r, dtype=torch.int8)
+    packed, sums = x86.pack(w)
     q = torch.randint(1, 256, (*rows, k), generator=r, dtype=torch.uint8)
     equal("matmul_u8s8", q, packed, drawn(n).abs(), sums, dtype)
     equal("matmul_u8s8", q, packed, drawn(n).abs(), sums[:0], dtype)  # of a layout that our kernels do not read
+    equal("matmul_u8s8", q, x86.pack_avx2(w)[0], drawn(n).abs(), sums[:0], dtype)
     if rows[0] > 1:
         equal("matmul_u8s8", q.transpose(0, -2).contiguous().transpose(0, -2), packed, drawn(n).abs(), sums, dtype)
 
