@@ -13,7 +13,7 @@ from torch import fx
 from sqcompile.compiled import report_data
 from sqcompile.compiled.report_text import counts, text
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.kernels.speedup import ROWS, expected, expected_attention
+from sqcompile.kernels.speedup import ROWS, against, expected, expected_attention
 from sqcompile.kernels.targets import target_of
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import value
@@ -34,13 +34,15 @@ class Gemm:
         count: how many.
         in_features: K.
         out_features: N, of merged linears together.
-        gains: expected speed against bfloat16 by number of rows; empty for a shape no table knows.
+        gains: expected speed against float by number of rows; empty for a shape no table knows.
+        against: the float, "bf16" or "float32".
     """
 
     count: int
     in_features: int
     out_features: int
     gains: dict[int, float]
+    against: str = "bf16"
 
     def __str__(self) -> str:
         parts = [f"{gain:.2f}x with {rows} row{'s' if rows > 1 else ''}" for rows, gain in self.gains.items()]
@@ -48,12 +50,26 @@ class Gemm:
         return f"{self.count} x {self.in_features} -> {self.out_features}: {gain}"
 
 
+# By operator, where its arguments have the activations, and the scales of the output channels.
+_GEMMS = {
+    sqcompile_ops.int8_gemm.default: (0, 3),
+    sqcompile_ops.int8_linear_packed.default: (0, 3),
+    sqcompile_ops.matmul_u8s8.default: (0, 2),
+}
+
+
 def _gemms(lowered: fx.GraphModule) -> tuple[Gemm, ...]:
-    nodes = lowered.graph.find_nodes(op="call_function", target=sqcompile_ops.int8_gemm.default)
-    shapes = Counter((value(n.args[2]).shape, value(n.args[2]).device) for n in nodes)
-    gains = {s: {rows: expected(s[1], rows, *s[0]) for rows in ROWS} for s in shapes}
-    known = {s: {rows: gain for rows, gain in by_rows.items() if gain is not None} for s, by_rows in gains.items()}
-    return tuple(Gemm(count, s[0][1], s[0][0], known[s]) for s, count in shapes.items())
+    shapes: Counter[tuple[int, int, Any, Any]] = Counter()
+    for n in lowered.graph.nodes:
+        if n.target in _GEMMS:
+            q, scales = (value(n.args[i]) for i in _GEMMS[n.target])
+            shapes[len(scales), int(q.shape[-1]), scales.device, value(n).dtype] += 1
+    gemms = []
+    for (n, k, device, dtype), count in shapes.items():
+        gains = {rows: expected(device, rows, n, k, dtype) for rows in ROWS}
+        known = {rows: gain for rows, gain in gains.items() if gain}
+        gemms.append(Gemm(count, k, n, known, against(device, dtype)))
+    return tuple(gemms)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def subject_of(report: Report, evaluation: Any = None, title: Any = None) -> Sub
         raise ReportError(f"title={title!r:.60}: pass one line of text, or None for the model's class")
     plan = plan_of(report)
     picture, why = _drawing(report, plan)
-    gemms = tuple(map(str, report.gemms))
+    gemms = tuple(f"{g}, against {g.against}" for g in report.gemms if g.gains)
     return Subject(plan, gemms, evaluation, report.weight_bytes, picture, why, title)
 
 

@@ -30,7 +30,7 @@ own_names                    the names of a module's own submodules, parameters 
 buffer_hooks                 of all modules: torch.export leaves one if it fails                     2.11, 2.13
 call_impl                    what calling a module runs                                              2.11, 2.13
 compiled_call, set_compiled_call  what it runs instead once the module is compiled                   2.11, 2.13
-has_avx2, has_vnni, has_amx, init_amx  the instructions of this CPU, and leave of Linux to use AMX  2.11, 2.13
+has_avx2, has_vnni, has_bf16, has_amx, init_amx  instructions of this CPU, and leave of Linux for AMX  2.11, 2.13
 int_mm                       INT8 product of PyTorch itself, for comparison                          2.11, 2.13
 check_sizes                  a condition of sizes that a program asks for at each call                2.11, 2.13
 scaled_mm                    FP8 product on tensor cores                                             2.11, 2.13
@@ -79,6 +79,7 @@ __all__ = [
     "enable_python_dispatcher",
     "has_amx",
     "has_avx2",
+    "has_bf16",
     "has_vnni",
     "init_amx",
     "int_mm",
@@ -119,6 +120,7 @@ call_impl = nn.Module._call_impl
 
 has_avx2: Callable[[], bool] = torch.cpu._is_avx2_supported
 has_vnni: Callable[[], bool] = torch.cpu._is_vnni_supported
+has_bf16: Callable[[], bool] = torch.cpu._is_avx512_bf16_supported
 has_amx: Callable[[], bool] = torch.cpu._is_amx_tile_supported
 init_amx: Callable[[], bool] = torch.cpu._init_amx
 

@@ -197,7 +197,13 @@ def test_loggers_of_captures():
 
 
 def test_instructions_of_the_cpu():
-    assert {type(core.has_avx2()), type(core.has_vnni()), type(core.has_amx()), type(core.init_amx())} == {bool}
+    assert {
+        type(core.has_avx2()),
+        type(core.has_bf16()),
+        type(core.has_vnni()),
+        type(core.has_amx()),
+        type(core.init_amx()),
+    } == {bool}
 
 
 def test_products():
