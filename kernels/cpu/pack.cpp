@@ -23,6 +23,14 @@ void pack_block(const int8_t* w, int8_t* out, int64_t n, int64_t k, int64_t padd
   }
 }
 
+void sum_block(const int8_t* w, int32_t* sum, int64_t n, int64_t k, int64_t j) {
+  for (int64_t r = j * kBlock; r < std::min(n, (j + 1) * kBlock); ++r) {
+    int32_t total = 0;
+    for (int64_t i = 0; i < k; ++i) total += w[r * k + i];
+    sum[r] = total;
+  }
+}
+
 }  // namespace
 
 // w: [n, k], dense. packed: n rounded up to 64 times padded_k bytes, k rounded up to 64. sum: [n].
@@ -32,20 +40,17 @@ extern "C" void sqcompile_pack(const int8_t* w, int8_t* packed, int32_t* sum, in
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t j = 0; j < blocks; ++j) {
     pack_block(w, packed + j * kBlock * padded_k, n, k, padded_k, j);
-    for (int64_t r = j * kBlock; r < std::min(n, (j + 1) * kBlock); ++r) {
-      int32_t total = 0;
-      for (int64_t i = 0; i < k; ++i) total += w[r * k + i];
-      sum[r] = total;
-    }
+    sum_block(w, sum, n, k, j);
   }
 }
 
-// Whether `packed` is what sqcompile_pack makes of w. buffer: 64 times padded_k bytes.
-extern "C" int64_t sqcompile_is_packed(const int8_t* w, const int8_t* packed, int8_t* buffer, int64_t n, int64_t k,
-                                       int64_t padded_k) {
+// Whether `packed` is what sqcompile_pack makes of w, and the sums. buffer: 64 times padded_k bytes.
+extern "C" int64_t sqcompile_is_packed(const int8_t* w, const int8_t* packed, int32_t* sum, int8_t* buffer, int64_t n,
+                                       int64_t k, int64_t padded_k) {
   for (int64_t j = 0; j * kBlock < n; ++j) {
     pack_block(w, buffer, n, k, padded_k, j);
     if (std::memcmp(buffer, packed + j * kBlock * padded_k, kBlock * padded_k) != 0) return 0;
+    sum_block(w, sum, n, k, j);
   }
   return 1;
 }

@@ -63,14 +63,12 @@ def pack(w: Tensor) -> tuple[Tensor, Tensor]:
     like = _alike.get(w.shape)
     packed = onednn.prepack(w) if like is None else like.clone()
     _use_huge_pages(packed)
-    if like is None:
-        w_sum = _sums_if_readable(kernels, w, packed)
-        if w_sum.numel():
-            _alike[w.shape] = packed
-        return packed, w_sum
-    blocks, beside = _parts(packed, w)
-    w_sum = _fill(kernels, w, blocks)
-    beside[: len(w)] = -w_sum
+    if like is not None:
+        blocks, beside = _parts(packed, w)
+        w_sum = _fill(kernels, w, blocks)
+        beside[: len(w)] = -w_sum
+    elif (w_sum := _sums_if_readable(kernels, w, packed)).numel() and _has_sums_alone(packed, w, w_sum):
+        _alike[w.shape] = packed
     return packed, w_sum
 
 
@@ -87,18 +85,20 @@ def _size(w: Tensor) -> int:
 
 
 def _sums_if_readable(kernels: Any, w: Tensor, packed: Tensor) -> Tensor:
-    """The sums of the rows of w if all of a packed weight is what we would make of it, byte by byte; else an empty tensor."""
-    empty, (n, k), depth = torch.empty(0, dtype=torch.int32), w.shape, _round_up(w.shape[1], DEPTH)
-    if torch.ops.mkldnn._nbytes(packed) != _size(w) + 4 * _round_up(n, BLOCK):
-        return empty
-    blocks, beside = _parts(packed, w)
-    buffer = torch.empty(BLOCK * depth, dtype=torch.int8)
-    if not kernels.sqcompile_is_packed(w.data_ptr(), blocks.data_ptr(), buffer.data_ptr(), n, k, depth):
-        return empty
-    w_sum = -beside[:n]
-    # oneDNN's, which are looked at, too
-    ours = torch.cat([part.sum(1, dtype=torch.int32) for part in w.split(max(1, 2**16 // k))])
-    return w_sum if torch.equal(w_sum, ours) and not beside[n:].any() else empty
+    """The sums of the rows of w if the blocks of a packed weight are what we would make of it, byte by byte; else nothing."""
+    (n, k), depth = w.shape, _round_up(w.shape[1], DEPTH)
+    w_sum, buffer = torch.empty(n, dtype=torch.int32), torch.empty(BLOCK * depth, dtype=torch.int8)
+    address, large = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed) >= _size(w)
+    pointers = w.data_ptr(), address, w_sum.data_ptr(), buffer.data_ptr()
+    return w_sum if large and kernels.sqcompile_is_packed(*pointers, n, k, depth) else w_sum[:0].clone()
+
+
+def _has_sums_alone(packed: Tensor, w: Tensor, w_sum: Tensor) -> bool:
+    """Whether oneDNN keeps nothing but the sums of rows, with a minus sign, beside the blocks of a weight."""
+    if torch.ops.mkldnn._nbytes(packed) != _size(w) + 4 * _round_up(len(w), BLOCK):
+        return False
+    beside = _parts(packed, w)[1]
+    return torch.equal(beside[: len(w)], -w_sum) and not beside[len(w) :].any()
 
 
 def _fill(kernels: Any, w: Tensor, blocks: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ def library() -> Any | None:
     if lib is not None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         lib.sqcompile_pack.argtypes = [pointer] * 3 + [integer] * 4
-        lib.sqcompile_is_packed.argtypes, lib.sqcompile_is_packed.restype = [pointer] * 3 + [integer] * 3, integer
+        lib.sqcompile_is_packed.argtypes, lib.sqcompile_is_packed.restype = [pointer] * 4 + [integer] * 3, integer
         lib.sqcompile_pack_avx2.argtypes, lib.sqcompile_pack_avx2.restype = [pointer] * 2 + [integer] * 3, None
         lib.sqcompile_avx2.argtypes, lib.sqcompile_avx2.restype = [pointer] * 4 + [integer] * 5 + [pointer], None
         lib.sqcompile_vnni.argtypes = [pointer] * 5 + [integer] * 6
