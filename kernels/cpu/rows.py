@@ -52,6 +52,8 @@ def linear_act_quantize(
         return plain.linear_act_quantize(
             y, scale, bias, gate, up, k, activation, multiplier, rotation, static, zero_point
         )
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"there is no activation {activation}")
     q, factors = _outputs(y.shape, k, zero_point)
     tensors = y, scale, bias, None, None, None, None, None, multiplier, static, q, factors
     _run(kernels, tensors, half, (k, gate, up, rotation, _ACTIVATIONS[activation], _NONE), zero_point)

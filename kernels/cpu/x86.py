@@ -30,6 +30,8 @@ DEPTH = 64  # input channels are padded to a multiple of this
 VNNI_ROWS = 32
 # From here AMX tiles beat AVX512-VNNI, where the CPU has them.
 AMX_ROWS = 4
+# From so many queries on `flash` is faster than PyTorch's attention: with AMX, whose tiles are to be filled, and without.
+FLASH_QUERIES_AMX, FLASH_QUERIES = 32, 8
 # Linux's advice numbers: use huge pages from now on, and for what is there already (Linux 6.1).
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 
@@ -184,10 +186,16 @@ def _matmul_avx2(q: Tensor, packed: Tensor, w_scale: Tensor, dtype: torch.dtype,
 
 def flash_fits(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> bool:
     """Whether `flash` takes these: bfloat16, heads of one size, a multiple of 32 up to 256; a positive scale."""
-    d = q.shape[-1]
+    (batch, heads, _, d), groups = q.shape, k.shape[1]
     dense = all(t.dtype == torch.bfloat16 and t.stride(-1) == 1 and t.shape[-1] == d for t in (q, k, v))
-    fits = dense and d % 32 == 0 and 0 < d <= 256 and q.numel() > 0 and k.numel() > 0 and (scale is None or scale > 0)
-    return fits and has_flash()
+    alike = len(k) == batch and k.shape[:3] == v.shape[:3] and groups > 0 and heads % groups == 0
+    some = d % 32 == 0 and 0 < d <= 256 and q.numel() > 0 and k.numel() > 0
+    return dense and alike and some and (scale is None or scale > 0) and has_flash()
+
+
+def least_flash_queries() -> int:
+    """From how many queries on `flash` is faster than PyTorch's attention."""
+    return FLASH_QUERIES_AMX if amx() else FLASH_QUERIES
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:

@@ -36,6 +36,7 @@ check_sizes                  a condition of sizes that a program asks for at eac
 scaled_mm                    FP8 product on tensor cores                                             2.11, 2.13
 collectives                  what processes ask of each other in a graph, without writes             2.11, 2.13
 withdraw                     operators of a library are what they were before it                     2.11, 2.13
+retry                        an operator that raises is called in Python, whose error is its own     2.11, 2.13
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ __all__ = [
     "own_names",
     "parts_of",
     "pytree",
+    "retry",
     "scaled_mm",
     "schema",
     "set_compiled_call",
@@ -204,6 +206,40 @@ def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
 def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
     """Has calls of the module run ``call``; None for `call_impl`."""
     module._compiled_call_impl = call
+
+
+class _Retried:
+    """What an operator calls, and what it calls again where that raises RuntimeError: C++ has no error of other classes."""
+
+    def __init__(self, call: Callable[..., Any], again: Callable[..., Any]) -> None:
+        self._call, self._again = call, again
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._call(*args, **kwargs)
+        except RuntimeError as e:
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            plain = all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" for x in tensors)
+            if type(e) is not RuntimeError or not plain:
+                raise
+        return self._again(*args, **kwargs)
+
+    def __hash__(self) -> int:
+        return hash(self._call)  # an operator's own, by which graphs look it up
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+
+def retry(operator: Any, again: Callable[..., Any]) -> None:
+    """Has an operator that raises RuntimeError for tensors of the CPU call another, which takes what it takes.
+
+    Args:
+        operator: ``torch.ops.library.name``, with one overload, which is called in Python from now on like its packet.
+        again: what says what is wrong, or does it.
+    """
+    for op in (operator, operator.default):
+        op._op = _Retried(op._op, again)
 
 
 def withdraw(library: torch.library.Library) -> None:
