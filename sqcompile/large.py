@@ -23,7 +23,7 @@ from sqcompile.plan.recipe import Recipe, resolve_recipe
 from sqcompile.process.interrupts import deferred, each_at_once
 from sqcompile.process.memory import memory_limit
 from sqcompile.process.progress import Enter, Show, stages
-from sqcompile.programs.export import NATIVE, check_target, export, export_artifact
+from sqcompile.programs.export import NATIVE, check_target, export_artifact, exported
 from sqcompile.pytorch.core import pytree
 from sqcompile.statistics.file import read_statistics, write_statistics
 from sqcompile.statistics.observe import Calibration
@@ -105,7 +105,7 @@ def quantize_checkpoint(
                 plan, traced = _plan(kept, net, data, how, enter)
                 enter("write")
                 if format != NATIVE:
-                    return export(net, plan, format, out)
+                    return exported(net, plan, format, out)
                 return export_artifact(net, plan, out, kept=kept, traced=traced)
     except OSError as e:  # a full disk, say; what is finished stays
         hint = f"mend that and do the same again, which goes on with what {place} has"

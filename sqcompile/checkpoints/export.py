@@ -33,7 +33,7 @@ from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.plan.said import linears_in
 from sqcompile.process.interrupts import checkpoint, deferred
 from sqcompile.process.lock import analysing, compiling
-from sqcompile.process.progress import part
+from sqcompile.process.progress import Enter, part, silent
 
 FORMATS = ("compressed-tensors", "smoothed")
 
@@ -70,7 +70,9 @@ class Exported:
         return "\n  ".join([*lines, *lines_of(self.changed, self.plan), *self.notes])
 
 
-def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[str], source: Any = None) -> Exported:
+def export(
+    model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[str], source: Any = None, enter: Enter = silent
+) -> Exported:
     """Writes a checkpoint directory. The model itself is never changed.
 
     Args:
@@ -79,6 +81,7 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
         format: "smoothed" or "compressed-tensors".
         path: of the directory. What is there may be an empty directory, or one of an earlier export, which is replaced.
         source: the directory that has the tokenizer; the one that the model was loaded from by default.
+        enter: is told of the stages "trace", "fold" and "write".
 
     Returns:
         What was written, and what of the plan a checkpoint cannot say; it prints well.
@@ -96,7 +99,9 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
         refuse(given)
     beside = source_of(model, source)
     with deferred(), analysing(model), compiling(), torch.no_grad():
+        enter("trace")
         traced = trace(model, from_spec(given.call, next(iter(model.parameters())).device))
+        enter("fold")
         plan, parameters, changed = representable(traced, given, set(names.saved))
         quantized = None
         if format == "compressed-tensors":
@@ -104,6 +109,7 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
             changed += more
             quantized = Quantized(traced, parameters.folded, plan, names)
         blocks = _blocks(names, traced, parameters, quantized)
+        enter("write")
         try:
             with new_directory(target, (MARK,)) as folder:
                 size, notes = _write(folder, model, blocks, quantized, beside)

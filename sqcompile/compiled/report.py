@@ -20,6 +20,8 @@ from sqcompile.passes.ir.graph import value
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.names import SiteLabel, site_labels
 from sqcompile.plan.plan import Plan
+from sqcompile.process.progress import Show
+from sqcompile.process.progress import stages as told
 
 if TYPE_CHECKING:
     from sqcompile.compiled.stages import Graphs
@@ -171,7 +173,12 @@ class Report:
         return {**vars(self), "stages": None}
 
     def to_html(
-        self, path: str | os.PathLike[str], *, evaluation: Evaluation | None = None, title: str | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        evaluation: Evaluation | None = None,
+        title: str | None = None,
+        progress: Show = True,
     ) -> None:
         """Writes the report as a page: one HTML file, which needs no network and no other file.
 
@@ -183,15 +190,19 @@ class Report:
             path: where to; it ends in .html.
             evaluation: what `evaluate` has measured, for the overview.
             title: of the page; None for the model's class.
+            progress: as for `sqcompile.compile`; its stages are "draw", where there is a graph, "plots" and "write".
 
         Raises:
             ReportError: without the packages of ``pip install 'sqcompile[report]'``; for an evaluation or a title that is
                 none; or for a path that cannot be written.
+            RecipeError: for a ``progress`` that is none.
         """
         from sqcompile.page import check_path, write_page
         from sqcompile.page.subject import subject_of
 
-        write_page(check_path(path), subject_of(self, evaluation, title))
+        name, names = check_path(path), ("plots", "write")
+        with told(names if self.stages is None else ("draw", *names), progress) as enter:
+            write_page(name, subject_of(self, evaluation, title, enter), enter)
 
     def plot(self, site: str | int) -> Any:
         """Plots of one site, as a matplotlib Figure.

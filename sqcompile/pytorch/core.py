@@ -26,7 +26,6 @@ storage_expired              whether it is gone                                 
 WeakIdKeyDictionary          what is known of a tensor, without keeping it                           2.11, 2.13
 version                      how often a tensor was written to                                       2.11, 2.13
 is_same_element_twice        whether a tensor's elements share memory, as expand makes them          2.11, 2.13
-own_names                    the names of a module's own submodules, parameters and buffers          2.11, 2.13
 buffer_hooks                 of all modules: torch.export leaves one if it fails                     2.11, 2.13
 call_impl                    what calling a module runs                                              2.11, 2.13
 compiled_call, set_compiled_call  what it runs instead once the module is compiled                   2.11, 2.13
@@ -89,7 +88,6 @@ __all__ = [
     "leaf_spec",
     "namedtuple_of",
     "overload_name",
-    "own_names",
     "parts_of",
     "pytree",
     "retry",
@@ -191,11 +189,6 @@ def storage_id(tensor: Tensor) -> Hashable:
 def is_same_element_twice(tensor: Tensor) -> bool:
     """Whether two indices are certainly one element in memory; False also where PyTorch cannot tell."""
     return torch._debug_has_internal_overlap(tensor) == 1
-
-
-def own_names(module: nn.Module) -> list[str]:
-    """The names of the submodules, parameters and buffers that a module has itself, those that are None included."""
-    return [*module._modules, *module._parameters, *module._buffers]
 
 
 def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
