@@ -29,6 +29,7 @@ from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.process.interrupts import checkpoint, deferred
 from sqcompile.process.lock import analysing, compiling
+from sqcompile.process.ranks import ALONE, Ranks
 from sqcompile.programs.onnx import onnx_model, write_onnx
 from sqcompile.programs.standard import standard
 from sqcompile.programs.traced import Traced, program_of
@@ -78,16 +79,17 @@ def export_artifact(
     source: Any = None,
     kept: Work | None = None,
     traced: fx.GraphModule | None = None,
+    ranks: Ranks = ALONE,
 ) -> Exported:
     """`export` in the format "sqcompile".
 
     ``kept`` has files that an earlier run has finished. ``traced`` is the model's traced graph, if the plan was made from it
-    just now.
+    just now. ``ranks`` write together, and each calls it.
     """
     given, beside = given_plan(plan, None, None), checkpoints.source_of(model, source)
     with deferred(), analysing(model), compiling(), torch.no_grad():
         quantized = _quantized(model, given, lazy=True, traced=traced)
-        return write_artifact(quantized, given, Forward.of(model), path, beside, kept)
+        return write_artifact(quantized, given, Forward.of(model), path, beside, kept, ranks)
 
 
 def _quantized(
@@ -118,6 +120,7 @@ def write_artifact(
     path: str | os.PathLike[str],
     beside: str | None,
     kept: Work | None = None,
+    ranks: Ranks = ALONE,
 ) -> Exported:
     """Writes the quantized stage of a model as a directory that `load` reads.
 
@@ -127,15 +130,18 @@ def write_artifact(
         call: how the model is called.
         path: of the directory.
         beside: a directory whose tokenizer is copied; None for none.
-        kept: has files that an earlier run has finished, and takes new ones.
+        kept: has files that an earlier run has finished, and takes new ones; rank 0's.
+        ranks: the processes that write together.
 
     Raises:
         ArtifactError: if it cannot be written; nothing is written then.
+        CalibrationError: where another rank has failed or is dead; nothing is written then.
     """
-    save(quantized, plan, call, path, beside=beside, kept=kept)
-    target = path_name(path)
-    size = sum(f.stat().st_size for f in os.scandir(target) if f.name.startswith("model-"))
-    return Exported(NATIVE, target, plan, (), (), size)
+    save(quantized, plan, call, path, beside=beside, kept=kept, ranks=ranks)
+    target, size = path_name(path), 0
+    if ranks.first:
+        size = sum(f.stat().st_size for f in os.scandir(target) if f.name.startswith("model-"))
+    return Exported(NATIVE, target, plan, (), (), int(ranks.tell("bytes", str(size))[0]))
 
 
 def check_target(format: str, path: str | os.PathLike[str], source: Any = None) -> None:
