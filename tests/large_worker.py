@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -30,7 +31,7 @@ from sqcompile.programs import export
 from sqcompile.statistics import observe
 
 SILENT = 2.0
-MOST = 60_000  # bytes of a file of weights
+MOST = 30_000  # bytes of a file of weights
 WROTE: list[str] = []  # files of weights, by this rank
 
 
@@ -106,38 +107,46 @@ def blind(rank: int, act: Callable[[], None]) -> None:
     act()
 
 
+def call_of(checkpoint: str, target: Path, **changes: Any) -> Callable[[int], None]:
+    return lambda rank: quantize(checkpoint, target, **changes)
+
+
 def sizes(checkpoint: str, folder: Path) -> None:
     """One process, and groups, of which one has a limit of memory."""
-    run(folder, "native-1", 1, lambda rank: quantize(checkpoint, folder / "native-1"))
-    run(folder, "native-2", 2, lambda rank: quantize(checkpoint, folder / "native-2", memory=2**40))
+    run(folder, "native-1", 1, call_of(checkpoint, folder / "native-1"))
+    run(folder, "native-2", 2, call_of(checkpoint, folder / "native-2", memory=2**40))
 
 
-def more(checkpoint: str, folder: Path) -> None:
-    """Other formats and numbers of ranks, and ranks that fail."""
+def formats(checkpoint: str, folder: Path) -> None:
+    """Other formats and numbers of ranks."""
 
-    def go(name: str, **changes: Any) -> Callable[[int], None]:
-        return lambda rank: quantize(checkpoint, folder / name, **changes)
-
-    run(folder, "native-1", 1, go("native-1"))
-    run(folder, "native-3", 3, go("native-3"))
+    go = functools.partial(call_of, checkpoint)
+    run(folder, "native-1", 1, go(folder / "native-1"))
+    run(folder, "native-3", 3, go(folder / "native-3"))
     run(folder, "blind-2", 2, lambda rank: blind(rank, lambda: quantize(checkpoint, folder / "blind-2")))
     for kind in ("compressed-tensors", "smoothed"):
         for size in (1, 2):
-            run(folder, f"{kind}-{size}", size, go(f"{kind}-{size}", format=kind))
-    run(folder, "old", 1, go("old", seeds=(7,)))
+            run(folder, f"{kind}-{size}", size, go(folder / f"{kind}-{size}", format=kind))
+
+
+def failures(checkpoint: str, folder: Path) -> None:
+    """Ranks that are killed as they write, have a full disk, or other batches."""
+    go = functools.partial(call_of, checkpoint)
+    run(folder, "native-1", 1, go(folder / "native-1"))
+    run(folder, "old", 1, go(folder / "old", seeds=(7,)))
     deaths: dict[str, dict[str, Callable[[str], None]]] = {
         "one": {"rank_1": die_at(1)},
         "first": {"rank_0": die_at(1)},
         "all": {"rank_0": die_at(1), "rank_1": die_at(1)},
     }
     for name, before in deaths.items():
-        run(folder, f"{name}-old", 1, go(name, seeds=(7,)))
-        run(folder, f"{name}-cut", 2, go(name), **before)
+        shutil.copytree(folder / "old", folder / name)
+        run(folder, f"{name}-cut", 2, go(folder / name), **before)
         (folder / f"{name}.left").write_text(json.dumps(sorted(os.listdir(folder / f"{name}.work"))))
         os.rename(folder / name, folder / f"{name}-before")
-        run(folder, f"{name}-on", {"one": 2, "first": 3, "all": 1}[name], go(name))
-    run(folder, "full", 2, go("full"), rank_1=full)
-    run(folder, "full-on", 2, go("full"))
+        run(folder, f"{name}-on", {"one": 2, "first": 3, "all": 1}[name], go(folder / name))
+    run(folder, "full", 2, go(folder / "full"), rank_1=full)
+    run(folder, "full-on", 2, go(folder / "full"))
     run(folder, "other", 2, lambda rank: quantize(checkpoint, folder / "other", seeds=(1, 2, 3 + rank)))
 
 
@@ -146,7 +155,7 @@ def killed(checkpoint: str, folder: Path) -> None:
     start = time.monotonic()
     run(folder, "whole", 2, lambda rank: quantize(checkpoint, folder / "whole"))
     whole, draw = time.monotonic() - start, random.Random(5)
-    for i in range(6):
+    for i in range(4):
 
         def act(rank: int, target: Path = folder / f"{i}") -> None:
             quantize(checkpoint, target)
@@ -165,4 +174,4 @@ if __name__ == "__main__":
     ranks.BEAT, ranks.SILENT = 0.1, SILENT
     observe.CALLS = 2
     export.save = functools.partial(export.save, most=MOST)  # type: ignore[assignment]
-    {"sizes": sizes, "more": more, "killed": killed}[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))
+    {f.__name__: f for f in (sizes, formats, failures, killed)}[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))

@@ -150,11 +150,8 @@ def _tensors(quantized: fx.GraphModule) -> dict[str, Tensor | Later]:
     for n in quantized.graph.find_nodes(op="get_attr"):
         name = str(n.target)
         like = get_tensor(quantized, name)
-        if name in weights:
-            how = partial(weights.get, name), partial(weights.unwanted, name)
-            found[name] = Later(like.dtype, tuple(like.shape), *how)
-        else:
-            found[name] = like
+        how = partial(weights.get, name), partial(weights.unwanted, name)
+        found[name] = Later(like.dtype, tuple(like.shape), *how) if name in weights else like
     return found
 
 
