@@ -34,6 +34,7 @@ from sqcompile.passes.planning.end_to_end import smoothed_or_not
 from sqcompile.passes.planning.evidence import with_evidence
 from sqcompile.passes.planning.feel import feel
 from sqcompile.passes.planning.finite import check_weights
+from sqcompile.passes.planning.sharing import help_first, shared
 from sqcompile.passes.planning.stay_float import wanted
 from sqcompile.pipeline import on_trial, rewrite
 from sqcompile.plan.plan import Plan, given_plan
@@ -259,17 +260,19 @@ def analyse(
             total = max_batches if max_batches is not None and (total is None or total > max_batches) else total
             make = partial(observe, traced, model, data, attentions, total, reader, None, ranks)
             calibration = observed(make)
-    if not ranks.plans:
-        return traced, Plan.decoded(ranks.from_first(b""))
     with compiling(), torch.no_grad():
         enter("match")
         sites, refusals = match(traced)
+        if not ranks.plans:
+            return traced, help_first(traced, sites, refusals, recipe, ranks)
         if about(traced).parallel.count > 1:
             found = [(s.name, s.channels) for s in sites] + [(r.linear.name, r.linear.shape) for r in refusals]
             ranks.agree({"another graph": (repr(found), "shard the model alike on every rank")})
         enter("plan")
         felt = feel(traced, sites, refusals, calibration, recipe)
-        plan_of = partial(choose, traced, sites, refusals, calibration, recipe, to_spec(call), attentions, felt=felt)
+        sharing = shared(traced, sites, refusals, calibration, recipe, felt, ranks)
+        given = (traced, sites, refusals, calibration, recipe, to_spec(call), attentions)
+        plan_of = partial(choose, *given, felt=felt, sharing=sharing)
         quantized = partial(on_trial, traced)
         plan = smoothed_or_not(plan_of, calibration.sample, quantized, about(traced).parallel)
         if recipe.max_degradation is not None:
@@ -279,8 +282,8 @@ def analyse(
                 loses = by_value(model, traced, evaluate, target)
             plan = within_budget(traced, plan, calibration, loses)
         plan = with_evidence(traced, sites, refusals, calibration, plan, type(model).__name__)
-    if ranks.shares:
-        ranks.from_first(plan.encoded())
+        if sharing is not None:
+            sharing.end(plan)
     return traced, plan
 
 

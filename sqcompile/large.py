@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, fx
 
 from sqcompile.api import ANALYSES, analyse
 from sqcompile.checkpoints.export import Exported
+from sqcompile.checkpoints.export import export as export_checkpoint
 from sqcompile.checkpoints.open_checkpoint import open_checkpoint
 from sqcompile.checkpoints.skeleton import transformers_version
 from sqcompile.errors import ArtifactError, CalibrationError
@@ -23,13 +25,16 @@ from sqcompile.plan.recipe import Recipe, resolve_recipe
 from sqcompile.process.interrupts import deferred, each_at_once
 from sqcompile.process.memory import memory_limit
 from sqcompile.process.progress import Enter, Show, stages
-from sqcompile.programs.export import NATIVE, check_target, export_artifact, exported
+from sqcompile.process.ranks import Ranks, together
+from sqcompile.programs.export import NATIVE, check_target, export_artifact
 from sqcompile.pytorch.core import pytree
+from sqcompile.statistics.exchange import digest_of_model
 from sqcompile.statistics.file import read_statistics, write_statistics
 from sqcompile.statistics.observe import Calibration
 from sqcompile.version import VERSION
 
 RESUMABLE = (NATIVE, "compressed-tensors", "smoothed")
+_SAME = "pass every rank the same"
 _PLAN, _STATISTICS = "plan.safetensors", "statistics.safetensors"
 
 
@@ -54,6 +59,10 @@ def quantize_checkpoint(
     weights, is in a directory beside the target until then. That directory is yours alone: what is in it is checked for
     damage, not for malice.
 
+    In an initialized process group of `torch.distributed` it is a collective: every rank calls it with the same arguments.
+    They share the calibration, as in `calibrate`, and those that see the target share the files of weights of "sqcompile";
+    rank 0 does the rest. The bytes are those of one process.
+
     Args:
         path: as for `open_checkpoint`.
         batches: as for `calibrate`, but no callable; all of them are kept in memory.
@@ -61,7 +70,7 @@ def quantize_checkpoint(
         recipe: "default", "O1", "O2", "O3" or a Recipe.
         format: "sqcompile", "compressed-tensors" or "smoothed", as for `export`.
         model, dtype, temporary: as for `open_checkpoint`.
-        memory: as for `memory_limit`; None for no limit.
+        memory: of each process, as for `memory_limit`; None for no limit.
         work: the directory of what is finished; that of the target with ".work" behind it by default. It is on the disk of
             the target.
         progress: as for `compile`.
@@ -71,71 +80,99 @@ def quantize_checkpoint(
 
     Raises:
         ArtifactError: as `open_checkpoint` and `export`; or if the work directory is of other arguments, or in use.
-        SQCompileError: as `calibrate`.
+        SQCompileError: as `calibrate`; on several ranks a CalibrationError where another one fails or dies.
         KeyboardInterrupt: for Ctrl-C, when the step at hand is done; a second one is raised at once.
     """
-    how = resolve_recipe(recipe)
-    if format not in RESUMABLE:
-        raise ArtifactError(f"a checkpoint is not quantized to {format!r}: choose one of {', '.join(RESUMABLE)}")
-    if not isinstance(batches, Iterable):
-        raise CalibrationError(
-            "quantize_checkpoint takes batches, which another run can see again: pass an iterable of them"
-        )
-    try:
-        source, out = (os.path.realpath(os.fsdecode(p)) for p in (path, target))
-        place = f"{out}.work" if work is None else os.path.realpath(os.fsdecode(work))
-    except (TypeError, ValueError) as e:
-        raise ArtifactError(f"a path is none ({said(e)}): pass strings or pathlib.Paths") from e
-    check_target(format, out)
-    data = [*each_at_once(batches)]
-    limit = nullcontext() if memory is None else memory_limit(memory)
-    try:
-        with deferred(), limit, stages(("open", *ANALYSES, "write"), progress) as enter:
-            enter("open")
-            net = open_checkpoint(source, model, dtype=dtype, temporary=temporary)
-            inputs = {
-                "files of the checkpoint": _of_files(source),
-                "batches": _of_batches(data),
-                "recipe": repr(how),
-                "model": f"{type(net).__name__} {dtype}",
-                "format": format,
-                "versions": f"{VERSION} {torch.__version__} {transformers_version()}",
-            }
-            with Work(place, inputs).held() as kept:
-                plan, traced = _plan(kept, net, data, how, enter)
-                enter("write")
-                if format != NATIVE:
-                    return exported(net, plan, format, out)
-                return export_artifact(net, plan, out, kept=kept, traced=traced)
-    except OSError as e:  # a full disk, say; what is finished stays
-        hint = f"mend that and do the same again, which goes on with what {place} has"
-        raise ArtifactError(f"{out} cannot be written ({said(e)}): {hint}") from e
+    with together() as ranks:
+        how = resolve_recipe(recipe)
+        if format not in RESUMABLE:
+            raise ArtifactError(f"a checkpoint is not quantized to {format!r}: choose one of {', '.join(RESUMABLE)}")
+        if not isinstance(batches, Iterable):
+            raise CalibrationError(
+                "quantize_checkpoint takes batches, which another run can see again: pass an iterable of them"
+            )
+        try:
+            source, out = (os.path.realpath(os.fsdecode(p)) for p in (path, target))
+            place = f"{out}.work" if work is None else os.path.realpath(os.fsdecode(work))
+        except (TypeError, ValueError) as e:
+            raise ArtifactError(f"a path is none ({said(e)}): pass strings or pathlib.Paths") from e
+        if ranks.first:
+            check_target(format, out)
+        data = [*each_at_once(batches)]
+        limit = nullcontext() if memory is None else memory_limit(memory)
+        try:
+            with deferred(), limit, stages(("open", *ANALYSES, "write"), progress if ranks.first else False) as enter:
+                enter("open")
+                net = open_checkpoint(source, model, dtype=dtype, temporary=temporary)
+                inputs = {
+                    "batches": _of_batches(data),
+                    "recipe": repr(how),
+                    "model": f"{type(net).__name__} {dtype}",
+                    "format": format,
+                    "versions": f"{VERSION} {torch.__version__} {transformers_version()}",
+                }
+                ranks.agree({f"other {name}": (found, _SAME) for name, found in inputs.items()})
+                inputs = {"files of the checkpoint": _of_files(source), **inputs}
+                with Work(place, inputs).held() if ranks.first else nullcontext() as kept:
+                    plan, traced = _plan(kept, net, data, how, enter, ranks)
+                    enter("write")
+                    return _write(kept, net, plan, traced, format, out, ranks)
+        except OSError as e:  # a full disk, say; what is finished stays
+            hint = f"mend that and do the same again, which goes on with what {place} has"
+            raise ArtifactError(f"{out} cannot be written ({said(e)}): {hint}") from e
 
 
-def _plan(kept: Work, net: Any, data: list[Any], recipe: Recipe, enter: Enter) -> tuple[Plan, fx.GraphModule | None]:
-    """The plan of an earlier run, or one that is made now, and the traced graph then. It comes from its file either way."""
+def _plan(
+    kept: Work | None, net: Any, data: list[Any], recipe: Recipe, enter: Enter, ranks: Ranks
+) -> tuple[Plan, fx.GraphModule | None]:
+    """The plan of an earlier run, or one that is made now, and the traced graph then. It comes from its file either way.
+
+    ``kept`` is rank 0's, and None elsewhere.
+    """
     traced = None
-    if kept.find(_PLAN) is None:
+    if _finds(kept, _PLAN, ranks):
+        if ranks.count > 1:  # `analyse` compares them else
+            ranks.agree({"another model": (digest_of_model(net), _SAME)})
+    else:
         traced, plan = analyse(
-            net, data, recipe, None, "auto", enter, max_batches=max(1, len(data)),
-            observed=lambda make: _statistics(kept, make),
+            net, data, recipe, None, "auto", enter, max_batches=max(1, len(data)), ranks=ranks,
+            observed=partial(_statistics, kept, ranks),
         )  # fmt: skip
-        new = kept.path(_PLAN)
-        plan.save(new)
-        kept.add(_PLAN, new)
-    return Plan.load(os.path.join(kept.folder, _PLAN)), traced
+        if kept is not None:
+            new = kept.path(_PLAN)
+            plan.save(new)
+            kept.add(_PLAN, new)
+    if kept is None:
+        return Plan.decoded(ranks.from_first(b"")), traced
+    plan = Plan.load(os.path.join(kept.folder, _PLAN))
+    if ranks.count > 1:
+        ranks.from_first(plan.encoded())
+    return plan, traced
 
 
-def _statistics(kept: Work, make: Callable[[], Calibration]) -> Calibration:
-    """The statistics of an earlier run, or those that are made now."""
-    if kept.find(_STATISTICS) is not None:
-        return read_statistics(kept.folder, _STATISTICS)
+def _statistics(kept: Work | None, ranks: Ranks, make: Callable[[], Calibration]) -> Calibration:
+    """The statistics of an earlier run, or those that are made now. All of them are on rank 0 alone."""
+    if _finds(kept, _STATISTICS, ranks):
+        return Calibration({}, 0) if kept is None else read_statistics(kept.folder, _STATISTICS)
     found = make()
-    if all(_is_kept(a) for call in found.sample.calls for a in call.arguments):
+    if kept is not None and all(_is_kept(a) for call in found.sample.calls for a in call.arguments):
         new = kept.path(_STATISTICS)
         write_statistics(new, found)
         kept.add(_STATISTICS, new)
     return found
+
+
+def _finds(kept: Work | None, name: str, ranks: Ranks) -> bool:
+    """Whether rank 0 has a file of an earlier run."""
+    return bool(ranks.tell(f"find {name}", "yes" if kept is not None and kept.find(name) is not None else "")[0])
+
+
+def _write(
+    kept: Work | None, net: Any, plan: Plan, traced: fx.GraphModule | None, format: str, out: str, ranks: Ranks
+) -> Exported:
+    if format == NATIVE:
+        return export_artifact(net, plan, out, kept=kept, traced=traced, ranks=ranks)
+    return export_checkpoint(net, plan, format, out, ranks=ranks)
 
 
 def _is_kept(argument: Any) -> bool:

@@ -15,6 +15,7 @@ class Weights:
         self.gm, self.lazy = gm, about(gm).lazy
         self.made_with = {other: name for name, lazy in self.lazy.items() for other in lazy.beside}
         self.made: dict[str, Tensor] = {}
+        self._unwanted: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         """Whether a tensor is made when it is asked for."""
@@ -27,5 +28,10 @@ class Weights:
         if name not in self.made:
             weight = self.made_with.get(name, name)
             lazy = self.lazy[weight]
-            self.made |= zip((weight, *lazy.beside), lazy.make(), strict=True)
+            made = zip((weight, *lazy.beside), lazy.make(), strict=True)
+            self.made |= {n: t for n, t in made if n == name or n not in self._unwanted}
         return self.made.pop(name)
+
+    def unwanted(self, name: str) -> None:
+        """Says that a tensor will not be asked for."""
+        self._unwanted.add(name)

@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sqcompile.passes.ir.graph import Linear
 from sqcompile.passes.labels.match import Site
-from sqcompile.passes.planning.error import Choice, Chooser
+from sqcompile.passes.planning.error import Choice, Chooser, Costs
 from sqcompile.passes.planning.products import column_absmax
 from sqcompile.passes.planning.smoothing import smoothing_scale
 from sqcompile.passes.planning.spikes import spikes
@@ -53,39 +53,80 @@ class Look:
     costly: frozenset[str]
 
 
-def first_look(chooser: Chooser, sites: Sequence[Site], floats: dict[str, str]) -> Look:
-    """Chooses for each site by itself, for what is to be decided of all of them together.
+@dataclass(frozen=True, eq=False)
+class Best:
+    """What is best for a site.
+
+    Attributes:
+        choice: that.
+        costs: the smallest error with each rotation.
+        curve: what was tried; None where nothing could be.
+        loss: what its static scales cost the outputs; None where there are none, that is not known, or nobody asks.
+    """
+
+    choice: Choice
+    costs: dict[int | None, float]
+    curve: Costs | None
+    loss: float | None
+
+
+def each_best(
+    chooser: Chooser, sites: Sequence[Site], floats: Mapping[str, str], look: Look | None, first: bool
+) -> dict[str, Best]:
+    """Chooses for sites in their order, and keeps what it has chosen in the chooser: by site, but for those all in float.
+
+    Args:
+        chooser: it is left with each site's choice.
+        sites: of a graph, with all before them that share a linear with one of them.
+        floats: linears that stay in float, by name.
+        look: what was decided of all sites; None for each by itself.
+        first: whether it is the first look at each site, which wants to know what static scales cost.
+    """
+    found = {}
+    for site in each(sites, "rotations" if first else "choose"):
+        linears = [l for l, _ in site.balance if l.name not in floats]
+        if not linears:
+            continue
+        chooser.leave(linears)
+        choice, costs = best(chooser, site, floats, look)
+        chooser.apply(site, choice)
+        loss = None
+        if first and all(map(chooser.static, linears)) and chooser.by_loss(linears) and chooser.felt.knows(linears):
+            loss = chooser.loss(linears)
+        found[site.name] = Best(choice, costs, chooser.curves.get(site.name), loss)
+    return found
+
+
+def look_at(chooser: Chooser, sites: Sequence[Site], floats: Mapping[str, str], found: Mapping[str, Best]) -> Look:
+    """What is to be decided of all sites together.
 
     The rotation of layers that a model repeats is the one that costs least in all of them together. So they stay alike, and
     are compiled once where a compiler makes one of them for all. Sites are of repeated layers where nothing but numbers in
     their names differs.
 
     Args:
-        chooser: it is left with each site's own choice.
+        chooser: of the graph.
         sites: of the graph.
         floats: linears that stay in float, by name.
+        found: what is best for each by itself.
     """
     costs: dict[Any, Counter[int | None]] = {}
-    keys, static = {}, dict[str, float]()
-    for site in each(sites, "rotations"):
-        linears = [l for l, _ in site.balance if l.name not in floats]
-        if not linears:
+    keys = {}
+    for site in sites:
+        if site.name not in found:
             continue
-        chooser.leave(linears)
-        choice, found = best(chooser, site, floats)
-        chooser.apply(site, choice)
+        linears = [l for l, _ in site.balance if l.name not in floats]
         shapes = tuple(l.shape for l in linears)
         keys[site.name] = re.sub(r"(?<=\.)\d+(?=\.)", "N", site.name), shapes, chooser.own[linears[0].name]
-        costs.setdefault(keys[site.name], Counter()).update(found)
-        if all(map(chooser.static, linears)) and chooser.by_loss(linears) and chooser.felt.knows(linears):
-            static[site.name] = chooser.loss(linears)
+        costs.setdefault(keys[site.name], Counter()).update(found[site.name].costs)
+    static = {name: b.loss for name, b in found.items() if b.loss is not None}
     least = {key: min(total, key=lambda block: total[block]) for key, total in costs.items()}
     most = max(COSTLY, TIMES_MEAN / max(1, len(static))) * sum(static.values())
     return Look({name: least[key] for name, key in keys.items()}, frozenset(n for n, c in static.items() if c > most))
 
 
 def best(
-    chooser: Chooser, site: Site, floats: dict[str, str], look: Look | None = None
+    chooser: Chooser, site: Site, floats: Mapping[str, str], look: Look | None = None
 ) -> tuple[Choice, dict[int | None, float]]:
     """The smoothing and the rotation with the smallest error, and the smallest error with each rotation.
 

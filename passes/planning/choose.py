@@ -22,12 +22,13 @@ from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.ir.graph import Linear, find_linears
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
 from sqcompile.passes.planning import weight_outliers
-from sqcompile.passes.planning.candidates import Look, best, first_look
+from sqcompile.passes.planning.candidates import Best, Look, each_best, look_at
 from sqcompile.passes.planning.choose_attention import choose_attention
-from sqcompile.passes.planning.error import Chooser, Note
+from sqcompile.passes.planning.error import Chooser, Costs, Note
 from sqcompile.passes.planning.evidence import curves
 from sqcompile.passes.planning.feel import Felt
 from sqcompile.passes.planning.overrides import check_agreement, said
+from sqcompile.passes.planning.sharing import Asked, Sharing
 from sqcompile.passes.planning.sqnr import sqnr_db
 from sqcompile.passes.planning.static_scales import warn_of_few
 from sqcompile.passes.planning.stay_float import check_any, float_layer, stay_float
@@ -36,7 +37,6 @@ from sqcompile.plan.evidence import Evidence
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Activation, Recipe
 from sqcompile.plan.shards import shard_of
-from sqcompile.process.progress import each
 from sqcompile.statistics.observe import Calibration
 
 UNTRIED = "by largest values without tokens, so that no α was tried"
@@ -54,6 +54,7 @@ def choose(
     felt: Felt | None = None,
     lost: Mapping[str, str] = MappingProxyType({}),
     on_trial: bool = False,
+    sharing: Sharing | None = None,
 ) -> Plan:
     """Makes the plan for a traced graph.
 
@@ -67,6 +68,7 @@ def choose(
         felt: what the outputs feel of the linears, for a recipe that chooses by it.
         lost: linears that stay in float, and why, besides those that `stay_float` finds.
         on_trial: the errors of linears are not measured, which are there to be read.
+        sharing: the ranks that choose together, of which this is the first one; None for one process.
 
     Raises:
         NothingToQuantizeError: if no linear would run in INT8; the message gives the reasons.
@@ -80,17 +82,29 @@ def choose(
     every = sites + input_sites(refusals, {l.name for l in linears} - set(floats))
     check_agreement(every, chooser.own, floats)
     look: Look | None = None
-    first = Chooser(gm, calibration, recipe, unsmoothed, felt)
+    first: dict[str, Best] = {}
     if any(own.rotate == "auto" or own.may_leave_dynamic for own in chooser.own.values()):
-        look = first_look(first, every, floats)
-    for site in each(every, "choose"):
+        if sharing is None:
+            first = each_best(Chooser(gm, calibration, recipe, unsmoothed, felt), every, floats, None, first=True)
+        else:
+            first, _ = sharing.best(Asked(floats, unsmoothed, True, None))
+        look = look_at(chooser, every, floats, first)
+    if sharing is None:
+        best = each_best(chooser, every, floats, look, first=False)
+        found = weight_outliers.all_lost(chooser, linears, floats)
+    else:
+        best, found = sharing.best(Asked(floats, unsmoothed, False, look))
+    if found:  # their sites are others without them
+        lost = {**lost, **found}
+        return choose(
+            gm, sites, refusals, calibration, recipe, call, attentions, unsmoothed, felt, lost, on_trial, sharing
+        )
+    for site in (s for s in every if s.name in best):
         quantized = [l for l, _ in site.balance if l.name not in floats]
-        if not quantized:
-            continue
         how: Smoothing = "multiplied" if site.kind == "input" else "folded"
-        chooser.leave(quantized)
-        choice, _ = best(chooser, site, floats, look)
-        chooser.apply(site, choice)
+        choice = best[site.name].choice
+        if sharing is not None:  # chosen elsewhere
+            chooser.apply(site, choice)
         if choice.scales is not None:
             scales[site.name] = choice.scales[0]
             reason = site.reason if how == "folded" else f"x·(1/s) before quantization: {site.reason}"
@@ -104,10 +118,6 @@ def choose(
         if felt is not None and chooser.by_loss(quantized) and (blind := felt.blind(quantized)):
             note = (note[0], f"{note[1]}; chosen by its own error, as {blind}", note[2])
         notes.update({l.name: note for l in quantized})
-    found = {l.name: why for l in linears if l.name not in floats and (why := weight_outliers.lost(chooser, l))}
-    if found:  # their sites are others without them
-        lost = {**lost, **found}
-        return choose(gm, sites, refusals, calibration, recipe, call, attentions, unsmoothed, felt, lost, on_trial)
     attention, heads = choose_attention(gm, chooser, attentions, set(floats))
     open_ = [l for l in linears if l.name not in floats]
     static = [l for l in open_ if chooser.static(l)]
@@ -116,8 +126,12 @@ def choose(
     losses = {} if on_trial else chooser.losses([l for l in open_ if chooser.felt.knows([l])])
     layers = tuple(_layer(chooser, l, floats, notes, losses.get(l.name), on_trial) for l in linears)
     columns = {name: s for name, s in chooser.columns.items() if name not in floats}
-    evidence = Evidence(curves=curves(first.curves, chooser.curves))
+    evidence = Evidence(curves=curves(_curves(first), _curves(best)))
     return Plan(recipe, call, scales, layers, attention, heads, columns, evidence, shard_of(chooser.parallel))
+
+
+def _curves(best: Mapping[str, Best]) -> dict[str, Costs]:
+    return {name: b.curve for name, b in best.items() if b.curve is not None}
 
 
 def _layer(

@@ -13,6 +13,7 @@ lost stays in float; so does what is lost without smoothing, where the outputs a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,6 +55,11 @@ class _Sums:
         self.signal += float((w.double().square() * ordinary).sum())
         self.noise += float((error.double().square() * ordinary).sum())
         self.largest = max(self.largest, float(torch.where(median > 0, limit / median, 0.0).amax()))
+
+
+def all_lost(chooser: Chooser, linears: Iterable[Linear], floats: Mapping[str, str]) -> dict[str, str]:
+    """Of linears that do not stay in float: why too little is left of some, by name."""
+    return {l.name: why for l in linears if l.name not in floats and (why := lost(chooser, l))}
 
 
 def lost(chooser: Chooser, l: Linear) -> str | None:

@@ -24,10 +24,10 @@ from sqcompile.artifact import calls, graphs, structures
 from sqcompile.artifact.code import write_code
 from sqcompile.artifact.tensors import SHARD, Tensors, write_tensors
 from sqcompile.capture.inputs import Forward
-from sqcompile.errors import ArtifactError, PlanError
+from sqcompile.errors import ArtifactError, CalibrationError, PlanError
 from sqcompile.files.beside import copy_beside
 from sqcompile.files.bounded_json import read_object
-from sqcompile.files.directory import check_replaceable, new_directory
+from sqcompile.files.directory import check_replaceable, directory_of
 from sqcompile.files.regular import read_regular, said
 from sqcompile.files.weights import Later
 from sqcompile.files.work import Work
@@ -37,6 +37,8 @@ from sqcompile.passes.ir.lazy import Weights
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.shards import shard_of
 from sqcompile.process.parallel import ALONE, Parallel
+from sqcompile.process.ranks import ALONE as ONE_PROCESS
+from sqcompile.process.ranks import Ranks
 from sqcompile.version import VERSION
 
 FORMAT = 1
@@ -57,8 +59,9 @@ def save(
     target: str | None = None,
     beside: str | None = None,
     kept: Work | None = None,
+    ranks: Ranks = ONE_PROCESS,
 ) -> None:
-    """Writes a directory.
+    """Writes a directory. Of several ranks, each calls it with the same arguments, and rank 0 puts it into its place.
 
     Args:
         quantized: the graph of the quantized stage. Lazy weights (``About.lazy``) are made as they are written.
@@ -68,21 +71,24 @@ def save(
         most: bytes of a file.
         code: whether to compile it, and to write the code, too; for the ``target`` that `load` would be given.
         beside: a directory whose tokenizer is copied; None for none.
-        kept: see `write_tensors`.
+        kept, ranks: see `write_tensors`.
 
     Raises:
         ArtifactError: if something of the model cannot be saved, or the directory cannot be written.
+        CalibrationError: where another rank has failed or is dead.
     """
-    name = check_saved_to(path)
+    name = check_saved_to(path) if ranks.first else path_name(path)
     meta = described(quantized, call)
     try:
-        with new_directory(name, MANIFESTS, None if kept is None else kept.folder) as folder:
-            write(folder, meta, quantized, plan, most, kept)
-            if beside is not None:
+        with directory_of(ranks, name, MANIFESTS, None if kept is None else kept.folder) as folder:
+            write(folder, meta, quantized, plan, most, kept, ranks)
+            if beside is not None and ranks.first:
                 copy_beside(beside, folder)
-            if code:
+            if code and ranks.first:
                 meta["code"] = write_code(folder, target)
                 write_manifest(os.path.join(folder, MANIFEST), meta)
+    except CalibrationError:  # another rank's
+        raise
     except (ArtifactError, PlanError) as e:
         raise ArtifactError(f"the model cannot be saved to {name}: {e}") from e
     except Exception as e:  # whatever the system has to say of it
@@ -107,12 +113,19 @@ def described(quantized: fx.GraphModule, call: Forward) -> dict[str, Any]:
 
 
 def write(
-    folder: str, meta: dict[str, Any], quantized: fx.GraphModule, plan: Plan, most: int, kept: Work | None = None
+    folder: str,
+    meta: dict[str, Any],
+    quantized: fx.GraphModule,
+    plan: Plan,
+    most: int,
+    kept: Work | None = None,
+    ranks: Ranks = ONE_PROCESS,
 ) -> str:
     """Writes the files of a graph that ``meta`` describes, and adds its tensors to that; returns the manifest's SHA-256."""
-    meta["tensors"] = write_tensors(folder, _tensors(quantized), most, kept)
-    plan.save(os.path.join(folder, PLAN))
-    write_manifest(os.path.join(folder, MANIFEST), meta)
+    meta["tensors"] = write_tensors(folder, _tensors(quantized), most, kept, ranks)
+    if ranks.first:
+        plan.save(os.path.join(folder, PLAN))
+        write_manifest(os.path.join(folder, MANIFEST), meta)
     return sha256_of(meta)
 
 
@@ -137,7 +150,8 @@ def _tensors(quantized: fx.GraphModule) -> dict[str, Tensor | Later]:
     for n in quantized.graph.find_nodes(op="get_attr"):
         name = str(n.target)
         like = get_tensor(quantized, name)
-        found[name] = Later(like.dtype, tuple(like.shape), partial(weights.get, name)) if name in weights else like
+        how = partial(weights.get, name), partial(weights.unwanted, name)
+        found[name] = Later(like.dtype, tuple(like.shape), *how) if name in weights else like
     return found
 
 

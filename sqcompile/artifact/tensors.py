@@ -9,7 +9,9 @@ the files have what the index says and no more, and a tensor is hashed before it
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import math
 import os
 import re
@@ -21,13 +23,14 @@ from torch import Tensor
 
 from sqcompile.capture.call_spec import DTYPES, MOST_DIMS
 from sqcompile.errors import ArtifactError
-from sqcompile.files.directory import link_or_copy
+from sqcompile.files.directory import flush, link_or_copy, writers
 from sqcompile.files.regular import said
 from sqcompile.files.safetensors_files import FILE_NAME, WeightFile
 from sqcompile.files.weights import Later, write_weights
-from sqcompile.files.work import Work
+from sqcompile.files.work import Work, sha256_of_file
 from sqcompile.process.interrupts import checkpoint
 from sqcompile.process.progress import part
+from sqcompile.process.ranks import ALONE, Ranks
 
 SHARD = 4_000_000_000  # bytes of a file, unless one tensor has more
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -35,22 +38,30 @@ _SMALL = 2**20  # bytes
 
 
 def write_tensors(
-    folder: str, tensors: Mapping[str, Tensor | Later], most: int = SHARD, kept: Work | None = None
+    folder: str,
+    tensors: Mapping[str, Tensor | Later],
+    most: int = SHARD,
+    kept: Work | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Writes tensors into files of a directory; tensors that are one in memory are written once.
+
+    Of several ranks, each calls it with the same tensors, and those that see the directory share the files.
 
     Args:
         folder: the directory.
         tensors: by name; on any device, of any layout. They are made, and written, in their order.
         most: bytes of a file.
-        kept: has files that an earlier run has finished, and takes new ones.
+        kept: has files that an earlier run has finished, and takes new ones; rank 0's.
+        ranks: the processes.
 
     Returns:
-        The index.
+        The index; on rank 0.
 
     Raises:
         OSError: if a file cannot be written.
-        ArtifactError: for a dtype that files do not have.
+        ArtifactError: for a dtype that files do not have, or where what another rank has written is not there.
+        CalibrationError: where another rank has failed or is dead.
     """
     first: dict[Hashable, str] = {}
     index: dict[str, Any] = {}
@@ -70,7 +81,7 @@ def write_tensors(
         shards[-1].append(name)
         room -= t.nbytes
     with part("tensors", sum(map(len, shards))) as wrote:
-        _write_shards(folder, tensors, shards, index, kept, wrote)
+        _write_shards(folder, tensors, shards, index, kept, ranks, wrote)
     return index
 
 
@@ -80,31 +91,86 @@ def _write_shards(
     shards: list[list[str]],
     index: dict[str, Any],
     kept: Work | None,
+    ranks: Ranks,
     wrote: Callable[..., None],
 ) -> None:
     """Writes the files, and notes in the index which tensor is where."""
-    for i, names in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        sums: dict[str, str] = {}
-
-        def see(name: str, values: Any, sums: dict[str, str] = sums) -> None:
-            sums[name] = hashlib.sha256(values).hexdigest()
-            checkpoint()
+    files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+    able = writers(ranks, folder)
+    left = [*files]
+    for file, sums in _finished(folder, files, kept, ranks).items():
+        left.remove(file)
+        _note(index, file, sums)
+        for _ in sums:
             wrote()
-
-        path, done = os.path.join(folder, file), None if kept is None else kept.find(file)
-        if done is not None and isinstance(done[1], dict) and done[1].keys() == set(names):
-            link_or_copy(done[0], path)
-            sums |= done[1]
-            for _ in names:
-                wrote()
-        else:
-            write_weights(path, {n: _dense(tensors[n]) for n in names}, see=see)
+    mine = left[able.index(ranks.rank) :: len(able)] if ranks.rank in able else []
+    for name in (n for file, names in files.items() if file not in mine for n in names):
+        if isinstance(t := tensors[name], Later):
+            t.unwanted()
+    # in rounds, after each of which rank 0 keeps what all of them have finished
+    for at_once in (left[i : i + len(able)] for i in range(0, len(left), len(able))):
+        done = ""
+        for own in set(at_once).intersection(mine):
+            size, sums = _written(os.path.join(folder, own), {n: tensors[n] for n in files[own]}, ranks, wrote)
+            sha256 = sha256_of_file(os.path.join(folder, own)) if kept is not None or ranks.count > 1 else ""
+            done = json.dumps([size, sha256, sums])
+        told = ranks.tell("file of weights", done)
+        for rank, file in zip(able, at_once, strict=False):
+            size, sha256, sums = json.loads(told[rank])
+            _note(index, file, sums)
+            path = os.path.join(folder, file)
+            if ranks.first and not (os.path.isfile(path) and os.path.getsize(path) == size):
+                raise ArtifactError(
+                    f"rank {rank} has written {file}, and rank 0 does not see all of it: write to another disk"
+                )
             if kept is not None:
-                kept.add(file, path, sums)
-        for entry in index.values():
-            if entry["key"] in sums:
-                entry |= {"file": file, "sha256": sums[entry["key"]]}
+                kept.add(file, path, sums, sha256)
+            for _ in sums if rank != ranks.rank else ():
+                wrote()
+
+
+def _finished(
+    folder: str, files: Mapping[str, list[str]], kept: Work | None, ranks: Ranks
+) -> dict[str, dict[str, str]]:
+    """By file that an earlier run has finished, what `_note` takes; the files are put into the directory."""
+    found = {}
+    for file, names in files.items():
+        done = None if kept is None else kept.find(file)
+        if done is not None and isinstance(done[1], dict) and done[1].keys() == set(names):
+            link_or_copy(done[0], os.path.join(folder, file))
+            found[file] = done[1]
+    told: dict[str, dict[str, str]] = json.loads(ranks.tell("finished files", json.dumps(found))[0])
+    return told
+
+
+def _written(
+    path: str, tensors: dict[str, Tensor | Later], ranks: Ranks, wrote: Callable[..., None]
+) -> tuple[int, dict[str, str]]:
+    """Writes a file, and gives its bytes and the SHA-256 of each tensor."""
+    sums: dict[str, str] = {}
+
+    def see(name: str, values: Any) -> None:
+        sums[name] = hashlib.sha256(values).hexdigest()
+        checkpoint()
+        ranks.check()
+        wrote()
+
+    try:
+        write_weights(path, {n: _dense(t) for n, t in tensors.items()}, see=see)
+        if not ranks.first:  # from here alone what another machine has written gets to the disk
+            flush(path)
+        return os.path.getsize(path), sums
+    except BaseException:
+        with contextlib.suppress(OSError):  # rank 0 may have removed the directory while the file was begun
+            os.unlink(path)
+        raise
+
+
+def _note(index: dict[str, Any], file: str, sums: Mapping[str, str]) -> None:
+    """Says of tensors that they are in a file, by the SHA-256 of each."""
+    for entry in index.values():
+        if entry["key"] in sums:
+            entry |= {"file": file, "sha256": sums[entry["key"]]}
 
 
 def _memory(name: str, t: Tensor | Later) -> Hashable:

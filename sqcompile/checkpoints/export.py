@@ -8,9 +8,11 @@ The directory is one of transformers, under the names that its checkpoints have.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from sqcompile.capture.call_spec import from_spec
 from sqcompile.capture.trace import trace
+from sqcompile.checkpoints.dealt import Block, dealt
 from sqcompile.checkpoints.directory import Weights, write_config, write_json
 from sqcompile.checkpoints.engines import for_engines, refuse
 from sqcompile.checkpoints.names import CheckpointNames
@@ -26,7 +29,7 @@ from sqcompile.checkpoints.replan import Changed, lines_of, representable
 from sqcompile.checkpoints.w8a8 import Quantized
 from sqcompile.errors import ArtifactError, SQCompileError
 from sqcompile.files.beside import copy_beside
-from sqcompile.files.directory import check_replaceable, new_directory
+from sqcompile.files.directory import check_replaceable, directory_of
 from sqcompile.files.regular import said
 from sqcompile.passes.ir.about import about
 from sqcompile.plan.plan import Plan, given_plan
@@ -34,6 +37,7 @@ from sqcompile.plan.said import linears_in
 from sqcompile.process.interrupts import checkpoint, deferred
 from sqcompile.process.lock import analysing, compiling
 from sqcompile.process.progress import Enter, part, silent
+from sqcompile.process.ranks import ALONE, Ranks
 
 FORMATS = ("compressed-tensors", "smoothed")
 
@@ -71,7 +75,13 @@ class Exported:
 
 
 def export(
-    model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[str], source: Any = None, enter: Enter = silent
+    model: nn.Module,
+    plan: Plan,
+    format: str,
+    path: str | os.PathLike[str],
+    source: Any = None,
+    ranks: Ranks = ALONE,
+    enter: Enter = silent,
 ) -> Exported:
     """Writes a checkpoint directory. The model itself is never changed.
 
@@ -81,6 +91,7 @@ def export(
         format: "smoothed" or "compressed-tensors".
         path: of the directory. What is there may be an empty directory, or one of an earlier export, which is replaced.
         source: the directory that has the tokenizer; the one that the model was loaded from by default.
+        ranks: the processes that make the weights together; each calls it with the same arguments.
         enter: is told of the stages "trace", "fold" and "write".
 
     Returns:
@@ -89,11 +100,11 @@ def export(
     Raises:
         ArtifactError: for another format, a model that is none of transformers, a plan that the format cannot express, or
             a path that cannot be written; nothing is written then.
-        SQCompileError: as `compile` of a plan.
+        SQCompileError: as `compile` of a plan; where another rank has failed or is dead.
     """
     assert format in FORMATS
     given = given_plan(plan, None, None)
-    target = target_of(path)
+    target = target_of(path) if ranks.first else os.path.realpath(os.fsdecode(path))
     names = CheckpointNames(model)
     if format == "compressed-tensors":
         refuse(given)
@@ -111,10 +122,11 @@ def export(
         blocks = _blocks(names, traced, parameters, quantized)
         enter("write")
         try:
-            with new_directory(target, (MARK,)) as folder:
-                size, notes = _write(folder, model, blocks, quantized, beside)
+            with directory_of(ranks, target, (MARK,)) as folder:
+                size, notes = _write(folder, model, blocks, quantized, beside, ranks)
                 done = Exported(format, target, plan, tuple(changed), notes, size)
-                write_json(os.path.join(folder, MARK), {"format": format, "summary": str(done).splitlines()[1:]})
+                if ranks.first:
+                    write_json(os.path.join(folder, MARK), {"format": format, "summary": str(done).splitlines()[1:]})
         except SQCompileError:
             raise
         except Exception as e:  # of the system, of safetensors, of a configuration that cannot be written
@@ -124,37 +136,58 @@ def export(
 
 
 def _write(
-    folder: str, model: Any, blocks: Iterator[dict[str, Tensor]], quantized: Quantized | None, beside: str | None
+    folder: str,
+    model: Any,
+    blocks: Sequence[Block],
+    quantized: Quantized | None,
+    beside: str | None,
+    ranks: Ranks,
 ) -> tuple[int, tuple[str, ...]]:
-    """Writes all but the mark, and gives the bytes of the weights and what there is to know."""
-    weights = Weights(folder)
-    with part("blocks") as done:
-        for block in blocks:
-            weights.add(block)
-            checkpoint()
-            done()
-    weights.finish()
+    """Writes all but the mark, on rank 0, and gives the bytes of the weights and what there is to know."""
+    found: tuple[int, tuple[str, ...]] = (0, ())
+    with part("blocks", len(blocks)) as done:
+        made = dealt(folder, blocks, ranks)
+        if ranks.first:
+            weights = Weights(folder)
+            for block in made:
+                weights.add(block)
+                checkpoint()
+                done()
+            weights.finish()
+            found = weights.bytes, _beside(folder, model, quantized, beside)
+        else:
+            for _ in made:
+                pass
+    size, notes = json.loads(ranks.tell("weights", json.dumps(found))[0])
+    return size, tuple(notes)
+
+
+def _beside(folder: str, model: Any, quantized: Quantized | None, beside: str | None) -> tuple[str, ...]:
+    """Writes the configuration and the tokenizer, and gives what there is to know."""
     copied = copy_beside(beside, folder) if beside else []
     write_config(model, folder, quantized.config() if quantized else None)
     if any(name.startswith("tokenizer") for name in copied):
-        return weights.bytes, ()
+        return ()
     where = f"{beside} has none" if beside else "the model was not loaded from a directory, pass source"
-    return weights.bytes, (f"no tokenizer is beside the weights: {where}",)
+    return (f"no tokenizer is beside the weights: {where}",)
 
 
 def _blocks(
     names: CheckpointNames, traced: fx.GraphModule, parameters: Parameters, quantized: Quantized | None
-) -> Iterator[dict[str, Tensor]]:
-    """The tensors of the checkpoint, block by block, so that not all are in memory at once."""
+) -> list[Block]:
+    """What gives the tensors of the checkpoint, block by block, so that not all are in memory at once."""
     read = {name: leaf for leaf in parameters.changes for name in about(traced).aliases[leaf]}
-    for block in names.blocks():
+
+    def tensors(block: list[str]) -> dict[str, Tensor]:
         weights, scales = {}, {}
         for name in block:
             if quantized is not None and name in quantized.layers:
                 weights[name], scales[name] = quantized.tensors(name)
             else:
                 weights[name] = parameters.new(read[name]) if name in read else names.every[name]
-        yield quantized.renamed(weights, scales) if quantized is not None else names.convert(weights)
+        return quantized.renamed(weights, scales) if quantized is not None else names.convert(weights)
+
+    return [partial(tensors, block) for block in names.blocks()]
 
 
 def target_of(path: Any) -> str:

@@ -21,7 +21,7 @@ from sqcompile.checkpoints.export import Exported
 from sqcompile.checkpoints.float_model import Checkpoint
 from sqcompile.checkpoints.skeleton import DTYPES
 from sqcompile.cli.batches import Asked, batches
-from sqcompile.cli.ranks import follows, in_a_group, process_group
+from sqcompile.cli.ranks import follows, process_group
 from sqcompile.cli.terminal import CommandError, Terminal
 from sqcompile.large import RESUMABLE, quantize_checkpoint
 from sqcompile.passes.ir.graph import find_linears, get_tensor, nodes_by_name
@@ -82,8 +82,8 @@ def quantize(job: Job, terminal: Terminal) -> None:
     start = time.perf_counter()
     terminal.say(f"loading {job.model} ({checkpoint.architecture.__name__})")
     with process_group() as first:
-        one_run = job.data is not None and job.format in RESUMABLE and not in_a_group()
-        done = _resumable(job, checkpoint, terminal) if one_run else _exported(job, checkpoint, first, terminal)
+        resumable = job.data is not None and job.format in RESUMABLE
+        done = _resumable(job, checkpoint, terminal) if resumable else _exported(job, checkpoint, first, terminal)
     if done is None:
         return  # another rank writes
     seconds = time.perf_counter() - start
@@ -124,7 +124,7 @@ def _limited(most: int | None) -> AbstractContextManager[None]:
 
 
 def _exported(job: Job, checkpoint: Checkpoint, first: bool, terminal: Terminal) -> Exported | None:
-    """By a plan that is there, or in another format, or by several ranks, of which the first one writes."""
+    """By a plan that is there, or in another format. Of several ranks the first one writes."""
     assert job.out is not None
     with _limited(job.memory):
         model = checkpoint.load(job.dtype)

@@ -13,7 +13,7 @@ from torch import distributed as dist
 def process_group() -> Iterator[bool]:
     """The process group of torchrun, where it has started more than one; gives whether this is the first rank."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
-        yield not in_a_group() or dist.get_rank() == 0
+        yield not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
         return
     dist.init_process_group("gloo")
     try:
@@ -25,8 +25,3 @@ def process_group() -> Iterator[bool]:
 def follows() -> bool:
     """Whether torchrun has started this process beside a first one, which speaks for all."""
     return os.environ.get("WORLD_SIZE", "1") not in ("", "1") and os.environ.get("RANK", "0") not in ("", "0")
-
-
-def in_a_group() -> bool:
-    """Whether there are other processes that do the same."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

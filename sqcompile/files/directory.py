@@ -10,10 +10,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+
+from sqcompile.errors import CalibrationError
+from sqcompile.process.ranks import Ranks
 
 _AT_FDCWD, _EXCHANGE = -100, 2  # of renameat2(2)
 
@@ -49,6 +53,37 @@ def new_directory(path: str, ours: Sequence[str], within: str | None = None) -> 
         flush(parent)
     finally:  # the old directory, or what was written before an error
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def directory_of(ranks: Ranks, path: str, ours: Sequence[str], within: str | None = None) -> Iterator[str]:
+    """The `new_directory` of rank 0, for all ranks, each of which calls it. It takes its place when all their blocks have ended.
+
+    A rank on another machine may not see it, and leaves all to the others then.
+
+    Raises:
+        OSError: as `new_directory`; on rank 0.
+        CalibrationError: where another rank has failed or is dead.
+    """
+    with new_directory(path, ours, within) if ranks.first else contextlib.nullcontext("") as made:
+        temporary: str = json.loads(ranks.tell("new directory", json.dumps(made))[0])
+        try:
+            yield temporary
+        except BaseException as e:
+            if not ranks.first and isinstance(e, CalibrationError):
+                with contextlib.suppress(OSError):  # rank 0 has removed it, but maybe not what came there just then
+                    os.rmdir(temporary)
+            if not ranks.first and isinstance(e, OSError) and not os.path.isdir(temporary):
+                ranks.tell("no directory")  # rank 0 says why
+            raise
+        ranks.tell("written")
+    ranks.tell("in its place")
+
+
+def writers(ranks: Ranks, folder: str) -> list[int]:
+    """The ranks that see a directory, in their order. Each rank calls it."""
+    told = ranks.tell("see the directory", "yes" if os.path.isdir(folder) else "")
+    return [rank for rank, sees in enumerate(told) if sees]
 
 
 def check_replaceable(path: str, ours: Sequence[str]) -> None:

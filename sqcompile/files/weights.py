@@ -38,11 +38,13 @@ class Later:
     Attributes:
         dtype, shape: of it.
         make: gives it; called once.
+        unwanted: called instead where it is not written.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+    unwanted: Callable[[], object] = lambda: None
 
     @property
     def nbytes(self) -> int:

@@ -88,17 +88,18 @@ class Work:
         """The path of a finished file, and what was said of it; None if there is none, or not as it was."""
         entry = self._files.get(name)
         path = os.path.join(self.folder, name)
-        if entry is None or os.path.islink(path) or not os.path.isfile(path) or _sha256(path) != entry["sha256"]:
+        if entry is None or os.path.islink(path) or not os.path.isfile(path) or sha256_of_file(path) != entry["sha256"]:
             return None
         return path, entry["said"]
 
-    def add(self, name: str, path: str, about: Any = None) -> None:
+    def add(self, name: str, path: str, about: Any = None, sha256: str | None = None) -> None:
         """Takes over a file that is finished: a link to it, or it itself where it is in the directory.
 
         Args:
             name: under which it is found again.
             path: of the file, on the same disk.
             about: JSON that is kept with it.
+            sha256: of the file, where it is known.
 
         Raises:
             OSError: if that fails.
@@ -109,7 +110,7 @@ class Work:
                 os.unlink(own)
             link_or_copy(path, own)
         flush(own)
-        self._files[name] = {"sha256": _sha256(own), "said": about}
+        self._files[name] = {"sha256": sha256 or sha256_of_file(own), "said": about}
         self._write()
 
     def path(self, name: str) -> str:
@@ -164,7 +165,8 @@ class Work:
         replace_file(os.path.join(self.folder, _STATE), text.encode())
 
 
-def _sha256(path: str) -> str:
+def sha256_of_file(path: str) -> str:
+    """SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while part := f.read(2**24):

@@ -30,6 +30,7 @@ from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.process.interrupts import checkpoint, deferred
 from sqcompile.process.lock import analysing, compiling
 from sqcompile.process.progress import Enter, Show, silent, stages
+from sqcompile.process.ranks import ALONE, Ranks
 from sqcompile.programs.onnx import onnx_model, write_onnx
 from sqcompile.programs.standard import standard
 from sqcompile.programs.traced import Traced, program_of
@@ -89,7 +90,7 @@ def exported(
 ) -> Exported:
     """`export` to what `check_target` has looked at; ``enter`` is told of its stages."""
     if format in checkpoints.FORMATS:
-        return checkpoints.export(model, plan, format, path, source, enter)
+        return checkpoints.export(model, plan, format, path, source, enter=enter)
     if format == NATIVE:
         return export_artifact(model, plan, path, source, enter=enter)
     given = given_plan(plan, None, None)
@@ -107,17 +108,18 @@ def export_artifact(
     kept: Work | None = None,
     traced: fx.GraphModule | None = None,
     enter: Enter = silent,
+    ranks: Ranks = ALONE,
 ) -> Exported:
     """`export` in the format "sqcompile".
 
     ``kept`` has files that an earlier run has finished. ``traced`` is the model's traced graph, if the plan was made from it
-    just now.
+    just now. ``ranks`` write together, and each calls it.
     """
     given, beside = given_plan(plan, None, None), checkpoints.source_of(model, source)
     with deferred(), analysing(model), compiling(), torch.no_grad():
         quantized = _quantized(model, given, enter, lazy=True, traced=traced)
         enter("write")
-        return write_artifact(quantized, given, Forward.of(model), path, beside, kept)
+        return write_artifact(quantized, given, Forward.of(model), path, beside, kept, ranks)
 
 
 def _quantized(
@@ -149,6 +151,7 @@ def write_artifact(
     path: str | os.PathLike[str],
     beside: str | None,
     kept: Work | None = None,
+    ranks: Ranks = ALONE,
 ) -> Exported:
     """Writes the quantized stage of a model as a directory that `load` reads.
 
@@ -158,15 +161,18 @@ def write_artifact(
         call: how the model is called.
         path: of the directory.
         beside: a directory whose tokenizer is copied; None for none.
-        kept: has files that an earlier run has finished, and takes new ones.
+        kept: has files that an earlier run has finished, and takes new ones; rank 0's.
+        ranks: the processes that write together.
 
     Raises:
         ArtifactError: if it cannot be written; nothing is written then.
+        CalibrationError: where another rank has failed or is dead; nothing is written then.
     """
-    save(quantized, plan, call, path, beside=beside, kept=kept)
-    target = path_name(path)
-    size = sum(f.stat().st_size for f in os.scandir(target) if f.name.startswith("model-"))
-    return Exported(NATIVE, target, plan, (), (), size)
+    save(quantized, plan, call, path, beside=beside, kept=kept, ranks=ranks)
+    target, size = path_name(path), 0
+    if ranks.first:
+        size = sum(f.stat().st_size for f in os.scandir(target) if f.name.startswith("model-"))
+    return Exported(NATIVE, target, plan, (), (), int(ranks.tell("bytes", str(size))[0]))
 
 
 def check_target(format: str, path: str | os.PathLike[str], source: Any = None) -> None:
