@@ -137,7 +137,7 @@ _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
     "grouped_matmul_u8s8(Tensor q, Tensor[] w, Tensor w_scale, Tensor w_sum, Tensor offsets, ScalarType dtype)"
     " -> Tensor": (grouped_matmul_u8s8, _grouped_matmul_u8s8_fake),
-    "rotate(Tensor x, int block) -> Tensor": (rotation.rotate, rotation.rotate_fake),
+    "rotate(Tensor x, int block) -> Tensor": (cpu_rows.rotate, rotation.rotate_fake),
     "int8_attend(Tensor scores, Tensor v, Tensor v_scale, ScalarType dtype) -> Tensor": (
         attention_parts.int8_attend,
         attention_parts.int8_attend_fake,
