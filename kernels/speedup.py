@@ -25,8 +25,8 @@ ROWS = (1, 512, 2048)  # what is reported: decoding one sequence, a short and a 
 CALLS = ((1, 2048, 2048), (1, 8192, 8192), (1, 1, 2048), (64, 1, 2048))
 
 
-def expected(device: torch.device, rows: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> float | None:
-    """Float time (`against`) over INT8 time of the nearest measured shape; None where none is within a factor of two.
+def expected(device: torch.device, rows: int, n: int, k: int, of: str = "bf16") -> float | None:
+    """Float time over INT8 time of the nearest measured shape; None where none is within a factor of two.
 
     Zero on a device without INT8 kernels.
 
@@ -34,12 +34,12 @@ def expected(device: torch.device, rows: int, n: int, k: int, dtype: torch.dtype
         device: of the weight.
         rows: M, tokens of a call.
         n, k: of the weight [n, k], merged linears counted together.
-        dtype: the model's.
+        of: the float, as `against` gives it.
     """
     if device.type == "cpu" and not Target.of(device).has_kernels:
         return 0.0
     kind = kind_of(device)
-    return None if kind is None else nearest(_table(kind, against(device, dtype)), rows, n, k)
+    return None if kind is None else nearest(_table(kind, of), rows, n, k)
 
 
 def against(device: torch.device, dtype: torch.dtype) -> str:

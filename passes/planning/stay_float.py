@@ -103,7 +103,7 @@ def _slow(gm: fx.GraphModule, linears: list[Linear], own: dict[str, Recipe]) -> 
         weight, n = value(nodes[l.weight]), sum(o.out_features for o in linears if o.x == l.x)
         of = speedup.against(weight.device, weight.dtype)
         for rows in speedup.ROWS:
-            factor = speedup.expected(weight.device, rows, n, l.in_features, weight.dtype)
+            factor = speedup.expected(weight.device, rows, n, l.in_features, of)
             if factor == 0:
                 slow[l.name] = f"{weight.device.type} has no INT8 kernels here, which min_speedup={least} asks for"
             elif factor is not None and factor < least:

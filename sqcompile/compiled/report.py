@@ -61,16 +61,16 @@ _GEMMS = {
 
 
 def _gemms(lowered: fx.GraphModule) -> tuple[Gemm, ...]:
-    shapes: Counter[tuple[int, int, Any, Any]] = Counter()
+    shapes: Counter[tuple[int, int, Any, str]] = Counter()
     for n in lowered.graph.nodes:
         if n.target in _GEMMS:
             q, scales = (value(n.args[i]) for i in _GEMMS[n.target])
-            shapes[len(scales), int(q.shape[-1]), scales.device, value(n).dtype] += 1
+            shapes[len(scales), int(q.shape[-1]), scales.device, against(scales.device, value(n).dtype)] += 1
     gemms = []
-    for (n, k, device, dtype), count in shapes.items():
-        gains = {rows: expected(device, rows, n, k, dtype) for rows in ROWS}
+    for (n, k, device, of), count in shapes.items():
+        gains = {rows: expected(device, rows, n, k, of) for rows in ROWS}
         known = {rows: gain for rows, gain in gains.items() if gain}
-        gemms.append(Gemm(count, k, n, known, against(device, dtype)))
+        gemms.append(Gemm(count, k, n, known, of))
     return tuple(gemms)
 
 

@@ -243,7 +243,7 @@ TABLE = {(1, 64, 64): 1.5, (2048, 64, 64): 0.8, (1, 224, 64): 2.0, (2048, 224, 6
 @pytest.fixture
 def measured(monkeypatch):
     """A table of speeds for the CPU that stands for a GPU here."""
-    monkeypatch.setattr(speedup, "expected", lambda device, rows, n, k, dtype: speedup.nearest(TABLE, rows, n, k))
+    monkeypatch.setattr(speedup, "expected", lambda device, rows, n, k, of: speedup.nearest(TABLE, rows, n, k))
     monkeypatch.setattr(report, "expected", speedup.expected)
 
 
