@@ -133,7 +133,7 @@ class Report:
     Attributes:
         layers: name, kind, quantized, smoothing, reason, alpha, rotation, sqnr_db (see LayerPlan).
         sites: the smoothed sites as a person would write them; ``key`` is the name in the plan.
-        gemms: on GPUs, the INT8 GEMMs by shape.
+        gemms: the INT8 GEMMs by shape.
         attention: one entry per attention, where the recipe quantizes them (see AttentionPlan).
         int8_attention: the INT8 attentions by kind.
         dtype: the number format of quantized linears.
