@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -237,3 +239,33 @@ def test_blocks_that_there_are_not(k, block):
             )
     with pytest.raises((RuntimeError, ValueError), match=f"rotated by {block}"):
         sqcompile_ops.rotate_quantize(drawn(2, k), block, None, 128)
+
+
+WITHOUT = """
+import torch
+from types import SimpleNamespace
+from sqcompile.errors import IndexRangeError
+from sqcompile.kernels import attention, rotation
+from sqcompile.kernels.cpu import dispatch
+from sqcompile.kernels.ops import ON_X86, on_x86_library, sqcompile_ops
+
+dispatch._library = lambda: {library}
+assert not dispatch.install(ON_X86, on_x86_library)
+q, mask = torch.randn(1, 2, 9, 32), torch.full((9, 9), float("-inf")).triu(1)
+kind = sqcompile_ops.mask_kind(sqcompile_ops.stored(mask))
+assert kind == attention.CAUSAL
+assert torch.equal(sqcompile_ops.attention(q, q, q, mask, kind, False, None), attention.attention(q, q, q, mask, kind, False, None))
+assert torch.equal(sqcompile_ops.rotate_quantize(q, 32, None, 0)[0], rotation.rotate_quantize(q, 32, None, 0)[0])
+assert sqcompile_ops.linear_act_quantize(q, None, None, 0, -1, 32, "relu", None, 0, None, 128)[0].dtype == torch.uint8
+try:
+    sqcompile_ops.checked_ids(torch.arange(3), 0, 2, "ids")
+except IndexRangeError:
+    print("as before")
+"""
+
+
+@pytest.mark.parametrize("library", ["None", 'SimpleNamespace(sqcompile_dispatch=lambda *given: b"no")'])
+def test_without_the_code_they_stay_in_python(library):
+    """Where it does not build, and where PyTorch does not take it."""
+    run = subprocess.run([sys.executable, "-c", WITHOUT.format(library=library)], capture_output=True, text=True)
+    assert run.stdout == "as before\n", run.stderr
