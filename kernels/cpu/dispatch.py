@@ -1,7 +1,7 @@
 """dispatch: CPU operators of sqcompile that PyTorch calls without Python (dispatch*.cpp).
 
 An operator in Python takes the host 15 to 25 us in a loop, and up to 100 between products that fill the caches: more than its
-kernel at a few rows. Where the C++ does not build, Python goes on; where it raises, the operator in Python says why.
+kernel at a few rows. Where the C++ does not build, Python goes on; where what a user passed is wrong, Python says so.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _python = torch.library.Library("sqcompile_python", "DEF")  # what the C++ passe
 _again = torch.library.Library("sqcompile", "IMPL")
 KEYS = ("CPU", "MkldnnCPU")  # packed weights carry the second one
 _NEVER = -1
+_USERS = ("checked_ids", "mask_kind", "attention")  # what a user passes reaches these as it is
 
 
 def install(operators: Mapping[str, Callable[..., Any]], registered: torch.library.Library) -> bool:
@@ -67,8 +68,7 @@ def _installed(operators: tuple[tuple[str, Callable[..., Any]], ...], registered
             for key in KEYS:
                 _again.impl(schema.partition("(")[0], function, key)
         return False
-    for schema, _ in operators:
-        name = schema.partition("(")[0]
+    for name in _USERS:
         retry(getattr(torch.ops.sqcompile, name), getattr(torch.ops.sqcompile_python, name).default)
     return True
 

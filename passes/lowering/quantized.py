@@ -86,31 +86,39 @@ def quantized(q: fx.Node, const: set[fx.Node]) -> Quantized | None:
 
 
 def before_views(gm: fx.GraphModule, q: fx.Node) -> fx.Node:
-    """quantize(reshape(x)) -> reshape(quantize(x)), where tokens stay tokens: what computes x is in sight then."""
+    """quantize(reshape(x)) -> reshape(quantize(x)), where tokens stay tokens: what computes x is in sight then.
+
+    Likewise quantize(rotate(reshape(x))) -> reshape(quantize(rotate(x))).
+    """
     while True:
+        x: Any
+        scale: Any
         x, scale = q.args[:2]
-        assert isinstance(x, fx.Node) and isinstance(scale, fx.Node)
-        rows = rows_of(q)
+        rows, readers, block = rows_of(q), [q], None
+        if x.target == sqcompile_ops.rotate.default and {*x.users} <= {q, rows}:
+            readers = [x]
+            x, block = x.args
+        elif rows is not None or (scale.args and scale.args[0] is x):
+            readers.append(rows or scale)
         if x.target in (aten.clone.default, aten.contiguous.default):
-            others = [rows] if rows else [scale] if scale.args and scale.args[0] is x else []
-            for node in (q, *others):
+            for node in readers:
                 node.update_arg(0, x.args[0])
             if not x.users:
                 gm.graph.erase_node(x)
             continue
         sizes: Any = x.args[1] if x.target == aten.reshape.default else None
-        tokens = sizes and sizes[-1] == value(x.args[0]).shape[-1]  # type: ignore[arg-type]
+        tokens = sizes and sizes[-1] == value(x.args[0]).shape[-1]
         if not tokens or rows is None:
             return q
         with gm.graph.inserting_before(min(q, rows)):
-            inner = add_op(gm, rows.target, x.args[0])  # type: ignore[arg-type]
-            new = add_op(gm, sqcompile_ops.quantize.default, x.args[0], inner if rows is scale else scale, *q.args[2:])
+            inner = x.args[0] if block is None else add_op(gm, sqcompile_ops.rotate.default, x.args[0], block)
+            factors = add_op(gm, rows.target, inner)  # type: ignore[arg-type]
+            new = add_op(gm, sqcompile_ops.quantize.default, inner, factors if rows is scale else scale, *q.args[2:])
             replace(gm, q, add_op(gm, aten.reshape.default, new, sizes))
-            replace(gm, rows, add_op(gm, aten.reshape.default, inner, [*sizes[:-1], 1]))
-        gm.graph.erase_node(q)
-        gm.graph.erase_node(rows)
-        if not x.users:
-            gm.graph.erase_node(x)
+            replace(gm, rows, add_op(gm, aten.reshape.default, factors, [*sizes[:-1], 1]))
+        for node in dict.fromkeys((q, rows, *readers, x)):
+            if not node.users:
+                gm.graph.erase_node(node)
         q = new
 
 

@@ -62,6 +62,12 @@ class Captured:
         return tuple(self.spec.unflatten([None] * self.spec.num_leaves)[1])
 
     @functools.cached_property
+    def flat(self) -> tuple[int, int] | None:
+        """How many arguments there are, by position and by keyword, where each is a leaf; else None."""
+        args, kwargs = self.spec.unflatten(range(self.spec.num_leaves))
+        return (len(args), len(kwargs)) if all(type(x) is int for x in (*args, *kwargs.values())) else None
+
+    @functools.cached_property
     def code(self) -> types.CodeType | None:
         """All conditions."""
         return compile(" and ".join(f"({c})" for c in self.conditions), "<sizes>", "eval") if self.conditions else None
@@ -145,11 +151,13 @@ def flatten_like(call: Call, like: Captured) -> list[Any]:
     """
     if like.ignored:
         call = replace(call, kwargs={k: v for k, v in call.kwargs.items() if k not in like.ignored})
-    spec = like.spec
     ordered = {k: call.kwargs[k] for k in like.names if k in call.kwargs}
-    leaves, got = pytree.tree_flatten((call.args, ordered))
-    if len(ordered) != len(call.kwargs) or got != spec:
-        raise CaptureError(_misshapen(call, like))
+    leaves = [*call.args, *ordered.values()]
+    tensors = all(type(x) is Tensor for x in leaves)
+    if not tensors or (len(call.args), len(ordered)) != like.flat or len(ordered) != len(call.kwargs):
+        leaves, got = pytree.tree_flatten((call.args, ordered))
+        if len(ordered) != len(call.kwargs) or got != like.spec:
+            raise CaptureError(_misshapen(call, like))
     sizes: dict[str, int] = {}
     for i, (have, want) in enumerate(zip(leaves, like.leaves, strict=True)):
         if not _fits(have, want, sizes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import warnings
@@ -16,6 +17,10 @@ from sqcompile.capture.batches import is_dataset, split, with_batch_dim, without
 from sqcompile.errors import CalibrationError, SQCompileError
 from sqcompile.process.interrupts import at_once, deferred, each_at_once
 from sqcompile.pytorch.core import pytree
+
+# Where a call has the values of what only ``*args`` can hold, and of what has a name: a position, or a keyword; and the
+# names of what it passes by position.
+_Way = tuple[tuple[int | str, ...], tuple[tuple[str, int | str], ...], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,27 @@ class Forward:
         Raises:
             TypeError: as Python would for a call that does not fit the signature.
         """
-        bound = self.signature.bind(*args, **kwargs)
-        named: dict[str, Any] = {}
-        rest: tuple[Any, ...] = ()
+        key = len(args), tuple(kwargs)
+        way = self._ways.get(key)
+        if way is None:
+            way = self._ways[key] = self._way(*key)
+        rest, named, positional = way
+        found: dict[str, Any] = {}
+        for name, at in named:
+            value = args[at] if isinstance(at, int) else kwargs[at]
+            if not self._says_nothing(name, value):
+                found[name] = _sorted(value)
+        return Call(tuple(_sorted(args[at] if isinstance(at, int) else kwargs[at]) for at in rest), found, positional)
+
+    @functools.cached_property
+    def _ways(self) -> dict[tuple[int, tuple[str, ...]], _Way]:
+        """How calls of so many positional arguments and these keywords are bound: `inspect` takes its time."""
+        return {}
+
+    def _way(self, count: int, keywords: tuple[str, ...]) -> _Way:
+        bound = self.signature.bind(*range(count), **{k: k for k in keywords})  # where each value stands, for the value
+        named: dict[str, int | str] = {}
+        rest: tuple[int | str, ...] = ()
         for name, param in self.signature.parameters.items():
             if name not in bound.arguments:
                 continue
@@ -78,11 +101,10 @@ class Forward:
                 rest = bound.arguments[name]
             else:
                 named[name] = bound.arguments[name]
-        positional = () if rest else tuple(named)[: len(args)]
+        positional = () if rest else tuple(named)[:count]
         if rest:  # named parameters before *args can only be passed by position
-            rest = tuple(named.pop(n) for n in list(named) if n not in kwargs) + rest
-        named = {k: _sorted(v) for k, v in named.items() if not self._says_nothing(k, v)}
-        return Call(tuple(_sorted(v) for v in rest), named, positional)
+            rest = tuple(named.pop(n) for n in list(named) if n not in keywords) + rest
+        return rest, tuple(named.items()), positional
 
     def _says_nothing(self, name: str, value: Any) -> bool:
         """Whether an argument might as well be left open."""

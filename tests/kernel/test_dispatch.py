@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -217,25 +219,55 @@ def test_what_is_compiled():
 
 
 def test_an_activation_that_there_is_not():
-    with pytest.raises(ValueError, match="there is no activation tanhshrink"):
+    with pytest.raises((RuntimeError, ValueError), match="there is no activation tanhshrink"):
         sqcompile_ops.linear_act_quantize(drawn(2, 32), None, None, 0, -1, 32, "tanhshrink", None, 0, None, 128)
 
 
 @pytest.mark.parametrize("columns", [(-16, -1), (0, 32), (16, -1)])
 def test_columns_behind_the_end(columns):
     for ops in (sqcompile_ops, torch.ops.sqcompile_python):
-        with pytest.raises(ValueError, match="to 32 more"):
+        with pytest.raises((RuntimeError, ValueError), match="to 32 more"):
             ops.linear_act_quantize(drawn(2, 32), None, None, *columns, 32, "relu", None, 0, None, 128)
 
 
 @pytest.mark.parametrize(("k", "block"), [(32, 8), (256, 256), (80, 64)])
 def test_blocks_that_there_are_not(k, block):
     for ops in (sqcompile_ops, torch.ops.sqcompile_python):
-        with pytest.raises(ValueError, match=f"rotated by {block}"):
+        with pytest.raises((RuntimeError, ValueError), match=f"rotated by {block}"):
             ops.linear_act_quantize(drawn(2, k), None, None, 0, -1, k, "relu", None, block, None, 128)
-        with pytest.raises(ValueError, match=f"rotated by {block}"):
+        with pytest.raises((RuntimeError, ValueError), match=f"rotated by {block}"):
             ops.linear_norm_quantize(
                 drawn(2, k), None, None, None, None, None, 1e-5, True, True, None, block, None, 128, False, True
             )
-    with pytest.raises(ValueError, match=f"rotated by {block}"):
+    with pytest.raises((RuntimeError, ValueError), match=f"rotated by {block}"):
         sqcompile_ops.rotate_quantize(drawn(2, k), block, None, 128)
+
+
+WITHOUT = """
+import torch
+from types import SimpleNamespace
+from sqcompile.errors import IndexRangeError
+from sqcompile.kernels import attention, rotation
+from sqcompile.kernels.cpu import dispatch
+from sqcompile.kernels.ops import ON_X86, on_x86_library, sqcompile_ops
+
+dispatch._library = lambda: {library}
+assert not dispatch.install(ON_X86, on_x86_library)
+q, mask = torch.randn(1, 2, 9, 32), torch.full((9, 9), float("-inf")).triu(1)
+kind = sqcompile_ops.mask_kind(sqcompile_ops.stored(mask))
+assert kind == attention.CAUSAL
+assert torch.equal(sqcompile_ops.attention(q, q, q, mask, kind, False, None), attention.attention(q, q, q, mask, kind, False, None))
+assert torch.equal(sqcompile_ops.rotate_quantize(q, 32, None, 0)[0], rotation.rotate_quantize(q, 32, None, 0)[0])
+assert sqcompile_ops.linear_act_quantize(q, None, None, 0, -1, 32, "relu", None, 0, None, 128)[0].dtype == torch.uint8
+try:
+    sqcompile_ops.checked_ids(torch.arange(3), 0, 2, "ids")
+except IndexRangeError:
+    print("as before")
+"""
+
+
+@pytest.mark.parametrize("library", ["None", 'SimpleNamespace(sqcompile_dispatch=lambda *given: b"no")'])
+def test_without_the_code_they_stay_in_python(library):
+    """Where it does not build, and where PyTorch does not take it."""
+    run = subprocess.run([sys.executable, "-c", WITHOUT.format(library=library)], capture_output=True, text=True)
+    assert run.stdout == "as before\n", run.stderr

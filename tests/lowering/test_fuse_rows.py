@@ -111,6 +111,32 @@ def test_a_sum_that_is_read_before_the_norm_stays():
     assert "int8_linear_packed" in after and "sqcompile.linear_norm_quantize(%h, None, None, None" in after
 
 
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("static", [True, False])
+def test_a_norm_in_other_dims(rotated, static):
+    """As GPT-2's linears read it."""
+    text = "%h = aten.add(%x, %y)\n%n = aten.layer_norm(%h, [64], %g, %b, 1e-05)\n%v = aten.reshape(%n, [-1, 64])\n"
+    text += "%r = sqcompile.rotate(%v, 32)\n" if rotated else ""
+    v = "%r" if rotated else "%v"
+    q, rows = f"%q = sqcompile.quantize({v}, {'%s' if static else '%s1'}, 128)\n", f"%s1 = sqcompile.token_scale({v})\n"
+    text += q + rows.replace("token_scale", "finite_rows") if static else rows + q
+    text += "return [%q, %s1, %h]"
+    after = only_after(fused(text))
+    rest = f"{32 if rotated else 0}, {'%s' if static else None}, 128, True, False"
+    assert (
+        f"linear_norm_quantize(%matmul_u8s8_default, %s0, %bias, %x, %g, %b, 1e-05, False, False, None, {rest}" in after
+    )
+    assert "sqcompile.rotate(" not in after and "sqcompile.quantize(" not in after
+    assert after.count("aten.reshape") == 2 and "u8[6, 64]" in after and "f32[6, 1]" in after
+
+
+def test_a_rotation_that_something_else_reads_stays_where_it_is():
+    text = "%n = aten.layer_norm(%x, [64], %g, %b, 1e-05)\n%v = aten.reshape(%n, [-1, 64])\n%r = sqcompile.rotate(%v, 32)\n"
+    text += "%s1 = sqcompile.token_scale(%r)\n%q = sqcompile.quantize(%r, %s1, 128)\nreturn [%q, %s1, %r, %y]"
+    after = only_after(fused(text))
+    assert "sqcompile.rotate(%v, 32)" in after and "sqcompile.quantize(%r, %s1, 128)" in after
+
+
 def test_the_example_in_the_docstring():
     assert untrue(fuse_rows, norms() + gates()) == []
 
@@ -137,8 +163,8 @@ needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="packs weights with oneDNN'
 @pytest.mark.parametrize("recipe", ["default", "O3"])
 @pytest.mark.parametrize(
     ("family", "norms", "acts"),
-    # of two layers: the norms, and the outputs of attention and of the MLP's activation. GPT-2 has its norms in other dims.
-    [("llama", 4, 4), ("opt", 4, 4), ("gpt_neox", 4, 4), ("gpt2", 0, 2)],
+    # of two layers: the norms, and the outputs of attention and of the MLP's activation. GPT-2 has its linears in other dims.
+    [("llama", 4, 4), ("opt", 4, 4), ("gpt_neox", 4, 4), ("gpt2", 4, 2)],
 )
 def test_decoders(family, norms, acts, recipe):
     net, error = both(tiny_lm(family), token_batches(), torch.randint(3, 96, (2, 9)), recipe)

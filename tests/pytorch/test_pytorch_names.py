@@ -53,6 +53,29 @@ def test_what_importing_does_not_import(module, unwanted):
 # core
 
 
+def test_an_operator_that_raises_is_called_again():
+    def refuse(x):
+        raise RuntimeError("no number")
+
+    def explain(x):
+        raise KeyError(f"{len(x)} numbers")
+
+    library = torch.library.Library("sqcompile_test_retry", "DEF")
+    library.define("number(Tensor x) -> Tensor")
+    library.impl("number", refuse, "CPU")
+    library.impl("number", refuse, "Meta")
+    packet = torch.ops.sqcompile_test_retry.number
+    found = {packet.default: 1, packet: 2}
+    core.retry(packet, explain)
+    assert found[packet.default] == 1 and found[packet] == 2  # graphs look operators up by their hash
+    for op in (packet, packet.default):
+        with pytest.raises(KeyError, match="3 numbers"):
+            op(torch.zeros(3))
+        with pytest.raises(RuntimeError, match="no number"):  # of another device
+            op(torch.zeros(3, device="meta"))
+    core.withdraw(library)
+
+
 def test_storage_ids_are_equal_for_views_alone():
     for mode in (torch.no_grad(), core.FakeTensorMode()):
         with mode:
