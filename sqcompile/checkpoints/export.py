@@ -81,6 +81,7 @@ def export(
     path: str | os.PathLike[str],
     source: Any = None,
     ranks: Ranks = ALONE,
+    within: str | None = None,
 ) -> Exported:
     """Writes a checkpoint directory. The model itself is never changed.
 
@@ -91,6 +92,7 @@ def export(
         path: of the directory. What is there may be an empty directory, or one of an earlier export, which is replaced.
         source: the directory that has the tokenizer; the one that the model was loaded from by default.
         ranks: the processes that make the weights together; each calls it with the same arguments.
+        within: the directory of temporary files, on the same disk; that of ``path`` by default.
 
     Returns:
         What was written, and what of the plan a checkpoint cannot say; it prints well.
@@ -117,7 +119,7 @@ def export(
             quantized = Quantized(traced, parameters.folded, plan, names)
         blocks = _blocks(names, traced, parameters, quantized)
         try:
-            with directory_of(ranks, target, (MARK,)) as folder:
+            with directory_of(ranks, target, (MARK,), within) as folder:
                 size, notes = _write(folder, model, blocks, quantized, beside, ranks)
                 done = Exported(format, target, plan, tuple(changed), notes, size)
                 if ranks.first:
