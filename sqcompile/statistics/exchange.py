@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from sqcompile.capture.inputs import Call
 from sqcompile.passes.ir.graph import nodes_by_name, value
+from sqcompile.process.interrupts import checkpoint
 from sqcompile.process.ranks import Ranks
 from sqcompile.pytorch.core import is_wrapper_subclass, pytree
 from sqcompile.statistics.input_stats import InputStats
@@ -93,6 +94,7 @@ def digest_of_model(model: nn.Module) -> str:
     digest = Digest()
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         digest.add((name, x))
+        checkpoint()  # all of a mapped model is read here
     return digest.text()
 
 
