@@ -16,8 +16,6 @@ from torch import Tensor
 from sqcompile.kernels.cpu import x86
 
 GENERAL, CAUSAL, FULL = 0, 1, 2
-# From here our kernel is faster than PyTorch's: with AMX, whose tiles are filled up, and with AVX512.
-FLASH_QUERIES_AMX, FLASH_QUERIES = 32, 8
 
 
 def mask_kind(mask: Tensor) -> Tensor:
@@ -58,19 +56,16 @@ def attention(
         [B, H, Sq, Dv], laid out as [B, Sq, H, Dv]. Where an additive mask has numbers of -65504 and below for every key of
         a query, a GPU's result is zeros, as if they were minus infinity.
     """
-    batch, heads, queries, _ = q.shape
+    batch, heads, queries, d = q.shape
     if mask is not None and about is not None and about.dim() == 0 and about.item() != GENERAL:
         mask, is_causal = None, about.item() == CAUSAL
     groups = k.shape[1]
     shared = mask is None or mask.dim() < 3 or mask.shape[-3] == 1  # one mask for all heads
     if queries == 1 and groups != heads and shared and not is_causal:
         # decode: the query heads of a group are the queries of one attention, which reads each key once
-        out = F.scaled_dot_product_attention(
-            q.reshape(batch, groups, heads // groups, -1), k, v, mask, 0.0, scale=scale
-        )
-        return out.reshape(batch, 1, heads, -1).transpose(1, 2)
-    least = FLASH_QUERIES_AMX if x86.amx() else FLASH_QUERIES
-    if mask is None and queries >= least and x86.flash_fits(q, k, v, scale):
+        out = F.scaled_dot_product_attention(q.reshape(batch, groups, heads // groups, d), k, v, mask, 0.0, scale=scale)
+        return out.reshape(batch, 1, heads, v.shape[-1]).transpose(1, 2)
+    if mask is None and queries >= x86.least_flash_queries() and x86.flash_fits(q, k, v, scale):
         return x86.flash(q, k, v, is_causal, scale)
     out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=groups != heads)
     return out.transpose(1, 2).contiguous().transpose(1, 2)

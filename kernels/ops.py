@@ -137,13 +137,7 @@ _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
     "grouped_matmul_u8s8(Tensor q, Tensor[] w, Tensor w_scale, Tensor w_sum, Tensor offsets, ScalarType dtype)"
     " -> Tensor": (grouped_matmul_u8s8, _grouped_matmul_u8s8_fake),
-    "mask_kind(Tensor mask) -> Tensor": (attention.mask_kind, lambda mask: mask.new_empty((), dtype=torch.int64)),
-    "stored(Tensor x) -> Tensor": (stored, torch.empty_like),
-    "checked_ids(Tensor ids, SymInt low, SymInt end, str what) -> Tensor": (
-        checked_ids,
-        lambda ids, low, end, what: torch.empty_like(ids),
-    ),
-    "rotate(Tensor x, int block) -> Tensor": (rotation.rotate, rotation.rotate_fake),
+    "rotate(Tensor x, int block) -> Tensor": (cpu_rows.rotate, rotation.rotate_fake),
     "int8_attend(Tensor scores, Tensor v, Tensor v_scale, ScalarType dtype) -> Tensor": (
         attention_parts.int8_attend,
         attention_parts.int8_attend_fake,
@@ -160,8 +154,8 @@ on_cuda_library = torch.library.Library("sqcompile", "IMPL")
 
 _FAKES = {schema: fake for schema, (_, fake) in _OPAQUE.items()} | {s: fake for s, (_, _, fake) in _OF_KERNELS.items()}
 _FAKES[_ROTATE] = rotation.rotate_quantize_fake
-# The operators of x86 CPUs, by schema: what they do on a CPU, plain ones for elsewhere, and fake ones. `cpu.dispatch`
-# withdraws the library for ones in C++.
+# Operators that x86 CPUs have in C++, by schema: what they do on a CPU in Python, plain ones for elsewhere, and fake ones.
+# `cpu.dispatch` withdraws the library for those in C++.
 _X86: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, Callable[..., Any]]] = {
     "matmul_u8s8(Tensor q, Tensor w, Tensor w_scale, Tensor w_sum, ScalarType dtype) -> Tensor": (
         matmul_u8s8,
@@ -181,8 +175,20 @@ _X86: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, Callable[..
         plain_rows.linear_norm_quantize,
         plain_rows.linear_norm_quantize_fake,
     ),
+    "mask_kind(Tensor mask) -> Tensor": (
+        attention.mask_kind,
+        attention.mask_kind,
+        lambda mask: mask.new_empty((), dtype=torch.int64),
+    ),
+    "stored(Tensor x) -> Tensor": (stored, stored, torch.empty_like),
+    "checked_ids(Tensor ids, SymInt low, SymInt end, str what) -> Tensor": (
+        checked_ids,
+        checked_ids,
+        lambda ids, low, end, what: torch.empty_like(ids),
+    ),
 }
 ON_X86: dict[str, Callable[..., Any]] = {schema: on_cpu for schema, (on_cpu, _, _) in _X86.items()}
+ON_X86 |= {schema: _TRITON[schema][0] for schema in (_ROTATE, *attention.ATTENTION)}
 on_x86_library = torch.library.Library("sqcompile", "IMPL")
 for _schema, (_on_cpu, _plain, _fake) in _X86.items():
     _name = _schema.partition("(")[0]
@@ -200,7 +206,7 @@ for _schema, _fake in _FAKES.items():
         for _key in ("CUDA", *KEYS):
             _library.impl(_name, _OPAQUE[_schema][0], _key)
     else:
-        _library.impl(_name, _TRITON[_schema][0], "CPU")
+        (on_x86_library if _schema in ON_X86 else _library).impl(_name, _TRITON[_schema][0], "CPU")
         on_cuda_library.impl(_name, _TRITON[_schema][1], "CUDA")
     torch.library.register_fake(f"sqcompile::{_name}", _fake, lib=_library)
 

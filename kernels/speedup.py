@@ -1,7 +1,7 @@
-"""How much faster INT8 is than bfloat16 on a GPU, from measured tables: speedups/*.json, one per GPU kind.
+"""How much faster INT8 is than float on a machine, from measured tables: speedups/*.json, one per kind of GPU and CPU.
 
 A table (written by ``python -m sqcompile.bench speedup``) has rows {"m", "n", "k", "bf16_us", "int8_us"} of
-y [m, n] = q [m, k] · w [n, k]ᵀ with its epilogue, weights read from memory; and of attention (written by ``python -m
+y [m, n] = q [m, k] · w [n, k]ᵀ with its epilogue, weights read from memory, on CPUs also "float32_us"; and of attention (written by ``python -m
 sqcompile.bench attention``) {"b", "h", "g", "sq", "sk", "d", "sdpa_us", "qk_us", "qk_pv_us"}: scales per token; causal and
 with the quantization of q and k where sq > 1, else with keys and values in an INT8 cache. Nothing is timed at a user's
 run time.
@@ -17,22 +17,41 @@ from typing import Any
 
 import torch
 
+from sqcompile.kernels.targets import Target
+from sqcompile.pytorch.core import has_bf16
+
 ROWS = (1, 512, 2048)  # what is reported: decoding one sequence, a short and a long prefill
 # the same for attention: batch, queries, keys
 CALLS = ((1, 2048, 2048), (1, 8192, 8192), (1, 1, 2048), (64, 1, 2048))
 
 
-def expected(device: torch.device, rows: int, n: int, k: int) -> float | None:
-    """bf16 time over INT8 time of the nearest measured shape; None where none is within a factor of two.
+def expected(device: torch.device, rows: int, n: int, k: int, of: str = "bf16") -> float | None:
+    """Float time over INT8 time of the nearest measured shape; None where none is within a factor of two.
+
+    Zero on a device without INT8 kernels.
 
     Args:
         device: of the weight.
         rows: M, tokens of a call.
         n, k: of the weight [n, k], merged linears counted together.
+        of: the float, as `against` gives it.
     """
-    if device.type != "cuda":
-        return None
-    return nearest(_table(torch.cuda.get_device_name(device)), rows, n, k)
+    if device.type == "cpu" and not Target.of(device).has_kernels:
+        return 0.0
+    kind = kind_of(device)
+    return None if kind is None else nearest(_table(kind, of), rows, n, k)
+
+
+def against(device: torch.device, dtype: torch.dtype) -> str:
+    """What INT8 is compared with: "bf16" on GPUs, on CPUs that or "float32", as the model is."""
+    return "float32" if device.type == "cpu" and dtype in (torch.float32, torch.float64) else "bf16"
+
+
+def kind_of(device: torch.device) -> str | None:
+    """What a table is looked for by: a GPU's name; a CPU's target, and whether it multiplies bfloat16; None for another."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{Target.of(device).name}{'-bf16' if has_bf16() else ''}" if device.type == "cpu" else None
 
 
 def nearest(table: dict[tuple[int, int, int], float], rows: int, n: int, k: int) -> float | None:
@@ -66,14 +85,13 @@ def expected_attention(device: torch.device, products: str, width: int) -> dict[
 
 
 @functools.cache
-def _table(gpu: str) -> dict[tuple[int, int, int], float]:
-    return {(r["m"], r["n"], r["k"]): r["bf16_us"] / r["int8_us"] for r in _content(gpu).get("rows", ())}
+def _table(kind: str, against: str) -> dict[tuple[int, int, int], float]:
+    return {(r["m"], r["n"], r["k"]): r[f"{against}_us"] / r["int8_us"] for r in _content(kind).get("rows", ())}
 
 
 @functools.cache
-def _content(gpu: str) -> dict[str, Any]:
-    for file in sorted((Path(__file__).parent / "speedups").glob("*.json")):
-        content: dict[str, Any] = json.loads(file.read_text())
-        if content["name"] in gpu:
-            return content
-    return {}
+def _content(kind: str) -> dict[str, Any]:
+    """The table of a device: of the longest name that is a part of its own."""
+    every = [json.loads(file.read_text()) for file in sorted((Path(__file__).parent / "speedups").glob("*.json"))]
+    found: list[dict[str, Any]] = [content for content in every if content["name"] in kind]
+    return max(found, key=lambda content: len(content["name"]), default={})

@@ -128,11 +128,11 @@ class Target:
                 f"target={self.name!r} packs weights on a CPU, and the model is on {device}: move it to the CPU"
             )
         if not self.runs():
-            raise RecipeError(f"target={self.name!r} packs weights by oneDNN for such a CPU, and this one is none")
+            raise RecipeError(f"target={self.name!r} packs weights for such a CPU, and this one is none")
 
     @staticmethod
     def named(name: str) -> Target:
-        """A target by its name: "x86-amx", "x86-vnni", "arm64", "cuda-sm80" ... "cuda-sm120" or "reference".
+        """A target by its name: "x86-amx", "x86-vnni", "x86-avx2", "arm64", "cuda-sm80" ... "cuda-sm120" or "reference".
 
         Raises:
             RecipeError: for a name that none has; it says which there are.
@@ -169,7 +169,7 @@ def target_of(target: Target | None) -> TargetOf:
 
 def _ready(target: Target) -> Target:
     """The target, with what its operators need in this process: before the first graph that is lowered for it runs."""
-    if target.fuses == "cpu" and x86.available():
+    if target.fuses == "cpu" and target.runs():
         dispatch.install(ON_X86, on_x86_library)
     return target
 
@@ -198,18 +198,9 @@ def _s8s8(o: Operands) -> tuple[Any, tuple[Any, ...]]:
     return sqcompile_ops.int8_linear_s8.default, (o.q, o.scale, o.w, o.w_scale, o.more, o.dtype)
 
 
-def _x86(name: str) -> Target:
+def _x86(name: str, pack: Pack, runs: Callable[[], bool]) -> Target:
     return Target(
-        name,
-        "cpu",
-        _u8s8,
-        _u8s8_experts,
-        x86.pack_with_sums,
-        UINT8_ZERO_POINT,
-        True,
-        fuses="cpu",
-        attention="cpu",
-        runs=lambda: x86.available(),
+        name, "cpu", _u8s8, _u8s8_experts, pack, UINT8_ZERO_POINT, True, fuses="cpu", attention="cpu", runs=runs
     )
 
 
@@ -233,8 +224,9 @@ def _reference(device: str, has_fp8: bool = False) -> Target:
 # CPUs, the first that this one is; what is lowered for x86-amx and x86-vnni differs in nothing but the name: kernels choose
 # when they run.
 _CPUS: tuple[tuple[Target, Callable[[], bool]], ...] = (
-    (_x86("x86-amx"), lambda: x86.available() and x86.amx()),
-    (_x86("x86-vnni"), lambda: x86.available()),
+    (_x86("x86-amx", x86.pack, lambda: x86.available()), lambda: x86.available() and x86.amx()),
+    (_x86("x86-vnni", x86.pack, lambda: x86.available()), lambda: x86.available()),
+    (_x86("x86-avx2", x86.pack_avx2, lambda: x86.has_avx2_kernels()), lambda: x86.has_avx2_kernels()),
     (
         Target(
             "arm64", "cpu", _s8s8, _plain_experts, arm.pack, attention="cpu", runs=torch.backends.mkldnn.is_available

@@ -36,7 +36,7 @@ from sqcompile.passes.planning.feel import feel
 from sqcompile.passes.planning.finite import check_weights
 from sqcompile.passes.planning.sharing import help_first, shared
 from sqcompile.passes.planning.stay_float import wanted
-from sqcompile.pipeline import rewrite
+from sqcompile.pipeline import on_trial, rewrite
 from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.plan.recipe import Recipe, resolve_recipe
 from sqcompile.plan.shards import check_given
@@ -274,7 +274,7 @@ def analyse(
         sharing = shared(traced, sites, refusals, calibration, recipe, felt, ranks)
         given = (traced, sites, refusals, calibration, recipe, to_spec(call), attentions)
         plan_of = partial(choose, *given, felt=felt, sharing=sharing)
-        quantized = partial(rewrite, traced, until="quantized", shown=False, lazy=True)
+        quantized = partial(on_trial, traced)
         plan = smoothed_or_not(plan_of, calibration.sample, quantized, about(traced).parallel)
         if recipe.max_degradation is not None:
             if evaluate is None:

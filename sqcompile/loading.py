@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from sqcompile.artifact.code import taken
-from sqcompile.artifact.directory import MANIFESTS, Saved, path_name, read
+from sqcompile.artifact.directory import MANIFESTS, path_name, read
+from sqcompile.artifact.fill import filled, lowered, lowered_graph
 from sqcompile.artifact.sharded import as_artifact, shard_in
 from sqcompile.capture.inputs import Forward
 from sqcompile.capture.sharded import parallel_on
@@ -20,19 +21,17 @@ from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
 from sqcompile.compiled.stages import Stages
 from sqcompile.errors import ArtifactError, RecipeError, SQCompileError, StageError
 from sqcompile.files.regular import said
-from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.targets import Target
-from sqcompile.passes.ir.about import about
-from sqcompile.passes.ir.graph import set_tensor, value
-from sqcompile.passes.ir.verify import STAGES, verify
-from sqcompile.passes.lowering.lower import lower
+from sqcompile.passes.ir.verify import STAGES
 from sqcompile.passes.rewrite.insert_qdq import quantize_weights
-from sqcompile.passes.rewrite.weight_store import Lazy, Shared
 from sqcompile.plan.plan import Plan
 from sqcompile.process.interrupts import deferred
 from sqcompile.process.lock import compiling
 from sqcompile.process.parallel import ALONE, Parallel
+from sqcompile.process.progress import Enter, Show, silent, stages
 from sqcompile.process.ranks import together
+
+_STAGES = ("read", "lower", "emit")
 
 
 def load(
@@ -44,6 +43,7 @@ def load(
     target: str | Target | None = None,
     code: bool = False,
     device_mesh: Any = None,
+    progress: Show = True,
 ) -> CompiledModel:
     """Loads what `CompiledModel.save` wrote, or an INT8 checkpoint, and compiles it for this machine.
 
@@ -64,6 +64,7 @@ def load(
             others, a warning says so, and the model is compiled here.
         device_mesh: for what `CompiledModel.save` wrote of a sharded model: a mesh of one dim, of as many processes as saved
             it. Each of them calls it, and loads its own shard.
+        progress: as for `compile`; its stages are "read", "lower" and "emit".
 
     Returns:
         A CompiledModel. It has the stages "quantized" and "lowered". A result of a class that is not known here, such as a
@@ -82,11 +83,14 @@ def load(
         raise RecipeError("code=True is Inductor's code of a whole model: leave out backend and regional, or code")
     parallel = parallel_on(device_mesh)
     if parallel.count == 1:
-        return loaded(path, device, backend, regional, target, code)
+        with stages(_STAGES, progress) as enter:
+            return loaded(path, device, backend, regional, target, code, enter=enter)
     with as_artifact(), together(device_mesh=device_mesh) as ranks:
         if code:
             raise ArtifactError("code=True with device_mesh: code is kept of whole models, leave code out")
-        return loaded(shard_in(path, parallel, ranks), device, backend, regional, target, parallel=parallel)
+        with stages(_STAGES, progress if ranks.first else False) as enter:
+            shard = shard_in(path, parallel, ranks)
+            return loaded(shard, device, backend, regional, target, parallel=parallel, enter=enter)
 
 
 def loaded(
@@ -98,18 +102,20 @@ def loaded(
     code: bool = False,
     constants: bool = True,
     parallel: Parallel = ALONE,
+    enter: Enter = silent,
 ) -> CompiledModel:
-    """As `load`, of a whole model or one shard.
+    """As `load`, of a whole model or one shard; ``enter`` is told of its stages.
 
     Without ``constants`` the compiled code is one that other processes can use, as that of ``code`` is.
     """
     where, on = device_of(device), Target.given(target)
     with deferred(), compiling(), torch.no_grad():
         register_kv_cache_pytree()
+        enter("read")
         if _is_checkpoint(path):
             if code:
                 raise ArtifactError(f"{os.fsdecode(path)} is a checkpoint, which has no code: leave code out")
-            return _checkpoint(path_name(path), where, backend, regional, on)
+            return _checkpoint(path_name(path), where, backend, regional, on, enter)
         saved = read(path, where, parallel)
         if code and (why := taken(path, saved.code)):
             warnings.warn(
@@ -120,7 +126,10 @@ def loaded(
         try:
             history = SavedStages(path, where, on, parallel)
             whole = constants and not code
-            return emit(_lowered(saved, on), saved.call, saved.plan, history, backend, regional, whole)
+            enter("lower")
+            gm = lowered(saved, on)
+            enter("emit")
+            return emit(gm, saved.call, saved.plan, history, backend, regional, whole)
         except SQCompileError:
             raise
         except Exception as e:  # of a graph that no version has saved
@@ -142,9 +151,9 @@ def unpacked(
         register_kv_cache_pytree()
         if _is_checkpoint(path):
             found = _read_checkpoint(path_name(path), where)
-            return _lower(found.graph, on, lazy=True), found.call, found.plan
+            return lowered_graph(found.graph, on, lazy=True), found.call, found.plan
         saved = read(path, where)
-        return _lower(_filled(saved, _weights(saved)), on, lazy=True), saved.call, saved.plan
+        return lowered(saved, on, lazy=True), saved.call, saved.plan
 
 
 def is_saved(folder: str) -> bool:
@@ -179,12 +188,14 @@ def _is_checkpoint(path: Any) -> bool:
 
 
 def _checkpoint(
-    name: str, where: torch.device | None, backend: str, regional: bool, target: Target | None
+    name: str, where: torch.device | None, backend: str, regional: bool, target: Target | None, enter: Enter
 ) -> CompiledModel:
     found = _read_checkpoint(name, where)
     try:
-        lowered = _lower(found.graph, target)
-        return emit(lowered, found.call, found.plan, CheckpointStages(name, None, target), backend, regional)
+        enter("lower")
+        gm = lowered_graph(found.graph, target)
+        enter("emit")
+        return emit(gm, found.call, found.plan, CheckpointStages(name, None, target), backend, regional)
     except SQCompileError:
         raise
     except Exception as e:  # of a graph that no version has made
@@ -233,8 +244,12 @@ class SavedStages(Stages):
         with compiling(), torch.no_grad():
             saved = read(self._path, self._device, self._parallel)
             if name == "lowered":
-                return _lowered(saved, self._target)
-            return _filled(saved, {})
+                return lowered(saved, self._target)
+            return filled(saved, {})
+
+    def graph(self, name: str) -> fx.GraphModule:
+        """The same: INT8 weights are mapped from their file."""
+        return self[name]
 
 
 class CheckpointStages(SavedStages):
@@ -245,7 +260,7 @@ class CheckpointStages(SavedStages):
             return super().__getitem__(name)  # which refuses it
         with compiling(), torch.no_grad():
             gm = read_model(self._path).graph
-            return _lower(gm, self._target) if name == "lowered" else quantize_weights(gm)
+            return lowered_graph(gm, self._target) if name == "lowered" else quantize_weights(gm)
 
 
 def device_of(device: Any) -> torch.device | None:
@@ -258,48 +273,3 @@ def device_of(device: Any) -> torch.device | None:
         return None if device is None else torch.empty(0, device=device).device
     except Exception as e:
         raise ArtifactError(f"device={device!r} is none of this machine ({said(e)})") from e
-
-
-def _lowered(saved: Saved, target: Target | None) -> fx.GraphModule:
-    return _lower(_filled(saved, _weights(saved)), target)
-
-
-def _lower(gm: fx.GraphModule, target: Target | None, lazy: bool = False) -> fx.GraphModule:
-    store = Shared(lambda tensor: None, lambda key: None)
-    return verify(lower(gm, store, target, lazy), "lowered")
-
-
-def _filled(saved: Saved, lazy: dict[str, Lazy]) -> fx.GraphModule:
-    """The graph over its tensors, less those that are read when they are packed."""
-    gm = saved.graph
-    later = lazy.keys() | {name for l in lazy.values() for name in l.beside}
-    about(gm).lazy = lazy
-    for n in gm.graph.find_nodes(op="get_attr"):
-        if n.target not in later:
-            set_tensor(gm, str(n.target), saved.tensors.map(str(n.target)).to(value(n).device))
-    return verify(gm, "quantized")
-
-
-def _weights(saved: Saved) -> dict[str, Lazy]:
-    """By name, the int8 weights of linears: each is read from its file as it is packed, so no other node may read it."""
-    found = {}
-    for n in saved.graph.graph.nodes:
-        if n.target not in (sqcompile_ops.dequantize.default, sqcompile_ops.grouped_dequantize.default):
-            continue
-        acc, scale = n.args[0], n.args[2]
-        cast = acc.args[1]
-        weight = cast.args[0]
-        scale = scale.args[0] if scale.op == "call_function" else scale
-        alone = len(weight.users) == len(cast.users) == len(scale.users) == 1
-        if not alone or not weight.op == scale.op == "get_attr":
-            raise ArtifactError(f"%{n.name} of its graph is no linear of int8 values")
-        found[str(weight.target)] = _lazy(saved, weight, scale)
-    return found
-
-
-def _lazy(saved: Saved, weight: fx.Node, scale: fx.Node) -> Lazy:
-    def make() -> tuple[torch.Tensor, torch.Tensor]:
-        w, s = (saved.tensors.read(str(n.target)).to(value(n).device) for n in (weight, scale))
-        return w, s
-
-    return Lazy(("saved", str(weight.target)), make, (str(scale.target),))

@@ -20,6 +20,7 @@ from sqcompile.passes.ir.graph import Linear, find_linears, nodes_by_name, value
 from sqcompile.passes.ir.text import show_stage
 from sqcompile.passes.ir.verify import verify
 from sqcompile.passes.labels.match import input_sites, match
+from sqcompile.passes.lowering.integer_products import integer_products
 from sqcompile.passes.lowering.lower import lower
 from sqcompile.passes.planning.finite import check_vectors
 from sqcompile.passes.planning.split import split_attention, split_sites
@@ -92,6 +93,11 @@ def rewrite(
         log.debug("lowered for %s: %s", on, ", ".join(f"{count} x {name}" for name, count in kernels.items()))
     show(gm, "lowered", text)
     return gm
+
+
+def on_trial(traced: fx.GraphModule, plan: Plan, shared: Shared | None = None) -> fx.GraphModule:
+    """The quantized stage, for running it operation by operation on a few calls: what it gives, as fast as may be."""
+    return integer_products(rewrite(traced, plan, "quantized", shared, shown=False, lazy=True))
 
 
 def _is_ours(target: Any) -> bool:

@@ -1,7 +1,7 @@
-"""dispatch: CPU operators of sqcompile that PyTorch calls without Python (dispatch.cpp).
+"""dispatch: CPU operators of sqcompile that PyTorch calls without Python (dispatch*.cpp).
 
-An operator in Python takes the host 15 to 25 us: more than its kernel at a few rows. Where the C++ does not build, Python
-goes on.
+An operator in Python takes the host 15 to 25 us in a loop, and up to 100 between products that fill the caches: more than its
+kernel at a few rows. Where the C++ does not build, Python goes on; where it raises, the operator in Python says why.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from sqcompile.kernels.cpu import rows, x86
 from sqcompile.kernels.cpu.build import built
-from sqcompile.pytorch.core import withdraw
+from sqcompile.pytorch.core import retry, withdraw
 
 log = logging.getLogger("sqcompile")
 
@@ -51,25 +51,38 @@ def _installed(operators: tuple[tuple[str, Callable[..., Any]], ...], registered
         _python.define(schema)
         for key in KEYS:
             _python.impl(schema.partition("(")[0], function, key)
-    functions = (row_kernels.sqcompile_rows, gemms.sqcompile_vnni, gemms.sqcompile_amx)
-    addresses = [ctypes.cast(f, ctypes.c_void_p) for f in functions]
+    kinds = ("vnni", "amx", "flash", "avx2")
+    functions = (row_kernels.sqcompile_rows, *(getattr(gemms, f"sqcompile_{kind}") for kind in kinds))
+    addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in functions]
+    limits = (
+        x86.VNNI_ROWS,
+        x86.AMX_ROWS if x86.amx() else _NEVER,
+        x86.least_flash_queries() if x86.has_flash() else _NEVER,
+    )
     withdraw(registered)
-    wrong = library.sqcompile_dispatch(*addresses, x86.VNNI_ROWS, x86.AMX_ROWS if x86.amx() else _NEVER)
+    wrong = library.sqcompile_dispatch((ctypes.c_void_p * len(addresses))(*addresses), (ctypes.c_int64 * 3)(*limits))
     if wrong:
         log.debug("CPU operators stay in Python: %s", wrong.decode())
         for schema, function in operators:
             for key in KEYS:
                 _again.impl(schema.partition("(")[0], function, key)
-    return not wrong
+        return False
+    for schema, _ in operators:
+        name = schema.partition("(")[0]
+        retry(getattr(torch.ops.sqcompile, name), getattr(torch.ops.sqcompile_python, name).default)
+    return True
 
 
 @functools.cache
 def _library() -> Any | None:
     library = built(
+        "dispatch.h",
+        "dispatch_rows.cpp",
+        "dispatch_attention.cpp",
         "dispatch.cpp",
         otherwise="the code that calls sqcompile's CPU kernels does not build here, and Python calls them",
     )
     if library is not None:
-        library.sqcompile_dispatch.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
+        library.sqcompile_dispatch.argtypes = [ctypes.c_void_p] * 2
         library.sqcompile_dispatch.restype = ctypes.c_char_p
     return library

@@ -143,7 +143,31 @@ inline void run_row(const Task& t, int64_t row, float* h) {
   quantize_row(t, row, h, largest);
 }
 
+template <int Block>
+void rotate_blocks(Array x, float* y, int64_t first, int64_t end) {
+  for (int64_t at = first; at < end; at += Block) {
+    Vector v[Block / kLanes];
+    for (int i = 0; i < Block / kLanes; ++i) v[i] = x.read(at + i * kLanes);
+    rotate_block<Block>(v);
+    for (int i = 0; i < Block / kLanes; ++i) std::memcpy(y + at + i * kLanes, &v[i], sizeof(Vector));
+  }
+}
+
 }  // namespace rows
+
+// x H of `count` values, a multiple of block; both dense.
+extern "C" void sqcompile_rotate(const void* x, int64_t bf16, float* y, int64_t count, int64_t block, int64_t threads) {
+  constexpr int64_t kPart = 1 << 14;
+  const rows::Array from{x, bf16 != 0};
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > kPart && threads > 1)
+  for (int64_t first = 0; first < count; first += kPart) {
+    const int64_t end = first + kPart < count ? first + kPart : count;
+    if (block == 16) rows::rotate_blocks<16>(from, y, first, end);
+    else if (block == 32) rows::rotate_blocks<32>(from, y, first, end);
+    else if (block == 64) rows::rotate_blocks<64>(from, y, first, end);
+    else rows::rotate_blocks<128>(from, y, first, end);
+  }
+}
 
 // All arrays dense; k is a multiple of 16, and of block. `half` has a bit for each of y, bias, residual, weight, shift that is
 // bfloat16. Pointers: y, scale, bias, residual, weight, shift, sum, normed, multiplier, static scale, q, factors. Numbers: rows,

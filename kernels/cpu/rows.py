@@ -20,6 +20,17 @@ _LANES = 16  # the kernel takes a multiple of so many channels
 _Pointers, _Numbers = ctypes.c_void_p * 12, ctypes.c_int64 * 12
 
 
+def rotate(x: Tensor, block: int) -> Tensor:
+    """As `rotation.rotate`, bit for bit."""
+    fits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and block in rotation.BLOCKS
+    if not fits or not x.numel() or x.shape[-1] % block or (kernels := library()) is None:
+        return rotation.rotate(x, block)
+    x, y = x.contiguous(), torch.empty(x.shape, dtype=torch.float32)
+    half = x.dtype == torch.bfloat16
+    kernels.sqcompile_rotate(x.data_ptr(), half, y.data_ptr(), x.numel(), block, torch.get_num_threads())
+    return y
+
+
 def rotate_quantize(x: Tensor, block: int, scale: Tensor | None, zero_point: int) -> tuple[Tensor, Tensor]:
     """As `rotation.rotate_quantize`, bit for bit."""
     kernels = library()
@@ -52,6 +63,8 @@ def linear_act_quantize(
         return plain.linear_act_quantize(
             y, scale, bias, gate, up, k, activation, multiplier, rotation, static, zero_point
         )
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"there is no activation {activation}")
     q, factors = _outputs(y.shape, k, zero_point)
     tensors = y, scale, bias, None, None, None, None, None, multiplier, static, q, factors
     _run(kernels, tensors, half, (k, gate, up, rotation, _ACTIVATIONS[activation], _NONE), zero_point)
@@ -139,5 +152,6 @@ def library() -> Any | None:
     lib = built("vectors.h", "hadamard.h", "rows.cpp")
     if lib is not None:
         lib.sqcompile_rows.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float]
-        lib.sqcompile_rows.restype = None
+        lib.sqcompile_rotate.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p] + [ctypes.c_int64] * 3
+        lib.sqcompile_rows.restype = lib.sqcompile_rotate.restype = None
     return lib

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import weakref
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from sqcompile.kernels.cpu import onednn
 from sqcompile.kernels.cpu.build import built
 from sqcompile.kernels.reference import UINT8_ZERO_POINT
-from sqcompile.pytorch.core import has_amx, has_vnni, init_amx
+from sqcompile.pytorch.core import has_amx, has_avx2, has_vnni, init_amx
 
 BLOCK = 64  # output channels per block of the packed weight
 DEPTH = 64  # input channels are padded to a multiple of this
@@ -29,6 +30,8 @@ DEPTH = 64  # input channels are padded to a multiple of this
 VNNI_ROWS = 32
 # From here AMX tiles beat AVX512-VNNI, where the CPU has them.
 AMX_ROWS = 4
+# From so many queries on `flash` is faster than PyTorch's attention: with AMX, whose tiles are to be filled, and without.
+FLASH_QUERIES_AMX, FLASH_QUERIES = 32, 8
 # Linux's advice numbers: use huge pages from now on, and for what is there already (Linux 6.1).
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 
@@ -38,30 +41,84 @@ def available() -> bool:
     return torch.backends.mkldnn.is_available() and has_vnni()
 
 
-def pack(w: Tensor) -> Tensor:
-    """int8 [N, K] in oneDNN's blocked layout. The result is opaque: it has no storage and cannot be saved."""
-    packed = onednn.prepack(w)
-    _use_huge_pages(torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed))
-    return packed
+def has_avx2_kernels() -> bool:
+    """Whether this CPU has AVX2, and our kernels are built: what `pack_avx2` packs is multiplied by nothing else."""
+    return has_avx2() and library() is not None
 
 
-def row_sum(w: Tensor, packed: Tensor) -> Tensor:
-    """int32 [N], the sum of each row of w, int8 [N, K]; empty if ``packed`` has a layout our kernels cannot read."""
-    if not _readable(packed, w):
-        return torch.empty(0, dtype=torch.int32)
-    # A few rows at a time, in one buffer. PyTorch makes a copy in the dtype of the sum, and where each has memory of its
-    # own, between results that stay, the heap grows by all of them.
-    buffer = torch.empty((max(1, 2**16 // max(1, w.shape[1])), w.shape[1]), dtype=torch.int32)
-    found = torch.empty(w.shape[0], dtype=torch.int32)
-    for part, out in zip(w.split(len(buffer)), found.split(len(buffer)), strict=True):
-        torch.sum(buffer[: len(part)].copy_(part), dim=1, dtype=torch.int32, out=out)
-    return found
+# By the shape of a weight, one that oneDNN has packed in the layout our kernels read, as long as somebody uses it.
+_alike: weakref.WeakValueDictionary[tuple[int, ...], Tensor] = weakref.WeakValueDictionary()
 
 
-def pack_with_sums(w: Tensor) -> tuple[Tensor, Tensor]:
-    """`pack` and `row_sum` of int8 [N, K]."""
-    packed = pack(w)
-    return packed, row_sum(w, packed)
+def pack(w: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [N, K] in oneDNN's blocked layout, and the sums of its rows, int32 [N], if our kernels can read that layout.
+
+    The packed weight is opaque: it has no storage and cannot be saved. The sums are empty where oneDNN has another layout, or
+    our kernels do not build. The first weight of a shape is packed by oneDNN, and compared byte by byte with what we make of
+    it; others of that shape are filled in by our own code, which takes a fifth of the time.
+    """
+    kernels, w = library(), w.contiguous()
+    if kernels is None or not w.numel():
+        packed = onednn.prepack(w)
+        _use_huge_pages(packed)
+        return packed, torch.empty(0, dtype=torch.int32)
+    like = _alike.get(w.shape)
+    packed = onednn.prepack(w) if like is None else like.clone()
+    _use_huge_pages(packed)
+    if like is not None:
+        blocks, beside = _parts(packed, w)
+        w_sum = _fill(kernels, w, blocks)
+        beside[: len(w)] = -w_sum
+    elif (w_sum := _sums_if_readable(kernels, w, packed)).numel() and _has_sums_alone(packed, w, w_sum):
+        _alike[w.shape] = packed
+    return packed, w_sum
+
+
+def _parts(packed: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """The memory of a packed weight of the size ours has: blocks int8, and what oneDNN keeps beside them, int32 [N] with padding."""
+    size, length = _size(w), torch.ops.mkldnn._nbytes(packed)
+    raw = (ctypes.c_int8 * length).from_address(torch.ops.mkldnn.data_ptr(packed))
+    every = torch.frombuffer(raw, dtype=torch.int8)
+    return every[:size], every[size:].view(torch.int32)
+
+
+def _size(w: Tensor) -> int:
+    return _round_up(w.shape[0], BLOCK) * _round_up(w.shape[1], DEPTH)
+
+
+def _sums_if_readable(kernels: Any, w: Tensor, packed: Tensor) -> Tensor:
+    """The sums of the rows of w if the blocks of a packed weight are what we would make of it, byte by byte; else nothing."""
+    (n, k), depth = w.shape, _round_up(w.shape[1], DEPTH)
+    w_sum, buffer = torch.empty(n, dtype=torch.int32), torch.empty(BLOCK * depth, dtype=torch.int8)
+    address, large = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed) >= _size(w)
+    pointers = w.data_ptr(), address, w_sum.data_ptr(), buffer.data_ptr()
+    return w_sum if large and kernels.sqcompile_is_packed(*pointers, n, k, depth) else w_sum[:0].clone()
+
+
+def _has_sums_alone(packed: Tensor, w: Tensor, w_sum: Tensor) -> bool:
+    """Whether oneDNN keeps nothing but the sums of rows, with a minus sign, beside the blocks of a weight."""
+    if torch.ops.mkldnn._nbytes(packed) != _size(w) + 4 * _round_up(len(w), BLOCK):
+        return False
+    beside = _parts(packed, w)[1]
+    return torch.equal(beside[: len(w)], -w_sum) and not beside[len(w) :].any()
+
+
+def _fill(kernels: Any, w: Tensor, blocks: Tensor) -> Tensor:
+    """Packs w, int8 [N, K], into int8 [`_size`]; the sums of its rows, int32 [N]."""
+    (n, k), w_sum = w.shape, torch.empty(len(w), dtype=torch.int32)
+    kernels.sqcompile_pack(
+        w.data_ptr(), blocks.data_ptr(), w_sum.data_ptr(), n, k, _round_up(k, DEPTH), torch.get_num_threads()
+    )
+    return w_sum
+
+
+def pack_avx2(w: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [N, K] in the layout of avx2.cpp: int8 [N / 16, K / 2, 32], both rounded up. Its kernel needs no sums."""
+    kernels, (n, k), w = library(), w.shape, w.contiguous()
+    assert kernels is not None
+    packed = torch.empty((-(-n // 16), -(-k // 2), 32), dtype=torch.int8)
+    kernels.sqcompile_pack_avx2(w.data_ptr(), packed.data_ptr(), n, k, torch.get_num_threads())
+    return packed, torch.empty(0, dtype=torch.int32)
 
 
 def matmul(q: Tensor, packed: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype) -> Tensor:
@@ -69,24 +126,43 @@ def matmul(q: Tensor, packed: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: tor
 
     Args:
         q: uint8 [..., K], at least one row.
-        packed, w_sum: from `pack` and `row_sum`.
+        packed, w_sum: from `pack`, or `pack_avx2`.
         w_scale: float32 [N].
         dtype: float32 or bfloat16, of the result [..., N].
     """
     rows = q.numel() // q.shape[-1]
+    if packed.dim() == 3:
+        return _matmul_avx2(q.contiguous(), packed, w_scale, dtype, rows)
     if w_sum.numel() and (rows <= VNNI_ROWS or amx()) and (kernels := library()) is not None:
-        return _matmul(kernels, q.contiguous(), packed, w_scale, w_sum, dtype, rows)
+        return _matmul(kernels, q.contiguous(), torch.ops.mkldnn.data_ptr(packed), w_scale, w_sum, dtype, rows)
     return onednn.qlinear(q, UINT8_ZERO_POINT, packed, w_scale, dtype)
 
 
+def product(q: Tensor, w: Tensor) -> Tensor | None:
+    """q wᵀ of int8 q [..., K] and w [N, K]: the int32 sums as float32 [..., N]; None where our kernels do not build.
+
+    For a weight that is used once. It is packed for the product, which takes a fraction of what oneDNN's packing takes.
+    """
+    kernels, rows = library(), q.numel() // max(1, q.shape[-1])
+    if kernels is None:
+        return None
+    if not rows or not w.numel():
+        return q.new_zeros((*q.shape[:-1], len(w)), dtype=torch.float32)
+    w = w.contiguous()
+    blocks = torch.empty(_size(w), dtype=torch.int8)
+    w_sum = _fill(kernels, w, blocks)
+    shifted = q.contiguous().view(torch.uint8) ^ UINT8_ZERO_POINT  # of two's complement the sign bit: that adds it
+    return _matmul(kernels, shifted, blocks.data_ptr(), torch.ones(len(w)), w_sum, torch.float32, rows)
+
+
 def _matmul(
-    kernels: Any, q: Tensor, packed: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype, rows: int
+    kernels: Any, q: Tensor, packed: int, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype, rows: int
 ) -> Tensor:
     n, k = w_scale.numel(), q.shape[-1]
     depth = _round_up(k, DEPTH)
     y = torch.empty((*q.shape[:-1], n), dtype=dtype)
     arguments = (
-        q.data_ptr(), torch.ops.mkldnn.data_ptr(packed), w_scale.data_ptr(), w_sum.data_ptr(), y.data_ptr(),
+        q.data_ptr(), packed, w_scale.data_ptr(), w_sum.data_ptr(), y.data_ptr(),
         dtype == torch.bfloat16, rows, n, k, depth, torch.get_num_threads(),
     )  # fmt: skip
     if rows >= AMX_ROWS and amx():
@@ -97,12 +173,29 @@ def _matmul(
     return y
 
 
+def _matmul_avx2(q: Tensor, packed: Tensor, w_scale: Tensor, dtype: torch.dtype, rows: int) -> Tensor:
+    kernels, n, k = library(), w_scale.numel(), q.shape[-1]
+    assert kernels is not None  # which has packed the weight
+    y, wide = torch.empty((*q.shape[:-1], n), dtype=dtype), torch.empty(rows * _round_up(k, 2), dtype=torch.int16)
+    kernels.sqcompile_avx2(
+        q.data_ptr(), packed.data_ptr(), w_scale.data_ptr(), y.data_ptr(), dtype == torch.bfloat16, rows, n, k,
+        torch.get_num_threads(), wide.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
 def flash_fits(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> bool:
     """Whether `flash` takes these: bfloat16, heads of one size, a multiple of 32 up to 256; a positive scale."""
-    d = q.shape[-1]
+    (batch, heads, _, d), groups = q.shape, k.shape[1]
     dense = all(t.dtype == torch.bfloat16 and t.stride(-1) == 1 and t.shape[-1] == d for t in (q, k, v))
-    fits = dense and d % 32 == 0 and 0 < d <= 256 and q.numel() > 0 and k.numel() > 0 and (scale is None or scale > 0)
-    return fits and has_flash()
+    alike = len(k) == batch and k.shape[:3] == v.shape[:3] and groups > 0 and heads % groups == 0
+    some = d % 32 == 0 and 0 < d <= 256 and q.numel() > 0 and k.numel() > 0
+    return dense and alike and some and (scale is None or scale > 0) and has_flash()
+
+
+def least_flash_queries() -> int:
+    """From how many queries on `flash` is faster than PyTorch's attention."""
+    return FLASH_QUERIES_AMX if amx() else FLASH_QUERIES
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
@@ -135,14 +228,18 @@ def has_flash() -> bool:
 @functools.cache
 def library() -> Any | None:
     """The compiled kernels; None where they do not build."""
-    lib = built("u8s8.h", "vnni.cpp", "amx.cpp", "flash.cpp")
+    lib = built("u8s8.h", "pack.cpp", "vnni.cpp", "amx.cpp", "avx2.cpp", "flash.cpp")
     if lib is not None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        lib.sqcompile_pack.argtypes = [pointer] * 3 + [integer] * 4
+        lib.sqcompile_is_packed.argtypes, lib.sqcompile_is_packed.restype = [pointer] * 4 + [integer] * 3, integer
+        lib.sqcompile_pack_avx2.argtypes, lib.sqcompile_pack_avx2.restype = [pointer] * 2 + [integer] * 3, None
+        lib.sqcompile_avx2.argtypes, lib.sqcompile_avx2.restype = [pointer] * 4 + [integer] * 5 + [pointer], None
         lib.sqcompile_vnni.argtypes = [pointer] * 5 + [integer] * 6
         lib.sqcompile_amx.argtypes = [pointer] * 5 + [integer] * 6 + [pointer]
         lib.sqcompile_flash.argtypes = [pointer] * 6 + [ctypes.c_float, integer, integer, integer]
         lib.sqcompile_has_dots.argtypes, lib.sqcompile_has_dots.restype = [], integer
-        for function in (lib.sqcompile_vnni, lib.sqcompile_amx, lib.sqcompile_flash):
+        for function in (lib.sqcompile_pack, lib.sqcompile_vnni, lib.sqcompile_amx, lib.sqcompile_flash):
             function.restype = None
     return lib
 
@@ -153,24 +250,9 @@ def amx() -> bool:
     return has_amx() and init_amx()
 
 
-def _readable(packed: Tensor, w: Tensor) -> bool:
-    """Whether a packed weight has the layout our kernels read: compared byte by byte with w, int8 [N, K]."""
-    n, k = w.shape
-    rows, depth = _round_up(n, BLOCK), _round_up(k, DEPTH)
-    if torch.ops.mkldnn._nbytes(packed) < rows * depth:
-        return False
-    raw = (ctypes.c_int8 * (rows * depth)).from_address(torch.ops.mkldnn.data_ptr(packed))
-    blocks = torch.frombuffer(raw, dtype=torch.int8).view(rows // BLOCK, depth // 4, BLOCK, 4)
-    for i, block in enumerate(blocks):  # one at a time: a copy of a whole weight is memory
-        fours = block.view(torch.int32).squeeze(-1).t().contiguous()  # moved four bytes at a time
-        plain, want = fours.view(torch.int8), w[i * BLOCK : (i + 1) * BLOCK]
-        if not torch.equal(plain[: len(want), :k], want) or plain[len(want) :].any() or plain[:, k:].any():
-            return False
-    return True
-
-
-def _use_huge_pages(address: int, size: int) -> None:
-    """Asks the kernel for huge pages behind a buffer: fewer TLB misses when it is streamed. Harmless where refused."""
+def _use_huge_pages(packed: Tensor) -> None:
+    """Asks the kernel for huge pages behind a packed weight: fewer TLB misses when it is streamed. Harmless where refused."""
+    address, size = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
     advise = getattr(ctypes.CDLL(None), "madvise", None)
     start, end = address // mmap.PAGESIZE * mmap.PAGESIZE, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
     if advise is not None:

@@ -257,7 +257,7 @@ def _warn_reference(device: str, qtype: QType) -> None:
     kind = device if qtype is INT8 else f"{device}, {qtype.name}"
     if kind not in _warned:
         _warned.add(kind)
-        without = " without AVX512-VNNI" if device == "cpu" and qtype is INT8 else ""
+        without = " without AVX2" if device == "cpu" and qtype is INT8 else ""
         warnings.warn(
             f"sqcompile has no {qtype.name.upper()} kernels for {device}{without}: the compiled model runs the plain-PyTorch "
             f"{'integer ' if qtype is INT8 else ''}reference, correct but slow. The page Devices of the documentation says where there are kernels",

@@ -113,9 +113,14 @@ def ranked(gm: fx.GraphModule, plan: Plan, calibration: Calibration) -> list[Uni
         if l.name in layers:
             groups.setdefault((l.x, l.offsets), []).append(l.name)
             work[l.name] = float(calibration.inputs[l.name].count) * l.out_features * l.in_features
-    losses = {n: (l.loss or 0.0) if known else 10 ** (-(l.sqnr_db or math.inf) / 10) for n, l in layers.items()}
+    losses = {n: (l.loss or 0.0) if known else _noise(l) for n, l in layers.items()}
     units = [Unit(tuple(g), sum(losses[n] for n in g), sum(work[n] for n in g)) for g in groups.values()]
     return sorted(units, key=lambda u: u.loss / max(u.work, 1.0), reverse=True)
+
+
+def _noise(l: LayerPlan) -> float:
+    """The energy of a linear's rounding for that of its output; 0 where nobody knows it."""
+    return 0.0 if l.sqnr_db is None else 10 ** (-l.sqnr_db / 10)
 
 
 def without(plan: Plan, names: set[str], most: float, logits: bool) -> Plan:

@@ -53,6 +53,7 @@ def choose(
     unsmoothed: str | None = None,
     felt: Felt | None = None,
     lost: Mapping[str, str] = MappingProxyType({}),
+    on_trial: bool = False,
     sharing: Sharing | None = None,
 ) -> Plan:
     """Makes the plan for a traced graph.
@@ -66,6 +67,7 @@ def choose(
         unsmoothed: why nothing is smoothed, whatever the recipe says.
         felt: what the outputs feel of the linears, for a recipe that chooses by it.
         lost: linears that stay in float, and why, besides those that `stay_float` finds.
+        on_trial: the errors of linears are not measured, which are there to be read.
         sharing: the ranks that choose together, of which this is the first one; None for one process.
 
     Raises:
@@ -94,7 +96,9 @@ def choose(
         best, found = sharing.best(Asked(floats, unsmoothed, False, look))
     if found:  # their sites are others without them
         lost = {**lost, **found}
-        return choose(gm, sites, refusals, calibration, recipe, call, attentions, unsmoothed, felt, lost, sharing)
+        return choose(
+            gm, sites, refusals, calibration, recipe, call, attentions, unsmoothed, felt, lost, on_trial, sharing
+        )
     for site in (s for s in every if s.name in best):
         quantized = [l for l, _ in site.balance if l.name not in floats]
         how: Smoothing = "multiplied" if site.kind == "input" else "folded"
@@ -119,8 +123,8 @@ def choose(
     static = [l for l in open_ if chooser.static(l)]
     if static and unsmoothed is None:
         warn_of_few(stats.count for l in static if not (stats := calibration.inputs[l.name]).absmax_alone)
-    losses = chooser.losses([l for l in open_ if chooser.felt.knows([l])])
-    layers = tuple(_layer(chooser, l, floats, notes, losses.get(l.name)) for l in linears)
+    losses = {} if on_trial else chooser.losses([l for l in open_ if chooser.felt.knows([l])])
+    layers = tuple(_layer(chooser, l, floats, notes, losses.get(l.name), on_trial) for l in linears)
     columns = {name: s for name, s in chooser.columns.items() if name not in floats}
     evidence = Evidence(curves=curves(_curves(first), _curves(best)))
     return Plan(recipe, call, scales, layers, attention, heads, columns, evidence, shard_of(chooser.parallel))
@@ -131,7 +135,7 @@ def _curves(best: Mapping[str, Best]) -> dict[str, Costs]:
 
 
 def _layer(
-    chooser: Chooser, l: Linear, floats: dict[str, str], notes: dict[str, Note], loss: float | None
+    chooser: Chooser, l: Linear, floats: dict[str, str], notes: dict[str, Note], loss: float | None, on_trial: bool
 ) -> LayerPlan:
     if l.name in floats:
         return float_layer(l, floats[l.name])
@@ -142,7 +146,7 @@ def _layer(
     if idle:
         which = f"{', '.join(map(str, idle))} of {l.experts} experts"
         reason += f"; no calibration token reached {which}, whose scales come from the other experts' tokens"
-    sqnr = None if stats.absmax_alone else sqnr_db(chooser.error(l), f"the outputs of {l.name}")
+    sqnr = None if stats.absmax_alone or on_trial else sqnr_db(chooser.error(l), f"the outputs of {l.name}")
     activation: Activation = "per_token" if l.name in chooser.dynamic else own.activation
     if not bool(stats.absmax.any()):  # exact, which says nothing
         reason, sqnr = f"{reason}; its input was {stats.unvarying()}", None

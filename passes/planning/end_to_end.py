@@ -11,6 +11,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -48,7 +49,7 @@ def smoothed_or_not(
     What cannot be compared stays smoothed, with a warning.
 
     Args:
-        choose: takes why nothing is smoothed, None for the recipe's own choice.
+        choose: as `passes.planning.choose.choose`, all but whose ``unsmoothed``, ``lost`` and ``on_trial`` are given.
         sample: of the graph's calls.
         quantize: gives the quantized stage of a plan. It is asked for one plan at a time, as each has its own weights.
         parallel: the processes that hold the model together; what is worst in one of them decides.
@@ -57,11 +58,13 @@ def smoothed_or_not(
     if not sample.calls or not (plan.scales or any(a.smoothing != "none" for a in plan.attention)):
         return plan
     with parallel.attempt() as errors:
-        other: Plan = choose(unsmoothed=WHY)
+        instead: dict[str, Any] = {"unsmoothed": WHY}
+        other: Plan = choose(**instead, on_trial=True)
         quantized, most = {l.name for l in plan.layers if l.quantized}, TOLERANCE_DB
         lost = {l.name: l.reason for l in other.layers if not l.quantized and l.name in quantized}
         if lost:  # without smoothing, outliers of their weights leave nothing of them (`weight_outliers`)
-            other, most = choose(lost=lost), FLOAT_DB
+            instead, most = {"lost": lost}, FLOAT_DB
+            other = choose(**instead, on_trial=True)
         worst = _at_worst(sample, quantize, plan, other, parallel)
     if errors:  # memory, say; neither plan is wrong for it
         warnings.warn(
@@ -71,7 +74,7 @@ def smoothed_or_not(
         )
         return plan
     log.debug("the smoothed outputs' noise is %.1f dB above that of the other plan, at worst", worst)
-    return other if worst > most else plan
+    return choose(**instead) if worst > most else plan
 
 
 def _at_worst(

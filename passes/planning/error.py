@@ -238,7 +238,7 @@ class Chooser:
         quantized = self._quantized(l, columns, half)
         rows = quantized.rows[which]
         x_scale = token_scale(rows, self.qtype.q_max) if self._per_token(l) else self._limit(l, quantized)
-        x_int = quantize(rows, x_scale, dtype=self.qtype.dtype).float()
+        x_int = quantize(rows, x_scale, dtype=self.qtype.dtype)
         every: list[tuple[Any, Tensor]] = [(slice(None), weight)]
         if l.experts:
             every = [(experts == e, weight[e]) for e in experts.unique().tolist()]

@@ -19,9 +19,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
+from sqcompile.kernels.cpu.rows import rotate
 from sqcompile.kernels.qtypes import QType
 from sqcompile.kernels.reference import absmax_scale, quantize, token_scale, weight_scale
-from sqcompile.kernels.rotation import rotate
 from sqcompile.passes.ir.graph import Linear, effective_weight, find_linears, nodes_by_name, row_parts, value
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
 from sqcompile.passes.planning.error import Costs

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sqcompile.kernels.cpu.rows import rotate
 from sqcompile.kernels.qtypes import INT8, QType
 from sqcompile.kernels.reference import token_scale, weight_scale
-from sqcompile.kernels.rotation import rotate
 from sqcompile.passes.ir.graph import row_parts
 from sqcompile.passes.planning.feel import Reads
 
@@ -56,9 +56,9 @@ class Transform:
         return w if self.rows is None else w / self.rows[part, None]
 
     def rotated(self, x: Tensor) -> Tensor:
-        """x H for x float32 [..., K]. As a product it is not the kernels' to the bit, and several times as fast on CPUs."""
-        if self.block is None:
-            return x
+        """x H for x float32 [..., K]; on GPUs a product, which is not the kernels' to the bit, and takes one pass."""
+        if self.block is None or x.device.type == "cpu":
+            return x if self.block is None else rotate(x, self.block)
         return (x.unflatten(-1, (-1, self.block)) @ _hadamard(self.block, x.device)).flatten(-2)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sqcompile.kernels.products import product
 from sqcompile.kernels.qtypes import QType
 from sqcompile.kernels.reference import dequantize, quantize, weight_scale
 from sqcompile.passes.ir.graph import row_parts
@@ -20,7 +21,7 @@ def noise_and_signal(
         weight: any float dtype [N, K].
         how: how it is changed before it is quantized.
         x: float32 [R, K].
-        x_int: what x is quantized to, changed likewise, as float32 [R, K].
+        x_int: what x is quantized to, changed likewise, in the number format [R, K].
         x_scale: float32 [R, 1] or [], Δx.
         per_tensor: whether there is one Δ for all rows of the weight.
         qtype: the number format.
@@ -34,7 +35,8 @@ def noise_and_signal(
         w = how.weight(weight, part)
         w_scale = how.across(weight_scale(w, True, qtype.q_max)) if common is None else common
         y = x @ weight[part].float().t()
-        y_hat = dequantize(x_int @ quantize(w, w_scale, dtype=qtype.dtype).float().t(), x_scale, w_scale.flatten())
+        acc = product(x_int, quantize(w, w_scale, dtype=qtype.dtype))
+        y_hat = dequantize(acc, x_scale, w_scale.flatten())
         if how.rows is not None:
             y_hat = y_hat * how.rows[part]
         y = y.double()  # squares overflow float32 where the values do not

@@ -29,9 +29,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sqcompile.kernels.cpu.rows import rotate
 from sqcompile.kernels.qtypes import INT8, QType
 from sqcompile.kernels.reference import ABSMAX_FLOOR, absmax_scale
-from sqcompile.kernels.rotation import rotate
 from sqcompile.statistics.input_stats import InputStats
 
 MARGINS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)

@@ -100,11 +100,14 @@ def _slow(gm: fx.GraphModule, linears: list[Linear], own: dict[str, Recipe]) -> 
     for l in linears:
         if (least := own[l.name].min_speedup) == 0:
             continue
-        device, n = value(nodes[l.weight]).device, sum(o.out_features for o in linears if o.x == l.x)
+        weight, n = value(nodes[l.weight]), sum(o.out_features for o in linears if o.x == l.x)
+        of = speedup.against(weight.device, weight.dtype)
         for rows in speedup.ROWS:
-            factor = speedup.expected(device, rows, n, l.in_features)
-            if factor is not None and factor < least:
-                slow[l.name] = f"INT8 is expected to be {factor:.2f}x of bf16 with {rows} rows, less than {least}x"
+            factor = speedup.expected(weight.device, rows, n, l.in_features, of)
+            if factor == 0:
+                slow[l.name] = f"{weight.device.type} has no INT8 kernels here, which min_speedup={least} asks for"
+            elif factor is not None and factor < least:
+                slow[l.name] = f"INT8 is expected to be {factor:.2f}x of {of} with {rows} rows, less than {least}x"
     return slow
 
 

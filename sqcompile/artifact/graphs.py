@@ -25,6 +25,7 @@ from sqcompile.artifact.expressions import checked, evaluated
 from sqcompile.artifact.operators import name_of, operator_of
 from sqcompile.capture.call_spec import DTYPES, MOST_DIMS
 from sqcompile.capture.captured import Captured
+from sqcompile.capture.names import fault
 from sqcompile.errors import ArtifactError
 from sqcompile.files.regular import said
 from sqcompile.passes.ir.about import About, about, describe_as
@@ -39,7 +40,7 @@ from sqcompile.pytorch.distributed import group_name
 _MARKS = {"planned": (PLANNED, str), "fold_cast": (FOLD_CAST, bool)}
 _MOST_NODES = 2_000_000
 _NODE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,999}")
-_PATH = re.compile(r"[A-Za-z_0-9]{1,999}(\.[A-Za-z_0-9]{1,999}){0,99}")
+_LONGEST = 10_000  # characters of a tensor's name
 _OPS = ("input", "tensor", "call", "output")
 
 
@@ -141,7 +142,7 @@ def from_json(
             new.meta["val"] = None if n.get("constant") else _input(n, mode, symbols, device)
         elif op == "tensor":
             target = n.get("target")
-            if not isinstance(target, str) or target not in like or not _PATH.fullmatch(target):
+            if not isinstance(target, str) or target not in like or len(target) > _LONGEST or fault(target):
                 raise ArtifactError(f"its graph reads {str(target)[:100]!r}, which is none of its tensors")
             new = _tensor(gm, name, target, like[target], device(n.get("device")))
         elif op == "output":

@@ -30,7 +30,7 @@ from sqcompile.passes.planning.overrides import names_linear
 from sqcompile.passes.planning.stay_float import float_layer, stay_float, wanted
 from sqcompile.passes.planning.uses import APART, as_used, balanced, first_use
 from sqcompile.passes.rewrite.weight_store import Shared
-from sqcompile.pipeline import rewrite
+from sqcompile.pipeline import on_trial
 from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import LM_HEAD, Recipe
@@ -112,7 +112,7 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
 
 
 def _quantized(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    return rewrite(gm, plan, "quantized", Shared(identity=id, check=lambda _: None), shown=False, lazy=True)
+    return on_trial(gm, plan, Shared(identity=id, check=lambda _: None))
 
 
 def measured(plan: Plan, observers: Sequence[Observer], torn: Collection[str]) -> Plan:

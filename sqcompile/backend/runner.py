@@ -18,6 +18,7 @@ from sqcompile.backend.self_calibration import step
 from sqcompile.backend.session import Session, session_of, sweep
 from sqcompile.backend.sharded import renamed
 from sqcompile.backend.weights import is_freed, source
+from sqcompile.capture.names import refuse_names
 from sqcompile.compiled.inductor import compile_regions, compile_without_constants, inductor, with_layout
 from sqcompile.errors import CaptureError, StageError
 from sqcompile.passes.attention.chains import find_attentions
@@ -204,6 +205,7 @@ class Runner:
         return observed
 
     def _attach(self, session: Session, tensors: list[Tensor], names: list[str]) -> fx.GraphModule:
+        refuse_names(names)
         constants: dict[int, tuple[str, Tensor]] = {}
         for i, name, t in zip(self.constants, names, tensors, strict=True):
             own: Any = t.detach()

@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="time per shape")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--recipe", default="default", help="default, O1, O2 or O3")
+    parser.add_argument("--target", help='lower for another CPU than this, such as "x86-avx2"')
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the model to quantize")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", message=".*copy construct from a tensor.*")
@@ -43,8 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     fp32.load_state_dict(bf16.state_dict())
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(0, 1024, (1, 512), generator=generator) for _ in range(2)]
-    int8 = sqcompile.compile(bf16, ids, recipe=args.recipe)
-    print(f"{machine()}, {datetime.date.today()}")
+    given = bf16 if args.dtype == "bfloat16" else fp32
+    int8 = sqcompile.compile(given, ids, recipe=args.recipe, target=args.target)
+    print(f"{machine()}, {datetime.date.today()}" + (f", lowered for {args.target}" if args.target else ""))
     print("Llama-3.2-1B-shaped decoder, 2 layers, random weights; milliseconds of a forward pass, medians\n")
     print(
         "| batch x tokens | fp32 torch.compile | bf16 torch.compile | sqcompile INT8 | vs bf16 | vs fp32 | SQNR of the output |"

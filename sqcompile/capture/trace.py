@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from sqcompile.capture.captured import captured
 from sqcompile.capture.dynamic_axes import dims_of, find_lengths, grown, pinned
 from sqcompile.capture.inputs import Call
+from sqcompile.capture.names import refuse_names
 from sqcompile.capture.sharded import as_local, parallel_of
 from sqcompile.capture.untouched import keeps_parameters, left_alone, refuse_writes, written_to
 from sqcompile.errors import CaptureError
@@ -31,7 +32,7 @@ from sqcompile.passes.ir.explain import check_shapes, export_error, nested_hint,
 from sqcompile.passes.ir.graph import aten, clone, finish, is_mutable, set_tensor, value
 from sqcompile.passes.ir.operators import DROPOUTS
 from sqcompile.passes.ir.verify import verify
-from sqcompile.pytorch.core import HigherOrderOperator, codegen, own_names, pytree
+from sqcompile.pytorch.core import HigherOrderOperator, codegen, pytree
 
 # What export leaves to check at run time; none of it computes anything.
 _CHECKS = {
@@ -62,7 +63,6 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
             is in training mode with dropout or batch statistics.
     """
     register_kv_cache_pytree()
-    refuse_names(model)
     if any(isinstance(x, Tensor) and not x.is_contiguous() for x in pytree.tree_leaves((call.args, call.kwargs))):
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (call.args, call.kwargs))
         call = replace(call, args=args, kwargs=kwargs)
@@ -91,8 +91,9 @@ def _module(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     """The program as a module with tensors of its own, detached aliases, and with recorded values.
 
     Raises:
-        CaptureError: if it reads what is no tensor, or takes none.
+        CaptureError: if it reads what is no tensor, or takes none, or for names that it cannot have.
     """
+    refuse_names([*exported.state_dict, *exported.constants])
     gm = exported.module(check_guards=False)
     tidy(gm)
     check_shapes(gm)
@@ -196,17 +197,6 @@ def _decomposed(exported: torch.export.ExportedProgram) -> torch.export.Exported
             name, name in signature.parameters, next(source(n) for n in exported.graph.nodes if n.name == output)
         )
     return exported
-
-
-def refuse_names(model: nn.Module) -> None:
-    """Refuses names that a graph's module has for itself.
-
-    Raises:
-        CaptureError: naming one.
-    """
-    taken = [n for n in own_names(model) if hasattr(fx.GraphModule, n) or n == "meta"]
-    if taken:
-        raise CaptureError(f"a submodule or parameter named {taken[0]!r} clashes with torch.fx.GraphModule: rename it")
 
 
 def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -36,7 +36,7 @@ from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.plan.said import linears_in
 from sqcompile.process.interrupts import checkpoint, deferred
 from sqcompile.process.lock import analysing, compiling
-from sqcompile.process.progress import part
+from sqcompile.process.progress import Enter, part, silent
 from sqcompile.process.ranks import ALONE, Ranks
 
 FORMATS = ("compressed-tensors", "smoothed")
@@ -81,6 +81,7 @@ def export(
     path: str | os.PathLike[str],
     source: Any = None,
     ranks: Ranks = ALONE,
+    enter: Enter = silent,
     within: str | None = None,
 ) -> Exported:
     """Writes a checkpoint directory. The model itself is never changed.
@@ -92,6 +93,7 @@ def export(
         path: of the directory. What is there may be an empty directory, or one of an earlier export, which is replaced.
         source: the directory that has the tokenizer; the one that the model was loaded from by default.
         ranks: the processes that make the weights together; each calls it with the same arguments.
+        enter: is told of the stages "trace", "fold" and "write".
         within: the directory of temporary files, on the same disk; that of ``path`` by default.
 
     Returns:
@@ -110,7 +112,9 @@ def export(
         refuse(given)
     beside = source_of(model, source)
     with deferred(), analysing(model), compiling(), torch.no_grad():
+        enter("trace")
         traced = trace(model, from_spec(given.call, next(iter(model.parameters())).device))
+        enter("fold")
         plan, parameters, changed = representable(traced, given, set(names.saved))
         quantized = None
         if format == "compressed-tensors":
@@ -118,6 +122,7 @@ def export(
             changed += more
             quantized = Quantized(traced, parameters.folded, plan, names)
         blocks = _blocks(names, traced, parameters, quantized)
+        enter("write")
         try:
             with directory_of(ranks, target, (MARK,), within) as folder:
                 size, notes = _write(folder, model, blocks, quantized, beside, ranks)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sqcompile.cli import options as o
+from sqcompile.cli.passed_on import PASSED_ON, bench, demo, show, tune
 from sqcompile.version import VERSION
 
 app = typer.Typer(
@@ -17,7 +18,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="SmoothQuant W8A8: float models of transformers into INT8 ones. `sqcompile COMMAND --help` has examples.",
 )
-_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 @app.command()
@@ -205,94 +205,8 @@ def serve(
         serve(folder, port, terminal)
 
 
-@app.command(context_settings=_PASSED_ON)
-def bench(
-    context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="DIR", help="a quantized model, or the name of a benchmark")] = "",
-) -> None:
-    """Time a quantized model, or run a benchmark: cpu, cpu-peers, gpu, attention, generate, large, launch, speedup,
-    tools.
-
-    **Examples**
-
-    `sqcompile bench out --against models/llama`
-
-    `sqcompile bench cpu`
-    """
-    from sqcompile.bench.__main__ import BENCHMARKS, main
-
-    if what in BENCHMARKS:
-        main([what, *context.args])
-        return
-    _timed(["--help"] if what in ("", "-h", "--help") else [what, *context.args], standalone_mode=False)
-
-
-_bench = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-
-
-@_bench.command(name="bench")
-def _time(
-    folder: o.Folder,
-    against: o.Against = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="to measure each shape for")] = 3.0,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-) -> None:
-    """Time a quantized model on this machine, beside torch.compile of the float model if there is one.
-
-    The name of a benchmark in the place of DIR runs that: cpu, cpu-peers, gpu, attention, generate, large, launch,
-    speedup, tools.
-
-    **Examples**
-
-    `sqcompile bench out --against models/llama`
-
-    `sqcompile bench cpu`
-    """
-    from sqcompile.cli.terminal import command
-
-    with command(json, quiet) as terminal:
-        from sqcompile.cli.speed import bench
-
-        bench(folder, against, seconds, terminal)
-
-
-def _timed(argv: list[str], **more: Any) -> None:
-    _bench(argv, prog_name="sqcompile bench", **more)
-
-
-@app.command(context_settings=_PASSED_ON)
-def show(context: typer.Context) -> None:
-    """Print and draw where smoothing can go in a model, or the graphs of a quantized one.
-
-    **Examples**
-
-    `sqcompile show models/llama --draw graph.html`
-
-    `sqcompile show out --stage quantized`
-    """
-    from sqcompile.cli.terminal import command
-
-    with command():
-        from sqcompile.show.__main__ import run
-
-        run(context.args)
-
-
-@app.command(context_settings=_PASSED_ON)
-def tune(context: typer.Context) -> None:
-    """Measure tile sizes of the GEMM kernels on this GPU."""
-    from sqcompile.kernels.triton.gemm.tune import main
-
-    main(context.args)
-
-
-@app.command(context_settings=_PASSED_ON)
-def demo(context: typer.Context) -> None:
-    """Calibrate and evaluate the shipped language model on this machine."""
-    from sqcompile.demo import main
-
-    main(context.args)
+for _command in (bench, show, tune, demo):
+    app.command(context_settings=PASSED_ON)(_command)
 
 
 def _version(wanted: bool) -> None:

@@ -42,11 +42,13 @@ def evaluate_directory(
     if memory is not None and backend != "eager":
         raise CommandError(f"--max-memory runs a model as it is read: leave out --backend {backend}")
     with nullcontext() if memory is None else memory_limit(memory):
-        _evaluate(folder, against, asked, partial(_opened, backend, device, memory is not None), terminal)
+        _evaluate(
+            folder, against, asked, partial(_opened, backend, device, memory is not None, terminal.progress), terminal
+        )
 
 
-def _opened(backend: str, device: str | None, streamed: bool, folder: str) -> nn.Module:
-    return Streamed(folder, device) if streamed else load_any(folder, backend, device)
+def _opened(backend: str, device: str | None, streamed: bool, progress: bool, folder: str) -> nn.Module:
+    return Streamed(folder, device) if streamed else load_any(folder, backend, device, progress)
 
 
 def _evaluate(

@@ -49,7 +49,7 @@ def generate(folder: str, asked: Asked, backend: str, device: str | None, as_jso
         SQCompileError: one sentence.
     """
     tokenizer = tokenizer_of(asked.tokenizer, folder)
-    model = load_any(folder, backend, device)
+    model = load_any(folder, backend, device, terminal.progress)
     ids = tokenizer(asked.prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise CommandError("the prompt has no tokens: pass some text")

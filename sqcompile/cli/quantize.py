@@ -133,7 +133,7 @@ def _exported(job: Job, checkpoint: Checkpoint, first: bool, terminal: Terminal)
         else:
             data = _data(job, checkpoint, lambda: model, terminal)
             plan = calibrate(model, data, recipe=job.recipe, max_batches=len(data), progress=terminal.progress)
-        return export(model, plan, job.format, job.out) if first else None
+        return export(model, plan, job.format, job.out, progress=terminal.progress) if first else None
 
 
 def _data(job: Job, checkpoint: Checkpoint, model: Callable[[], nn.Module], terminal: Terminal) -> list[dict[str, Any]]:

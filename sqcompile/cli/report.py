@@ -36,7 +36,7 @@ def report(folder: str, out: str | None, full: bool, evaluation: str | None, ter
         asked = {"recipe": dataclasses.asdict(plan.recipe)}
         terminal.result(asked | json.loads(found.to_json()), found.to_text(full))
         return
-    found.to_html(out, evaluation=measured, title=None if alone else _title(folder))
+    found.to_html(out, evaluation=measured, title=None if alone else _title(folder), progress=terminal.progress)
     terminal.result({"path": out}, f"written to {out}")
 
 

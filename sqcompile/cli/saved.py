@@ -33,19 +33,20 @@ def is_int8(folder: str) -> bool:
     return is_saved(folder)
 
 
-def load_any(folder: str, backend: str, device: str | None) -> nn.Module:
+def load_any(folder: str, backend: str, device: str | None, progress: bool) -> nn.Module:
     """The model in a directory.
 
     Args:
         folder: the directory.
         backend: for one in INT8: "inductor" or "eager".
         device: where to run it; None for where it was saved, or for the CPU.
+        progress: whether a line is shown while one in INT8 is loaded.
 
     Raises:
         SQCompileError: as `sqcompile.load` and `Checkpoint.load`.
     """
     if is_int8(folder):
-        return load(folder, device=device, backend=backend)
+        return load(folder, device=device, backend=backend, progress=progress)
     model: Any = Checkpoint.open(folder).load()
     return model if device is None else model.to(device_of(device))
 

@@ -25,7 +25,7 @@ def bench(folder: str, against: str | None, seconds: float, terminal: Terminal) 
     if not is_int8(folder):
         raise CommandError(f"{folder} is a float model: quantize it first, and pass it as --against")
     terminal.say(f"loading and compiling {folder}")
-    models: dict[str, nn.Module] = {"INT8": load_any(folder, "inductor", None)}
+    models: dict[str, nn.Module] = {"INT8": load_any(folder, "inductor", None, terminal.progress)}
     if against is not None:
         models["float"] = Checkpoint.open(against).load()
     int8 = models["INT8"]

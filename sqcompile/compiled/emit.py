@@ -27,7 +27,7 @@ from sqcompile.passes.ir.graph import get_tensor, set_tensor
 from sqcompile.plan.notebook import titled
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.said import linears_in
-from sqcompile.process.progress import part
+from sqcompile.process.progress import Enter, Show, part, stages
 from sqcompile.programs.export import NATIVE, check_target, export, is_program, write_artifact, write_program
 from sqcompile.pytorch.core import pytree
 
@@ -84,7 +84,13 @@ class CompiledModel(nn.Module):
         return pytree.tree_unflatten(list(out), self._out_spec)
 
     def draw(
-        self, path: str | os.PathLike[str], stage: str = "traced", full: bool = False, colour: str = "role"
+        self,
+        path: str | os.PathLike[str],
+        stage: str = "traced",
+        full: bool = False,
+        colour: str = "role",
+        *,
+        progress: Show = True,
     ) -> None:
         """Draws a stage to an .svg file, or all of them to an .html file: what absorbs 1/s and s, what runs in INT8, and why not.
 
@@ -93,6 +99,7 @@ class CompiledModel(nn.Module):
             stage: "traced", "folded", "quantized" or "lowered"; a page begins with it.
             full: draws every block; otherwise four and more equal blocks in a row are drawn as one, which a page can unfold.
             colour: "role", or "sqnr": by the signal to quantization noise ratio on the calibration sample.
+            progress: as for `sqcompile.compile`; its stages are "draw" and "write".
 
         Raises:
             DrawError: for another suffix or colour, or a path that cannot be written.
@@ -100,9 +107,11 @@ class CompiledModel(nn.Module):
         """
         from sqcompile.draw import draw
 
-        draw(path, self._graphs, self.plan, stage, full, colour)
+        draw(path, self._graphs, self.plan, stage, full, colour, progress)
 
-    def save(self, path: str | os.PathLike[str], *, shard_bytes: int = SHARD, code: bool = False) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, shard_bytes: int = SHARD, code: bool = False, progress: Show = True
+    ) -> None:
         """Writes a directory that `sqcompile.load` makes a compiled model of, without this model's class and its data.
 
         It holds the graph, the INT8 weights before they are packed for this machine, what stays in float, and the plan: as
@@ -115,6 +124,7 @@ class CompiledModel(nn.Module):
             shard_bytes: how large a file of weights may be, unless a single tensor is larger.
             code: also keeps what Inductor compiles for the model, which takes another compilation, in a process of its own.
                 `load(path, code=True)` uses it where versions and machine are the same. Not of a sharded model.
+            progress: as for `sqcompile.compile`; its stages are "rebuild", of the INT8 weights, and "write".
 
         Raises:
             ArtifactError: if something of the model cannot be saved, or the directory cannot be written; in every process
@@ -127,17 +137,30 @@ class CompiledModel(nn.Module):
                 raise ArtifactError(
                     "code=True keeps the code of a whole model, and this one is sharded: leave code out"
                 )
-            save_shard(lambda: self.stages["quantized"], parallel, self.plan, self.call, path, shard_bytes)
+            with stages(("rebuild", "write"), progress if parallel.rank == 0 else False) as enter:
+                save_shard(lambda: self._rebuilt(enter, "write"), parallel, self.plan, self.call, path, shard_bytes)
             return
         target = about(self.lowered).target
         name = None if target is None else target.name
-        save(self.stages["quantized"], self.plan, self.call, path, shard_bytes, code, name)
+        with stages(("rebuild", "write"), progress) as enter:
+            save(self._rebuilt(enter, "write"), self.plan, self.call, path, shard_bytes, code, name)
 
-    def export(self, format: str, path: str | os.PathLike[str], source: Any = None) -> Exported:
+    def _rebuilt(self, enter: Enter, then: str) -> fx.GraphModule:
+        """The quantized stage; ``enter`` is told when that is there, too, and something is done with it."""
+        enter("rebuild")
+        quantized = self.stages["quantized"]
+        enter(then)
+        return quantized
+
+    def export(
+        self, format: str, path: str | os.PathLike[str], source: Any = None, *, progress: Show = True
+    ) -> Exported:
         """Writes what other tools read: a program of this model, or a checkpoint of its float model, which must still be there.
 
         Args:
             format, path, source: as for `sqcompile.export`.
+            progress: as for `sqcompile.compile`; its stages are those of `sqcompile.export`, or "rebuild", of the INT8
+                weights, in the place of "trace", "fold" and "insert_qdq".
 
         Returns:
             What was written, and what of the plan a checkpoint cannot say; it prints well.
@@ -148,12 +171,15 @@ class CompiledModel(nn.Module):
         """
         self._check_whole()
         check_target(format, path, source)
-        if format == NATIVE:
-            beside = None if source is None else source_of(None, source)
-            return write_artifact(self.stages["quantized"], self.plan, self.call, path, beside)
-        if is_program(format, source):
-            return write_program(self.stages["quantized"], self.plan, format, path)
-        return export(self.stages.model(), self.plan, format, path, source)
+        if format != NATIVE and not is_program(format, source):
+            return export(self.stages.model(), self.plan, format, path, source, progress=progress)
+        names = ("write",) if format == NATIVE else ("convert", "write")
+        beside = source_of(None, source) if format == NATIVE and source is not None else None
+        with stages(("rebuild", *names), progress) as enter:
+            quantized = self._rebuilt(enter, names[0])
+            if format == NATIVE:
+                return write_artifact(quantized, self.plan, self.call, path, beside)
+            return write_program(quantized, self.plan, format, path, enter)
 
     def _check_whole(self) -> None:
         if about(self.lowered).parallel.count > 1:

@@ -13,13 +13,15 @@ from torch import fx
 from sqcompile.compiled import report_data
 from sqcompile.compiled.report_text import counts, text
 from sqcompile.kernels.ops import sqcompile_ops
-from sqcompile.kernels.speedup import ROWS, expected, expected_attention
+from sqcompile.kernels.speedup import ROWS, against, expected, expected_attention
 from sqcompile.kernels.targets import target_of
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import value
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.names import SiteLabel, site_labels
 from sqcompile.plan.plan import Plan
+from sqcompile.process.progress import Show
+from sqcompile.process.progress import stages as told
 
 if TYPE_CHECKING:
     from sqcompile.compiled.stages import Graphs
@@ -34,13 +36,15 @@ class Gemm:
         count: how many.
         in_features: K.
         out_features: N, of merged linears together.
-        gains: expected speed against bfloat16 by number of rows; empty for a shape no table knows.
+        gains: expected speed against float by number of rows; empty for a shape no table knows.
+        against: the float, "bf16" or "float32".
     """
 
     count: int
     in_features: int
     out_features: int
     gains: dict[int, float]
+    against: str = "bf16"
 
     def __str__(self) -> str:
         parts = [f"{gain:.2f}x with {rows} row{'s' if rows > 1 else ''}" for rows, gain in self.gains.items()]
@@ -48,12 +52,26 @@ class Gemm:
         return f"{self.count} x {self.in_features} -> {self.out_features}: {gain}"
 
 
+# By operator, where its arguments have the activations, and the scales of the output channels.
+_GEMMS = {
+    sqcompile_ops.int8_gemm.default: (0, 3),
+    sqcompile_ops.int8_linear_packed.default: (0, 3),
+    sqcompile_ops.matmul_u8s8.default: (0, 2),
+}
+
+
 def _gemms(lowered: fx.GraphModule) -> tuple[Gemm, ...]:
-    nodes = lowered.graph.find_nodes(op="call_function", target=sqcompile_ops.int8_gemm.default)
-    shapes = Counter((value(n.args[2]).shape, value(n.args[2]).device) for n in nodes)
-    gains = {s: {rows: expected(s[1], rows, *s[0]) for rows in ROWS} for s in shapes}
-    known = {s: {rows: gain for rows, gain in by_rows.items() if gain is not None} for s, by_rows in gains.items()}
-    return tuple(Gemm(count, s[0][1], s[0][0], known[s]) for s, count in shapes.items())
+    shapes: Counter[tuple[int, int, Any, str]] = Counter()
+    for n in lowered.graph.nodes:
+        if n.target in _GEMMS:
+            q, scales = (value(n.args[i]) for i in _GEMMS[n.target])
+            shapes[len(scales), int(q.shape[-1]), scales.device, against(scales.device, value(n).dtype)] += 1
+    gemms = []
+    for (n, k, device, of), count in shapes.items():
+        gains = {rows: expected(device, rows, n, k, of) for rows in ROWS}
+        known = {rows: gain for rows, gain in gains.items() if gain}
+        gemms.append(Gemm(count, k, n, known, of))
+    return tuple(gemms)
 
 
 @dataclass(frozen=True)
@@ -115,7 +133,7 @@ class Report:
     Attributes:
         layers: name, kind, quantized, smoothing, reason, alpha, rotation, sqnr_db (see LayerPlan).
         sites: the smoothed sites as a person would write them; ``key`` is the name in the plan.
-        gemms: on GPUs, the INT8 GEMMs by shape.
+        gemms: the INT8 GEMMs by shape.
         attention: one entry per attention, where the recipe quantizes them (see AttentionPlan).
         int8_attention: the INT8 attentions by kind.
         dtype: the number format of quantized linears.
@@ -155,7 +173,12 @@ class Report:
         return {**vars(self), "stages": None}
 
     def to_html(
-        self, path: str | os.PathLike[str], *, evaluation: Evaluation | None = None, title: str | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        evaluation: Evaluation | None = None,
+        title: str | None = None,
+        progress: Show = True,
     ) -> None:
         """Writes the report as a page: one HTML file, which needs no network and no other file.
 
@@ -167,15 +190,19 @@ class Report:
             path: where to; it ends in .html.
             evaluation: what `evaluate` has measured, for the overview.
             title: of the page; None for the model's class.
+            progress: as for `sqcompile.compile`; its stages are "draw", where there is a graph, "plots" and "write".
 
         Raises:
             ReportError: without the packages of ``pip install 'sqcompile[report]'``; for an evaluation or a title that is
                 none; or for a path that cannot be written.
+            RecipeError: for a ``progress`` that is none.
         """
         from sqcompile.page import check_path, write_page
         from sqcompile.page.subject import subject_of
 
-        write_page(check_path(path), subject_of(self, evaluation, title))
+        name, names = check_path(path), ("plots", "write")
+        with told(names if self.stages is None else ("draw", *names), progress) as enter:
+            write_page(name, subject_of(self, evaluation, title, enter), enter)
 
     def plot(self, site: str | int) -> Any:
         """Plots of one site, as a matplotlib Figure.

@@ -61,7 +61,8 @@ def text(report: Report, full: bool = False) -> str:
             *(f"  {line}" for line in (sites if full else collapse(sites))),
         ]
     if report.gemms:
-        lines += ["INT8 GEMMs, expected speed against bf16:", *(f"  {gemm}" for gemm in report.gemms)]
+        of = " and ".join(dict.fromkeys(g.against for g in report.gemms))
+        lines += [f"INT8 GEMMs, expected speed against {of}:", *(f"  {gemm}" for gemm in report.gemms)]
     if any(a.gains or a.without_kernel for a in report.int8_attention):
         lines += ["INT8 attention, expected speed against bf16:", *(f"  {a}" for a in report.int8_attention)]
     words = legend(report.layers, report.attention)

@@ -15,6 +15,8 @@ from sqcompile.draw.roles import Roles, roles_of
 from sqcompile.draw.svg import render
 from sqcompile.errors import DrawError
 from sqcompile.plan.plan import Plan
+from sqcompile.process.progress import Show
+from sqcompile.process.progress import stages as told
 
 __all__ = ["Roles", "condense", "document", "draw", "fold_repeats", "fragment", "roles_of"]
 
@@ -29,6 +31,7 @@ def draw(
     stage: str = "traced",
     full: bool = False,
     colour: str = "role",
+    progress: Show = True,
 ) -> None:
     """Writes a drawing: .svg of one stage, or .html of all of them, to look around in.
 
@@ -39,6 +42,7 @@ def draw(
         stage: the one to draw, or to begin with.
         full: draws every block; otherwise four and more equal blocks in a row are drawn as one.
         colour: "role", what is done with a box, or "sqnr", its signal to quantization noise ratio.
+        progress: as for `sqcompile.compile`; its stages are "draw" and "write".
 
     Raises:
         DrawError: for another suffix or colour, or a path that cannot be written.
@@ -46,16 +50,20 @@ def draw(
     suffix = check_path(path)
     if colour not in _COLOURS:
         raise DrawError(f"colour={colour!r}: choose one of {', '.join(_COLOURS)}")
-    if suffix == ".html":
-        text = document(stages, plan, Path(path).stem, stage=stage, full=full, colour=colour)
-    else:
-        roles = roles_of(stages["traced"], plan)
-        graph = condense(stages[stage], roles)
-        text = render(graph if full else fold_repeats(graph), roles.reasons, colour == "sqnr")
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise DrawError(f"cannot write {os.fspath(path)} ({e.strerror}): name a file in a folder you can write") from e
+    with told(("draw", "write"), progress) as enter:
+        enter("draw")
+        if suffix == ".html":
+            text = document(stages, plan, Path(path).stem, stage=stage, full=full, colour=colour)
+        else:
+            roles = roles_of(stages["traced"], plan)
+            graph = condense(stages[stage], roles)
+            text = render(graph if full else fold_repeats(graph), roles.reasons, colour == "sqnr")
+        enter("write")
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as e:
+            hint = "name a file in a folder you can write"
+            raise DrawError(f"cannot write {os.fspath(path)} ({e.strerror}): {hint}") from e
 
 
 def check_path(path: str | os.PathLike[str]) -> str:

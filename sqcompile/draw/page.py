@@ -23,6 +23,7 @@ from sqcompile.draw.repeats import fold_repeats
 from sqcompile.draw.roles import Reason, Roles, by_done, roles_of
 from sqcompile.draw.svg import asset, interactive, swatch
 from sqcompile.plan.plan import Plan
+from sqcompile.process.progress import part
 
 _SCRIPTS = ("pane.js", "details.js", "page.js")
 _MARK = re.compile(r"@(\w+)@")
@@ -56,9 +57,13 @@ def fragment(
     Returns:
         HTML, one element and its style and script, for the body of a page.
     """
-    traced = stages["traced"]
-    roles = roles_of(traced, plan)
-    drawings = {name: _stage(traced if name == "traced" else stages[name], name, roles) for name in stages}
+    with part("traced"):
+        traced = stages["traced"]
+        roles = roles_of(traced, plan)
+    drawings = {}
+    for name in stages:
+        with part(name):  # a stage is rebuilt when it is looked at
+            drawings[name] = _stage(traced if name == "traced" else stages[name], name, roles)
     begin = drawings[stage]
     first = begin["full"] if full or begin["folded"] is None else begin["folded"]
     data = {

@@ -10,6 +10,7 @@ from sqcompile.files.regular import replace_file, said
 from sqcompile.page.extras import needed
 from sqcompile.page.facts import Subject
 from sqcompile.page.html import page
+from sqcompile.process.progress import Enter, silent
 
 __all__ = ["Subject", "check_path", "page", "write_page"]
 
@@ -32,14 +33,16 @@ def check_path(path: str | os.PathLike[str]) -> str:
     return name
 
 
-def write_page(path: str | os.PathLike[str], subject: Subject) -> None:
-    """Writes the page of a report, whole or not at all.
+def write_page(path: str | os.PathLike[str], subject: Subject, enter: Enter = silent) -> None:
+    """Writes the page of a report, whole or not at all. ``enter`` is told of the stages "plots" and "write".
 
     Raises:
         ReportError: without the packages of ``sqcompile[report]``, or for a path that cannot be written.
     """
     name = check_path(path)
+    enter("plots")
     text = page(subject, *needed("altair", "vl_convert"))
+    enter("write")
     try:
         replace_file(name, text.encode())
     except OSError as e:

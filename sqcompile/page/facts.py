@@ -187,8 +187,8 @@ def _speed(subject: Subject) -> tuple[str, str, str]:
             )
         return "Speed, measured", value, "wall time"
     if subject.gemms:
-        return "Speed", "expected", "by a table of this GPU, below"
-    return "Speed", "not measured", "pass an evaluation, or compile for a GPU"
+        return "Speed", "expected", "by a table of such a machine, below"
+    return "Speed", "not measured", "pass an evaluation"
 
 
 def _rows(subject: Subject, evidence: Evidence, memory: Memory) -> Iterable[tuple[str, str]]:
@@ -220,7 +220,7 @@ def _rows(subject: Subject, evidence: Evidence, memory: Memory) -> Iterable[tupl
     if subject.no_drawing:
         yield "Graph", f"not drawn: {subject.no_drawing}"
     for line in subject.gemms:
-        yield "Expected speed against bfloat16", line
+        yield "Expected speed", line
     yield "Made with", evidence.versions or "not known"
     yield "Recipe", repr(plan.recipe)
 

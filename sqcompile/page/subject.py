@@ -8,6 +8,7 @@ from sqcompile.draw.page import document
 from sqcompile.errors import ReportError, StageError
 from sqcompile.page.facts import Subject
 from sqcompile.plan.plan import Plan
+from sqcompile.process.progress import Enter, silent
 
 if TYPE_CHECKING:
     from sqcompile.compiled.report import Report
@@ -27,8 +28,8 @@ def plan_of(report: Report) -> Plan:
     return report.plan
 
 
-def subject_of(report: Report, evaluation: Any = None, title: Any = None) -> Subject:
-    """What is shown of a report, with its drawing if it has a graph.
+def subject_of(report: Report, evaluation: Any = None, title: Any = None, enter: Enter = silent) -> Subject:
+    """What is shown of a report, with its drawing if it has a graph: the stage "draw", of which ``enter`` is told.
 
     Raises:
         ReportError: for an evaluation or a title that is none, or a report without a plan.
@@ -38,15 +39,16 @@ def subject_of(report: Report, evaluation: Any = None, title: Any = None) -> Sub
     if title is not None and not (isinstance(title, str) and 0 < len(title) <= _LONGEST and title.isprintable()):
         raise ReportError(f"title={title!r:.60}: pass one line of text, or None for the model's class")
     plan = plan_of(report)
-    picture, why = _drawing(report, plan)
-    gemms = tuple(map(str, report.gemms))
+    picture, why = _drawing(report, plan, enter)
+    gemms = tuple(f"{g}, against {g.against}" for g in report.gemms if g.gains)
     return Subject(plan, gemms, evaluation, report.weight_bytes, picture, why, title)
 
 
-def _drawing(report: Report, plan: Plan) -> tuple[str | None, str]:
+def _drawing(report: Report, plan: Plan, enter: Enter) -> tuple[str | None, str]:
     """The drawing as a page of its own; and in words why there is none, where there might be one."""
     if report.stages is None:
         return None, ""  # a plan alone has no graph
+    enter("draw")
     try:
         return document(report.stages, plan), ""
     except StageError as e:  # the float model is gone, or was never here, as of a saved model

@@ -29,6 +29,7 @@ from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan, given_plan
 from sqcompile.process.interrupts import checkpoint, deferred
 from sqcompile.process.lock import analysing, compiling
+from sqcompile.process.progress import Enter, Show, silent, stages
 from sqcompile.process.ranks import ALONE, Ranks
 from sqcompile.programs.onnx import onnx_model, write_onnx
 from sqcompile.programs.standard import standard
@@ -39,7 +40,15 @@ NATIVE = "sqcompile"
 FORMATS = (NATIVE, *checkpoints.FORMATS, *PROGRAMS)
 
 
-def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[str], source: Any = None) -> Exported:
+def export(
+    model: nn.Module,
+    plan: Plan,
+    format: str,
+    path: str | os.PathLike[str],
+    source: Any = None,
+    *,
+    progress: Show = True,
+) -> Exported:
     """Writes a checkpoint, a program, or what `load` reads. The model itself is never changed.
 
     Checkpoints and "sqcompile" are written tensor by tensor, so that neither the INT8 weights nor, of `open_checkpoint`, the
@@ -53,6 +62,8 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
         path: of a directory, which may be an empty one, or one of an earlier export, which is replaced; or of a program's
             file.
         source: of a directory: that which has the tokenizer; the one that the model was loaded from by default.
+        progress: as for `compile`; its stages are "trace", "fold", "insert_qdq" (not of a checkpoint), "convert" (of a
+            program) and "write".
 
     Returns:
         What was written, and what of the plan a checkpoint cannot say; it prints well.
@@ -63,13 +74,30 @@ def export(model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[st
         SQCompileError: as `compile` of a plan.
     """
     check_target(format, path, source)
+    with stages(stages_of(format), progress) as enter:
+        return exported(model, plan, format, path, source, enter)
+
+
+def stages_of(format: str) -> tuple[str, ...]:
+    """Of an `export` in a format, for those who wait."""
     if format in checkpoints.FORMATS:
-        return checkpoints.export(model, plan, format, path, source)
+        return ("trace", "fold", "write")
+    return ("trace", "fold", "insert_qdq", *(["convert"] if format in PROGRAMS else []), "write")
+
+
+def exported(
+    model: nn.Module, plan: Plan, format: str, path: str | os.PathLike[str], source: Any = None, enter: Enter = silent
+) -> Exported:
+    """`export` to what `check_target` has looked at; ``enter`` is told of its stages."""
+    if format in checkpoints.FORMATS:
+        return checkpoints.export(model, plan, format, path, source, enter=enter)
     if format == NATIVE:
-        return export_artifact(model, plan, path, source)
+        return export_artifact(model, plan, path, source, enter=enter)
     given = given_plan(plan, None, None)
     with deferred(), analysing(model), compiling(), torch.no_grad():
-        return write_program(_quantized(model, given), given, format, path)
+        quantized = _quantized(model, given, enter)
+        enter("convert")
+        return write_program(quantized, given, format, path, enter)
 
 
 def export_artifact(
@@ -79,6 +107,7 @@ def export_artifact(
     source: Any = None,
     kept: Work | None = None,
     traced: fx.GraphModule | None = None,
+    enter: Enter = silent,
     ranks: Ranks = ALONE,
 ) -> Exported:
     """`export` in the format "sqcompile".
@@ -88,16 +117,18 @@ def export_artifact(
     """
     given, beside = given_plan(plan, None, None), checkpoints.source_of(model, source)
     with deferred(), analysing(model), compiling(), torch.no_grad():
-        quantized = _quantized(model, given, lazy=True, traced=traced)
+        quantized = _quantized(model, given, enter, lazy=True, traced=traced)
+        enter("write")
         return write_artifact(quantized, given, Forward.of(model), path, beside, kept, ranks)
 
 
 def _quantized(
-    model: nn.Module, plan: Plan, lazy: bool = False, traced: fx.GraphModule | None = None
+    model: nn.Module, plan: Plan, enter: Enter, lazy: bool = False, traced: fx.GraphModule | None = None
 ) -> fx.GraphModule:
     if traced is None:
+        enter("trace")
         traced = trace(model, from_spec(plan.call, next((p.device for p in model.parameters()), torch.device("cpu"))))
-    return rewrite(traced, plan, until="quantized", lazy=lazy)
+    return rewrite(traced, plan, until="quantized", enter=enter, lazy=lazy)
 
 
 def is_program(format: Any, source: Any) -> bool:
@@ -158,7 +189,9 @@ def check_target(format: str, path: str | os.PathLike[str], source: Any = None) 
         checkpoints.target_of(path)
 
 
-def write_program(quantized: fx.GraphModule, plan: Plan, format: str, path: str | os.PathLike[str]) -> Exported:
+def write_program(
+    quantized: fx.GraphModule, plan: Plan, format: str, path: str | os.PathLike[str], enter: Enter = silent
+) -> Exported:
     """Writes the quantized stage of a model as a program.
 
     Args:
@@ -166,6 +199,7 @@ def write_program(quantized: fx.GraphModule, plan: Plan, format: str, path: str 
         plan: that it was made by.
         format: "pt2" or "onnx".
         path: of the file.
+        enter: is told of the stage "write", when it is converted.
 
     Raises:
         ArtifactError: if the format cannot express it, or the path cannot be written; nothing is written then.
@@ -175,7 +209,7 @@ def write_program(quantized: fx.GraphModule, plan: Plan, format: str, path: str 
         traced = program_of(standard(quantized, integers=format == "onnx"))
         checkpoint()
         try:
-            size = _write(traced, format, target)
+            size = _write(traced, format, target, enter)
         except SQCompileError:
             raise
         except Exception as e:  # of the system, and of what writes the format
@@ -187,10 +221,13 @@ def write_program(quantized: fx.GraphModule, plan: Plan, format: str, path: str 
     return Exported(format, target, plan, (), tuple(notes), size)
 
 
-def _write(traced: Traced, format: str, target: str) -> int:
+def _write(traced: Traced, format: str, target: str, enter: Enter) -> int:
     """Writes the file, and gives its bytes."""
     if format == "onnx":
-        return write_onnx(onnx_model(traced.program, list(traced.outputs)), target)
+        model = onnx_model(traced.program, list(traced.outputs))
+        enter("write")
+        return write_onnx(model, target)
+    enter("write")
     with new_file(target) as f:
         torch.export.save(traced.program, f)
     return os.path.getsize(target)

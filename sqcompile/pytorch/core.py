@@ -26,16 +26,16 @@ storage_expired              whether it is gone                                 
 WeakIdKeyDictionary          what is known of a tensor, without keeping it                           2.11, 2.13
 version                      how often a tensor was written to                                       2.11, 2.13
 is_same_element_twice        whether a tensor's elements share memory, as expand makes them          2.11, 2.13
-own_names                    the names of a module's own submodules, parameters and buffers          2.11, 2.13
 buffer_hooks                 of all modules: torch.export leaves one if it fails                     2.11, 2.13
 call_impl                    what calling a module runs                                              2.11, 2.13
 compiled_call, set_compiled_call  what it runs instead once the module is compiled                   2.11, 2.13
-has_vnni, has_amx, init_amx  the INT8 instructions of this CPU, and leave of Linux to use AMX        2.11, 2.13
+has_avx2, has_vnni, has_bf16, has_amx, init_amx  instructions of this CPU, and leave of Linux for AMX  2.11, 2.13
 int_mm                       INT8 product of PyTorch itself, for comparison                          2.11, 2.13
 check_sizes                  a condition of sizes that a program asks for at each call                2.11, 2.13
 scaled_mm                    FP8 product on tensor cores                                             2.11, 2.13
 collectives                  what processes ask of each other in a graph, without writes             2.11, 2.13
 withdraw                     operators of a library are what they were before it                     2.11, 2.13
+retry                        an operator that raises is called in Python, whose error is its own     2.11, 2.13
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ __all__ = [
     "disable_current_modes",
     "enable_python_dispatcher",
     "has_amx",
+    "has_avx2",
+    "has_bf16",
     "has_vnni",
     "init_amx",
     "int_mm",
@@ -86,9 +88,9 @@ __all__ = [
     "leaf_spec",
     "namedtuple_of",
     "overload_name",
-    "own_names",
     "parts_of",
     "pytree",
+    "retry",
     "scaled_mm",
     "schema",
     "set_compiled_call",
@@ -116,7 +118,9 @@ storage_expired = torch.UntypedStorage._expired
 
 call_impl = nn.Module._call_impl
 
+has_avx2: Callable[[], bool] = torch.cpu._is_avx2_supported
 has_vnni: Callable[[], bool] = torch.cpu._is_vnni_supported
+has_bf16: Callable[[], bool] = torch.cpu._is_avx512_bf16_supported
 has_amx: Callable[[], bool] = torch.cpu._is_amx_tile_supported
 init_amx: Callable[[], bool] = torch.cpu._init_amx
 
@@ -187,11 +191,6 @@ def is_same_element_twice(tensor: Tensor) -> bool:
     return torch._debug_has_internal_overlap(tensor) == 1
 
 
-def own_names(module: nn.Module) -> list[str]:
-    """The names of the submodules, parameters and buffers that a module has itself, those that are None included."""
-    return [*module._modules, *module._parameters, *module._buffers]
-
-
 def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
     """What calling the module runs in place of `call_impl`, as ``Module.compile`` sets it."""
     return module._compiled_call_impl
@@ -200,6 +199,40 @@ def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
 def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
     """Has calls of the module run ``call``; None for `call_impl`."""
     module._compiled_call_impl = call
+
+
+class _Retried:
+    """What an operator calls, and what it calls again where that raises RuntimeError: C++ has no error of other classes."""
+
+    def __init__(self, call: Callable[..., Any], again: Callable[..., Any]) -> None:
+        self._call, self._again = call, again
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._call(*args, **kwargs)
+        except RuntimeError as e:
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            plain = all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" for x in tensors)
+            if type(e) is not RuntimeError or not plain:
+                raise
+        return self._again(*args, **kwargs)
+
+    def __hash__(self) -> int:
+        return hash(self._call)  # an operator's own, by which graphs look it up
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+
+def retry(operator: Any, again: Callable[..., Any]) -> None:
+    """Has an operator that raises RuntimeError for tensors of the CPU call another, which takes what it takes.
+
+    Args:
+        operator: ``torch.ops.library.name``, with one overload, which is called in Python from now on like its packet.
+        again: what says what is wrong, or does it.
+    """
+    for op in (operator, operator.default):
+        op._op = _Retried(op._op, again)
 
 
 def withdraw(library: torch.library.Library) -> None:

@@ -117,6 +117,15 @@ def first(meta):
     return next(iter(meta["tensors"].values()))
 
 
+def renamed(meta, name):
+    """Renames a tensor, in the list of them and where it is read."""
+    old = next(n["target"] for n in meta["graph"]["nodes"] if n["op"] == "tensor" and n["target"] in meta["tensors"])
+    meta["tensors"] = {name if n == old else n: found for n, found in meta["tensors"].items()}
+    for n in meta["graph"]["nodes"]:
+        if n.get("target") == old:
+            n["target"] = name
+
+
 HUGE = 10**18
 EDITS = {
     "a future version": lambda m: m.update(format=2),
@@ -130,6 +139,9 @@ EDITS = {
     "a node of a later one": lambda m: node(m, "aten.layer_norm.default").update(args=[{"node": "relu"}, [32]]),
     "a name twice": lambda m: node(m, "aten.relu.default").update(name=m["graph"]["nodes"][0]["name"]),
     "a name that is code": lambda m: node(m, "aten.relu.default").update(name="x = __import__('os')"),
+    "a tensor's name that is code": lambda m: renamed(m, 'a"); import os; ("'),
+    "a tensor's name that is a keyword": lambda m: renamed(m, "import"),
+    "a tensor's name that a module has": lambda m: renamed(m, "forward"),
     "a keyword as a name": lambda m: node(m, "aten.relu.default").update(name="import"),
     "an operator that reads files": lambda m: node(m, "aten.relu.default").update(
         target="aten.from_file.default", args=["/etc/passwd", False, 8]

@@ -252,3 +252,16 @@ def test_a_model_that_a_cpu_saved_runs_on_a_gpu(backend, tmp_path):
     model = copy.deepcopy(cases.model()).cuda()
     again = sqcompile.compile(model, plan=net.plan, backend=backend, progress=False)
     assert torch.equal(again(x.cuda())["logits"], loaded(x.cuda())["logits"])
+
+
+def test_a_loaded_model_has_a_page_that_says_why_there_is_no_graph(tmp_path):
+    pytest.importorskip("altair", reason="altair is not installed")
+    pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
+    compiled().save(tmp_path / "net")
+    loaded = load(tmp_path / "net")
+    loaded.report.to_html(tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert 'id="graph"' not in text and "not drawn: a saved model has no stage" in text
+    with pytest.raises(StageError, match="a saved model has no stage 'traced'"):
+        loaded.draw(tmp_path / "g.html")
+    assert {p.name for p in tmp_path.iterdir()} == {"net", "r.html"}

@@ -8,7 +8,8 @@ import pytest
 import typer
 from cli_cases import run
 
-from sqcompile.cli.app import _bench, app
+from sqcompile.cli.app import app
+from sqcompile.cli.passed_on import _bench
 from sqcompile.errors import RecipeError
 from sqcompile.process.memory import bytes_of
 

@@ -78,15 +78,18 @@ def test_reference_matmul_is_exact_at_the_extremes():
     assert reference.int8_matmul(q, -q).eq(-127 * 127 * 8192).all()
 
 
-CPU_KERNELS = ["onednn", "vnni", "amx"]
+NEEDS = {"onednn": x86.available, "vnni": x86.available, "amx": x86.amx, "avx2": x86.has_avx2_kernels}
+CPU_KERNELS = [*NEEDS]
 
 
 def _cpu_matmul(monkeypatch, kernel, u8, w, scale, dtype):
     """x86.matmul by one of its kernels."""
-    if kernel == "amx" and not x86.amx():
-        pytest.skip("needs AMX")
-    packed = x86.pack(w)
-    w_sum = x86.row_sum(w, packed)
+    if not NEEDS[kernel]():
+        pytest.skip(f"needs the instructions of {kernel}")
+    if kernel == "avx2":
+        packed, w_sum = x86.pack_avx2(w)
+        return x86.matmul(u8, packed, scale, w_sum, dtype)
+    packed, w_sum = x86.pack(w)
     assert w_sum.numel() == w.shape[0], "oneDNN packs in a layout that our kernels cannot read"
     monkeypatch.setattr(x86, "amx", lambda: kernel == "amx")
     monkeypatch.setattr(x86, "VNNI_ROWS", 1_000_000)
@@ -96,7 +99,6 @@ def _cpu_matmul(monkeypatch, kernel, u8, w, scale, dtype):
     return x86.matmul(u8, packed, scale, w_sum, dtype)
 
 
-@pytest.mark.skipif(not x86.available(), reason="needs AVX512-VNNI")
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
 @given(st.integers(1, 70), st.integers(1, 700), st.integers(1, 140), st.integers(0, 2**31), st.booleans())
 @settings(max_examples=40, deadline=None)
@@ -105,7 +107,6 @@ def test_cpu_kernels_are_the_reference_bit_for_bit(kernel, m, k, n, seed, extrem
 
 
 # around every tile, panel, chunk and group of the kernels
-@pytest.mark.skipif(not x86.available(), reason="needs AVX512-VNNI")
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
 @pytest.mark.parametrize(
     ("m", "k", "n"),
@@ -123,13 +124,12 @@ def test_cpu_kernels_at_their_boundaries(kernel, m, k, n):
     _check_cpu_kernel(kernel, m, k, n, m + n, False)
 
 
-@pytest.mark.skipif(not x86.available(), reason="needs AVX512-VNNI")
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_cpu_kernels_with_any_number_of_threads(threads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        for kernel in ("vnni", "amx") if x86.amx() else ("vnni",):
+        for kernel in [kernel for kernel in CPU_KERNELS if NEEDS[kernel]()]:
             _check_cpu_kernel(kernel, 300, 200, 1000, threads, False)
     finally:
         torch.set_num_threads(before)
@@ -163,6 +163,6 @@ def test_onednn_and_reference_agree_with_scales(dtype, per_token, bias):
     assert torch.equal(sqcompile_ops.int8_linear(u8, scale, w8, w_scale.flatten(), b, dtype), want)
     w_sum = w8.sum(1, dtype=torch.int32)
     for rows in (w_sum, w_sum[:0]):  # our kernel, and oneDNN for any layout
-        got = sqcompile_ops.int8_linear_packed(u8, scale, x86.pack(w8), w_scale.flatten(), rows, b, dtype)
+        got = sqcompile_ops.int8_linear_packed(u8, scale, x86.pack(w8)[0], w_scale.flatten(), rows, b, dtype)
         assert got.dtype == dtype and got.shape == (2, 7, 50)
         assert torch.equal(got, want)

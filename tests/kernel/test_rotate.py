@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -73,3 +75,17 @@ def test_fake_tensors_are_as_the_real_ones():
                 fake = op(mode.from_tensor(x), *args)
             for r, f in zip(*(v if isinstance(v, tuple) else (v,) for v in (real, fake)), strict=True):
                 assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("block", rotation.BLOCKS)
+def test_the_operator_alone_is_its_definition_to_the_bit(block, dtype):
+    """By C++ where that builds: of few and of many values, of none, of views, and of what is not finite."""
+    g = torch.Generator().manual_seed(block)
+    for shape in ((128,), (3, 256), (2, 5, 384), (0, 128), (70, 2048)):
+        x = (100 * torch.randn(shape, generator=g)).to(dtype)
+        assert torch.equal(sqcompile_ops.rotate(x, block), rotation.rotate(x, block))
+    turned = torch.randn(256, 7, generator=g).to(dtype).t()
+    assert torch.equal(sqcompile_ops.rotate(turned, block), rotation.rotate(turned, block))
+    x[1, 5], x[2, 200] = math.inf, math.nan
+    assert torch.equal(sqcompile_ops.rotate(x, block).isfinite(), rotation.rotate(x, block).isfinite())

@@ -34,7 +34,7 @@ def model():
 
 
 LINEARS = {
-    "x86-amx": "int8_linear_packed", "x86-vnni": "int8_linear_packed", "arm64": "int8_linear_s8",
+    "x86-amx": "int8_linear_packed", "x86-vnni": "int8_linear_packed", "x86-avx2": "int8_linear_packed", "arm64": "int8_linear_s8",
     "cuda-sm80": "int8_gemm", "cuda-sm89": "int8_gemm", "cuda-sm90": "int8_gemm", "reference": "int8_linear",
 }  # fmt: skip
 
@@ -42,8 +42,8 @@ LINEARS = {
 @pytest.mark.parametrize("name", LINEARS)
 @pytest.mark.parametrize("recipe", ["default", "O3"])
 def test_a_graph_for_each_target_gives_the_numbers_of_the_reference(model, name, recipe):
-    if name.startswith("x86") and not x86.available():
-        pytest.skip("packs weights with oneDNN's layout of this CPU")
+    if name.startswith("x86") and not Target.named(name).runs():
+        pytest.skip("packs weights in the layout of such a CPU")
     reference = sqcompile.compile(model, batches(), recipe=recipe, backend="eager", progress=False, target="reference")
     net = sqcompile.compile(model, plan=reference.plan, backend="eager", target=name)
     used = {
@@ -66,11 +66,19 @@ def test_a_target_that_is_unknown_is_refused_before_anything_runs(model):
 
 
 @pytest.mark.parametrize(
-    ("here", "want"), [({"x86", "amx"}, "x86-amx"), ({"x86"}, "x86-vnni"), ({"arm"}, "arm64"), (set(), "reference")]
+    ("here", "want"),
+    [
+        ({"x86", "amx"}, "x86-amx"),
+        ({"x86"}, "x86-vnni"),
+        ({"avx2"}, "x86-avx2"),
+        ({"arm"}, "arm64"),
+        (set(), "reference"),
+    ],
 )
 def test_the_target_of_a_cpu(monkeypatch, here, want):
     monkeypatch.setattr(x86, "available", lambda: "x86" in here)
     monkeypatch.setattr(x86, "amx", lambda: "amx" in here)
+    monkeypatch.setattr(x86, "has_avx2_kernels", lambda: "avx2" in here)
     monkeypatch.setattr(arm, "available", lambda: "arm" in here)
     assert Target.of(torch.device("cpu")).name == want
 
@@ -112,7 +120,10 @@ def test_what_is_no_target_is_refused_before_anything_runs(model, what):
 
 def test_weights_are_packed_only_where_they_can_be(model, monkeypatch):
     monkeypatch.setattr(x86, "available", lambda: False)
-    with pytest.raises(sqcompile.RecipeError, match="by oneDNN for such a CPU, and this one is none"):
+    monkeypatch.setattr(x86, "has_avx2_kernels", lambda: False)
+    with pytest.raises(sqcompile.RecipeError, match="target='x86-avx2' packs weights for such a CPU"):
+        sqcompile.compile(model, iter(()), target="x86-avx2")
+    with pytest.raises(sqcompile.RecipeError, match="packs weights for such a CPU, and this one is none"):
         sqcompile.compile(model, iter(()), target="x86-vnni")
     with pytest.raises(sqcompile.RecipeError, match="the model is on meta: move it to the CPU"):
         Target.named("arm64").check(torch.device("meta"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from torch.nn import functional as F
 
 import sqcompile
 from sqcompile import CalibrationError, NothingToQuantizeError, Plan, PlanError, Recipe, RecipeError
+from sqcompile.capture.inputs import as_call
+from sqcompile.capture.trace import trace
 from sqcompile.lm import calibration_texts, evaluation_texts, load_lm, token_windows
-from sqcompile.passes.planning.budget import at_most, without
+from sqcompile.passes.planning.budget import at_most, ranked, without
+from sqcompile.statistics.observe import calibrate as observe
 
 
 class LM(nn.Module):
@@ -213,6 +217,19 @@ def test_the_mean_and_its_error():
     calls = [torch.tensor([1.0, 3.0]), torch.tensor([4.0, 4.0])]
     assert at_most(calls) == pytest.approx(3 + math.sqrt(2) / math.sqrt(2))
     assert at_most([torch.tensor([1.0, math.nan])]) == math.inf
+
+
+def test_sqnr_ranks_where_nothing_is_known_of_the_outputs(model, whole):
+    """0 dB is all noise, infinity is exact, and None is not known: of one work, down.0, down.1 and down.2."""
+    gm = trace(model, as_call(model, batches()[0]))
+    calibration = observe(gm, model, batches())
+    downs = [f"down.{i}.weight" for i in range(3)]
+    for names in itertools.permutations(downs):
+        sqnr = dict(zip(names, (0.0, 10.0, math.inf), strict=True))
+        layers = tuple(dataclasses.replace(l, loss=None, sqnr_db=sqnr.get(l.name)) for l in whole[0].layers)
+        units = ranked(gm, dataclasses.replace(whole[0], layers=layers), calibration)
+        assert [u.names for u in units[:2]] == [names[:1], names[1:2]]
+        assert [u.loss for u in units] == pytest.approx([1.0, 0.1, *[0.0] * (len(units) - 2)])
 
 
 def test_the_backend_keeps_a_budget_alike(model, whole):

@@ -162,12 +162,6 @@ def test_elements_that_share_memory():
     assert core.is_same_element_twice(x.expand(2, 3)) and not core.is_same_element_twice(x)
 
 
-def test_own_names():
-    net = nn.BatchNorm1d(2, affine=False)
-    net.fc = nn.Linear(2, 2)
-    assert core.own_names(net) == ["fc", "weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
-
-
 def test_buffer_hooks():
     handle = nn.modules.module.register_module_buffer_registration_hook(lambda module, name, buffer: None)
     assert handle.id in core.buffer_hooks
@@ -197,7 +191,13 @@ def test_loggers_of_captures():
 
 
 def test_instructions_of_the_cpu():
-    assert {type(core.has_vnni()), type(core.has_amx()), type(core.init_amx())} == {bool}
+    assert {
+        type(core.has_avx2()),
+        type(core.has_bf16()),
+        type(core.has_vnni()),
+        type(core.has_amx()),
+        type(core.init_amx()),
+    } == {bool}
 
 
 def test_products():

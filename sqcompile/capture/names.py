@@ -1,0 +1,51 @@
+"""names: what a tensor of a model can be called in a graph, of which torch.fx writes Python code.
+
+    head.weight        self.head.weight
+    heads.0.weight     getattr(self.heads, "0").weight
+    class.weight       self.class.weight                which is no Python
+    graph.weight       self.graph.weight                which the module of a graph has for itself
+
+Plans are printed, so that names are ones that can be.
+"""
+
+from __future__ import annotations
+
+import keyword
+import unicodedata
+from collections.abc import Iterable
+
+from torch import fx
+
+from sqcompile.errors import CaptureError
+
+
+def refuse_names(names: Iterable[str]) -> None:
+    """Refuses names of parameters and buffers that the module of a graph cannot have.
+
+    Raises:
+        CaptureError: naming one.
+    """
+    for name in names:
+        if (why := fault(name)) is not None:
+            raise CaptureError(why)
+
+
+def fault(name: str) -> str | None:
+    """Why the module of a graph cannot have a tensor of a name; None if it can."""
+    first, *_ = parts = name.split(".")
+    if hasattr(fx.GraphModule, first) or first == "meta":
+        return f"a submodule or parameter named {first!r} clashes with torch.fx.GraphModule: rename it"
+    wrong = next((part for part in parts if not _is_read(part)), name if name == "self" else None)
+    if wrong is None:
+        return None
+    return (
+        f"the parameter or buffer {name!r} has a name that the Python code which torch.fx writes of a graph cannot read: "
+        f"rename {wrong!r}, to letters, digits and underscores that are no word of Python's own"
+    )
+
+
+def _is_read(part: str) -> bool:
+    """Whether what torch.fx writes for a part of a name means that part, and can be printed."""
+    if part.isidentifier():  # Python reads some letters as others
+        return not keyword.iskeyword(part) and unicodedata.normalize("NFKC", part) == part
+    return part != "" and part.isprintable() and '"' not in part and "\\" not in part
