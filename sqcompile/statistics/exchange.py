@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SAME_DATA = "pass every rank the same loader, with all batches in one order (no DistributedSampler, and one seed where it shuffles)"
 _LARGE = 2**16  # values of a tensor
-_AT_ONCE = 16  # statistics that are sent at once, each of some megabytes
+_AT_ONCE = 4  # statistics that are sent at once, each of some megabytes
 
 
 def gather(gm: fx.GraphModule, observer: Observer, ranks: Ranks) -> None:

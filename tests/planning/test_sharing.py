@@ -86,8 +86,8 @@ def test_the_plan_is_that_of_one_process(family, recipe, count, monkeypatch):
 
     def plans(sharing: Any) -> Iterator[bytes]:
         for unsmoothed, lost in ((None, {}), (WHY, {}), (None, {lose: WHY})):
-            args = (gm, sites, refusals, statistics, recipe, spec, (), unsmoothed, felt, lost, sharing)
-            yield choose(*args).encoded()
+            how = {"unsmoothed": unsmoothed, "felt": felt, "lost": lost, "sharing": sharing}
+            yield choose(gm, sites, refusals, statistics, recipe, spec, **how).encoded()
         monkeypatch.setattr(weight_outliers, "lost", lambda c, l: WHY if l.name == lose else real(c, l))
         yield choose(gm, sites, refusals, statistics, recipe, spec, felt=felt, sharing=sharing).encoded()
         monkeypatch.setattr(weight_outliers, "lost", real)
