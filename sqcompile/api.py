@@ -264,6 +264,7 @@ def analyse(
         enter("match")
         sites, refusals = match(traced)
         if not ranks.plans:
+            del calibration  # of this rank's batches alone
             return traced, help_first(traced, sites, refusals, recipe, ranks)
         if about(traced).parallel.count > 1:
             found = [(s.name, s.channels) for s in sites] + [(r.linear.name, r.linear.shape) for r in refusals]

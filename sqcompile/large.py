@@ -172,7 +172,8 @@ def _write(
 ) -> Exported:
     if format == NATIVE:
         return export_artifact(net, plan, out, kept=kept, traced=traced, ranks=ranks)
-    return export_checkpoint(net, plan, format, out, ranks=ranks)
+    within = None if kept is None else kept.folder  # where the next run removes what this one leaves
+    return export_checkpoint(net, plan, format, out, ranks=ranks, within=within)
 
 
 def _is_kept(argument: Any) -> bool:

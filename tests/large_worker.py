@@ -155,7 +155,7 @@ def killed(checkpoint: str, folder: Path) -> None:
     start = time.monotonic()
     run(folder, "whole", 2, lambda rank: quantize(checkpoint, folder / "whole"))
     whole, draw = time.monotonic() - start, random.Random(5)
-    for i in range(4):
+    for i in range(3):
 
         def act(rank: int, target: Path = folder / f"{i}") -> None:
             quantize(checkpoint, target)

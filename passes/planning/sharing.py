@@ -31,7 +31,7 @@ from sqcompile.process.ranks import Ranks
 from sqcompile.statistics.input_stats import InputStats
 from sqcompile.statistics.observe import Calibration
 
-_AT_ONCE = 2**26  # bytes that are sent at once, or the largest tensor
+_AT_ONCE = 2**23  # bytes that are sent at once, or the largest tensor
 _STATISTICS = [f.name for f in fields(InputStats) if f.name != "count"]
 _READS = [f.name for f in fields(Reads)]
 

@@ -32,7 +32,7 @@ from sqcompile.artifact.directory import (
 )
 from sqcompile.capture.inputs import Forward
 from sqcompile.errors import ArtifactError, CalibrationError, PlanError, SQCompileError
-from sqcompile.files.directory import flush, new_directory
+from sqcompile.files.directory import directory_of, flush
 from sqcompile.files.regular import said
 from sqcompile.plan.plan import Plan
 from sqcompile.process.parallel import Parallel
@@ -75,24 +75,17 @@ def save_shard(
 
 def _save(quantized: fx.GraphModule, plan: Plan, call: Forward, name: str, most: int, ranks: Ranks) -> None:
     meta = described(quantized, call)
-    with new_directory(name, MANIFESTS) if ranks.first else contextlib.nullcontext("") as temporary:
-        own = None  # until it is there: what is removed after an error is this process's own
+    with directory_of(ranks, name, MANIFESTS) as temporary:
+        if not os.path.isdir(temporary):
+            raise ArtifactError(f"rank {ranks.rank} does not see {temporary}: pass a path that all processes see")
+        own = os.path.join(temporary, _folder(ranks.rank, ranks.count))
+        os.mkdir(own)
         try:
-            if ranks.first:
-                os.mkdir(made := os.path.join(temporary, _folder(ranks.rank, ranks.count)))
-                own = made
-            temporary = json.loads(ranks.tell("folder", json.dumps(temporary))[0])
-            if not os.path.isdir(temporary):
-                raise ArtifactError(f"rank {ranks.rank} does not see {temporary}: pass a path that all processes see")
-            if not ranks.first:
-                os.mkdir(made := os.path.join(temporary, _folder(ranks.rank, ranks.count)))
-                own = made
-            assert own is not None
             digest = write(own, meta, quantized, plan, most)
             for file in os.listdir(own):
                 flush(os.path.join(own, file))
             flush(own)
-            written = ranks.tell("written", digest)
+            written = ranks.tell("own shard", digest)
             if ranks.first:
                 for rank, sha256 in enumerate(written):
                     if _digest(os.path.join(temporary, _folder(rank, ranks.count))) != sha256:
@@ -100,12 +93,8 @@ def _save(quantized: fx.GraphModule, plan: Plan, call: Forward, name: str, most:
                 meta = {"format": FORMAT, "versions": versions(), "shards": written}
                 write_manifest(os.path.join(temporary, SHARDED), meta)
         except BaseException:
-            if own is not None:
-                shutil.rmtree(own, ignore_errors=True)
-                with contextlib.suppress(OSError):  # others have theirs in it, and the last one removes it
-                    os.rmdir(temporary)
+            shutil.rmtree(own, ignore_errors=True)
             raise
-    ranks.tell("saved")  # the directory is in its place
 
 
 def shard_in(path: str | os.PathLike[str], parallel: Parallel, ranks: Ranks) -> str:

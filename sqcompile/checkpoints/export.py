@@ -82,6 +82,7 @@ def export(
     source: Any = None,
     ranks: Ranks = ALONE,
     enter: Enter = silent,
+    within: str | None = None,
 ) -> Exported:
     """Writes a checkpoint directory. The model itself is never changed.
 
@@ -93,6 +94,7 @@ def export(
         source: the directory that has the tokenizer; the one that the model was loaded from by default.
         ranks: the processes that make the weights together; each calls it with the same arguments.
         enter: is told of the stages "trace", "fold" and "write".
+        within: the directory of temporary files, on the same disk; that of ``path`` by default.
 
     Returns:
         What was written, and what of the plan a checkpoint cannot say; it prints well.
@@ -122,7 +124,7 @@ def export(
         blocks = _blocks(names, traced, parameters, quantized)
         enter("write")
         try:
-            with directory_of(ranks, target, (MARK,)) as folder:
+            with directory_of(ranks, target, (MARK,), within) as folder:
                 size, notes = _write(folder, model, blocks, quantized, beside, ranks)
                 done = Exported(format, target, plan, tuple(changed), notes, size)
                 if ranks.first:

@@ -81,7 +81,7 @@ def quantize(job: Job, terminal: Terminal) -> None:
     check_target(job.format, job.out)
     start = time.perf_counter()
     terminal.say(f"loading {job.model} ({checkpoint.architecture.__name__})")
-    with process_group() as first:
+    with process_group(terminal.ended) as first:
         resumable = job.data is not None and job.format in RESUMABLE
         done = _resumable(job, checkpoint, terminal) if resumable else _exported(job, checkpoint, first, terminal)
     if done is None:

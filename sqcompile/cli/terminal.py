@@ -60,6 +60,12 @@ class Terminal:
         else:
             self._out.print(text)
 
+    def ended(self) -> None:
+        """Says that the launcher of several processes ends this one, and ends at once."""
+        why = "the launcher ends this process, as it does with all when one of them has ended"
+        os.write(2, f"error: {why}: {self.left()}\n".encode())  # a signal may come while something is printed
+        os._exit(FAILED)
+
     def fail(self, error: BaseException) -> None:
         """One sentence on stderr; with ``--json`` an object on stdout, too."""
         if self._json and self._heard:

@@ -1,12 +1,13 @@
-"""ranks: what the processes of a torch.distributed group say to each other while they calibrate together.
+"""ranks: what the processes of a torch.distributed group say to each other while they work together.
 
 They are collectives: each rank makes the same calls in the same order. Words go through the group's store, which every
 backend has, and where a rank that waits sees at once that another has failed. Tensors go through the group's backend, once
 all ranks have said that they are there: NCCL ends a process that waits for a rank which does not come. A thread in each
 process counts in the store that it lives; a rank that stops counting is taken for dead.
 
-Ranks of a default group share the batches, and rank 0 makes the plan for all. Ranks of a tensor-parallel group hold one model
-together: each runs every batch, and makes the plan of its own shard, all of them in step (`parallel`).
+Ranks of a default group share the batches, what is chosen for each site, and the files that are written; rank 0 makes the
+plan for all. Ranks of a tensor-parallel group hold one model together: each runs every batch, and makes the plan of its own
+shard, all of them in step (`parallel`).
 """
 
 from __future__ import annotations
@@ -246,7 +247,7 @@ class _Group(Ranks):
             tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
         try:
             dist.broadcast(tensor, source)
-            return tensor.cpu().numpy().tobytes()
+            return data if data is not None else tensor.cpu().numpy().tobytes()
         except RuntimeError as e:
             end = time.monotonic() + SILENT + 4 * BEAT
             while time.monotonic() < end:  # the backend does not say which rank is dead: who is silent does

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from sqcompile.capture.inputs import Call
 from sqcompile.passes.ir.graph import nodes_by_name, value
+from sqcompile.process.interrupts import checkpoint
 from sqcompile.process.ranks import Ranks
 from sqcompile.pytorch.core import is_wrapper_subclass, pytree
 from sqcompile.statistics.input_stats import InputStats
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 SAME_DATA = "pass every rank the same loader, with all batches in one order (no DistributedSampler, and one seed where it shuffles)"
 _LARGE = 2**16  # values of a tensor
+_AT_ONCE = 4  # statistics that are sent at once, each of some megabytes
 
 
 def gather(gm: fx.GraphModule, observer: Observer, ranks: Ranks) -> None:
@@ -33,12 +35,14 @@ def gather(gm: fx.GraphModule, observer: Observer, ranks: Ranks) -> None:
     heads = {f"head {node}": node for found in observer.operands.values() for node in found}
     every = {name: observer.stats[key] for name, key in inputs.items() if key in observer.stats}
     every |= {name: observer.heads[node] for name, node in heads.items() if node in observer.heads}
-    for data in ranks.to_first(encoded(every)):
-        for name, parts in decoded(data).items():
-            device = value(nodes[inputs[name][0] if name in inputs else heads[name]]).device
-            there: dict[str, Any] = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in parts.items()}
-            found = InputStats(**there)
-            every[name] = every[name].merged(found) if name in every else found
+    names = [*inputs, *heads]
+    for some in (names[i : i + _AT_ONCE] for i in range(0, len(names), _AT_ONCE)):
+        for data in ranks.to_first(encoded({name: every[name] for name in some if name in every})):
+            for name, parts in decoded(data).items():
+                device = value(nodes[inputs[name][0] if name in inputs else heads[name]]).device
+                there: dict[str, Any] = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in parts.items()}
+                found = InputStats(**there)
+                every[name] = every[name].merged(found) if name in every else found
     observer.stats = {key: every[name] for name, key in inputs.items() if name in every}
     observer.heads = {node: every[name] for name, node in heads.items() if name in every}
 
@@ -90,6 +94,7 @@ def digest_of_model(model: nn.Module) -> str:
     digest = Digest()
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         digest.add((name, x))
+        checkpoint()  # all of a mapped model is read here
     return digest.text()
 
 

@@ -121,6 +121,6 @@ def test_ranks_with_other_batches_are_refused(failures):
 @pytest.mark.slow
 def test_killed_at_random_moments_it_writes_the_same_bytes(checkpoint, tmp_path):
     ended = run("killed", checkpoint, tmp_path).split()
-    assert ended.count("9") >= 4  # of six that are killed, but for those that had ended
-    assert [i for i in range(4) if not same(tmp_path / "whole", tmp_path / f"{i}")] == []
+    assert ended.count("9") >= 3  # of four that are killed, but for those that had ended
+    assert [i for i in range(3) if not same(tmp_path / "whole", tmp_path / f"{i}")] == []
     assert not [name for name in os.listdir(tmp_path) if name.endswith((".work", ".tmp"))]

@@ -29,11 +29,12 @@ def run(*arguments: Any) -> Result:
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-def process(*arguments: Any, cwd: Path) -> subprocess.Popen[str]:
-    """The command line as a user starts it."""
+def process(*arguments: Any, cwd: Path, ranks: int = 1) -> subprocess.Popen[str]:
+    """The command line as a user starts it, by torchrun where it is to have several ranks."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "100"}
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     return subprocess.Popen(
-        [sys.executable, "-m", "sqcompile", *map(str, arguments)],
+        [sys.executable, *launcher, "-m", "sqcompile", *map(str, arguments)],
         cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
