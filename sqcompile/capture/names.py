@@ -5,18 +5,21 @@
     class.weight       self.class.weight                which is no Python
     graph.weight       self.graph.weight                which the module of a graph has for itself
 
-Plans are printed, so that names are ones that can be.
+torch.fx escapes nothing in them.
 """
 
 from __future__ import annotations
 
 import keyword
+import re
 import unicodedata
 from collections.abc import Iterable
 
 from torch import fx
 
 from sqcompile.errors import CaptureError
+
+_NOT_QUOTED = re.compile('["\\\\\n\r\0\ud800-\udfff]')  # what does not stand for itself between double quotes
 
 
 def refuse_names(names: Iterable[str]) -> None:
@@ -45,7 +48,7 @@ def fault(name: str) -> str | None:
 
 
 def _is_read(part: str) -> bool:
-    """Whether what torch.fx writes for a part of a name means that part, and can be printed."""
+    """Whether what torch.fx writes for a part of a name means that part."""
     if part.isidentifier():  # Python reads some letters as others
         return not keyword.iskeyword(part) and unicodedata.normalize("NFKC", part) == part
-    return part != "" and part.isprintable() and '"' not in part and "\\" not in part
+    return part != "" and _NOT_QUOTED.search(part) is None

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import threading
 import time
@@ -36,13 +37,9 @@ _T = TypeVar("_T")
 _APART = 0.05  # seconds at least between two calls of a user's function, but for the first and the last of a stage
 _EVERY = 0.5  # seconds between two drawings of a line that nothing happens to
 _DONE = {
-    "emit": "compiled",
-    "plan": "planned",
-    "calibrate": "measured",
-    "evaluate": "evaluated",
-    "layers": "evaluated",
+    "emit": "compiled", "plan": "planned", "calibrate": "measured", "evaluate": "evaluated", "layers": "evaluated",
     "write": "written",
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -250,8 +247,10 @@ def each(items: Sequence[_T], name: str = "") -> Iterator[_T]:
 
 
 def is_watched() -> bool:
-    """Whether somebody sees a line that is drawn over and over: on a terminal, or in a notebook."""
-    return sys.stderr is not None and (sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel"))
+    """Whether somebody sees a line that is drawn over and over: on a terminal, or in a notebook; and wants tqdm's bars."""
+    if sys.stderr is None or os.environ.get("TQDM_DISABLE"):
+        return False
+    return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel")
 
 
 class _Line:

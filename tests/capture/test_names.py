@@ -17,7 +17,6 @@ WRONG = (
     "a\nb",
     "a\rb",
     "a\0b",
-    "\u2028",
     "\ud800",
     "class",
     "None",

@@ -61,6 +61,9 @@ def test_a_terminal_shows_one_line_and_a_pipe_nothing(
     assert any(re.fullmatch(r"\[1/8\] trace \d\d:\d\d", line) for line in shown)  # nothing to count: its time
     assert any(re.match(r"\[4/8\] plan: choose \d/\d \|.*\| \d\d:\d\d, .* left", line) for line in shown)
     before = len(terminal.getvalue())
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # of whoever wants no bar of any package
+    compiled(True)
+    monkeypatch.delenv("TQDM_DISABLE")
     compiled(False)
     sqcompile.evaluate(compiled(False), batches(1), against=two_linears(), progress=False)
     assert len(terminal.getvalue()) == before

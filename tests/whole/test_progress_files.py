@@ -17,6 +17,9 @@ from torch import nn
 
 import sqcompile
 from sqcompile import Progress
+from sqcompile.cli.report import report
+from sqcompile.cli.saved import load_any
+from sqcompile.cli.terminal import Terminal as Commands
 from sqcompile.compiled.report import Report
 
 pytest.importorskip("altair", reason="altair is not installed")
@@ -150,6 +153,21 @@ def test_what_is_no_progress_is_refused(name: str, folder: Path) -> None:
     with pytest.raises(sqcompile.RecipeError, match=r"progress='yes': True, False, or a function"):
         OPERATIONS[name][0](folder / "made", "yes")
     assert not [*folder.iterdir()]
+
+
+def test_commands_show_a_line_unless_they_are_quiet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = str(folder.with_name("saved"))
+    commands: dict[str, Callable[[Commands], Any]] = {
+        "[1/2] plots": lambda terminal: report(saved, str(folder / "r.html"), False, None, terminal),
+        "[2/3] lower": lambda terminal: load_any(saved, "eager", None, terminal.progress),
+    }
+    for shown, do in commands.items():
+        for quiet in (False, True):
+            terminal = Terminal()
+            monkeypatch.setattr(sys, "stderr", terminal)
+            do(Commands(quiet=quiet))
+            text = terminal.getvalue()
+            assert (shown in text, text.count("\n")) == ((False, 0) if quiet else (True, 1))
 
 
 def test_checkpoints_tell_of_their_blocks(tmp_path: Path) -> None:
