@@ -22,7 +22,7 @@ from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
 from sqcompile.compiled.stages import Stages
 from sqcompile.errors import CalibrationError, PlanError, RecipeError
 from sqcompile.kernels.targets import Target
-from sqcompile.models import check_model, check_recipe
+from sqcompile.models import check_model, check_recipe, target_for
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import find_linears
@@ -286,19 +286,3 @@ def analyse(
         if sharing is not None:
             sharing.end(plan)
     return traced, plan
-
-
-def target_for(model: nn.Module, target: Any) -> Target | None:
-    """The target that a user gives for a model.
-
-    Raises:
-        RecipeError: for what is none, or cannot take the model's weights on this machine.
-    """
-    found = Target.given(target)
-    if found is not None:
-        found.check(_device(model))
-    return found
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from sqcompile.capture.sharded import check_mesh
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.errors import CaptureError, RecipeError
+from sqcompile.kernels.targets import Target
 from sqcompile.plan.recipe import Recipe
 from sqcompile.process.parallel import Parallel
 from sqcompile.pytorch.core import is_wrapper_subclass
@@ -113,3 +114,19 @@ def check_recipe(parallel: Parallel, recipe: Recipe, scales: bool) -> None:
         )
     if scales:
         raise RecipeError("act_scales with device_mesh: they are of whole linears, pass calib_loader")
+
+
+def target_for(model: nn.Module, target: Any) -> Target | None:
+    """The target that a user gives for a model.
+
+    Raises:
+        RecipeError: for what is none, or cannot take the model's weights on this machine.
+    """
+    found = Target.given(target)
+    if found is not None:
+        found.check(_device(model))
+    return found
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sqcompile.api import analyse, target_for
+from sqcompile.api import analyse
 from sqcompile.capture.captured import contiguous, flatten_like
 from sqcompile.capture.inputs import Call, as_call
 from sqcompile.capture.trace import trace
@@ -22,7 +22,7 @@ from sqcompile.debug.lowering import compare_lowering
 from sqcompile.debug.result import Bisection, NodeError, SiteError
 from sqcompile.errors import CalibrationError
 from sqcompile.kernels.targets import Target
-from sqcompile.models import check_model
+from sqcompile.models import check_model, target_for
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import find_linears
