@@ -22,7 +22,7 @@ from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
 from sqcompile.compiled.stages import Stages
 from sqcompile.errors import CalibrationError, PlanError, RecipeError
 from sqcompile.kernels.targets import Target
-from sqcompile.models import check_model, check_recipe, target_for
+from sqcompile.models import check_model, check_recipe, device_of, target_for
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import find_linears
@@ -133,7 +133,7 @@ def compile(
             else:
                 data = {"calib_loader": calib_loader, "act_scales": act_scales}
                 plan = given_plan(plan, recipe, next((name for name, given in data.items() if given is not None), None))
-                call = example_call(model, example_inputs) or from_spec(plan.call, _device(model))
+                call = example_call(model, example_inputs) or from_spec(plan.call, device_of(model))
                 enter("trace")
                 with analysing(model), compiling():
                     traced = trace(model, call, dynamic_shapes)

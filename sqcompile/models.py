@@ -124,9 +124,10 @@ def target_for(model: nn.Module, target: Any) -> Target | None:
     """
     found = Target.given(target)
     if found is not None:
-        found.check(_device(model))
+        found.check(device_of(model))
     return found
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are; the CPU for one without."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
