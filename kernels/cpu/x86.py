@@ -152,7 +152,9 @@ def product(q: Tensor, w: Tensor) -> Tensor | None:
     blocks = torch.empty(_size(w), dtype=torch.int8)
     w_sum = _fill(kernels, w, blocks)
     shifted = q.contiguous().view(torch.uint8) ^ UINT8_ZERO_POINT  # of two's complement the sign bit: that adds it
-    return _matmul(kernels, shifted, blocks.data_ptr(), torch.ones(len(w)), w_sum, torch.float32, rows)
+    return _matmul(
+        kernels, shifted, blocks.data_ptr(), torch.ones(len(w), dtype=torch.float32), w_sum, torch.float32, rows
+    )
 
 
 def _matmul(

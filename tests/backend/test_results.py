@@ -1,5 +1,6 @@
 """options={"model": model}, and what was decided for a model: plan_of, report_of."""
 
+import dataclasses
 import gc
 import weakref
 from unittest import mock
@@ -107,11 +108,8 @@ def test_plan_of_and_report_of_say_what_was_decided(tmp_path):
     call(net, outliers()[0])
     for what in (net, model):
         assert sqcompile.plan_of(what) == plan
-        assert str(sqcompile.report_of(what)).splitlines() == [
-            line
-            for line in str(reference.report).splitlines()
-            if "expected speed" not in line and not line.startswith("compiled in ")
-        ]
+        decided = dataclasses.replace(reference.report, gemms=(), seconds={})  # without what is of its graph
+        assert str(sqcompile.report_of(what)) == str(decided)
 
 
 def test_a_model_that_calibrates_itself_has_a_plan_once_it_is_done(tmp_path):
