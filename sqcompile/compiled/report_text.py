@@ -60,7 +60,7 @@ def text(report: Report, full: bool = False) -> str:
             "sites (what absorbs 1/s -> linears that absorb s):",
             *(f"  {line}" for line in (sites if full else collapse(sites))),
         ]
-    if report.gemms:
+    if any(g.gains for g in report.gemms):
         of = " and ".join(dict.fromkeys(g.against for g in report.gemms))
         lines += [f"INT8 GEMMs, expected speed against {of}:", *(f"  {gemm}" for gemm in report.gemms)]
     if any(a.gains or a.without_kernel for a in report.int8_attention):
