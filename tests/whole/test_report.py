@@ -169,7 +169,9 @@ def test_gains_of_kernels_are_lists_in_json() -> None:
 
     gemms, attention = (Gemm(2, 64, 128, {1: 1.5}),), (Int8Attention(1, "qk", 64, {(1, 2, 3): 0.9}, "cpu"),)
     found = json.loads(Report((), (), gemms, (), attention).to_json(indent=1))
-    assert found["gemms"] == [{"count": 2, "in_features": 64, "out_features": 128, "gains": [{"rows": 1, "gain": 1.5}]}]
+    assert found["gemms"] == [
+        {"count": 2, "in_features": 64, "out_features": 128, "gains": [{"rows": 1, "gain": 1.5}], "against": "bf16"}
+    ]
     assert found["int8_attention"][0]["gains"] == [{"batch": 1, "queries": 2, "keys": 3, "gain": 0.9}]
 
 
