@@ -33,12 +33,12 @@ _NAME = re.compile(r"(?!.*(^|/)\.)[A-Za-z0-9_.-]{1,200}(/[A-Za-z0-9_.-]{1,200}){
 _LEFT_OUT = {"locks"}
 _LOAD = """
 import sys
-from sqcompile.kernels.cpu import rotate, x86
+from sqcompile.kernels.cpu import rows, x86
 from sqcompile.loading import loaded
 
 loaded(sys.argv[1], target=sys.argv[2] or None, constants=False)
-rotate.library()  # our own kernels, which a first call would build
-if x86.available():
+rows.library()  # our own kernels, which a first call would build
+if x86.available() or x86.has_avx2():
     x86.library()
 """
 
