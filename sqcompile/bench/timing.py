@@ -55,7 +55,7 @@ def machine() -> str:
 def kernels() -> str:
     """What multiplies INT8 linears on this processor."""
     if not x86.available():
-        return "the reference in plain PyTorch"
+        return "our AVX2 kernel" if x86.has_avx2_kernels() else "the reference in plain PyTorch"
     if x86.library() is None:
         return "oneDNN"
     return "our AMX kernel" if x86.amx() else f"oneDNN (up to {x86.VNNI_ROWS} rows by our VNNI kernel)"

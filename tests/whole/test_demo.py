@@ -53,4 +53,7 @@ def test_every_row_is_printed_when_it_is_known(
 def test_the_machine_says_which_kernels_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"torch {torch.__version__}" in timing.machine() and timing.kernels() in timing.machine()
     monkeypatch.setattr(x86, "available", lambda: False)
+    monkeypatch.setattr(x86, "has_avx2_kernels", lambda: True)
+    assert timing.kernels() == "our AVX2 kernel"
+    monkeypatch.setattr(x86, "has_avx2_kernels", lambda: False)
     assert timing.kernels() == "the reference in plain PyTorch"
