@@ -34,7 +34,7 @@ from sqcompile.passes.planning.end_to_end import smoothed_or_not
 from sqcompile.passes.planning.evidence import with_evidence
 from sqcompile.passes.planning.feel import feel
 from sqcompile.passes.planning.finite import check_weights
-from sqcompile.passes.planning.sharing import help_first, shared
+from sqcompile.passes.planning.sharing import Sharing, help_first, shared
 from sqcompile.passes.planning.stay_float import wanted
 from sqcompile.pipeline import on_trial, rewrite
 from sqcompile.plan.plan import Plan, given_plan
@@ -271,7 +271,7 @@ def analyse(
             ranks.agree({"another graph": (repr(found), "shard the model alike on every rank")})
         enter("plan")
         felt = feel(traced, sites, refusals, calibration, recipe)
-        sharing = shared(traced, sites, refusals, calibration, recipe, felt, ranks)
+        sharing = shared(Sharing(traced, sites, refusals, calibration, recipe, felt, ranks))
         given = (traced, sites, refusals, calibration, recipe, to_spec(call), attentions)
         plan_of = partial(choose, *given, felt=felt, sharing=sharing)
         quantized = partial(on_trial, traced)

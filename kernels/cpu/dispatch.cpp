@@ -7,9 +7,10 @@ Tensor matmul_u8s8(Tensor given, Tensor w, Tensor w_scale, Tensor w_sum, ScalarT
   const int64_t k = q.size(q.dim() - 1), n = w_scale.numel(), rows = q.numel() ? q.numel() / k : 0;
   const bool amx = kernels.amx_rows >= 0 && rows >= kernels.amx_rows;
   const bool half = dtype == ScalarType::BFloat16;
-  if (!rows) return empty(with_last(q, n), half ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32());
+  const int32_t result = half ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
+  if (!rows) return empty(with_last(q, n), result);
   if (w.dim() == 3) {  // packed for AVX2, by which everything of it is computed
-    const Tensor y = empty(with_last(q, n), half ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32());
+    const Tensor y = empty(with_last(q, n), result);
     const Tensor wide = empty({rows * ((k + 1) / 2 * 2)}, aoti_torch_dtype_int16());
     kernels.avx2(q.data_ptr(), w.data_ptr(), w_scale.data_ptr(), y.data_ptr(), half, rows, n, k,
                  torch::stable::get_num_threads(), wide.data_ptr());
@@ -23,7 +24,7 @@ Tensor matmul_u8s8(Tensor given, Tensor w, Tensor w_scale, Tensor w_sum, ScalarT
     return to<Tensor>(stack[0]);
   }
   const void* packed = reinterpret_cast<const void*>(to<int64_t>(called<1>("mkldnn::data_ptr", w)[0]));
-  const Tensor y = empty(with_last(q, n), half ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32());
+  const Tensor y = empty(with_last(q, n), result);
   const int64_t depth = (k + 63) / 64 * 64, threads = torch::stable::get_num_threads();
   if (amx) {
     const Tensor tiles = empty({(rows + 31) / 32 * 32 * depth}, aoti_torch_dtype_uint8());  // 64-byte aligned, as tensors are

@@ -10,6 +10,7 @@ one process, and the plan is the same bytes.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -56,28 +57,32 @@ class Asked:
 Answer = tuple[dict[str, Best], dict[str, str]]  # by site what is best, and by linear why its weight is lost
 
 
+@dataclass(eq=False)
 class Sharing:
     """What a rank knows to choose by.
 
     Attributes:
+        gm, sites, refusals: a traced graph and what `match` found in it.
+        calibration, felt: of all linears on rank 0, and else of the rank's own ones.
+        recipe: the user's choices.
         ranks: the processes.
     """
 
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        sites: Sequence[Site],
-        refusals: list[Refusal],
-        calibration: Calibration,
-        recipe: Recipe,
-        felt: Felt | None,
-        ranks: Ranks,
-    ) -> None:
-        """``calibration`` and ``felt`` are of all linears on rank 0, and else of its own ones."""
-        self.gm, self.sites, self.refusals, self.ranks = gm, sites, refusals, ranks
-        self.calibration, self.recipe, self.felt = calibration, recipe, felt
-        self.linears = find_linears(gm)
-        self.owner = owners(self.linears, sites, refusals, ranks.count)
+    gm: fx.GraphModule
+    sites: Sequence[Site]
+    refusals: list[Refusal]
+    calibration: Calibration
+    recipe: Recipe
+    felt: Felt | None
+    ranks: Ranks
+
+    @functools.cached_property
+    def linears(self) -> list[Linear]:
+        return find_linears(self.gm)
+
+    @functools.cached_property
+    def owner(self) -> dict[str, int]:
+        return owners(self.linears, self.sites, self.refusals, self.ranks.count)
 
     def best(self, asked: Asked) -> Answer:
         """What all ranks find; rank 0 asks them."""
@@ -136,19 +141,10 @@ class Sharing:
         self.ranks.from_first(plan.encoded())
 
 
-def shared(
-    gm: fx.GraphModule,
-    sites: Sequence[Site],
-    refusals: list[Refusal],
-    calibration: Calibration,
-    recipe: Recipe,
-    felt: Felt | None,
-    ranks: Ranks,
-) -> Sharing | None:
+def shared(sharing: Sharing) -> Sharing | None:
     """What rank 0 asks the others by, who wait in `help_first`; None where there are none."""
-    if not ranks.shares:
+    if not sharing.ranks.shares:
         return None
-    sharing = Sharing(gm, sites, refusals, calibration, recipe, felt, ranks)
     sharing.teach()
     return sharing
 

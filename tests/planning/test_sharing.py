@@ -107,7 +107,7 @@ def test_the_plan_is_that_of_one_process(family, recipe, count, monkeypatch):
     threads = [threading.Thread(target=helps, args=(rank,), name=f"{rank}") for rank in range(1, count)]
     for thread in threads:
         thread.start()
-    sharing = shared(gm, sites, refusals, statistics, recipe, felt, Thread(0, count, queues))
+    sharing = shared(Sharing(gm, sites, refusals, statistics, recipe, felt, Thread(0, count, queues)))
     assert sharing is not None
     found = [*plans(sharing)]
     plan = choose(gm, sites, refusals, statistics, recipe, spec, felt=felt, sharing=sharing)
@@ -142,7 +142,7 @@ def test_what_raises_on_the_first_rank_is_raised_when_the_others_have_been_heard
     queues: dict[tuple[int, int], queue.Queue[bytes]] = {(a, b): queue.Queue() for a in (0, 1) for b in (0, 1)}
     thread = threading.Thread(target=help_first, args=(gm, sites, refusals, recipe, Thread(1, 2, queues)))
     thread.start()
-    sharing = shared(gm, sites, refusals, statistics, recipe, felt, Thread(0, 2, queues))
+    sharing = shared(Sharing(gm, sites, refusals, statistics, recipe, felt, Thread(0, 2, queues)))
     with pytest.MonkeyPatch.context() as m, torch.no_grad():
         own = Sharing.own
         m.setattr(Sharing, "own", lambda self, asked: own(self, asked) if self.ranks.rank else 1 / 0)
