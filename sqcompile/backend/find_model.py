@@ -6,6 +6,7 @@ the call stack, as the outermost module that has the graph's parameters.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import types
@@ -42,6 +43,7 @@ def find_model(tensors: Sequence[Tensor], options: Options, sessions: Collection
     wanted = {l.name for l in options.plan.layers} if options.plan else set()
     ids = {id(t) for t in tensors}
 
+    @functools.cache  # a module is in many frames
     def hits(module: nn.Module) -> int:
         """How many of the plan's names it has; -1 without all the tensors."""
         own = dict(all_tensors(module))

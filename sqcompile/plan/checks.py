@@ -19,6 +19,7 @@ from sqcompile.kernels.rotation import blocks_of
 from sqcompile.plan.entries import AttentionPlan, LayerPlan, Shard
 from sqcompile.plan.recipe import Activation, AttentionProducts, Recipe, Weight
 
+_SHORT = {type(None), bool, float}
 _LONGEST_NAME = 1000
 _LARGEST_SIZE = 2**31 - 1
 
@@ -192,7 +193,8 @@ def _balance(site: str, layers: dict[str, LayerPlan], commas: int) -> list[str]:
 
 
 def _tensor(t: Any, what: str, shape: tuple[int | None, ...], bounds: tuple[float, float]) -> None:
-    need(isinstance(t, Tensor), f"{what} are {said(t)}, no tensor")
+    if not isinstance(t, Tensor):  # which takes long to print
+        need(False, f"{what} are {said(t)}, no tensor")
     need(t.dtype == torch.float32, f"{what} are {t.dtype}, not torch.float32")
     fits = len(t.shape) == len(shape) and all(n == want or want is None for n, want in zip(t.shape, shape, strict=True))
     sizes = " x ".join("any" if n is None else str(n) for n in shape)
@@ -236,6 +238,8 @@ def need(good: bool, otherwise: str) -> None:
 
 def said(x: Any) -> str:
     """A value in a few words, whatever it is."""
+    if type(x) in _SHORT:  # what most checks are of, each of which has its words ready
+        return repr(x)
     try:
         return reprlib.repr(x)
     except Exception:  # a number too long to be printed

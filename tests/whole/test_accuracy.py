@@ -98,11 +98,21 @@ def test_calibration_smooths_the_shipped_lm_by_folding(lm, lm_windows):
 
 @pytest.mark.slow
 def test_lowered_agrees_with_the_qdq_reference_on_the_shipped_lm(lm, lm_windows):
+    """Each operator on the reference's own values, and the outputs together.
+
+    Kernels take sums in other orders: some roundings fall the other way, and layers carry that on, in most tokens, as far as
+    quantization itself moves them. That is no loss, so what is compared is how far both are from the float model.
+    """
+    x = lm_windows[1][:2]
+    with torch.no_grad():
+        logits = lm[0](x).logits
     for recipe in ("default", "O3"):
         compiled = quantize(lm[0], lm_windows[0], PRESETS[recipe])
-        x = lm_windows[1][:2]
         reference = compiled.stages["quantized"](input_ids=x).logits
-        assert relative_error(compiled(input_ids=x).logits, reference) <= 1e-3
+        got, lost = compiled(input_ids=x).logits, relative_error(reference, logits)
+        assert relative_error(got, reference) < lost
+        assert relative_error(got, logits) <= 1.02 * lost
+        assert sqcompile.debug.bisect(lm[0], {"input_ids": x}, plan=compiled.plan).first_wrong_node is None
 
 
 def with_outliers(model: nn.Module, factor: float = 30.0) -> nn.Module:

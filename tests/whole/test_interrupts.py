@@ -68,7 +68,7 @@ PLACES = {
     "in the export": (module("capture.untouched")._RealTensors, "__torch_dispatch__"),
     "calibration": (module("statistics.observe").InputStats, "update"),
     "labels": (module("passes.labels.interpreter")._Labels, "run_node"),
-    "plan": (module("passes.planning.choose"), "best"),
+    "plan": (module("passes.planning.choose"), "each_best"),
     "rewriting": (module("passes.ir.graph"), "record"),
     "emit": (module("compiled.emit"), "flatten"),
 }
