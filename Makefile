@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow gpu serve-test docs-test lint bench compare cpu-peers docs clean
+.PHONY: demo test slow gpu gpu2 serve-test docs-test lint bench compare cpu-peers docs clean
 
 # torch first: the rest of the requirements must not choose another build of it. setuptools tells of every editable
 # installation that folders of the working directory may be imported in its place, which is meant here.
@@ -29,6 +29,10 @@ docs-test: $(VENV)/ready
 # compiling the kernels takes most of the time, so it pays to have more processes than GPUs
 gpu: $(VENV)/ready
 	$(BIN)/python -m pytest -n 8 --dist worksteal -m gpu
+
+# on a machine with two GPUs
+gpu2: $(VENV)/ready
+	$(BIN)/python -m pytest tests/whole/test_gpu_parallel.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sqcompile.errors import first_line
-from sqcompile.pytorch.core import is_same_element_twice
+from sqcompile.pytorch.core import end_allocating, is_same_element_twice
 from sqcompile.pytorch.dynamo import has_static_address
 
 log = logging.getLogger("sqcompile")
@@ -230,11 +230,27 @@ class Pool:
             ):
                 results = run()
         except torch.OutOfMemoryError:
-            torch.cuda.set_stream(before)
+            self._end(before, generators)
             raise
         except RuntimeError as e:
-            torch.cuda.set_stream(before)  # torch.cuda.graph leaves its own behind where the capture itself fails
+            self._end(before, generators)
             raise NotRecorded from e
         self.graphs.add(graph)
         graph.replay()
         return results, graph.replay
+
+    def _end(self, before: torch.cuda.Stream, generators: Sequence[torch.Generator]) -> None:
+        """Ends what PyTorch leaves begun where a recording fails: its stream, its memory, and its random numbers.
+
+        A generator that takes itself for recorded refuses to draw, until a recording with it has ended.
+        """
+        torch.cuda.set_stream(before)
+        end_allocating(self.device, self.handle)
+        mark, graph = torch.zeros(1, device=self.device), torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
+        with (
+            torch.cuda.device(self.device),
+            torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
+        ):
+            mark.add_(1)

@@ -2,7 +2,7 @@
 
 import sys
 
-from sqcompile.bench import attention, cpu, cpu_peers, generate, gpu, large, launch, speedup, tools
+from sqcompile.bench import attention, cpu, cpu_peers, generate, gpu, large, launch, parallel, speedup, tools
 
 BENCHMARKS = {
     "cpu": cpu.main,
@@ -12,6 +12,7 @@ BENCHMARKS = {
     "generate": generate.main,
     "large": large.main,
     "launch": launch.main,
+    "parallel": parallel.main,
     "speedup": speedup.main,
     "tools": tools.main,
 }

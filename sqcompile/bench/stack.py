@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +19,29 @@ import sqcompile
 from sqcompile.bench.timing import sqnr_db
 
 PREFILL, DECODE = ((1, 2048), (4, 2048)), ((1, 1), (16, 1), (64, 1))
-HIDDEN, FFN, HEADS, GROUPS, HEAD = 4096, 14336, 32, 8, 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The widths of a decoder: of its hidden state, its MLP, and its heads, of which ``groups`` are keys' and values'."""
+
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head: int = 128
+
+
+LLAMA_8B, LLAMA_70B = Shape(4096, 14336, 32, 8), Shape(8192, 28672, 64, 8)
+HIDDEN = LLAMA_8B.hidden
 
 
 class RMSNorm(nn.Module):
     """As transformers writes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(HIDDEN))
+        self.weight = nn.Parameter(torch.ones(hidden))
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.float()
@@ -37,18 +52,19 @@ class RMSNorm(nn.Module):
 class Layer(nn.Module):
     """One decoder layer: grouped-query attention with rotary embeddings, SwiGLU."""
 
-    def __init__(self) -> None:
+    def __init__(self, w: Shape) -> None:
         super().__init__()
-        self.attention_norm, self.mlp_norm = RMSNorm(), RMSNorm()
+        self.head = w.head
+        self.attention_norm, self.mlp_norm = RMSNorm(w.hidden), RMSNorm(w.hidden)
         linear = lambda k, n: nn.Linear(k, n, bias=False)  # noqa: E731
-        self.q, self.k, self.v = (linear(HIDDEN, n * HEAD) for n in (HEADS, GROUPS, GROUPS))
-        self.o, self.down = linear(HEADS * HEAD, HIDDEN), linear(FFN, HIDDEN)
-        self.gate, self.up = linear(HIDDEN, FFN), linear(HIDDEN, FFN)
+        self.q, self.k, self.v = (linear(w.hidden, n * w.head) for n in (w.heads, w.groups, w.groups))
+        self.o, self.down = linear(w.heads * w.head, w.hidden), linear(w.ffn, w.hidden)
+        self.gate, self.up = linear(w.hidden, w.ffn), linear(w.hidden, w.ffn)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         b, s, _ = x.shape
         h = self.attention_norm(x)
-        q, k, v = (f(h).view(b, s, -1, HEAD).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (f(h).view(b, s, -1, self.head).transpose(1, 2) for f in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(
             _rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True, enable_gqa=True
         )
@@ -58,13 +74,13 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Decoder layers over hidden states bf16 [batch, tokens, 4096]."""
+    """Decoder layers over hidden states bf16 [batch, tokens, hidden]."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, widths: Shape = LLAMA_8B) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(widths) for _ in range(layers))
         self.inverse: Tensor
-        inverse = 500000.0 ** (-torch.arange(0, HEAD, 2) / HEAD)
+        inverse = 500000.0 ** (-torch.arange(0, widths.head, 2) / widths.head)
         self.register_buffer("inverse", inverse)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,11 +96,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-right, left], -1) * sin
 
 
-def stack(layers: int) -> Stack:
+def stack(layers: int, widths: Shape = LLAMA_8B) -> Stack:
     """Random weights whose residual stream neither grows nor dies, on the GPU in bf16."""
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = Stack(layers).to(torch.bfloat16).eval()
+        model = Stack(layers, widths).to(torch.bfloat16).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 2:

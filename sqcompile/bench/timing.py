@@ -84,6 +84,6 @@ def gpu() -> str:
 def publish(lines: Iterable[str], out: Path | None) -> None:
     """Prints a benchmark's lines, and writes them to a file if there is one."""
     text = "\n".join(lines) + "\n"
-    print(text)
+    print(text, flush=True)
     if out:
         out.write_text(text)

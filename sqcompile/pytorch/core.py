@@ -40,6 +40,7 @@ retry                        an operator that raises is called in Python, whose 
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -133,6 +134,13 @@ collectives = torch.ops._c10d_functional
 class _Pair(NamedTuple):
     first: int
     second: int
+
+
+def end_allocating(device: torch.device, pool: Any) -> None:
+    """Has the allocator give memory as usual again, where the recording of a CUDA graph has failed. Since 2.12 PyTorch does."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with contextlib.suppress(RuntimeError):  # it does already
+        torch._C._cuda_endAllocateToPool(index, pool)
 
 
 def schema(target: Any) -> torch.FunctionSchema:

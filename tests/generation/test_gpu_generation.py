@@ -214,4 +214,15 @@ def test_what_cannot_be_recorded_runs_all_the_same():
     assert torch.equal(got, want)
     assert any("cannot be recorded as a CUDA graph" in str(w.message) for w in said)
     torch.manual_seed(0)
-    assert torch.equal(generate(model, x, **settings), want) and torch.rand(2, device="cuda").shape == (2,)
+    assert torch.equal(generate(model, x, **settings), want)
+    # the device's own random numbers and its memory are as before, and the next model is recorded
+    torch.manual_seed(0)
+    drawn = torch.rand(4096, device="cuda")
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(4096, device="cuda"), drawn) and len(drawn.unique()) > 4000
+    torch.cuda.empty_cache()
+    net = tiny_lm("llama").cuda()
+    torch.manual_seed(0)
+    want = generate(net, x, **settings)
+    torch.manual_seed(0)
+    assert torch.equal(generate(net, x, **settings), want) and recordings(net)

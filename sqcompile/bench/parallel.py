@@ -1,0 +1,138 @@
+"""Tensor parallel on two GPUs, one process each: beside one GPU, and beside `torch.compile` in bf16 on the same two.
+
+    python -m sqcompile.bench parallel --model 8b --layers 24
+    python -m sqcompile.bench parallel --model 70b --layers 8
+
+Linears of attention and MLP are sharded by columns, then by rows, with one all-reduce for each pair. Every contender runs as
+CUDA graphs with the collectives in them; both processes replay each as often. Weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import itertools
+import logging
+import os
+import socket
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import sqcompile
+from sqcompile.bench.stack import DECODE, LLAMA_8B, LLAMA_70B, PREFILL, Shape, captured, stack
+from sqcompile.bench.timing import gpu, publish
+
+log = logging.getLogger("sqcompile")
+
+MODELS = {"8b": LLAMA_8B, "70b": LLAMA_70B}
+BY_COLUMNS, BY_ROWS = ("q", "k", "v", "gate", "up"), ("o", "down")
+_PROCESSES = 2
+
+
+def sharded(model: nn.Module, mesh: Any) -> nn.Module:
+    """A `Stack` of which each process of a mesh has a part. In place."""
+    styles: dict[str, Any] = {f"layers.*.{name}": ColwiseParallel() for name in BY_COLUMNS}
+    return parallelize_module(model, mesh, styles | {f"layers.*.{name}": RowwiseParallel() for name in BY_ROWS})
+
+
+def _median_us(replay: Callable[[], None], rounds: int) -> float:
+    """Median microseconds of a replay. Not as long as it takes, but as often as in the other process."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+    for mark in marks[:-1]:
+        mark.record()
+        replay()
+    marks[-1].record()
+    torch.cuda.synchronize()
+    return statistics.median(1e3 * a.elapsed_time(b) for a, b in itertools.pairwise(marks[2:]))
+
+
+def _measured(run: Callable[[Tensor], Tensor], inputs: list[Tensor], fresh: bool) -> list[tuple[float, Tensor]]:
+    """Microseconds and output for each input; ``fresh`` compiles each size for itself."""
+    found = []
+    for x in inputs:
+        log.info("%s", list(x.shape))
+        if fresh:
+            torch.compiler.reset()
+        replay, read = captured(run, x)
+        _median_us(replay, 6)
+        found.append((_median_us(replay, 25), read().clone()))
+    return found
+
+
+def _release() -> None:
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _worker(rank: int, port: int, layers: int, widths: Shape, out: Path | None) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(_PROCESSES))
+    torch.cuda.set_device(rank)
+    model = stack(layers, widths)
+    batches = [torch.randn(2, 256, widths.hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    shapes = (*PREFILL, *DECODE)
+    inputs = [torch.randn(*shape, widths.hidden, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    with torch.no_grad():
+        exact = [model(x) for x in inputs]
+    one: list[tuple[float, Tensor]] = []
+    if rank == 0:  # before there is a group, whose processes calibrate together; the other one waits for this one
+        one = _measured(sqcompile.compile(model, batches, progress=False), inputs, fresh=False)
+        _release()
+    distributed.init_process_group(
+        "nccl",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=_PROCESSES,
+        device_id=torch.device("cuda", rank),
+        timeout=datetime.timedelta(minutes=20),
+    )
+    mesh = init_device_mesh("cuda", (_PROCESSES,))
+    sharded(model, mesh)
+    bf16 = _measured(torch.compile(model, dynamic=False), inputs, fresh=True)
+    _release()
+    int8 = _measured(sqcompile.compile(model, batches, progress=False, device_mesh=mesh), inputs, fresh=False)
+    if rank == 0:
+        publish(_table(layers, widths, shapes, exact, one, bf16, int8), out)
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def _table(layers: int, widths: Shape, shapes: Any, exact: Any, one: Any, bf16: Any, int8: Any) -> list[str]:
+    def error(y: Tensor, want: Tensor) -> float:
+        return float((y.double() - want.double()).norm() / want.double().norm())
+
+    lines = [
+        f"{gpu()} {_PROCESSES} of them. {layers} layers, {widths.hidden} channels, {widths.ffn} of the MLP. Medians of CUDA graphs.",
+        "",
+        "| batch x tokens | bf16, 2 GPUs, us | INT8, 1 GPU, us | INT8, 2 GPUs, us | vs bf16 | vs 1 GPU | error of bf16 | of INT8, 1 GPU | of INT8, 2 GPUs | of 2 beside 1 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for shape, want, (alone, y), (theirs, half), (ours, both) in zip(shapes, exact, one, bf16, int8, strict=True):
+        errors = error(half, want), error(y, want), error(both, want), error(both, y)
+        lines.append(
+            f"| {shape[0]} x {shape[1]} | {theirs:.0f} | {alone:.0f} | {ours:.0f} | {theirs / ours:.2f}x | {alone / ours:.2f}x | "
+            + " | ".join(f"{e:.1e}" for e in errors) + " |"
+        )  # fmt: skip
+    return lines
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m sqcompile.bench parallel", description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="8b")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    if torch.cuda.device_count() < _PROCESSES:
+        parser.error(f"needs {_PROCESSES} CUDA GPUs")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    multiprocessing.spawn(_worker, (port, args.layers, MODELS[args.model], args.out), nprocs=_PROCESSES)
