@@ -241,7 +241,9 @@ def test_two_hundred_tokens_of_the_shipped_model(lm, lm_windows, dtype):
     reference = sqcompile.compile(model, plan=plan, backend="eager").stages["quantized"]
 
     def check(tokens):
-        pairs = [pair for some in zip(tokens, want, strict=True) for pair in zip(*(x.split(1) for x in some), strict=True)]
+        pairs = [
+            pair for some in zip(tokens, want, strict=True) for pair in zip(*(x.split(1) for x in some), strict=True)
+        ]
         assert len(pairs) == 6
         for a, b in pairs:
             if dtype == torch.float64 or torch.equal(a, b):

@@ -32,13 +32,24 @@ def quantize(model, windows, recipe):
 
 
 @pytest.fixture(scope="module")
-def degradation(lm, lm_windows):
-    """The Evaluation of a preset, or of it with neither smoothing nor rotation, beside the float model."""
+def compiled_lm(lm, lm_windows):
+    """The shipped language model by a preset, or by it with neither smoothing nor rotation. Planning takes most of it."""
+
+    @functools.cache
+    def planned(name, smooth):
+        recipe = PRESETS[name] if smooth else neither(PRESETS[name])
+        return sqcompile.calibrate(lm[0], list(lm_windows[0].split(4)), recipe=recipe, progress=False)
+
+    return lambda name, smooth=True: sqcompile.compile(lm[0], plan=planned(name, smooth), backend="eager")
+
+
+@pytest.fixture(scope="module")
+def degradation(lm, lm_windows, compiled_lm):
+    """The Evaluation of what `compiled_lm` gives beside the float model."""
 
     @functools.cache
     def measured(name, smooth):
-        recipe = PRESETS[name] if smooth else neither(PRESETS[name])
-        compiled = quantize(lm[0], lm_windows[0], recipe)
+        compiled = compiled_lm(name, smooth)
         return sqcompile.evaluate(compiled, lm_windows[1], against=lm[0], layers=False, progress=False)
 
     return measured
@@ -81,8 +92,8 @@ def test_every_site_of_the_shipped_lm_folds_exactly(lm, lm_windows):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_calibration_smooths_the_shipped_lm_by_folding(lm, lm_windows):
-    compiled = quantize(lm[0], lm_windows[0], "default")
+def test_calibration_smooths_the_shipped_lm_by_folding(lm, lm_windows, compiled_lm):
+    compiled = compiled_lm("default")
     layers = {l.name: l for l in compiled.report.layers}
     inner = [l for l in layers.values() if ".layers." in l.name]
     assert len(inner) == 6 * 7 and all(l.quantized for l in inner)
@@ -97,7 +108,7 @@ def test_calibration_smooths_the_shipped_lm_by_folding(lm, lm_windows):
 
 
 @pytest.mark.slow
-def test_lowered_agrees_with_the_qdq_reference_on_the_shipped_lm(lm, lm_windows):
+def test_lowered_agrees_with_the_qdq_reference_on_the_shipped_lm(lm, lm_windows, compiled_lm):
     """Each operator on the reference's own values, and the outputs together.
 
     Kernels take sums in other orders: some roundings fall the other way, and layers carry that on, in most tokens, as far as
@@ -107,7 +118,7 @@ def test_lowered_agrees_with_the_qdq_reference_on_the_shipped_lm(lm, lm_windows)
     with torch.no_grad():
         logits = lm[0](x).logits
     for recipe in ("default", "O3"):
-        compiled = quantize(lm[0], lm_windows[0], PRESETS[recipe])
+        compiled = compiled_lm(recipe)
         reference = compiled.stages["quantized"](input_ids=x).logits
         got, lost = compiled(input_ids=x).logits, relative_error(reference, logits)
         assert relative_error(got, reference) < lost
