@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,14 @@ def lm_windows(lm: tuple[nn.Module, Any]) -> tuple[Tensor, Tensor]:
         token_windows(calibration_texts(), lm[1], 512, 16),
         token_windows(evaluation_texts(), lm[1], 512, 48),
     )
+
+
+@pytest.fixture
+def own_ctrl_c() -> Iterator[None]:
+    """Python's own handler: a process that was started in the background ignores Ctrl-C, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -354,6 +354,7 @@ def test_a_user_starts_it(made: Path):
     assert usage.wait(timeout=100) == 2 and "Missing argument" in usage.communicate()[1]
 
 
+@pytest.mark.usefixtures("own_ctrl_c")
 def test_ctrl_c_leaves_nothing_behind(made: Path, tmp_path: Path):
     args = ("--calib", made / "texts.jsonl", "-o", tmp_path / "out", "--batch-size", 1)
     started = process("quantize", made / "float", *args, cwd=tmp_path)

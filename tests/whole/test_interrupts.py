@@ -17,13 +17,7 @@ from torch import nn
 import sqcompile
 from sqcompile.process import interrupts
 
-
-@pytest.fixture(autouse=True)
-def _pythons_own_handler():
-    """A process that was started in the background ignores Ctrl-C, and so do its children."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("own_ctrl_c")
 
 
 class Net(nn.Module):
