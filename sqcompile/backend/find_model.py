@@ -6,7 +6,6 @@ the call stack, as the outermost module that has the graph's parameters.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 import types
@@ -43,11 +42,14 @@ def find_model(tensors: Sequence[Tensor], options: Options, sessions: Collection
     wanted = {l.name for l in options.plan.layers} if options.plan else set()
     ids = {id(t) for t in tensors}
 
-    @functools.cache  # a module is in many frames
+    counted: dict[int, int] = {}  # a module is in many frames, and need not be hashable
+
     def hits(module: nn.Module) -> int:
         """How many of the plan's names it has; -1 without all the tensors."""
-        own = dict(all_tensors(module))
-        return len(wanted & own.keys()) if ids <= {id(t) for t in own.values()} else -1
+        if id(module) not in counted:
+            own = dict(all_tensors(module))
+            counted[id(module)] = len(wanted & own.keys()) if ids <= {id(t) for t in own.values()} else -1
+        return counted[id(module)]
 
     stack = [(hits(m), m, compiled) for m, compiled in _modules()]
     most = max((n for n, _, _ in stack), default=-1)
