@@ -135,6 +135,9 @@ class Replays:
                 stacklevel=2,
             )
             self._refused.add(kind)
+            for other in list(self._recorded):  # they draw from the generator that is given up here
+                self._drop(other)
+            self.generator = torch.Generator(self.device)  # the old one may still take itself for recorded
             self.generator.set_state(state)
             return False
         log.debug("a step of generate is recorded as a CUDA graph")
