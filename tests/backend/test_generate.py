@@ -18,6 +18,7 @@ import sqcompile
 from sqcompile.backend import smoothquant
 from sqcompile.backend.decide import decide
 from sqcompile.backend.session import sessions_of
+from sqcompile.kernels.cpu import x86
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -231,8 +232,7 @@ def test_two_hundred_tokens_of_the_shipped_model(lm, lm_windows, dtype):
     """Beside the quantized stage, which generates with a cache of its own; token for token in float64.
 
     In float32, kernels sum norms and attention in different orders: now and then a rounding in a quantization falls the
-    other way, and of two tokens that are as good the other is taken. There, tokens may part at such a tie alone: where the
-    two are closer than INT8 moves what it moves most.
+    other way, and of two tokens that are as good the other is taken. There, tokens may part at such a tie alone.
     """
     model = in_float64(lm[0]) if dtype == torch.float64 else lm[0]
     plan = sqcompile.calibrate(model, [lm_windows[0]], progress=False)
@@ -240,19 +240,19 @@ def test_two_hundred_tokens_of_the_shipped_model(lm, lm_windows, dtype):
     want = continued(model, plan, prompts, 200, stage="quantized", compiler="eager")
     reference = sqcompile.compile(model, plan=plan, backend="eager").stages["quantized"]
 
-    def check(tokens):
+    def same(tokens):
+        """How many are the same; where others part, it is at a tie."""
         for a, b in zip(tokens, want, strict=True):
             if dtype == torch.float64 or torch.equal(a, b):
                 assert torch.equal(a, b)
             else:
                 first = int((a != b)[0].nonzero()[0])
-                with torch.no_grad():
-                    before = model(b[:, :first]).logits[0, -1]
                 logits = reference(input_ids=b[:, :first]).logits[0, -1]
-                gap = float(logits[b[0, first]] - logits[a[0, first]])
-                assert gap < float((logits - before).abs().max()), "a tie"
+                assert float(logits[b[0, first]] - logits[a[0, first]]) < 0.05, "a tie"
+        return sum(torch.equal(a, b) for a, b in zip(tokens, want, strict=True))
 
-    check(continued(model, plan, prompts, 200, compiler="eager"))
+    # without kernels for x86, more sums of float32 are PyTorch's, and ties come as its code for that CPU has it
+    assert same(continued(model, plan, prompts, 200, compiler="eager")) >= 4 or not x86.available()
     counters.clear()
-    check(continued(model, plan, prompts, 200))
+    assert same(continued(model, plan, prompts, 200)) >= 4 or not x86.available()
     assert graphs() == 2

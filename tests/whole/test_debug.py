@@ -41,8 +41,9 @@ def test_a_right_model_is_right(dtype):
     assert [s.drawn for s in found.folds if "lm_head" in s.label] == [True]  # in float by the plan, and may be folded
     linears = ["q_proj", "k_proj", "v_proj", "self_attn", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert [n.label.split()[-1].split(".")[-1] for n in found.lowering] == 2 * linears
-    # rows of C++ keep in float32 what the quantized stage rounds to bfloat16: some integers are the next ones
-    assert all(n.error <= (1e-6 if dtype == torch.float32 else 1e-2) for n in found.lowering)
+    # rows of C++ keep in float32 what the quantized stage rounds to bfloat16: some of their integers are the next ones
+    most = dict.fromkeys(("linear_norm_quantize", "linear_act_quantize"), 1e-2) if dtype == torch.bfloat16 else {}
+    assert all(n.error <= most.get(n.operator, 1e-6 if dtype == torch.float32 else 4e-3) for n in found.lowering)
 
 
 @pytest.mark.slow
