@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sqcompile.capture.captured import Captured
     from sqcompile.kernels.targets import Target
     from sqcompile.passes.rewrite.weight_store import Lazy, Merged
-    from sqcompile.pytorch.core import FakeTensorMode
+    from sqcompile.pytorch.core import FakeTensor, FakeTensorMode
 
 _KEY = "about"
 Sizes = dict[Any, int]  # of each free symbol
@@ -46,7 +46,8 @@ class About:
         target: what it was lowered for; None for the devices of its tensors, or before it is.
         lazy: weights to be quantized, or to be packed, by the name of what holds their place. They keep float weights alive.
         merged: shared weights that the lowered graph holds: they live as long as it.
-        recorded: memory of `record`.
+        recorded: memory of `record`: values by call, of which no graph has one twice.
+        taken: how many of them this graph has, and those that it is a copy of.
         values: memory of `labels.interpreter.values_at`.
         found: memory of analyses (`form.once`), of this graph alone: answers hold nodes, and so the graph and its tensors.
     """
@@ -65,7 +66,8 @@ class About:
     target: Target | None = None
     lazy: dict[str, Lazy] = field(default_factory=dict)
     merged: list[Merged] = field(default_factory=list)
-    recorded: dict[Hashable, Any] = field(default_factory=dict)
+    recorded: dict[Hashable, list[FakeTensor]] = field(default_factory=dict)
+    taken: dict[Hashable, int] = field(default_factory=dict)
     values: dict[Hashable, Any] = field(default_factory=dict)
     found: dict[Hashable, Any] = field(default_factory=dict)
 
@@ -92,10 +94,12 @@ def describe_as(gm: fx.GraphModule, record: About) -> None:
 
 def attached(record: About, **changes: Any) -> About:
     """The record of a graph that gets tensors of its own: memories of calls are shared, what belongs to tensors is not."""
-    return replace(record, lazy={}, merged=[], found={}, **changes)
+    return replace(record, lazy={}, merged=[], found={}, taken=dict(record.taken), **changes)
 
 
 def copy_about(old: fx.GraphModule, new: fx.GraphModule) -> None:
     """Gives ``new`` a copy of the record of ``old``; memories of calls are shared, of what is in a graph not."""
     record = about(old)
-    describe_as(new, replace(record, lazy=dict(record.lazy), merged=list(record.merged), found={}))
+    describe_as(
+        new, replace(record, lazy=dict(record.lazy), merged=list(record.merged), found={}, taken=dict(record.taken))
+    )

@@ -19,7 +19,7 @@ from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.about import about, copy_about
 from sqcompile.passes.ir.record import record, value
 from sqcompile.process.interrupts import checkpoint
-from sqcompile.pytorch.core import codegen, schema, version, writes_to_arguments
+from sqcompile.pytorch.core import LazyGraphModule, codegen, schema, version, writes_to_arguments
 
 aten = torch.ops.aten
 
@@ -163,7 +163,7 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
     root = torch.nn.Module()
     for n in gm.graph.find_nodes(op="get_attr"):
         set_tensor(root, str(n.target), get_tensor(gm, str(n.target)))
-    new = fx.GraphModule(root, graph)
+    new = LazyGraphModule(root, graph)  # passes clone it, and change it: its code is written once
     copy_about(gm, new)
     return new
 

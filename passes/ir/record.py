@@ -16,22 +16,30 @@ from sqcompile.pytorch.core import FakeTensor, OpOverload, enable_python_dispatc
 def record(gm: fx.GraphModule, node: fx.Node) -> None:
     """Computes the value of a call from those of its arguments.
 
-    The layers of a model repeat their calls: what a call on the same sizes gave is made anew, not computed again.
+    The layers of a model repeat their calls: what a call on the same sizes gave is not computed again. Graphs of one memory
+    have the same values: each takes those of a call that there are, in turn, and makes another one, alike, if it needs more.
     """
     checkpoint()
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-    mode, known, key = about(gm).fake_mode, about(gm).recorded, call_key(node.target, args, kwargs)
+    mode, known, taken = about(gm).fake_mode, about(gm).recorded, about(gm).taken
+    key = call_key(node.target, args, kwargs)
+    if key in known:
+        taken[key] = nth = taken.get(key, 0) + 1
+        if nth <= len(known[key]):
+            node.meta["val"] = known[key][nth - 1]
+            return
     # the Python dispatcher: composite operators in C++ do not all take symbolic sizes
     with mode, enable_python_dispatcher():
         if key in known:
-            size, stride, dtype, device = known[key]
-            node.meta["val"] = torch.empty_strided(size, stride, dtype=dtype, device=device)
+            like = known[key][0]
+            node.meta["val"] = v = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+            known[key].append(v)
             return
         node.meta["val"] = v = node.target(*args, **kwargs)  # type: ignore[operator]
     # a view is recorded as one, with the storage of its operand
     own = isinstance(v, FakeTensor) and not any(_shares(v, a) for a in pytree.tree_leaves((args, kwargs)))
     if key is not None and own:
-        known[key] = v.shape, v.stride(), v.dtype, v.device
+        known[key], taken[key] = [v], 1
 
 
 def call_key(target: Any, args: Any, kwargs: Any) -> Any:

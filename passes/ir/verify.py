@@ -97,10 +97,7 @@ def _compute_again(gm: fx.GraphModule, stage: str) -> None:
 
 def _computed(known: Any) -> str | None:
     """What `record` has computed of a call with the same arguments, described; None if nothing."""
-    if known is None:
-        return None
-    size, stride, dtype, device = known
-    return _of_tensor(tuple(size), tuple(stride), dtype, device, None)
+    return _described(known[0]) if known else None
 
 
 def _described(v: Any, sizes: dict[Any, int] | None = None) -> str:

@@ -34,6 +34,7 @@ from sqcompile.errors import StageError
 from sqcompile.passes.ir.about import About, about, copy_about, describe_as
 from sqcompile.passes.ir.graph import add_op, aten, get_tensor, set_tensor, value
 from sqcompile.passes.ir.sizes import conditions
+from sqcompile.pytorch.core import LazyGraphModule
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def cut(gm: fx.GraphModule, blocks: list[list[fx.Node]]) -> tuple[fx.GraphModule
             env[n].meta["val"] = value(n)
     [output] = gm.graph.find_nodes(op="output")
     graph.output(fx.node.map_arg(output.args[0], outer))
-    result = fx.GraphModule(root, graph)
+    result = LazyGraphModule(root, graph)
     copy_about(gm, result)
     return result, regions
 
@@ -203,7 +204,7 @@ def _extract(gm: fx.GraphModule, nodes: list[fx.Node], lift: bool, sizes: dict[A
     for n in nodes:
         env[n] = graph.node_copy(n, env.__getitem__)
     graph.output([env[n] for n in outputs])
-    part = fx.GraphModule(root, graph)
+    part = LazyGraphModule(root, graph)  # of equal ones, one is compiled
     describe_as(part, About(mode, conditions=conditions(gm)))
     return Region(part, list(inputs), outputs, constants if lift else [], _key(part) if lift else None)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from typing import Any, Protocol, get_args
 
 import torch
@@ -240,6 +241,8 @@ def said(x: Any) -> str:
     """A value in a few words, whatever it is."""
     if type(x) in _SHORT:  # what most checks are of, each of which has its words ready
         return repr(x)
+    if isinstance(x, Tensor) or is_dataclass(x):  # thousands of numbers, printed before a check is known to fail
+        return f"of the type {type(x).__name__}"
     try:
         return reprlib.repr(x)
     except Exception:  # a number too long to be printed

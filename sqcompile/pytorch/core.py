@@ -2,6 +2,7 @@
 
 name                         what for                                                                tried on
 FakeTensor, FakeTensorMode   recorded values: tensors with sizes and no memory                       2.11, 2.13
+LazyGraphModule              a graph whose code is written when it is run or read, not at each change  2.11, 2.13
 CAPTURE_LOGGERS              who logs a capture that fails, which we report ourselves                2.11, 2.13
 EXPORT_PROXIES               a global of torch.export, which keeps fake tensors: emptied             2.11, 2.13
 TracingContext, tracing      the fake tensors of the compilation at hand: Dynamo's, or ours          2.11, 2.13
@@ -51,6 +52,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, tracing
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx.experimental import proxy_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
@@ -65,6 +67,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
+    "LazyGraphModule",
     "OpOverload",
     "StorageWeakRef",
     "TorchDispatchMode",
