@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sqcompile.capture.captured import Captured
     from sqcompile.kernels.targets import Target
     from sqcompile.passes.rewrite.weight_store import Lazy, Merged
-    from sqcompile.pytorch.core import FakeTensor, FakeTensorMode
+    from sqcompile.pytorch.core import FakeTensorMode
 
 _KEY = "about"
 Sizes = dict[Any, int]  # of each free symbol
@@ -66,7 +66,7 @@ class About:
     target: Target | None = None
     lazy: dict[str, Lazy] = field(default_factory=dict)
     merged: list[Merged] = field(default_factory=list)
-    recorded: dict[Hashable, list[FakeTensor]] = field(default_factory=dict)
+    recorded: dict[Hashable, list[Tensor]] = field(default_factory=dict)
     taken: dict[Hashable, int] = field(default_factory=dict)
     values: dict[Hashable, Any] = field(default_factory=dict)
     found: dict[Hashable, Any] = field(default_factory=dict)
