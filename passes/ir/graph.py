@@ -19,7 +19,7 @@ from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.ir.about import about, copy_about
 from sqcompile.passes.ir.record import record, value
 from sqcompile.process.interrupts import checkpoint
-from sqcompile.pytorch.core import LazyGraphModule, codegen, schema, version, writes_to_arguments
+from sqcompile.pytorch.core import codegen, schema, version, writes_to_arguments
 
 aten = torch.ops.aten
 
@@ -152,18 +152,19 @@ def row_parts(w: Tensor, elements: int = 2**21) -> list[slice]:
 
 
 def clone(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph, with the same node names, over the same tensors."""
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, env))
+    """A copy of the graph, with the same node names, over the same tensors.
+
+    It has no code yet, as passes change it first: `finish` writes it, or ``recompile``.
+    """
+    new = fx.GraphModule({}, fx.Graph())
+    for n in gm.graph.find_nodes(op="get_attr"):
+        set_tensor(new, str(n.target), get_tensor(gm, str(n.target)))
+    graph = new.graph
+    graph.output(graph.graph_copy(gm.graph, {}))
     old_out = next(iter(reversed(gm.graph.nodes)))
     new_out = next(iter(reversed(graph.nodes)))
     new_out.meta, new_out.name = dict(old_out.meta), old_out.name
     graph.set_codegen(codegen(gm.graph))
-    root = torch.nn.Module()
-    for n in gm.graph.find_nodes(op="get_attr"):
-        set_tensor(root, str(n.target), get_tensor(gm, str(n.target)))
-    new = LazyGraphModule(root, graph)  # passes clone it, and change it: its code is written once
     copy_about(gm, new)
     return new
 

@@ -166,7 +166,7 @@ def cut(gm: fx.GraphModule, blocks: list[list[fx.Node]]) -> tuple[fx.GraphModule
             env[n].meta["val"] = value(n)
     [output] = gm.graph.find_nodes(op="output")
     graph.output(fx.node.map_arg(output.args[0], outer))
-    result = LazyGraphModule(root, graph)
+    result = fx.GraphModule(root, graph)
     copy_about(gm, result)
     return result, regions
 

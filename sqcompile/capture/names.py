@@ -19,6 +19,8 @@ from torch import fx
 
 from sqcompile.errors import CaptureError
 
+# what the module of a graph has: by its class, by itself, and as what its code takes a call apart
+_TAKEN = {*dir(fx.GraphModule), *vars(fx.GraphModule({}, fx.Graph())), "_in_spec", "_out_spec"}
 _NOT_QUOTED = re.compile('["\\\\\n\r\0\ud800-\udfff]')  # what does not stand for itself between double quotes
 
 
@@ -36,7 +38,7 @@ def refuse_names(names: Iterable[str]) -> None:
 def fault(name: str) -> str | None:
     """Why the module of a graph cannot have a tensor of a name; None if it can."""
     first, *_ = parts = name.split(".")
-    if hasattr(fx.GraphModule, first) or first == "meta":
+    if first in _TAKEN:
         return f"a submodule or parameter named {first!r} clashes with torch.fx.GraphModule: rename it"
     wrong = next((part for part in parts if not _is_read(part)), name if name == "self" else None)
     if wrong is None:

@@ -103,6 +103,7 @@ class Stages(Mapping[str, fx.GraphModule]):
         gm = fx.GraphModule(root, self._graph)
         describe_as(gm, self._about)
         traced = clone(gm)
+        traced.recompile()
         _ownerless(gm)
         return traced
 

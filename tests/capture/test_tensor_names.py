@@ -23,7 +23,7 @@ WRONG = (
     "ﬁ",
 )  # Python reads the last one as "fi"
 RIGHT = ("a'b", "a b", "a-b", "a{b}", "0", "é", "self")
-TAKEN = ("graph", "code", "meta")
+TAKEN = ("_graph", "_code", "_in_spec", "graph", "code", "meta")
 
 
 class Named(nn.Module):
