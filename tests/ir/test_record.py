@@ -53,6 +53,24 @@ def test_a_call_that_repeats_is_recorded_as_a_tensor_of_its_own() -> None:
     assert value(narrow).stride() != value(made[0]).stride()
 
 
+def test_copies_of_a_graph_share_values_and_none_has_one_twice() -> None:
+    """Of a copy's copy, too, whatever the graph between them got before it was copied."""
+    gm = traced()
+
+    def more(graph: fx.GraphModule) -> list[torch.Tensor]:
+        last = graph.graph.find_nodes(op="call_function", target=aten.linear.default)[-1]
+        with graph.graph.inserting_after(last):
+            return [value(add_op(graph, aten.exp.default, last)) for _ in range(2)]
+
+    one, other = clone(gm), clone(gm)
+    first = more(one)
+    assert [id(v) for v in more(other)] == [id(v) for v in first]
+    later = more(clone(one))
+    assert not {id(v) for v in later} & {id(v) for v in first}
+    assert len({v.untyped_storage()._cdata for v in (*first, *later)}) == 4
+    assert [id(v) for v in more(one)] == [id(v) for v in later]
+
+
 def test_sizes_that_depend_on_values_are_each_calls_own() -> None:
     gm = traced()
     first, second = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
