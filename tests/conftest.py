@@ -122,6 +122,14 @@ def lm() -> tuple[nn.Module, Any]:
 
 
 @pytest.fixture(scope="session")
+def float_lm(lm: tuple[nn.Module, Any]) -> nn.Module:
+    """The shipped language model, which computes the logits of a batch once: to evaluate others beside it."""
+    from sqcompile.bench.tools import Remembered
+
+    return Remembered(lm[0])
+
+
+@pytest.fixture(scope="session")
 def lm_windows(lm: tuple[nn.Module, Any]) -> tuple[Tensor, Tensor]:
     """Calibration windows and windows of held-out Python source, int64 [16, 512] and [48, 512]."""
     from sqcompile.lm import calibration_texts, evaluation_texts, token_windows

@@ -227,8 +227,8 @@ def in_float64(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_two_hundred_tokens_of_the_shipped_model(lm, lm_windows, dtype):
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float64, 3), (torch.float32, 6)])
+def test_two_hundred_tokens_of_the_shipped_model(lm, lm_windows, dtype, count):
     """Beside the quantized stage, which generates with a cache of its own; token for token in float64.
 
     In float32, kernels sum norms and attention in different orders: now and then a rounding in a quantization falls the
@@ -236,7 +236,7 @@ def test_two_hundred_tokens_of_the_shipped_model(lm, lm_windows, dtype):
     """
     model = in_float64(lm[0]) if dtype == torch.float64 else lm[0]
     plan = sqcompile.calibrate(model, [lm_windows[0]], progress=False)
-    prompts = [lm_windows[1][i : i + 1, :64] for i in range(1, 7)]
+    prompts = [lm_windows[1][i : i + 1, :64] for i in range(1, 1 + count)]
     want = continued(model, plan, prompts, 200, stage="quantized", compiler="eager")
     reference = sqcompile.compile(model, plan=plan, backend="eager").stages["quantized"]
 
@@ -252,7 +252,7 @@ def test_two_hundred_tokens_of_the_shipped_model(lm, lm_windows, dtype):
         return sum(torch.equal(a, b) for a, b in zip(tokens, want, strict=True))
 
     # without kernels for x86, more sums of float32 are PyTorch's, and ties come as its code for that CPU has it
-    assert same(continued(model, plan, prompts, 200, compiler="eager")) >= 4 or not x86.available()
+    assert same(continued(model, plan, prompts, 200, compiler="eager")) >= 2 * count / 3 or not x86.available()
     counters.clear()
-    assert same(continued(model, plan, prompts, 200)) >= 4 or not x86.available()
+    assert same(continued(model, plan, prompts, 200)) >= 2 * count / 3 or not x86.available()
     assert graphs() == 2

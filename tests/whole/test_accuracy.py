@@ -44,13 +44,13 @@ def compiled_lm(lm, lm_windows):
 
 
 @pytest.fixture(scope="module")
-def degradation(lm, lm_windows, compiled_lm):
+def degradation(float_lm, lm_windows, compiled_lm):
     """The Evaluation of what `compiled_lm` gives beside the float model."""
 
     @functools.cache
     def measured(name, smooth):
         compiled = compiled_lm(name, smooth)
-        return sqcompile.evaluate(compiled, lm_windows[1], against=lm[0], layers=False, progress=False)
+        return sqcompile.evaluate(compiled, lm_windows[1], against=float_lm, layers=False, progress=False)
 
     return measured
 
@@ -190,7 +190,7 @@ def test_channels_silent_in_calibration_and_active_later_do_not_hurt(preset):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
-def test_channels_silent_in_calibration_do_not_hurt_the_shipped_lm(lm, lm_windows, preset):
+def test_channels_silent_in_calibration_do_not_hurt_the_shipped_lm(lm, float_lm, lm_windows, preset):
     """The plan comes from a copy of the model in which every sixth value and hidden channel is dead."""
     model, windows = lm[0], lm_windows[1][::2]
     dead = copy.deepcopy(model)
@@ -203,7 +203,7 @@ def test_channels_silent_in_calibration_do_not_hurt_the_shipped_lm(lm, lm_window
         recipe = PRESETS[preset] if smooth else neither(PRESETS[preset])
         plan = sqcompile.calibrate(dead, list(lm_windows[0].split(4)), recipe=recipe, progress=False)
         compiled = sqcompile.compile(model, plan=plan, backend="eager")
-        found[smooth] = sqcompile.evaluate(compiled, windows, against=model, layers=False, progress=False)
+        found[smooth] = sqcompile.evaluate(compiled, windows, against=float_lm, layers=False, progress=False)
     assert found[True].kl <= found[False].kl * 1.05
     paired = found[True].losses - found[False].losses
     difference, error = mean_and_error(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sqcompile.kernels import reference
 from sqcompile.kernels.triton.common import (
+    INTERPRETED,
     absmax,
     as_rows,
     block_of,
@@ -28,7 +29,8 @@ from sqcompile.kernels.triton.common import (
 )
 from sqcompile.kernels.triton.launching import launch
 
-_PARTIALS = 512  # programs of the first per-tensor kernel; a few per multiprocessor, and cheap to reduce again
+# programs of the first per-tensor kernel; a few per multiprocessor, and cheap to reduce again; the interpreter has one
+_PARTIALS = 8 if INTERPRETED else 512
 
 
 @triton.jit
