@@ -202,6 +202,10 @@ def llama(folder: Path) -> dict[str, Any]:
             "collectives": {n: sum(n in c for c in calls) for n in ("all_reduce", "all_gather")},
             "plan": repr(compiled.plan),
             "generated": model.generate(ids[0], max_new_tokens=4, do_sample=False, pad_token_id=0).tolist(),
+            "own": [
+                sqcompile.generate(model, x, max_new_tokens=4, do_sample=False, pad_token_id=0).tolist()
+                for x in (ids[0], ids[0][:1])
+            ],
             "wanted": whole.generate(ids[0], max_new_tokens=4, do_sample=False, pad_token_id=0).tolist(),
         }
 

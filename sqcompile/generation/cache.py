@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from sqcompile.errors import GenerationError
+from sqcompile.pytorch.distributed import is_distributed
 
 _SMALLEST = 128
+
+_seen: weakref.WeakKeyDictionary[nn.Module, tuple[list[int], list[int]]] = weakref.WeakKeyDictionary()
 
 
 def rounded(tokens: int) -> int:
@@ -27,7 +32,7 @@ def static_cache(model: Any, batch: int, length: int) -> StaticCache:
     """An empty cache of a model.
 
     Raises:
-        GenerationError: for layers that are no plain attention over the whole text.
+        GenerationError: for layers that are no plain attention over the whole text, and as `_written`.
     """
     config = model.config.get_text_config(decoder=True)
     cache = StaticCache(config=config, max_cache_len=length)
@@ -51,5 +56,32 @@ def static_cache(model: Any, batch: int, length: int) -> StaticCache:
     one = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
     heads = 1 if one else getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if any(is_distributed(p) for p in model.parameters()):
+        heads, width = _written(model, config)
     cache.early_initialization(batch, heads, width, dtype=model.dtype, device=torch.device(model.device))
     return cache
+
+
+def _written(model: Any, config: Any) -> tuple[list[int], list[int]]:
+    """How many heads of how many channels a sharded model's attention writes in this process, by layer.
+
+    Every process runs the float model on one token and sees: how attention is sharded is for the model's author to say.
+
+    Raises:
+        GenerationError: where the model does not run, as without the float weights that free_float=True has freed.
+    """
+    if model in _seen:  # its float weights may be gone since
+        return _seen[model]
+    probe = StaticCache(config=config, max_cache_len=_SMALLEST)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            model(input_ids=ids, past_key_values=probe, use_cache=True)
+    except Exception as e:
+        raise GenerationError(
+            "sqcompile.generate runs the float model on one token to see what a process writes of a sharded model, which "
+            f"failed: {e}. Its float weights are needed for that: compile it without free_float, or use model.generate"
+        ) from e
+    layers: list[Any] = probe.layers
+    shapes = [layer.keys.shape for layer in layers]
+    return _seen.setdefault(model, ([s[1] for s in shapes], [s[3] for s in shapes]))

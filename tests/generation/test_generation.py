@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 import sqcompile
 from sqcompile.backend import smoothquant
 from sqcompile.errors import GenerationError
-from sqcompile.generation import run
+from sqcompile.generation import cache, run
 from sqcompile.generation.cache import rounded
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -80,6 +80,25 @@ def test_greedy_tokens_compiled(family):
     assert counters["stats"]["unique_graphs"] == (6 if family == "opt" else 4)
     same_under_all_settings(net, ids[2:], None, **STATIC)
     same_under_all_settings(net, ids, mask, **STATIC)
+
+
+@pytest.mark.parametrize("family", sorted(set(CAUSAL) - {"bloom", "falcon alibi", "gemma2"}))
+def test_heads_of_a_sharded_model_are_seen(family, monkeypatch):
+    """One process that holds all of it, for whom the configuration says the same."""
+    model = tiny_lm(family)
+    want = [layer.keys.shape for layer in cache.static_cache(model, 2, 128).layers]
+    monkeypatch.setattr(cache, "is_distributed", lambda p: True)
+    assert [layer.keys.shape for layer in cache.static_cache(model, 2, 128).layers] == want
+    monkeypatch.setattr(model, "forward", None)
+    assert cache.static_cache(model, 3, 128).layers[0].keys.shape[0] == 3, "the model has not run again"
+
+
+def test_a_sharded_model_that_cannot_run_is_refused(monkeypatch):
+    model = tiny_lm("llama")
+    monkeypatch.setattr(cache, "is_distributed", lambda p: True)
+    monkeypatch.setattr(model, "forward", lambda **_: 1 / 0)
+    with pytest.raises(GenerationError, match=r"failed: division by zero\. Its float weights are needed"):
+        sqcompile.generate(model, prompts(1, 6), max_new_tokens=2)
 
 
 def test_texts_that_end_go_on_with_padding():

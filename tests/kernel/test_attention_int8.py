@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error, token_batches, typical_error
-from families import CHAINS, FAMILIES, build, outputs, resized, run, some_slow
+from families import CHAINS, FAMILIES, build, outputs, resized, run
 from hand_written import HAND_WRITTEN, Attend, Spelled, inputs_of
 from test_attention_chains import found, operators, with_attention
 from torch.utils import _pytree as pytree

@@ -107,3 +107,4 @@ def test_a_model_of_transformers(tmp_path):
         # the embedding's, one of attention and one of the MLP; the head's
         assert found["collectives"] == {"all_reduce": 3, "all_gather": 1}
         assert found["generated"] == found["wanted"]
+        assert found["own"] == [found["wanted"], found["wanted"][:1]]
