@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ STAGES = ("traced", "folded", "quantized", "lowered")
 
 _PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59)
 
-_right: dict[Any, str] = {}  # what calls give, in words: graphs repeat their calls, and each other's
+_right: dict[Any, Any] = {}  # the form of what calls give: graphs repeat their calls, and each other's
 
 
 def verify(gm: fx.GraphModule, stage: str) -> fx.GraphModule:
@@ -67,8 +68,8 @@ def verify(gm: fx.GraphModule, stage: str) -> fx.GraphModule:
         if n.op == "get_attr":
             tensor, recorded = get_tensor(gm, str(n.target)), value(n)
             stands_in = tensor.is_meta and about(gm).lazy  # for a weight that is quantized later
-            if not stands_in and _described(tensor) != _described(recorded):
-                have, want = _described(tensor), _described(recorded)
+            if not stands_in and _form(tensor) != _form(recorded):
+                have, want = _in_words(_form(tensor)), _in_words(_form(recorded))
                 raise StageError(f"{stage}: {n.target} is {have}, the graph expects {want}")
     if os.environ.get("SQCOMPILE_VERIFY") == "1":
         _compute_again(gm, stage)
@@ -82,42 +83,56 @@ def _compute_again(gm: fx.GraphModule, stage: str) -> None:
         key = call_key(n.target, args, kwargs)
         if key is None:  # packed for a kernel, or with sizes that depend on values
             continue
-        recorded = value(n)
-        if _right.get(key) == _described(recorded) or _computed(about(gm).recorded.get(key)) == _described(recorded):
+        recorded, known = value(n), about(gm).recorded.get(key)
+        want = _form(recorded)
+        if _right.get(key) == want or (known and _form(known[0]) == want):
             continue
         with about(gm).fake_mode, enable_python_dispatcher(), torch.no_grad():
             gives = n.target(*args, **kwargs)
-        _right[key] = _described(gives)
-        if _described(gives) == _described(recorded):
+        found = _right[key] = _form(gives)
+        if found == want:
             continue
         sizes = dict(zip(free_symbols(gm), itertools.cycle(_PRIMES)))
-        if _described(gives, sizes) != _described(recorded, sizes):
-            raise StageError(f"{stage}: %{n.name} is recorded as {_described(recorded)}; it gives {_described(gives)}")
+        if _form(gives, sizes) != _form(recorded, sizes):
+            words = f"%{n.name} is recorded as {_in_words(want)}; it gives {_in_words(found)}"
+            raise StageError(f"{stage}: {words}")
 
 
-def _computed(known: Any) -> str | None:
-    """What `record` has computed of a call with the same arguments, described; None if nothing."""
-    return _described(known[0]) if known else None
+@dataclass(frozen=True)
+class _TensorForm:
+    """What is compared of a tensor; strides None if it is packed. A stride of a size of 1 says nothing."""
+
+    dtype: torch.dtype
+    shape: Any
+    strides: Any
+    device: torch.device
 
 
-def _described(v: Any, sizes: dict[Any, int] | None = None) -> str:
-    """What is compared of a value, at some sizes or in symbols: Min(8, 8*s0) is 8 at all of them."""
+def _form(v: Any, sizes: dict[Any, int] | None = None) -> Any:
+    """What is compared of a value, at some sizes or in symbols: Min(8, 8*s0) is 8 at all of them.
+
+    It is no text before there is something to say: printing symbols takes longer than all else that is done here.
+    """
     if isinstance(v, (list, tuple)):
-        return ", ".join(_described(x, sizes) for x in v)
+        return tuple(_form(x, sizes) for x in v)
     if isinstance(v, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return str(v.node.expr.xreplace(sizes or {}))
+        return v.node.expr.xreplace(sizes) if sizes else v.node.expr
     if not isinstance(v, Tensor):
-        return str(v)
-    return _of_tensor(tuple(v.shape), None if v.is_mkldnn else v.stride(), v.dtype, v.device, sizes)
+        return v if type(v) is int else str(v)
+    shape = _form(tuple(v.shape), sizes)
+    strides = None if v.is_mkldnn else _form(v.stride(), sizes)
+    if strides is not None:
+        strides = tuple(step if size != 1 else "any" for size, step in zip(shape, strides, strict=True))
+    return _TensorForm(v.dtype, shape, strides, v.device)
 
 
-def _of_tensor(shape: tuple[Any, ...], stride: tuple[Any, ...] | None, dtype: Any, device: Any, sizes: Any) -> str:
-    if stride is None:
-        strides = "packed"
-    else:
-        steps = tuple(step if size != 1 else "any" for size, step in zip(shape, stride, strict=True))
-        strides = f"strides [{_described(steps, sizes)}]"
-    return f"{dtype} [{_described(shape, sizes)}], {strides}, {device}"
+def _in_words(form: Any) -> str:
+    if isinstance(form, tuple):
+        return ", ".join(map(_in_words, form))
+    if not isinstance(form, _TensorForm):
+        return str(form)
+    strides = "packed" if form.strides is None else f"strides [{_in_words(form.strides)}]"
+    return f"{form.dtype} [{_in_words(form.shape)}], {strides}, {form.device}"
 
 
 def _is_python(target: object) -> bool:
