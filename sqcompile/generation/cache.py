@@ -68,9 +68,9 @@ def _written(model: Any, config: Any) -> tuple[list[int], list[int]]:
     Every process runs the float model on one token and sees: how attention is sharded is for the model's author to say.
 
     Raises:
-        GenerationError: where the model does not run, as without the float weights that free_float=True has freed.
+        GenerationError: where the model does not run.
     """
-    if model in _seen:  # its float weights may be gone since
+    if model in _seen:
         return _seen[model]
     probe = StaticCache(config=config, max_cache_len=_SMALLEST)
     ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
@@ -80,7 +80,7 @@ def _written(model: Any, config: Any) -> tuple[list[int], list[int]]:
     except Exception as e:
         raise GenerationError(
             "sqcompile.generate runs the float model on one token to see what a process writes of a sharded model, which "
-            f"failed: {e}. Its float weights are needed for that: compile it without free_float, or use model.generate"
+            f"failed: {e}: use model.generate"
         ) from e
     layers: list[Any] = probe.layers
     shapes = [layer.keys.shape for layer in layers]
