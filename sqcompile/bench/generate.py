@@ -28,6 +28,7 @@ SHAPES = {
     "cuda": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
     "cpu": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8},
 }
+LOOPS = ("model.generate", "sqcompile.generate")
 PROMPTS = {"cuda": {1: (128, 2048), 16: (128,)}, "cpu": {1: (64, 512), 4: (64,)}}  # lengths by batch size
 
 
@@ -135,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5 if device == "cuda" else 3)
     parser.add_argument("--recipe", help="default, O1, O2 or O3; alpha=0.5 without rotation otherwise")
     parser.add_argument("--int8-only", action="store_true", help="leave bf16 out, which takes most of the time")
+    parser.add_argument("--loops", choices=LOOPS, nargs="+", default=LOOPS)
     args = parser.parse_args(argv)
     model = llama(device, args.layers)
     batches = [torch.randint(3, 32000, (2, 256), device=device)]
@@ -148,47 +150,45 @@ def main(argv: list[str] | None = None) -> None:
     }
     longest = {batch: max(lengths) + args.new for batch, lengths in PROMPTS[device].items()}
 
-    def speeds(name: str) -> tuple[list[list[tuple[float, float]]], list[str], Tensor]:
-        """By loop and by prompts; lines about a token; and logits of the model."""
-        net, found, said = contender(name, model, plan), list[list[tuple[float, float]]](), list[str]()
-        caches = {batch: static_cache(model, batch, length) for batch, length in longest.items()}
-        found.append(
-            [measure(by_transformers(net, caches[b]), x, args.new, args.rounds) for (b, _), x in prompts.items()]
-        )
+    def speeds(name: str) -> tuple[dict[tuple[str, int, int], tuple[float, float]], Tensor]:
+        """By loop and prompts, each printed when it is there; and logits of the model."""
+        net, found = contender(name, model, plan), dict[tuple[str, int, int], tuple[float, float]]()
         logits = _logits(net)
-        del caches
+
+        def timed(loop: str, batch: int, length: int, write: Write, x: Tensor) -> None:
+            found[loop, batch, length] = speed, first = measure(write, x, args.new, args.rounds)
+            line = f"{name}, {loop}, batch {batch} after {length}: {speed:.1f} tokens/s, prefill {first:.1f}"
+            if loop == LOOPS[1] and device == "cuda":
+                token, busy = batch / speed, kernels(write, x, args.new)
+                line += f"; a token takes {1e3 * token:.2f} ms, its kernels {1e3 * busy:.2f} ({token / busy:.2f}x)"
+            print(line, flush=True)
+
+        if LOOPS[0] in args.loops:
+            caches = {batch: static_cache(model, batch, length) for batch, length in longest.items()}
+            for (batch, length), x in prompts.items():
+                timed(LOOPS[0], batch, length, by_transformers(net, caches[batch]), x)
+            del caches
         if name == "bf16" and device == "cuda":  # one recording cannot be part of another
             del net
             torch.compiler.reset()
             net = contender(name, model, plan, graphs=False)
-        found.append(
-            [measure(by_sqcompile(net, longest[b]), x, args.new, args.rounds) for (b, _), x in prompts.items()]
-        )
-        for (batch, length), x, (speed, _) in zip(prompts, prompts.values(), found[1], strict=True):
-            if device == "cuda":
-                token, busy = batch / speed, kernels(by_sqcompile(net, longest[batch]), x, args.new)
-                said.append(
-                    f"{name}, batch {batch} after {length}: a token takes {token * 1e3:.2f} ms, its kernels "
-                    f"{busy * 1e3:.2f} ({token / busy:.2f}x)"
-                )
-        sqcompile.free_generation(net)
-        return found, said, logits
+        if LOOPS[1] in args.loops:
+            for (batch, length), x in prompts.items():
+                timed(LOOPS[1], batch, length, by_sqcompile(net, longest[batch]), x)
+            sqcompile.free_generation(net)
+        return found, logits
 
-    int8, lines, logits = speeds("INT8")
+    int8, logits = speeds("INT8")
     bf16: Any = None
     if not args.int8_only:
         gc.collect()
-        bf16, more, floats = speeds("bf16")
-        lines += more
-    print("| | bf16 torch.compile, tokens/s | sqcompile INT8, tokens/s | vs bf16 |\n|---|---|---|---|")
-    for i, loop in enumerate(("model.generate", "sqcompile.generate")):
-        for j, (batch, length) in enumerate(prompts):
-            for k, what in enumerate((f"decode, batch {batch} after {length}", f"prefill, {batch} x {length}")):
-                other = (
-                    f"{bf16[i][j][k]:.1f} | {int8[i][j][k]:.1f} | {int8[i][j][k] / bf16[i][j][k]:.2f}x" if bf16 else ""
-                )
-                print(f"| {what}, {loop} | {other or f' | {int8[i][j][k]:.1f} | '} |")
-    print("\n" + "\n".join(lines))
+        bf16, floats = speeds("bf16")
+    print("\n| | bf16 torch.compile, tokens/s | sqcompile INT8, tokens/s | vs bf16 |\n|---|---|---|---|")
+    for (loop, batch, length), ours in int8.items():
+        for k, what in enumerate((f"decode, batch {batch} after {length}", f"prefill, {batch} x {length}")):
+            theirs = bf16[loop, batch, length][k] if bf16 else None
+            other = (f"{theirs:.1f}", f"{ours[k] / theirs:.2f}x") if theirs else ("", "")
+            print(f"| {what}, {loop} | {other[0]} | {ours[k]:.1f} | {other[1]} |")
     if bf16:
         print(f"SQNR of the logits beside bf16: {sqnr_db(floats, logits):.1f} dB")
 

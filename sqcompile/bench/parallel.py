@@ -13,7 +13,6 @@ import argparse
 import datetime
 import gc
 import itertools
-import logging
 import os
 import socket
 import statistics
@@ -29,8 +28,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import sqcompile
 from sqcompile.bench.stack import DECODE, LLAMA_8B, LLAMA_70B, PREFILL, Shape, captured, stack
 from sqcompile.bench.timing import gpu, publish
-
-log = logging.getLogger("sqcompile")
 
 MODELS = {"8b": LLAMA_8B, "70b": LLAMA_70B}
 BY_COLUMNS, BY_ROWS = ("q", "k", "v", "gate", "up"), ("o", "down")
@@ -54,16 +51,19 @@ def _median_us(replay: Callable[[], None], rounds: int) -> float:
     return statistics.median(1e3 * a.elapsed_time(b) for a, b in itertools.pairwise(marks[2:]))
 
 
-def _measured(run: Callable[[Tensor], Tensor], inputs: list[Tensor], fresh: bool) -> list[tuple[float, Tensor]]:
-    """Microseconds and output for each input; ``fresh`` compiles each size for itself."""
+def _measured(
+    name: str, run: Callable[[Tensor], Tensor], inputs: list[Tensor], fresh: bool = False
+) -> list[tuple[float, Tensor]]:
+    """Microseconds and output for each input, printed when they are there; ``fresh`` compiles each size for itself."""
     found = []
     for x in inputs:
-        log.info("%s", list(x.shape))
         if fresh:
             torch.compiler.reset()
         replay, read = captured(run, x)
         _median_us(replay, 6)
         found.append((_median_us(replay, 25), read().clone()))
+        if not distributed.is_initialized() or distributed.get_rank() == 0:
+            print(f"{name}, {x.shape[0]} x {x.shape[1]}: {found[-1][0]:.0f} us", flush=True)
     return found
 
 
@@ -73,18 +73,17 @@ def _release() -> None:
     torch.cuda.empty_cache()
 
 
-def _worker(rank: int, port: int, layers: int, widths: Shape, out: Path | None) -> None:
+def _worker(rank: int, port: int, layers: int, widths: Shape, shapes: list[tuple[int, int]], out: Path | None) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(_PROCESSES))
     torch.cuda.set_device(rank)
     model = stack(layers, widths)
     batches = [torch.randn(2, 256, widths.hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    shapes = (*PREFILL, *DECODE)
     inputs = [torch.randn(*shape, widths.hidden, device="cuda", dtype=torch.bfloat16) for shape in shapes]
     with torch.no_grad():
         exact = [model(x) for x in inputs]
     one: list[tuple[float, Tensor]] = []
     if rank == 0:  # before there is a group, whose processes calibrate together; the other one waits for this one
-        one = _measured(sqcompile.compile(model, batches, progress=False), inputs, fresh=False)
+        one = _measured("INT8, 1 GPU", sqcompile.compile(model, batches, progress=False), inputs)
         _release()
     distributed.init_process_group(
         "nccl",
@@ -96,9 +95,10 @@ def _worker(rank: int, port: int, layers: int, widths: Shape, out: Path | None) 
     )
     mesh = init_device_mesh("cuda", (_PROCESSES,))
     sharded(model, mesh)
-    bf16 = _measured(torch.compile(model, dynamic=False), inputs, fresh=True)
+    bf16 = _measured("bf16, 2 GPUs", torch.compile(model, dynamic=False), inputs, fresh=True)
     _release()
-    int8 = _measured(sqcompile.compile(model, batches, progress=False, device_mesh=mesh), inputs, fresh=False)
+    ours = sqcompile.compile(model, batches, progress=False, device_mesh=mesh)
+    int8 = _measured("INT8, 2 GPUs", ours, inputs)
     if rank == 0:
         publish(_table(layers, widths, shapes, exact, one, bf16, int8), out)
     distributed.barrier()
@@ -128,6 +128,9 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m sqcompile.bench parallel", description=__doc__)
     parser.add_argument("--model", choices=MODELS, default="8b")
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument(
+        "--shapes", nargs="+", default=[f"{b}x{t}" for b, t in (*PREFILL, *DECODE)], help="batch x tokens"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     if torch.cuda.device_count() < _PROCESSES:
@@ -135,4 +138,5 @@ def main(argv: list[str]) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    multiprocessing.spawn(_worker, (port, args.layers, MODELS[args.model], args.out), nprocs=_PROCESSES)
+    shapes = [(int(batch), int(tokens)) for batch, tokens in (s.split("x") for s in args.shapes)]
+    multiprocessing.spawn(_worker, (port, args.layers, MODELS[args.model], shapes, args.out), nprocs=_PROCESSES)
