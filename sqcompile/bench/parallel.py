@@ -124,13 +124,17 @@ def _table(layers: int, widths: Shape, shapes: Any, exact: Any, one: Any, bf16: 
     return lines
 
 
+def _shape(text: str) -> tuple[int, int]:
+    """Batch and tokens, from "4x2048"."""
+    batch, tokens = text.split("x")
+    return int(batch), int(tokens)
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m sqcompile.bench parallel", description=__doc__)
     parser.add_argument("--model", choices=MODELS, default="8b")
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument(
-        "--shapes", nargs="+", default=[f"{b}x{t}" for b, t in (*PREFILL, *DECODE)], help="batch x tokens"
-    )
+    parser.add_argument("--shapes", type=_shape, nargs="+", default=[*PREFILL, *DECODE], help="such as 4x2048 1x1")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     if torch.cuda.device_count() < _PROCESSES:
@@ -138,5 +142,5 @@ def main(argv: list[str]) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    shapes = [(int(batch), int(tokens)) for batch, tokens in (s.split("x") for s in args.shapes)]
-    multiprocessing.spawn(_worker, (port, args.layers, MODELS[args.model], shapes, args.out), nprocs=_PROCESSES)
+    of_worker = port, args.layers, MODELS[args.model], args.shapes, args.out
+    multiprocessing.spawn(_worker, of_worker, nprocs=_PROCESSES)

@@ -15,6 +15,7 @@ from sqcompile.pytorch.distributed import is_distributed
 
 _SMALLEST = 128
 
+# what `_written` saw of a model, so that caches of other batches need no further run in all processes
 _seen: weakref.WeakKeyDictionary[nn.Module, tuple[list[int], list[int]]] = weakref.WeakKeyDictionary()
 
 
