@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from typing import Any
@@ -12,6 +13,7 @@ from torch import fx, nn
 from sqcompile.artifact.code import taken
 from sqcompile.artifact.directory import MANIFESTS, path_name, read
 from sqcompile.artifact.fill import filled, lowered, lowered_graph
+from sqcompile.artifact.moved import moved
 from sqcompile.artifact.sharded import as_artifact, shard_in
 from sqcompile.capture.inputs import Forward
 from sqcompile.capture.sharded import parallel_on
@@ -22,7 +24,7 @@ from sqcompile.compiled.stages import Stages
 from sqcompile.errors import ArtifactError, RecipeError, SQCompileError, StageError
 from sqcompile.files.regular import said
 from sqcompile.kernels.targets import Target
-from sqcompile.passes.ir.verify import STAGES
+from sqcompile.passes.ir.verify import STAGES, verify
 from sqcompile.passes.rewrite.insert_qdq import quantize_weights
 from sqcompile.plan.plan import Plan
 from sqcompile.process.interrupts import deferred
@@ -56,8 +58,8 @@ def load(
 
     Args:
         path: the directory.
-        device: where the model is to run, such as "cpu" or "cuda"; None for where it ran when it was saved. A checkpoint
-            is loaded for the CPU; save the result, and load that for another device.
+        device: where the model is to run, such as "cpu" or "cuda"; None for where it ran when it was saved, and of a
+            checkpoint for the CPU.
         backend, regional, target: as for `compile`.
         code: uses the code that ``save(path, code=True)`` kept, for the backend "inductor" and whole models. That is running
             what is in the directory: pass True for what you or somebody you trust saved. Where versions, processor or GPU are
@@ -195,7 +197,7 @@ def _checkpoint(
         enter("lower")
         gm = lowered_graph(found.graph, target)
         enter("emit")
-        return emit(gm, found.call, found.plan, CheckpointStages(name, None, target), backend, regional)
+        return emit(gm, found.call, found.plan, CheckpointStages(name, where, target), backend, regional)
     except SQCompileError:
         raise
     except Exception as e:  # of a graph that no version has made
@@ -203,11 +205,13 @@ def _checkpoint(
 
 
 def _read_checkpoint(name: str, where: torch.device | None) -> ReadModel:
-    if where is not None and where.type != "cpu":
-        raise ArtifactError(
-            f"a checkpoint is loaded for the CPU, not for {where}: load it, save the result, and load that with device="
-        )
-    return read_model(name)
+    found = read_model(name)
+    if where is None or where.type == "cpu":
+        return found
+    try:
+        return dataclasses.replace(found, graph=verify(moved(found.graph, where), "quantized"))
+    except ArtifactError as e:
+        raise ArtifactError(f"{name} cannot be loaded for {where}: {e}") from e
 
 
 class SavedStages(Stages):
@@ -259,7 +263,7 @@ class CheckpointStages(SavedStages):
         if name not in ("quantized", "lowered"):
             return super().__getitem__(name)  # which refuses it
         with compiling(), torch.no_grad():
-            gm = read_model(self._path).graph
+            gm = _read_checkpoint(self._path, self._device).graph
             return lowered_graph(gm, self._target) if name == "lowered" else quantize_weights(gm)
 
 

@@ -201,7 +201,7 @@ def read(path: str | os.PathLike[str], device: torch.device | None, parallel: Pa
 
 def _read(name: str, device: torch.device | None, parallel: Parallel) -> Saved:
     meta = manifest(name)
-    here = _devices(meta["graph"], device)
+    here = devices(meta["graph"], device)
     tensors = Tensors(name, meta["tensors"])
     plan = Plan.load(os.path.join(name, PLAN))
     if plan.shard != shard_of(parallel):
@@ -257,8 +257,17 @@ def sha256_of(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def _devices(graph: Any, given: torch.device | None) -> Callable[[str], torch.device]:
-    """What a device of the file is here."""
+def devices(graph: Any, given: torch.device | None) -> Callable[[str], torch.device]:
+    """What a device of a graph is here.
+
+    Args:
+        graph: as of `graphs.to_json`.
+        given: where all of it is to run; None for where it ran.
+
+    Raises:
+        ArtifactError: if it runs on several devices, of which one is to be all; by what is returned, for a device that this
+            machine does not have.
+    """
     known = {n["device"] for n in graph["nodes"] if "device" in n}
     if given is not None and len(known) > 1:
         raise ArtifactError(f"it runs on {', '.join(sorted(known))}, and cannot be moved to {given}: leave device out")

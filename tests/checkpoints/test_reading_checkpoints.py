@@ -17,9 +17,14 @@ from conftest import relative_error
 from safetensors.torch import save_file
 
 import sqcompile
+from sqcompile.artifact.fill import lowered_graph
+from sqcompile.artifact.moved import moved
 from sqcompile.checkpoints.names import CheckpointNames
 from sqcompile.checkpoints.read_model import read_model
+from sqcompile.compiled.emit import emit
+from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import get_tensor
+from sqcompile.passes.ir.verify import verify
 
 
 def masked(call):
@@ -278,13 +283,53 @@ def test_configurations_that_fit_no_model_are_refused(field, number, message, tm
     refused(path, message)
 
 
-def test_another_device_goes_through_save(tmp_path):
+def test_a_loaded_checkpoint_is_saved_as_an_artifact(tmp_path):
     path = tmp_path / "out"
     exported("llama", "compressed-tensors", path)
-    with pytest.raises(sqcompile.ArtifactError, match="a checkpoint is loaded for the CPU, not for meta"):
-        sqcompile.load(path, device="meta")
     call = masked(planned("llama")[1])
     loaded = sqcompile.load(path, backend="eager")
     loaded.save(tmp_path / "saved")
     again = sqcompile.load(tmp_path / "saved", backend="eager")
     assert torch.equal(again(**call).logits, loaded(**call).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", pytest.param("mixtral", marks=pytest.mark.slow)])
+def test_a_graph_is_moved_with_its_weights_as_they_are_in_the_files(family, tmp_path):
+    exported(family, "compressed-tensors", tmp_path / "out", STATIC if family == "opt" else PLAIN)
+    read = read_model(str(tmp_path / "out"))
+    here = verify(moved(read.graph, torch.device("cpu")), "quantized")  # as it goes to a GPU
+    assert [n.name for n in here.graph.nodes] == [n.name for n in read.graph.graph.nodes]
+    lazy, wanted = about(here).lazy, about(read.graph).lazy
+    assert lazy.keys() == wanted.keys() and lazy
+    for name, weight in lazy.items():
+        assert all(torch.equal(a, b) for a, b in zip(weight.make(), wanted[name].make(), strict=True))
+    call = masked(planned(family)[1])
+    loaded = sqcompile.load(tmp_path / "out", backend="eager")
+    again = emit(lowered_graph(here, None), read.call, read.plan, loaded.stages, "eager", False)
+    assert torch.equal(again(**call).logits, loaded(**call).logits)
+
+
+def test_a_device_without_values_is_refused(tmp_path):
+    exported("llama", "compressed-tensors", tmp_path / "out")
+    with pytest.raises(sqcompile.ArtifactError, match=r"out cannot be loaded for meta: .* the meta device"):
+        sqcompile.load(tmp_path / "out", device="meta")
+    with pytest.raises(sqcompile.ArtifactError, match="is none of this machine"):
+        sqcompile.load(tmp_path / "out", device="cuda:99")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2_moe"])
+def test_a_checkpoint_is_loaded_on_a_gpu(family, backend, tmp_path):
+    exported(family, "compressed-tensors", tmp_path / "out", STATIC if family == "opt" else PLAIN)
+    call = masked(planned(family)[1])
+    cpu = sqcompile.load(tmp_path / "out", backend="eager")
+    loaded = sqcompile.load(tmp_path / "out", device="cuda", backend=backend)
+    there = {name: t.cuda() for name, t in call.items()}
+    logits = loaded(**there).logits
+    assert logits.is_cuda and relative_error(logits.cpu(), cpu(**call).logits) < 1e-2  # roundings meet other INT8 steps
+    assert "int8_gemm" in loaded.lowered.code
+    assert all(t.is_cuda for t in loaded.lowered.state_dict().values())
+    cpu.save(tmp_path / "saved")
+    again = sqcompile.load(tmp_path / "saved", device="cuda", backend=backend)
+    assert torch.equal(again(**there).logits, logits)
