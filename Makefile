@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow gpu gpu2 serve-test docs-test lint bench compare cpu-peers docs clean
+.PHONY: demo test slow gpu gpu2 sanitize serve-test docs-test lint bench compare cpu-peers docs clean
 
 # torch first: the rest of the requirements must not choose another build of it. setuptools tells of every editable
 # installation that folders of the working directory may be imported in its place, which is meant here.
@@ -33,6 +33,18 @@ gpu: $(VENV)/ready
 # on a machine with two GPUs
 gpu2: $(VENV)/ready
 	$(BIN)/python -m pytest tests/whole/test_gpu_parallel.py
+
+# Every Triton kernel at small shapes around the edges of its tiles, watched for accesses outside of tensors (memcheck) and for
+# races in shared memory (racecheck). It needs a GPU and compute-sanitizer. Each tensor is an allocation of its own, so that
+# its edges are seen; a CUDA graph cannot record that.
+SANITIZED := test_triton test_triton_gemm test_triton_rotation test_triton_attention test_triton_attention_masks
+SANITIZER := compute-sanitizer
+sanitize: $(VENV)/ready
+	for tool in memcheck racecheck; do \
+	  printf '%s\n' $(SANITIZED) | PYTORCH_NO_CUDA_MEMORY_CACHING=1 xargs -P 5 -I{} \
+	    $(SANITIZER) --tool $$tool --error-exitcode 9 \
+	    $(BIN)/python -m pytest -n 0 -q -m gpu tests/kernel/{}.py -k 'not 2_to_the_31 and not cuda_graph' || exit 1; \
+	done
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -70,6 +70,7 @@ class Target:
         fuses: whose norms, activations and residuals become part of the kernels beside them: "cpu", "triton", or None.
         attention: whose float attention takes part: "cpu", "triton", or None for PyTorch's as it is.
         has_kernels: whether it has INT8 kernels of its own; without, the plain integer reference runs, with a warning.
+        has_fast_int8: whether its tensor cores multiply INT8 faster than bfloat16.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Target:
     has_kernels: bool = True
     fp8: Emit = _fp8
     has_fp8: bool = False
+    has_fast_int8: bool = True
     runs: Callable[[], bool] = lambda: True
 
     def for_fp8(self) -> Target:
@@ -129,6 +131,17 @@ class Target:
             )
         if not self.runs():
             raise RecipeError(f"target={self.name!r} packs weights for such a CPU, and this one is none")
+
+    def check_format(self, dtype: str) -> None:
+        """Refuses a number format, "int8" or "fp8", in which a model would be slower than it is in float.
+
+        Raises:
+            RecipeError: names the one to choose.
+        """
+        if dtype == "int8" and not self.has_fast_int8:
+            raise RecipeError(
+                f"{self.name} multiplies INT8 several times slower than bfloat16: choose Recipe(dtype='fp8') on such a GPU"
+            )
 
     @staticmethod
     def named(name: str) -> Target:
@@ -213,6 +226,8 @@ def _cuda(capability: int) -> Target:
         fuses="triton",
         attention="triton",
         has_fp8=capability >= 89,
+        has_fast_int8=capability
+        != 103,  # Blackwell Ultra: 0.3 POPS of INT8 beside 2.5 PFLOPS of bfloat16 (its data sheet)
     )
 
 

@@ -21,7 +21,7 @@ from sqcompile.compiled.degradation import by_value
 from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
 from sqcompile.compiled.stages import Stages
 from sqcompile.errors import CalibrationError, PlanError, RecipeError
-from sqcompile.kernels.targets import Target
+from sqcompile.kernels.targets import Target, target_of
 from sqcompile.models import check_model, check_recipe, device_of, target_for
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.about import about
@@ -124,6 +124,7 @@ def compile(
         with deferred(), stages(stage_names, progress if ranks.first else False) as enter:
             if plan is None:
                 how = resolve_recipe(recipe)
+                target_of(target)(device_of(model)).check_format(how.dtype)  # before it calibrates
                 traced, plan = analyse(
                     model, calib_loader, how, example_inputs, dynamic_shapes, enter, evaluate, target, act_scales,
                     max_batches, ranks,

@@ -113,6 +113,7 @@ def lower(
     for group in each([*groups.values()], "pack"):
         on = of(value(group[0].weight).device)
         qtype = BY_DTYPE[value(group[0].weight).dtype]
+        on.check_format(qtype.name)
         if qtype is FP8:
             on = on.for_fp8()
         if not on.has_kernels:

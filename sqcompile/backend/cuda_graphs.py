@@ -192,6 +192,7 @@ class Pool:
         self.handle: Any = None
         self.lock = threading.Lock()
         self.last = self.stream
+        self._mark = torch.zeros(1, device=device)  # made now: `_end` may find no memory left
 
     def follow(self) -> None:
         """Has the stream of this call wait for that of the call before, which may still use the buffers."""
@@ -246,11 +247,11 @@ class Pool:
         """
         torch.cuda.set_stream(before)
         end_allocating(self.device, self.handle)
-        mark, graph = torch.zeros(1, device=self.device), torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
         with (
             torch.cuda.device(self.device),
             torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
         ):
-            mark.add_(1)
+            self._mark.add_(1)

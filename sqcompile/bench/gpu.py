@@ -1,4 +1,4 @@
-"""GPU benchmark: INT8 GEMMs of Llama-3-8B beside bf16 and torch._int_mm, fused kernels beside a device copy.
+"""GPU benchmark: INT8 GEMMs of Llama-3-8B beside bf16, FP8 and torch._int_mm, fused kernels beside a device copy.
 
 All in one run, as CUDA graphs; every timed output is compared with float64 arithmetic on a sample of its rows.
 """
@@ -18,13 +18,16 @@ from torch.nn import functional as F
 
 from sqcompile.bench import stack
 from sqcompile.bench.timing import gpu, publish
+from sqcompile.kernels import fp8
 from sqcompile.kernels.rotation import BLOCKS
-from sqcompile.pytorch.core import int_mm
+from sqcompile.pytorch.core import int_mm, scaled_mm
 
 SHAPES = (("qkv", 4096, 6144), ("o", 4096, 4096), ("gate, up", 4096, 28672), ("down", 14336, 4096))  # K, N
 ROWS = (1, 16, 64, 512, 2048, 4096, 8192)
 FUSED_ROWS = 8192
 BF16_ERROR = 4e-3  # relative, of a correctly rounded bf16 result: at most 2^-8
+FP8_ERROR = 8e-3  # with fast accumulation, whose sums have fewer bits
+FP8_LARGEST = 448.0
 
 
 def _sample(m: int) -> Tensor:
@@ -41,17 +44,29 @@ def _require(name: str, error: float, bound: float) -> float:
     return error
 
 
+def _fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [M, K] in float8_e4m3fn, and a scale of each, float32 [M, 1]."""
+    scale = x.float().abs().amax(-1, keepdim=True) / FP8_LARGEST
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+def _us(time: float | None) -> str:
+    return "" if time is None else f"{time:.1f}"
+
+
 def gemm_table(rows: tuple[int, ...], rep_ms: float) -> list[str]:
     """A row per (M, layer): microseconds, and TOPS beside the best of the run."""
     from sqcompile.kernels.triton.gemm import timing
     from sqcompile.kernels.triton.gemm.int8_gemm import int8_gemm
     from sqcompile.kernels.triton.rows.quantize import quantize_rows
 
+    has_fp8 = fp8.available(torch.device("cuda", torch.cuda.current_device()))
     measured = []
     for name, k, n in SHAPES:
         number = timing.copies(n * k)
         floats = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(number)]
         weights = [quantize_rows(w) for w in floats]
+        fp8_weights = [_fp8(w) for w in floats] if has_fp8 else []
         for m in rows:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             q, x_scale = quantize_rows(x)
@@ -72,24 +87,38 @@ def gemm_table(rows: tuple[int, ...], rep_ms: float) -> list[str]:
             )
             us = timing.median_us(ours, rep_ms)
             bf16_us = timing.median_us(bf16, rep_ms)
+            fp8_us = None
+            if has_fp8:
+                xq, xs = _fp8(x)
+                products = [
+                    functools.partial(
+                        scaled_mm, xq, w.t(), xs, s.t(), None, out_dtype=torch.bfloat16, use_fast_accum=True
+                    )
+                    for w, s in fp8_weights[:turns]
+                ]
+                w, s = fp8_weights[0]
+                wanted = (xq[some].double() @ w.double().t()) * xs[some].double() * s.double().t()
+                _require(f"FP8 {name} M={m}", _error(products[0]()[some], wanted), FP8_ERROR)
+                fp8_us = timing.median_us(products, rep_ms)
             int_mm_us = None
             if m > 16:
                 products = [functools.partial(int_mm, q, w.t()) for w, _ in weights[:turns]]
                 _require(f"_int_mm {name} M={m}", _error(products[0]()[some], acc), 0.0)
                 int_mm_us = timing.median_us(products, rep_ms)
-            measured.append((name, m, k, n, us, bf16_us, int_mm_us, error))
-        del floats, weights
+            measured.append((name, m, k, n, us, bf16_us, fp8_us, int_mm_us, error))
+        del floats, weights, fp8_weights
         torch.cuda.empty_cache()
-    best = max(2e-6 * m * n * k / us for _, m, k, n, us, _, _, _ in measured)
+    best = max(2e-6 * m * n * k / us for _, m, k, n, us, *_ in measured)
     lines = [
-        "| layer | K -> N | M | INT8 with epilogue, us | bf16 linear, us | torch._int_mm, us | vs bf16 | TOPS | of the best | weights, GB/s | error |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| layer | K -> N | M | INT8 with epilogue, us | bf16 linear, us | FP8 with scales, us | torch._int_mm, us | vs bf16 | vs FP8 "
+        "| TOPS | of the best | weights, GB/s | error |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, m, k, n, us, bf16_us, int_mm_us, error in measured:
+    for name, m, k, n, us, bf16_us, fp8_us, int_mm_us, error in measured:
         tops = 2e-6 * m * n * k / us
         lines.append(
-            f"| {name} | {k} -> {n} | {m} | {us:.1f} | {bf16_us:.1f} | {'' if int_mm_us is None else f'{int_mm_us:.1f}'} "
-            f"| {bf16_us / us:.2f}x | {tops:.0f} | {tops / best:.0%} | {1e-3 * n * k / us:.0f} | {error:.1e} |"
+            f"| {name} | {k} -> {n} | {m} | {us:.1f} | {bf16_us:.1f} | {_us(fp8_us)} | {_us(int_mm_us)} "
+            f"| {bf16_us / us:.2f}x | {'' if fp8_us is None else f'{fp8_us / us:.2f}x'} | {tops:.0f} | {tops / best:.0%} | {1e-3 * n * k / us:.0f} | {error:.1e} |"
         )
     return lines
 

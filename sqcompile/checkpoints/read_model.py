@@ -36,7 +36,7 @@ from sqcompile.passes.rewrite.insert_qdq import insert_qdq
 from sqcompile.passes.rewrite.weight_store import Lazy, Shared
 from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.plan import Plan
-from sqcompile.plan.recipe import Recipe
+from sqcompile.plan.recipe import Activation, Recipe
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _read(folder: str) -> ReadModel:
     call = Call((), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     traced = trace(model, call)
     layers = filled.layers(traced)
-    plan = Plan(Recipe(smooth=False), to_spec(call), {}, layers)
+    plan = Plan(filled.recipe(layers), to_spec(call), {}, layers)
     gm = insert_qdq(traced, plan, Shared(_memory, lambda key: None))
     by_scale = {f"{name.replace('#', '_use')}_scale": leaf for name, leaf in filled.read.items()}
     lazy = about(gm).lazy
@@ -210,6 +210,19 @@ class _Filled:
         q = together(parts, shape, lambda n, rows: self.files.int8(n, (rows, shape[2])))
         return q, together(parts, shape[:2], lambda n, rows: self._scale(name, n, rows).expand(rows))
 
+    def recipe(self, layers: tuple[LayerPlan, ...]) -> Recipe:
+        """What all linears have in common, and what some of them differ in."""
+        others = {
+            l.name: fields
+            for l in layers
+            if (fields := {f: getattr(l, f) for f in ("activation", "weight") if getattr(l, f) is not None})
+        }
+        return Recipe(smooth=False, activation=self._activation(), overrides=others)
+
+    def _activation(self) -> Activation:
+        """Static if any linear is; those that are not then say so."""
+        return "per_tensor_static" if any(s.static for s in self.schemes.values()) else "per_token"
+
     def layers(self, traced: fx.GraphModule) -> tuple[LayerPlan, ...]:
         """What is done with each linear of the graph.
 
@@ -236,7 +249,7 @@ class _Filled:
                 LayerPlan(
                     l.name, "experts" if l.experts else "linear", True, "none", "int8 in the files", shape=shape,
                     input_scale=self._steps.get(leaf),
-                    activation="per_tensor_static" if scheme.static else None,
+                    activation="per_token" if not scheme.static and self._activation() != "per_token" else None,
                     weight=None if scheme.per_channel or l.experts else "per_tensor",
                 )
             )  # fmt: skip

@@ -30,21 +30,39 @@ class Kept:
     Attributes:
         states: by batch, length of the cache and whether steps are recorded, the one used last at the end.
         running: whether a call is under way, in the thread that has the lock.
+        last: the stream of the call before, on a GPU.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.states: dict[tuple[int, int, bool], tuple[State, Replays | None]] = {}
         self.running = False
+        self.last: torch.cuda.Stream | None = None
+
+    def follow(self, device: torch.device) -> None:
+        """Has the caller's stream wait for that of the call before, which may still read and write the states."""
+        if device.type != "cuda":
+            return
+        current = torch.cuda.current_stream(device)
+        if self.last is not None and self.last != current:
+            current.wait_stream(self.last)
+        self.last = current
+
+    def settle(self) -> None:
+        """Waits for the last call: the memory of a state that goes may be given to another stream than that call's."""
+        if self.last is not None:
+            self.last.synchronize()
 
     def state(self, model: Any, batch: int, longest: int, record: bool) -> tuple[State, Replays | None]:
         """The state of a batch, made if there is none; the one that was not used for longest goes then."""
         key = batch, longest, record
         found = self.states.pop(key, None)
         if found is not None and not found[0].fits(model):
+            self.settle()
             found = None
         if found is None:
             while len(self.states) >= _MOST:
+                self.settle()
                 del self.states[next(iter(self.states))]
             found = State(model, batch, longest), Replays(model.device) if record else None
         self.states[key] = found
@@ -97,6 +115,7 @@ def run(
         with _lock:
             kept = _kept.setdefault(net, Kept())
         with kept.alone():
+            kept.follow(model.device)
             state, replays = kept.state(model, prompts.batch, rounded(settings.cache), record)
             reader = Reader(state.text, settings.eos, callback)
             loop = Loop(net, model, state, settings, replays, generator)
@@ -109,4 +128,6 @@ def run(
 def free(net: nn.Module) -> None:
     """See `sqcompile.free_generation`."""
     with _lock:
-        _kept.pop(net, None)
+        kept = _kept.pop(net, None)
+    if kept is not None:
+        kept.settle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -12,13 +13,14 @@ from collections import Counter
 
 import pytest
 import torch
-from checkpoint_cases import PLAIN, STATIC, exported, planned, weights
+from checkpoint_cases import PLAIN, STATIC, exported, planned, weights, with_layers
 from conftest import relative_error
 from safetensors.torch import save_file
 
 import sqcompile
 from sqcompile.artifact.fill import lowered_graph
 from sqcompile.artifact.moved import moved
+from sqcompile.checkpoints.export import export
 from sqcompile.checkpoints.names import CheckpointNames
 from sqcompile.checkpoints.read_model import read_model
 from sqcompile.compiled.emit import emit
@@ -283,14 +285,34 @@ def test_configurations_that_fit_no_model_are_refused(field, number, message, tm
     refused(path, message)
 
 
-def test_a_loaded_checkpoint_is_saved_as_an_artifact(tmp_path):
-    path = tmp_path / "out"
-    exported("llama", "compressed-tensors", path)
-    call = masked(planned("llama")[1])
-    loaded = sqcompile.load(path, backend="eager")
+DYNAMIC = {"activation": "per_token", "input_scale": None}
+TENSOR = {"weight": "per_tensor"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        (PLAIN, {}),
+        (STATIC, {}),
+        (STATIC, {"o_proj": DYNAMIC}),
+        (dataclasses.replace(STATIC, overrides={"*.up_proj.weight": TENSOR}), {"o_proj": DYNAMIC, "up_proj": TENSOR}),
+        (dataclasses.replace(PLAIN, weight="per_tensor"), {}),
+    ],
+    ids=["token", "static", "two activations", "two weights", "tensor"],
+)
+def test_a_loaded_checkpoint_is_saved_as_an_artifact(recipe, changes, tmp_path):
+    model, call, plan = planned("llama", dataclasses.replace(recipe, overrides={}))
+    done = export(model, with_layers(plan, recipe, **changes), "compressed-tensors", tmp_path / "out")
+    loaded = sqcompile.load(tmp_path / "out", backend="eager")
+    wanted = {l.name: l for l in done.plan.layers}
+    for l in loaded.plan.layers:
+        mine, theirs = (
+            (x.activation or p.recipe.activation) for x, p in ((l, loaded.plan), (wanted[l.name], done.plan))
+        )
+        assert mine == theirs or not l.quantized
     loaded.save(tmp_path / "saved")
     again = sqcompile.load(tmp_path / "saved", backend="eager")
-    assert torch.equal(again(**call).logits, loaded(**call).logits)
+    assert torch.equal(again(**masked(call)).logits, loaded(**masked(call)).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", pytest.param("mixtral", marks=pytest.mark.slow)])

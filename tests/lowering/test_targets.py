@@ -65,6 +65,17 @@ def test_a_target_that_is_unknown_is_refused_before_anything_runs(model):
         sqcompile.compile(model, iter(()), target="cuda-sm70")
 
 
+def test_a_gpu_that_is_slow_in_int8_is_given_fp8(model):
+    slow = r"cuda-sm103 multiplies INT8 several times slower than bfloat16: choose Recipe\(dtype='fp8'\)"
+    with pytest.raises(sqcompile.RecipeError, match=slow):
+        sqcompile.compile(model, iter(()), target="cuda-sm103")  # before it asks for data
+    plan = sqcompile.calibrate(model, batches(), progress=False)
+    with pytest.raises(sqcompile.RecipeError, match=slow):
+        sqcompile.compile(model, plan=plan, backend="eager", target="cuda-sm103")
+    net = sqcompile.compile(model, batches(), recipe="fp8", backend="eager", progress=False, target="cuda-sm103")
+    assert "fp8_linear" in net.lowered.code
+
+
 @pytest.mark.parametrize(
     ("here", "want"),
     [

@@ -211,6 +211,7 @@ def forward(
         g = h // GROUP
         s = rows
     inside = s < Sq
+    held = tl.minimum(s, Sq - 1)  # rows of the mask, which has none for the rest of a tile
     part = tl.program_id(1)
 
     c = tl.arange(0, C)
@@ -273,13 +274,13 @@ def forward(
         j = _number(blocks_ptr, i, free, listed, RATIO)
         x = _product(q, k, b, g, j, k_strides, Sk, BN, C, WIDTH, False, TMA)
         acc, total, top = _block(
-            acc, total, top, x, j, factor, v, b, g, h, s, seen, Sk, softcap, k_scale_ptr, k_scale_strides,
+            acc, total, top, x, j, factor, v, b, g, h, held, seen, Sk, softcap, k_scale_ptr, k_scale_strides,
             mask_ptr, mask_strides, v_strides, BN, VWIDTH, CV, False, False, False, EXACT, SOFTCAP, PV, TMA)  # fmt: skip
     for i in tl.range(middle, high):
         j = _number(blocks_ptr, i, free, listed, RATIO)
         x = _product(q, k, b, g, j, k_strides, Sk, BN, C, WIDTH, True, TMA)
         acc, total, top = _block(
-            acc, total, top, x, j, factor, v, b, g, h, s, seen, Sk, softcap, k_scale_ptr, k_scale_strides,
+            acc, total, top, x, j, factor, v, b, g, h, held, seen, Sk, softcap, k_scale_ptr, k_scale_strides,
             mask_ptr, mask_strides, v_strides, BN, VWIDTH, CV, True, CAUSAL, MASKED, EXACT, SOFTCAP, PV, TMA)  # fmt: skip
 
     cv = tl.arange(0, CV)

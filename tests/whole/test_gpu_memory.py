@@ -1,0 +1,90 @@
+"""A GPU without memory: in the middle of compile() or of a recording, it is an error, and the model is as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import sqcompile
+from sqcompile.backend import smoothquant
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
+WIDTH, MB = 2048, 2**20
+
+
+def net():
+    torch.manual_seed(0)
+    layers = [m for _ in range(6) for m in (nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH))]
+    return nn.Sequential(*layers).to("cuda", torch.bfloat16).eval()  # 8 MiB a weight, and 4 in INT8
+
+
+def batches():
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 16, WIDTH, generator=g).to("cuda", torch.bfloat16) for _ in range(3)]
+
+
+@contextlib.contextmanager
+def room(nbytes):
+    """No more memory than there is in use, and some bytes."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + nbytes) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("given", ["data", "plan"])
+def test_compiling_without_memory_leaves_the_model_as_it_was(given):
+    model, data = net(), batches()
+    plan = sqcompile.calibrate(model, data, progress=False)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    want = sqcompile.compile(model, plan=plan, backend="eager", progress=False)(data[0])
+    args = (data,) if given == "data" else ()
+    more = {} if given == "data" else {"plan": plan}
+    failed = 0
+    for some in (0, 6 * MB, 14 * MB, 24 * MB):
+        held = torch.cuda.memory_allocated()
+        try:
+            with room(some):
+                sqcompile.compile(model, *args, backend="eager", progress=False, **more)
+        except (torch.OutOfMemoryError, sqcompile.SQCompileError) as e:
+            assert "out of memory" in str(e), e
+            failed += 1
+            del e
+        gc.collect()
+        assert torch.cuda.memory_allocated() <= held
+    assert failed >= 2
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    again = sqcompile.compile(model, *args, backend="eager", progress=False, **more)
+    assert torch.equal(again(data[0]), want)
+
+
+def test_recording_without_memory_is_tried_again():
+    model, data = net(), batches()
+    plan = sqcompile.calibrate(model, data, progress=False)
+    with torch.no_grad():
+        want = [torch.compile(model, backend=smoothquant, options={"plan": plan, "compiler": "eager"})(x) for x in data]
+        torch._dynamo.reset()
+        quick = torch.compile(
+            model, backend=smoothquant, options={"plan": plan, "compiler": "eager", "mode": "reduce-overhead"}
+        )
+        first = [quick(data[0]), quick(data[1])]  # the third call of its sizes is recorded
+        with room(0), pytest.raises(torch.OutOfMemoryError):
+            quick(data[2])
+        drawn = torch.rand(4, device="cuda")  # the random numbers are nobody's recording
+        again = [quick(x) for x in data]
+    for got, y in zip(first + again, want[:2] + want, strict=True):
+        assert torch.equal(got, y)
+    assert drawn.isfinite().all() and torch.cuda.current_stream() == torch.cuda.default_stream()
