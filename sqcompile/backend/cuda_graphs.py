@@ -192,7 +192,10 @@ class Pool:
         self.handle: Any = None
         self.lock = threading.Lock()
         self.last = self.stream
-        self._mark = torch.zeros(1, device=device)  # made now: `_end` may find no memory left
+        with torch.cuda.stream(self.stream):
+            # What is recorded registers a generator, a few bytes on this stream. PyTorch 2.11 aborts the process where they
+            # cannot be had; beside this tensor, whose page of memory is kept, they always can.
+            self._mark = torch.zeros(1, device=device)
 
     def follow(self) -> None:
         """Has the stream of this call wait for that of the call before, which may still use the buffers."""

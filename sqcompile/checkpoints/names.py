@@ -69,6 +69,19 @@ class CheckpointNames:
             ) from e
         return found
 
+    def convert_rows(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`convert` for tensors of one number a row: of size one where those of the model have K. Each is [N, 1] then.
+
+        They go as two equal columns, of which the first is taken: transformers 5.17 drops a dim of size one where it takes
+        experts apart.
+        """
+        wide = {}
+        for name, t in tensors.items():
+            sizes = zip(t.shape, self.every[name].shape, strict=True)
+            wide[name] = t.expand([2 if size == 1 and of > 1 else size for size, of in sizes])
+        found = self.convert(wide) if wide else {}
+        return {name: t[..., :1].clone(memory_format=torch.contiguous_format) for name, t in found.items()}
+
     def of(self, name: str) -> tuple[str, ...]:
         """Under which names a checkpoint holds a tensor; none where it is not made of that tensor alone."""
         if name not in self._of:

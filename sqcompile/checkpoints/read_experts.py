@@ -40,7 +40,7 @@ def parts_of(names: CheckpointNames, name: str) -> list[Part]:
         raise ArtifactError(unread)
     count = t.shape[0] * t.shape[1]
     numbers = torch.arange(count).view(t.shape[0], t.shape[1], 1)
-    found = names.convert({name: numbers})
+    found = names.convert_rows({name: numbers})
     whole = names.convert({name: torch.empty_like(t, device="meta")})
     fits = found.keys() == whole.keys() and all(
         rows.dim() == 2

@@ -76,7 +76,7 @@ class Quantized:
         if self.strategy == "tensor":
             beside = {self._only(name): scale for name, scale in scales.items()}
         else:
-            beside = self.names.convert(scales) if scales else {}
+            beside = self.names.convert_rows(scales)
         for name, scale in beside.items():
             w = found.get(name)
             fits = self.strategy == "tensor" or (w is not None and scale.shape == (*w.shape[:-1], 1) and w.dim() == 2)

@@ -158,11 +158,13 @@ def test_the_grouped_gemm(capability, tmp_path):
         assert re.search(r"(mma\S*s8\.s8|kind::i8)", kernels[0].asm["ptx"])
 
 
-def test_the_shipped_configurations_of_the_h100(tmp_path):
-    from sqcompile.kernels.triton.gemm.tiles import Gpu, table
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+def test_the_shipped_configurations(name, tmp_path):
+    from sqcompile.kernels.triton.gemm.tiles import Gpu, _shipped, table
 
-    h100 = Gpu("NVIDIA H100 80GB HBM3", 90, 132)
-    shipped = {c: (m, n, k) for m, rows in table(h100).items() for (n, k), c in rows.items()}
+    gpu = Gpu(name, 90, 132)
+    assert name in _shipped(gpu)["measured"]
+    shipped = {c: (m, n, k) for m, rows in table(gpu).items() for (n, k), c in rows.items()}
     assert shipped
     for c, (m, n, k) in list(shipped.items())[:: max(1, len(shipped) // 12)]:  # each takes a second
         kernels = compile_for(90, lambda c=c, m=m, n=n, k=k: gemm(m, n, k, config=c))

