@@ -349,7 +349,9 @@ def test_a_checkpoint_is_loaded_on_a_gpu(family, backend, tmp_path):
     loaded = sqcompile.load(tmp_path / "out", device="cuda", backend=backend)
     there = {name: t.cuda() for name, t in call.items()}
     logits = loaded(**there).logits
-    assert logits.is_cuda and relative_error(logits.cpu(), cpu(**call).logits) < 1e-2  # roundings meet other INT8 steps
+    assert (
+        logits.is_cuda and relative_error(logits.cpu(), cpu(**call).logits) < 2e-2
+    )  # rounding moves single int8 values
     assert "int8_gemm" in loaded.lowered.code
     assert all(t.is_cuda for t in loaded.lowered.state_dict().values())
     cpu.save(tmp_path / "saved")

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 import sqcompile
-from sqcompile.backend import smoothquant
+from sqcompile.backend.cuda_graphs import Pool
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-    pytest.mark.usefixtures("fresh_dynamo"),
 ]
 WIDTH, MB = 2048, 2**20
 
@@ -71,20 +70,20 @@ def test_compiling_without_memory_leaves_the_model_as_it_was(given):
     assert torch.equal(again(data[0]), want)
 
 
-def test_recording_without_memory_is_tried_again():
-    model, data = net(), batches()
-    plan = sqcompile.calibrate(model, data, progress=False)
-    with torch.no_grad():
-        want = [torch.compile(model, backend=smoothquant, options={"plan": plan, "compiler": "eager"})(x) for x in data]
-        torch._dynamo.reset()
-        quick = torch.compile(
-            model, backend=smoothquant, options={"plan": plan, "compiler": "eager", "mode": "reduce-overhead"}
-        )
-        first = [quick(data[0]), quick(data[1])]  # the third call of its sizes is recorded
-        with room(0), pytest.raises(torch.OutOfMemoryError):
-            quick(data[2])
-        drawn = torch.rand(4, device="cuda")  # the random numbers are nobody's recording
-        again = [quick(x) for x in data]
-    for got, y in zip(first + again, want[:2] + want, strict=True):
-        assert torch.equal(got, y)
-    assert drawn.isfinite().all() and torch.cuda.current_stream() == torch.cuda.default_stream()
+@pytest.mark.parametrize("some", [0, 100 * MB])  # none for the random numbers that a recording may draw; some
+def test_recording_without_memory_leaves_the_device_as_it_was(some):
+    pool, stream = Pool(torch.device("cuda", 0)), torch.cuda.current_stream()
+
+    def run():
+        return [
+            torch.ones(30 * MB, dtype=torch.uint8, device="cuda"),
+            torch.ones(300 * MB, dtype=torch.uint8, device="cuda"),
+        ]
+
+    with room(some), pytest.raises(torch.OutOfMemoryError):
+        pool.record(run)
+    assert torch.cuda.current_stream() == stream and torch.rand(4, device="cuda").isfinite().all()
+    results, replay = pool.record(run)
+    results[1].zero_()
+    replay()
+    assert all(int(x.min()) == 1 for x in results)
