@@ -108,7 +108,9 @@ def bucket(m: int) -> int:
 def _shipped(gpu: Gpu) -> dict[str, Any]:
     """The table of a GPU: by name, else by capability; {} if there is none."""
     files = [json.loads(f.read_text()) for f in sorted((Path(__file__).parent / "tuning").glob("*.json"))]
-    found = [f for f in files if f["name"] in gpu.name] or [f for f in files if f["capability"] == gpu.capability]
+    found = [f for f in files if f["name"] in gpu.name.split()] or [
+        f for f in files if f["capability"] == gpu.capability
+    ]
     return found[0] if found else {}
 
 
