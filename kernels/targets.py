@@ -226,8 +226,8 @@ def _cuda(capability: int) -> Target:
         fuses="triton",
         attention="triton",
         has_fp8=capability >= 89,
-        has_fast_int8=capability
-        != 103,  # Blackwell Ultra: 0.3 POPS of INT8 beside 2.5 PFLOPS of bfloat16 (its data sheet)
+        # Blackwell Ultra, sm_103: 0.3 POPS of INT8 beside 2.5 PFLOPS of bfloat16 (its data sheet)
+        has_fast_int8=capability != 103,
     )
 
 

@@ -45,6 +45,12 @@ def with_layers(plan: Plan, recipe: Recipe | None = None, **changes: dict[str, A
     return dataclasses.replace(plan, layers=layers, recipe=recipe or plan.recipe)
 
 
+def masked(call: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a loaded checkpoint is called with."""
+    ids = call["input_ids"]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def logits(model: nn.Module, call: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         return model(**call, use_cache=False).logits

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
@@ -22,7 +24,7 @@ from sqcompile.passes.rewrite.weight_store import Lazy, Shared
 
 def lowered(saved: Saved, target: Target | None, lazy: bool = False) -> fx.GraphModule:
     """The lowered graph of a saved model for a target; with ``lazy``, its weights are packed when they are asked for."""
-    return lowered_graph(filled(saved, _weights(saved)), target, lazy)
+    return lowered_graph(filled(saved.graph, saved.tensors.map, _weights(saved)), target, lazy)
 
 
 def lowered_graph(gm: fx.GraphModule, target: Target | None, lazy: bool = False) -> fx.GraphModule:
@@ -31,14 +33,13 @@ def lowered_graph(gm: fx.GraphModule, target: Target | None, lazy: bool = False)
     return verify(lower(gm, store, target, lazy), "lowered")
 
 
-def filled(saved: Saved, lazy: dict[str, Lazy]) -> fx.GraphModule:
-    """The graph over its tensors, less those that are read when they are packed."""
-    gm = saved.graph
+def filled(gm: fx.GraphModule, tensor: Callable[[str], torch.Tensor], lazy: dict[str, Lazy]) -> fx.GraphModule:
+    """The graph over its tensors, by name, on their devices; less those that are read when they are packed."""
     later = lazy.keys() | {name for l in lazy.values() for name in l.beside}
     about(gm).lazy = lazy
     for n in gm.graph.find_nodes(op="get_attr"):
         if n.target not in later:
-            set_tensor(gm, str(n.target), saved.tensors.map(str(n.target)).to(value(n).device))
+            set_tensor(gm, str(n.target), tensor(str(n.target)).to(value(n).device))
     return verify(gm, "quantized")
 
 

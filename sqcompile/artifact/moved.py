@@ -15,8 +15,9 @@ from torch import Tensor, fx
 
 from sqcompile.artifact import calls, graphs, structures
 from sqcompile.artifact.directory import devices
+from sqcompile.artifact.fill import filled
 from sqcompile.passes.ir.about import about
-from sqcompile.passes.ir.graph import get_tensor, set_tensor
+from sqcompile.passes.ir.graph import get_tensor
 from sqcompile.passes.rewrite.weight_store import Lazy
 
 
@@ -36,12 +37,8 @@ def moved(quantized: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     held = {str(n.target): get_tensor(quantized, str(n.target)) for n in quantized.graph.find_nodes(op="get_attr")}
     like = {name: t.to("meta") for name, t in held.items()}
     gm = graphs.from_json(described, like, calls.captured_from_json(served, here), structures.from_json(returns), here)
-    lazy = record.lazy
-    later = lazy.keys() | {name for l in lazy.values() for name in l.beside}
-    about(gm).lazy = {name: Lazy(l.key, partial(_copied, l, device), l.beside) for name, l in lazy.items()}
-    for name in held.keys() - later:
-        set_tensor(gm, name, held[name].to(device))
-    return gm
+    lazy = {name: Lazy(l.key, partial(_copied, l, device), l.beside) for name, l in record.lazy.items()}
+    return filled(gm, held.__getitem__, lazy)
 
 
 def _copied(weight: Lazy, device: torch.device) -> tuple[Tensor, ...]:

@@ -182,6 +182,14 @@ class Recording:
         return lambda args: result.clone()
 
 
+def following(last: torch.cuda.Stream | None, device: torch.device) -> torch.cuda.Stream:
+    """The stream of this call, which waits for ``last``, that of the call before."""
+    current = torch.cuda.current_stream(device)
+    if last is not None and current != last:
+        current.wait_stream(last)
+    return current
+
+
 class Pool:
     """Records CUDA graphs that share their memory: the results of one are copied before another one runs."""
 
@@ -199,10 +207,7 @@ class Pool:
 
     def follow(self) -> None:
         """Has the stream of this call wait for that of the call before, which may still use the buffers."""
-        current = torch.cuda.current_stream(self.device)
-        if current != self.last:
-            current.wait_stream(self.last)
-            self.last = current
+        self.last = following(self.last, self.device)
 
     @staticmethod
     def recording() -> bool:

@@ -18,16 +18,16 @@ from torch.nn import functional as F
 
 from sqcompile.bench import stack
 from sqcompile.bench.timing import gpu, publish
-from sqcompile.kernels import fp8
+from sqcompile.kernels import fp8, reference
+from sqcompile.kernels.qtypes import FP8
 from sqcompile.kernels.rotation import BLOCKS
-from sqcompile.pytorch.core import int_mm, scaled_mm
+from sqcompile.pytorch.core import int_mm
 
 SHAPES = (("qkv", 4096, 6144), ("o", 4096, 4096), ("gate, up", 4096, 28672), ("down", 14336, 4096))  # K, N
 ROWS = (1, 16, 64, 512, 2048, 4096, 8192)
 FUSED_ROWS = 8192
 BF16_ERROR = 4e-3  # relative, of a correctly rounded bf16 result: at most 2^-8
 FP8_ERROR = 8e-3  # with fast accumulation, whose sums have fewer bits
-FP8_LARGEST = 448.0
 
 
 def _sample(m: int) -> Tensor:
@@ -46,8 +46,8 @@ def _require(name: str, error: float, bound: float) -> float:
 
 def _fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [M, K] in float8_e4m3fn, and a scale of each, float32 [M, 1]."""
-    scale = x.float().abs().amax(-1, keepdim=True) / FP8_LARGEST
-    return (x / scale).to(torch.float8_e4m3fn), scale
+    scale = reference.token_scale(x, FP8.q_max)
+    return reference.quantize(x, scale, dtype=FP8.dtype), scale
 
 
 def _us(time: float | None) -> str:
@@ -91,9 +91,7 @@ def gemm_table(rows: tuple[int, ...], rep_ms: float) -> list[str]:
             if has_fp8:
                 xq, xs = _fp8(x)
                 products = [
-                    functools.partial(
-                        scaled_mm, xq, w.t(), xs, s.t(), None, out_dtype=torch.bfloat16, use_fast_accum=True
-                    )
+                    functools.partial(fp8.fp8_linear, xq, xs, w, s.view(-1), None, torch.bfloat16)
                     for w, s in fp8_weights[:turns]
                 ]
                 w, s = fp8_weights[0]

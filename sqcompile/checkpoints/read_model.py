@@ -88,7 +88,7 @@ def _read(folder: str) -> ReadModel:
     call = Call((), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     traced = trace(model, call)
     layers = filled.layers(traced)
-    plan = Plan(filled.recipe(layers), to_spec(call), {}, layers)
+    plan = Plan(_recipe(layers), to_spec(call), {}, layers)
     gm = insert_qdq(traced, plan, Shared(_memory, lambda key: None))
     by_scale = {f"{name.replace('#', '_use')}_scale": leaf for name, leaf in filled.read.items()}
     lazy = about(gm).lazy
@@ -96,6 +96,17 @@ def _read(folder: str) -> ReadModel:
         leaf = by_scale[old.beside[0]]
         lazy[name] = Lazy(("file", leaf), functools.partial(filled.weight, leaf), old.beside)
     return ReadModel(verify(gm, "quantized"), plan, Forward.of(model))
+
+
+def _recipe(layers: tuple[LayerPlan, ...]) -> Recipe:
+    """Static if any linear is; and what single linears say of themselves."""
+    static = any(l.input_scale is not None for l in layers)
+    others = {
+        l.name: fields
+        for l in layers
+        if (fields := {f: getattr(l, f) for f in ("activation", "weight") if getattr(l, f) is not None})
+    }
+    return Recipe(smooth=False, activation="per_tensor_static" if static else "per_token", overrides=others)
 
 
 def _skeleton(config: dict[str, Any]) -> Any:
@@ -210,19 +221,6 @@ class _Filled:
         q = together(parts, shape, lambda n, rows: self.files.int8(n, (rows, shape[2])))
         return q, together(parts, shape[:2], lambda n, rows: self._scale(name, n, rows).expand(rows))
 
-    def recipe(self, layers: tuple[LayerPlan, ...]) -> Recipe:
-        """What all linears have in common, and what some of them differ in."""
-        others = {
-            l.name: fields
-            for l in layers
-            if (fields := {f: getattr(l, f) for f in ("activation", "weight") if getattr(l, f) is not None})
-        }
-        return Recipe(smooth=False, activation=self._activation(), overrides=others)
-
-    def _activation(self) -> Activation:
-        """Static if any linear is; those that are not then say so."""
-        return "per_tensor_static" if any(s.static for s in self.schemes.values()) else "per_token"
-
     def layers(self, traced: fx.GraphModule) -> tuple[LayerPlan, ...]:
         """What is done with each linear of the graph.
 
@@ -230,6 +228,7 @@ class _Filled:
             ArtifactError: if an int8 weight is read otherwise than by linears.
         """
         nodes, found = nodes_by_name(traced), []
+        dynamic: Activation | None = "per_token" if self._steps else None  # among static ones, each says so
         for l in find_linears(traced):
             at = undo_layout(nodes[l.weight])
             leaf = next((n for n in (about(traced).aliases.get(at[0], ()) if at else ()) if n in self.schemes), None)
@@ -249,7 +248,7 @@ class _Filled:
                 LayerPlan(
                     l.name, "experts" if l.experts else "linear", True, "none", "int8 in the files", shape=shape,
                     input_scale=self._steps.get(leaf),
-                    activation="per_token" if not scheme.static and self._activation() != "per_token" else None,
+                    activation=None if scheme.static else dynamic,
                     weight=None if scheme.per_channel or l.experts else "per_tensor",
                 )
             )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sqcompile.backend.cuda_graphs import following
 from sqcompile.errors import GenerationError
 from sqcompile.generation.cache import rounded
 from sqcompile.generation.loop import Loop
@@ -41,12 +42,8 @@ class Kept:
 
     def follow(self, device: torch.device) -> None:
         """Has the caller's stream wait for that of the call before, which may still read and write the states."""
-        if device.type != "cuda":
-            return
-        current = torch.cuda.current_stream(device)
-        if self.last is not None and self.last != current:
-            current.wait_stream(self.last)
-        self.last = current
+        if device.type == "cuda":
+            self.last = following(self.last, device)
 
     def settle(self) -> None:
         """Waits for the last call: the memory of a state that goes may be given to another stream than that call's."""
