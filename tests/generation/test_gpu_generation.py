@@ -185,9 +185,10 @@ def test_tokens_come_in_order_and_in_any_stream(llama):
     flipped = generate(net, x.flip(1), **settings)
     for _ in range(2):  # the GPU is behind: the other stream must wait for what the call before has yet to do
         torch.cuda._sleep(200_000_000)
-        late = generate(net, x, **settings)
-        with torch.cuda.stream(torch.cuda.Stream()):
+        late, side = generate(net, x, **settings), torch.cuda.Stream()
+        with torch.cuda.stream(side):
             other = generate(net, x.flip(1), **settings)
+        side.synchronize()
         assert torch.equal(late, want) and torch.equal(other, flipped)
     with torch.cuda.stream(torch.cuda.Stream()):
         got = generate(net, x, callback=told.append, **settings)
