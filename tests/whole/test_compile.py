@@ -54,9 +54,9 @@ def test_stages_agree_on_tiny_lms(family, recipe):
         want = model(**x, use_cache=False)
         out = {name: stage(**x).logits for name, stage in compiled.stages.items()}
     assert relative_error(out["folded"], want.logits) <= 1e-5
-    # a value at the edge of two INT8 steps may fall to either, and its row is 1e-3 off; every other row is exact
+    # single values at the edge of two INT8 steps may fall to either side; every other row is exact
     assert typical_error(out["lowered"], out["quantized"]) <= 1e-5
-    assert relative_error(out["lowered"], out["quantized"]) <= 5e-3
+    assert relative_error(out["lowered"], out["quantized"]) <= 0.2 * relative_error(out["quantized"], want.logits)
     got = compiled(**x)
     assert type(got) is type(want) and torch.equal(got.logits, out["lowered"])
     assert relative_error(got.logits, want.logits) < 0.15
