@@ -27,6 +27,7 @@ from sqcompile.backend.runner import GRAD, Runner, asks_for_gradients
 from sqcompile.backend.session import reset, session_of
 from sqcompile.backend.sharded import on_local_parts
 from sqcompile.errors import CaptureError, SQCompileError
+from sqcompile.kernels.targets import Target
 from sqcompile.models import check_recipe
 from sqcompile.plan.recipe import resolve_recipe
 from sqcompile.process.lock import compiling
@@ -70,10 +71,13 @@ def _compiled(
         return _without_gradients(gm, options, mode)
     parameters: list[Tensor] = [local_part(x) for x in example_inputs if isinstance(x, nn.Parameter)]
     gm, example_inputs, convert, parallel = on_local_parts(gm, example_inputs)
-    check_recipe(parallel, found.plan.recipe if found.plan else resolve_recipe(found.recipe), False)
+    recipe = found.plan.recipe if found.plan else resolve_recipe(found.recipe)
+    check_recipe(parallel, recipe, False)
     parameters += list(gm.parameters())
     if not parameters:  # there may be buffers
         parameters = model_tensors((x for x in example_inputs if isinstance(x, Tensor)), found)
+    for p in parameters[:1]:
+        Target.of(p.device).check_format(recipe.dtype)  # before it calibrates
     session = session_of(parameters, found)
     make_dynamic(gm, example_inputs, lambda x: bool(session.names(x)), found.mode == "reduce-overhead")
     respect_limit()

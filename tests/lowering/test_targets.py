@@ -8,6 +8,7 @@ from conftest import relative_error
 from torch import nn
 
 import sqcompile
+from sqcompile.backend import smoothquant
 from sqcompile.kernels import fused, targets
 from sqcompile.kernels.cpu import arm, x86
 from sqcompile.kernels.targets import Target
@@ -65,15 +66,33 @@ def test_a_target_that_is_unknown_is_refused_before_anything_runs(model):
         sqcompile.compile(model, iter(()), target="cuda-sm70")
 
 
+SLOW = r"cuda-sm103 multiplies INT8 several times slower than bfloat16: compile the model with Recipe\(dtype='fp8'\)"
+
+
 def test_a_gpu_that_is_slow_in_int8_is_given_fp8(model):
-    slow = r"cuda-sm103 multiplies INT8 several times slower than bfloat16: choose Recipe\(dtype='fp8'\)"
-    with pytest.raises(sqcompile.RecipeError, match=slow):
+    with pytest.raises(sqcompile.RecipeError, match=SLOW):
         sqcompile.compile(model, iter(()), target="cuda-sm103")  # before it asks for data
     plan = sqcompile.calibrate(model, batches(), progress=False)
-    with pytest.raises(sqcompile.RecipeError, match=slow):
+    with pytest.raises(sqcompile.RecipeError, match=SLOW):
         sqcompile.compile(model, plan=plan, backend="eager", target="cuda-sm103")
     net = sqcompile.compile(model, batches(), recipe="fp8", backend="eager", progress=False, target="cuda-sm103")
     assert "fp8_linear" in net.lowered.code
+
+
+def test_the_backend_refuses_such_a_gpu_in_its_first_call(model, monkeypatch):
+    monkeypatch.setattr(Target, "of", lambda device: Target.named("cuda-sm103"))
+    net = torch.compile(model, backend=smoothquant, options={"calibration_steps": 3})
+    with torch.no_grad(), pytest.raises(sqcompile.RecipeError, match=SLOW):
+        net(batches()[0])
+
+
+def test_what_is_loaded_is_packed_only_where_it_can_be(model, tmp_path, monkeypatch):
+    sqcompile.compile(model, batches(), backend="eager", progress=False).save(tmp_path / "net")
+    monkeypatch.setattr(x86, "available", lambda: False)
+    with pytest.raises(sqcompile.RecipeError, match="target='x86-vnni' packs weights for such a CPU, and this one is none"):
+        sqcompile.load(tmp_path / "net", backend="eager", target="x86-vnni")
+    with pytest.raises(sqcompile.RecipeError, match=SLOW):
+        sqcompile.load(tmp_path / "net", backend="eager", target="cuda-sm103")
 
 
 @pytest.mark.parametrize(
