@@ -140,7 +140,7 @@ class Target:
         """
         if dtype == "int8" and not self.has_fast_int8:
             raise RecipeError(
-                f"{self.name} multiplies INT8 several times slower than bfloat16: choose Recipe(dtype='fp8') on such a GPU"
+                f"{self.name} multiplies INT8 several times slower than bfloat16: compile the model with Recipe(dtype='fp8') on such a GPU"
             )
 
     @staticmethod

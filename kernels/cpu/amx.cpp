@@ -1,18 +1,31 @@
 // u8 x s8 matrix product with AMX tiles, straight from oneDNN's packed weight, for any number of rows.
 //
-// The activations are copied once into tiles ([m / 32][k / 64][32][64]), zeros past the last row and channel: rows a
-// power of two apart would fall into a few sets of the cache. Then:
 //   up to 16 rows: a stream over the weight, each tile of it read once, in order, with prefetching;
-//   more: tasks of up to 512 rows by 256 outputs. For each 1024 input channels, 32 x 32 outputs at a time in four
-//   tiles; the partial sums wait in a buffer that fits the L2 cache beside the operands.
+//   more: tasks of rows whose activations fit the L2 cache, by some blocks of 64 outputs; 32 x 32 outputs at a time in four
+//   tiles. Of very deep products the partial sums wait in a buffer.
+//
+// Tiles of activations are read where they lie. Rows behind the last 32 whole ones, and channels that fill no tile, are
+// copied into tiles ([k / 64][32][64]) with zeros behind them.
+//
+// Each thread begins with rows of its own, the same in every product and in what makes and reads the activations (rows.cpp):
+// they are in its cache, and lines that another core wrote cost more to read than the products do. A thread that is done
+// takes tasks of the others, so that a core that is busy with something else does not hold all.
+
+#include <omp.h>
+
+#include <atomic>
+#include <vector>
 
 namespace {
 
-constexpr int64_t kTile = 16;    // rows of a tile
-constexpr int64_t kDepth = 64;   // input channels of a tile
-constexpr int64_t kChunk = 1024; // input channels between two visits of a partial sum
-constexpr int64_t kPanel = 512;  // rows of a task
-constexpr int64_t kWide = 4;     // blocks of 64 outputs of a task
+constexpr int64_t kTile = 16;          // rows of a tile
+constexpr int64_t kDepth = 64;         // input channels of a tile
+constexpr int64_t kPair = 2 * kTile;   // rows of a task are a multiple of it
+constexpr int64_t kChunk = 4096;       // input channels between two visits of a partial sum
+constexpr int64_t kFewest = 128;       // rows of a task, where there are as many: fewer do not repay reading the weight
+constexpr int64_t kMost = 512;
+constexpr int64_t kCached = 1 << 20;   // bytes of the activations of a task
+constexpr int64_t kTasks = 4;          // for each thread
 
 // Tiles 0-3: int32 [16, 16] each; the others: u8 [16, 64] or s8 [16 groups, 16 channels x 4].
 struct alignas(64) TileConfig {
@@ -56,19 +69,40 @@ SQ_AMX inline void store_square(T* c, int64_t ld) {
   _tile_stored(3, c + 16 * ld + 16, 4 * ld);
 }
 
-// The tiles of rows [row, row + rows) and input channels [i, i + 64).
-SQ_VNNI void pack(const Problem& p, int64_t row, int64_t rows, int64_t i, uint8_t* tiles) {
-  uint8_t* out = tiles + row * p.padded_k + i * rows;
-  const __mmask64 mask = p.k - i >= kDepth ? ~0ull : (1ull << (p.k - i)) - 1;
-  for (int64_t r = row; r < row + rows; ++r, out += kDepth)
-    _mm512_store_si512(out, r < p.m ? _mm512_maskz_loadu_epi8(mask, p.q + r * p.k + i) : _mm512_setzero_si512());
+// The tiles of `rows` rows from `row` on: zeros behind the last row and channel.
+SQ_VNNI void pack(const Problem& p, int64_t row, int64_t rows, uint8_t* out) {
+  for (int64_t i = 0; i < p.padded_k; i += kDepth) {
+    const __mmask64 mask = p.k - i >= kDepth ? ~0ull : (1ull << (p.k - i)) - 1;
+    for (int64_t r = row; r < row + rows; ++r, out += kDepth)
+      _mm512_store_si512(out, r < p.m ? _mm512_maskz_loadu_epi8(mask, p.q + r * p.k + i) : _mm512_setzero_si512());
+  }
 }
 
+// y[row : end, at : at + 64] = (c - 128 sum) * scale, as `store`, which this is for whole blocks in bfloat16.
 SQ_AMX void store_rows(const Problem& p, int64_t row, int64_t end, int64_t at, const int32_t* c) {
-  for (; row < end; ++row, c += kBlock) {
-    __m512i acc[4];
-    for (int j = 0; j < 4; ++j) acc[j] = _mm512_load_si512(c + 16 * j);
-    store(p, row, at, acc);
+  if (!p.bf16 || at + kBlock > p.n) {
+    for (; row < end; ++row, c += kBlock) {
+      __m512i acc[4];
+      for (int j = 0; j < 4; ++j) acc[j] = _mm512_load_si512(c + 16 * j);
+      store(p, row, at, acc);
+    }
+    return;
+  }
+  __m512i zero[4];
+  __m512 scale[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    zero[j] = _mm512_slli_epi32(_mm512_loadu_si512(p.sum + at + 16 * j), 7);
+    scale[j] = _mm512_loadu_ps(p.scale + at + 16 * j);
+  }
+  char* out = p.y + 2 * (row * p.n + at);
+  for (; row < end; ++row, c += kBlock, out += 2 * p.n) {
+    __m512 f[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+      f[j] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(c + 16 * j), zero[j])), scale[j]);
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(f[1], f[0]));
+    _mm512_storeu_si512(out + 64, (__m512i)_mm512_cvtne2ps_pbh(f[3], f[2]));
   }
 }
 
@@ -97,74 +131,111 @@ SQ_AMX void block_amx(const Problem& p, const uint8_t* a, int64_t at) {
   store_rows(p, 0, p.m, at, c);
 }
 
+// Two tiles of rows: of activations where they lie, `ld` bytes apart, or of packed ones; `step` bytes to the next channels.
+struct Rows {
+  const uint8_t* q;
+  int64_t ld, step;
+};
+
 // c [32, 32 of 64] += the product of two tiles of rows by 32 outputs over input channels [i0, i1).
-SQ_AMX void square(const uint8_t* a, const int8_t* w, int64_t i0, int64_t i1, int32_t* c) {
+SQ_AMX inline void square(const Rows& rows, const int8_t* w, int64_t i0, int64_t i1, int32_t* c) {
   if (i0)
     load_square(c, kBlock);
   else
     zero_tiles();
-  for (int64_t i = i0; i < i1; i += kDepth) {
-    const uint8_t* tile = a + i * 2 * kTile;
-    _tile_loadd(6, w + i * kBlock, 4 * kBlock);
-    _tile_loadd(4, tile, kDepth);
+  const int64_t ld = rows.ld, step = rows.step;
+  const uint8_t* a = rows.q + i0 / kDepth * step;
+  const uint8_t* b = a + kTile * ld;
+  w += i0 * kBlock;
+  for (int64_t i = i0; i < i1; i += kDepth, a += step, b += step, w += kDepth * kBlock) {
+    _tile_loadd(6, w, 4 * kBlock);
+    _tile_loadd(4, a, ld);
     _tile_dpbusd(0, 4, 6);
-    _tile_loadd(7, w + i * kBlock + 64, 4 * kBlock);
+    _tile_loadd(7, w + 64, 4 * kBlock);
     _tile_dpbusd(1, 4, 7);
-    _tile_loadd(5, tile + kTile * kDepth, kDepth);
+    _tile_loadd(5, b, ld);
     _tile_dpbusd(2, 5, 6);
     _tile_dpbusd(3, 5, 7);
   }
   store_square(c, kBlock);
 }
 
-// Blocks [j0, j1) of 64 outputs for rows [row, end); row is a multiple of 32.
-void task(const Problem& p, const uint8_t* tiles, int64_t row, int64_t end, int64_t j0, int64_t j1) {
-  alignas(64) static thread_local int32_t partial[kWide * kPanel * kBlock];
-  for (int64_t i0 = 0; i0 < p.padded_k; i0 += kChunk) {
-    const int64_t i1 = std::min(i0 + kChunk, p.padded_k);
-    int32_t* c = partial;
-    for (int64_t j = j0; j < j1; ++j) {
-      const int8_t* w = p.w + j * kBlock * p.padded_k;
-      for (int64_t r = row; r < end; r += 2 * kTile, c += 2 * kTile * kBlock) {
-        const uint8_t* a = tiles + r * p.padded_k;
-        square(a, w, i0, i1, c);
-        square(a, w + 128, i0, i1, c + 32);
-        if (i1 == p.padded_k) store_rows(p, r, std::min(r + 2 * kTile, end), j * kBlock, c);
+// Blocks [j0, j1) of 64 outputs for rows [row, end); row is a multiple of 32. `tiles`: room for the rows that are packed.
+SQ_AMX void task(const Problem& p, uint8_t* tiles, int64_t row, int64_t end, int64_t j0, int64_t j1) {
+  alignas(64) static thread_local int32_t partial[kMost * kBlock];
+  const int64_t whole = p.k % kDepth ? row : std::max(row, std::min(end, p.m / kPair * kPair));
+  for (int64_t r = whole; r < end; r += kPair) pack(p, r, kPair, tiles + (r - whole) * p.padded_k);
+  const bool waits = p.padded_k > kChunk;
+  for (int64_t j = j0; j < j1; ++j) {
+    const int8_t* w = p.w + j * kBlock * p.padded_k;
+    for (int64_t i0 = 0; i0 < p.padded_k; i0 += kChunk) {
+      const int64_t i1 = std::min(i0 + kChunk, p.padded_k);
+      for (int64_t r = row; r < end; r += kPair) {
+        int32_t* c = partial + (waits ? (r - row) * kBlock : 0);
+        const Rows rows = r < whole ? Rows{p.q + r * p.k, p.k, kDepth}
+                                    : Rows{tiles + (r - whole) * p.padded_k, kDepth, kPair * kDepth};
+        square(rows, w, i0, i1, c);
+        square(rows, w + 128, i0, i1, c + 32);
+        if (i1 == p.padded_k) store_rows(p, r, std::min(r + kPair, end), j * kBlock, c);
       }
     }
   }
 }
 
-}  // namespace
+// Memory of a thread, 64-byte aligned, that its next call may use again.
+uint8_t* room(int64_t bytes) {
+  static thread_local std::vector<uint8_t> kept;
+  if (static_cast<int64_t>(kept.size()) < bytes + 64) kept.resize(bytes + 64);
+  return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(kept.data()) + 63) / 64 * 64);
+}
 
-// All arrays dense; see Problem. `tiles`: m rounded up to 32 times padded_k bytes, 64-byte aligned.
-extern "C" void sqcompile_amx(const uint8_t* q, const int8_t* w, const float* scale, const int32_t* sum, void* y,
-                              int64_t bf16, int64_t m, int64_t n, int64_t k, int64_t padded_k, int64_t threads,
-                              uint8_t* tiles) {
-  const Problem p{q, w, scale, sum, static_cast<char*>(y), bf16 != 0, m, n, k, padded_k};
-  const bool few = m <= kTile;
-  const int64_t rows = few ? kTile : 2 * kTile;
-  const int64_t blocks = (n + kBlock - 1) / kBlock;
-  int64_t panel = kPanel, wide = kWide;
-  auto tasks = [&] { return ((m + panel - 1) / panel) * ((blocks + wide - 1) / wide); };
-  while (wide > 1 && tasks() < 4 * threads) wide /= 2;
-  while (panel > 64 && tasks() < 4 * threads) panel /= 2;
-  const int64_t groups = (blocks + wide - 1) / wide;
+int64_t up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// Up to 16 rows.
+void stream(const Problem& p, int64_t threads) {
+  const int64_t blocks = (p.n + kBlock - 1) / kBlock;
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static) collapse(2)
-    for (int64_t row = 0; row < m; row += rows)
-      for (int64_t i = 0; i < padded_k; i += kDepth) pack(p, row, rows, i, tiles);
+    uint8_t* tiles = room(kTile * p.padded_k);
+    pack(p, 0, kTile, tiles);
     configure();
-    if (few) {
 #pragma omp for schedule(static)
-      for (int64_t j = 0; j < blocks; ++j) block_amx(p, tiles, j * kBlock);
-    } else {
-#pragma omp for schedule(dynamic) collapse(2)
-      for (int64_t g = 0; g < groups; ++g)
-        for (int64_t row = 0; row < m; row += panel)
-          task(p, tiles, row, std::min(row + panel, m), g * wide, std::min((g + 1) * wide, blocks));
+    for (int64_t j = 0; j < blocks; ++j) block_amx(p, tiles, j * kBlock);
+    release();
+  }
+}
+
+void panels(const Problem& p, int64_t threads) {
+  const int64_t blocks = (p.n + kBlock - 1) / kBlock;
+  const int64_t fits = std::min(kMost, std::max(kFewest, kCached / p.padded_k / kPair * kPair));
+  const int64_t rows = std::min(fits, std::max(kFewest, up((p.m + threads - 1) / threads, kPair)));
+  const int64_t panels = (p.m + rows - 1) / rows;
+  const int64_t groups = std::min(blocks, (kTasks * threads + panels - 1) / panels), tasks = panels * groups;
+  struct alignas(64) Taken { std::atomic<int64_t> count{0}; };
+  std::vector<Taken> taken(threads);  // of each thread's own tasks
+#pragma omp parallel num_threads(threads)
+  {
+    uint8_t* tiles = room((p.k % kDepth ? rows : kPair) * p.padded_k);
+    configure();
+    for (int64_t i = 0; i < threads; ++i) {
+      const int64_t whose = (omp_get_thread_num() + i) % threads, end = (whose + 1) * tasks / threads;
+      for (int64_t t; (t = whose * tasks / threads + taken[whose].count++) < end;) {
+        const int64_t row = t / groups * rows, g = t % groups;
+        task(p, tiles, row, std::min(row + rows, p.m), g * blocks / groups, (g + 1) * blocks / groups);
+      }
     }
     release();
   }
+}
+
+}  // namespace
+
+// All arrays dense; see Problem.
+extern "C" void sqcompile_amx(const uint8_t* q, const int8_t* w, const float* scale, const int32_t* sum, void* y,
+                              int64_t bf16, int64_t m, int64_t n, int64_t k, int64_t padded_k, int64_t threads) {
+  const Problem p{q, w, scale, sum, static_cast<char*>(y), bf16 != 0, m, n, k, padded_k};
+  if (m <= kTile)
+    stream(p, threads);
+  else
+    panels(p, threads);
 }

@@ -26,13 +26,8 @@ Tensor matmul_u8s8(Tensor given, Tensor w, Tensor w_scale, Tensor w_sum, ScalarT
   const void* packed = reinterpret_cast<const void*>(to<int64_t>(called<1>("mkldnn::data_ptr", w)[0]));
   const Tensor y = empty(with_last(q, n), result);
   const int64_t depth = (k + 63) / 64 * 64, threads = torch::stable::get_num_threads();
-  if (amx) {
-    const Tensor tiles = empty({(rows + 31) / 32 * 32 * depth}, aoti_torch_dtype_uint8());  // 64-byte aligned, as tensors are
-    kernels.amx(q.data_ptr(), packed, w_scale.data_ptr(), w_sum.data_ptr(), y.data_ptr(), half, rows, n, k, depth, threads,
-                tiles.data_ptr());
-  } else {
-    kernels.vnni(q.data_ptr(), packed, w_scale.data_ptr(), w_sum.data_ptr(), y.data_ptr(), half, rows, n, k, depth, threads);
-  }
+  (amx ? kernels.amx : kernels.vnni)(q.data_ptr(), packed, w_scale.data_ptr(), w_sum.data_ptr(), y.data_ptr(), half, rows, n, k,
+                                     depth, threads);
   return y;
 }
 

@@ -38,9 +38,9 @@ constexpr int kNone = 0, kLayerNorm = 1, kRmsNorm = 2;
 
 struct {
   void (*rows)(void* const*, const int64_t*, float);
-  void (*vnni)(const void*, const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
-  void (*amx)(const void*, const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-              void*);
+  using Product = void (*)(const void*, const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t,
+                           int64_t, int64_t);
+  Product vnni, amx;
   void (*flash)(const void*, const void*, const void*, void*, void*, const int64_t*, float, int64_t, int64_t, int64_t);
   void (*avx2)(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, void*);
   // The most rows for the product without tiles, and the least for the one with them; the least queries of `flash`. -1 for none.

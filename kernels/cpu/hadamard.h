@@ -19,9 +19,11 @@ inline Vector exchanged(Vector v) {
 // (a, b) -> (a + b, a - b) for lanes `Step` apart; lane i holds a where i & Step is 0.
 template <int Step>
 inline Vector paired(Vector v) {
-  Vector sign;
-  for (int i = 0; i < kLanes; ++i) sign[i] = i & Step ? -1.0f : 1.0f;
-  return exchanged<Step>(v) + sign * v;
+#define SQ_SIGN(i) ((i) & Step ? -1.0f : 1.0f)
+  constexpr Vector sign = {SQ_SIGN(0), SQ_SIGN(1), SQ_SIGN(2),  SQ_SIGN(3),  SQ_SIGN(4),  SQ_SIGN(5),  SQ_SIGN(6),  SQ_SIGN(7),
+                           SQ_SIGN(8), SQ_SIGN(9), SQ_SIGN(10), SQ_SIGN(11), SQ_SIGN(12), SQ_SIGN(13), SQ_SIGN(14), SQ_SIGN(15)};
+#undef SQ_SIGN
+  return fma(sign, v, exchanged<Step>(v));  // the product is exact
 }
 
 template <int Block>

@@ -29,14 +29,17 @@ struct Task {
   float eps;
 };
 
-// clamp(round_half_even(y * inverse), -127, 127) + zero_point of 16 values; NaN becomes 0.
+// clamp(round_half_even(y * inverse), -127, 127) + zero_point of 16 values; NaN becomes 0. Unless it Clamps, for |y| up to
+// the absmax that inverse is of.
+template <bool Clamps>
 inline void write(const Task& t, Vector y, float inverse, uint8_t* q) {
   Vector v = y * inverse;
-  v = v == v ? v : Vector{};
-  v = v < -127.0f ? Vector{} - 127.0f : v;
-  v = (v > 127.0f ? Vector{} + 127.0f : v) + 12582912.0f;  // 1.5 * 2^23: the addition rounds half to even
-  Lanes low;
-  std::memcpy(&low, &v, sizeof(low));
+  if constexpr (Clamps) {
+    v = v == v ? v : Vector{};
+    v = v < -127.0f ? Vector{} - 127.0f : v;
+    v = v > 127.0f ? Vector{} + 127.0f : v;
+  }
+  const Lanes low = (Lanes)(v + 12582912.0f);  // 1.5 * 2^23: the addition rounds half to even
   uint8_t bytes __attribute__((vector_size(kLanes)));
   bytes = __builtin_convertvector(low + t.zero_point, decltype(bytes));
   std::memcpy(q, &bytes, sizeof(bytes));
@@ -93,17 +96,18 @@ int32_t rotate_row(const Task& t, float* h) {
   Lanes largest = {};
   for (int64_t at = 0; at < t.k; at += kStep) {
     Vector v[kStep / kLanes];
-    std::memcpy(v, h + at, sizeof(v));
+#pragma GCC unroll 8
+    for (int i = 0; i < kStep / kLanes; ++i) v[i] = loaded(h, at + i * kLanes);  // one by one: GCC copies arrays by halves
     if (t.multiplier)
+#pragma GCC unroll 8
       for (int i = 0; i < kStep / kLanes; ++i) v[i] *= loaded(t.multiplier, at + i * kLanes);
     if constexpr (Block > 0) rotate_block<Block>(v);
+#pragma GCC unroll 8
     for (int i = 0; i < kStep / kLanes; ++i) {
-      Lanes size;
-      std::memcpy(&size, &v[i], sizeof(size));
-      size &= 0x7fffffff;
+      const Lanes size = (Lanes)v[i] & 0x7fffffff;
       largest = size > largest ? size : largest;
+      if (t.multiplier || Block) std::memcpy(h + at + i * kLanes, &v[i], sizeof(Vector));
     }
-    std::memcpy(h + at, v, sizeof(v));
   }
   int32_t most = 0;
   for (int i = 0; i < kLanes; ++i) most = largest[i] > most ? largest[i] : most;
@@ -123,7 +127,10 @@ inline void quantize_row(const Task& t, int64_t row, const float* h, int32_t lar
   }
   const float inverse = static_cast<float>(1.0 / static_cast<double>(scale));
   uint8_t* q = static_cast<uint8_t*>(t.q) + row * t.k;
-  for (int64_t i = 0; i < t.k; i += kLanes) write(t, loaded(h, i), inverse, q + i);
+  if (t.static_scale || !finite)
+    for (int64_t i = 0; i < t.k; i += kLanes) write<true>(t, loaded(h, i), inverse, q + i);
+  else
+    for (int64_t i = 0; i < t.k; i += kLanes) write<false>(t, loaded(h, i), inverse, q + i);
 }
 
 inline void run_row(const Task& t, int64_t row, float* h) {

@@ -167,11 +167,7 @@ def _matmul(
         q.data_ptr(), packed, w_scale.data_ptr(), w_sum.data_ptr(), y.data_ptr(),
         dtype == torch.bfloat16, rows, n, k, depth, torch.get_num_threads(),
     )  # fmt: skip
-    if rows >= AMX_ROWS and amx():
-        tiles = torch.empty(_round_up(rows, 32) * depth, dtype=torch.uint8)
-        kernels.sqcompile_amx(*arguments, tiles.data_ptr())
-    else:
-        kernels.sqcompile_vnni(*arguments)
+    (kernels.sqcompile_amx if rows >= AMX_ROWS and amx() else kernels.sqcompile_vnni)(*arguments)
     return y
 
 
@@ -237,8 +233,7 @@ def library() -> Any | None:
         lib.sqcompile_is_packed.argtypes, lib.sqcompile_is_packed.restype = [pointer] * 4 + [integer] * 3, integer
         lib.sqcompile_pack_avx2.argtypes, lib.sqcompile_pack_avx2.restype = [pointer] * 2 + [integer] * 3, None
         lib.sqcompile_avx2.argtypes, lib.sqcompile_avx2.restype = [pointer] * 4 + [integer] * 5 + [pointer], None
-        lib.sqcompile_vnni.argtypes = [pointer] * 5 + [integer] * 6
-        lib.sqcompile_amx.argtypes = [pointer] * 5 + [integer] * 6 + [pointer]
+        lib.sqcompile_vnni.argtypes = lib.sqcompile_amx.argtypes = [pointer] * 5 + [integer] * 6
         lib.sqcompile_flash.argtypes = [pointer] * 6 + [ctypes.c_float, integer, integer, integer]
         lib.sqcompile_has_dots.argtypes, lib.sqcompile_has_dots.restype = [], integer
         for function in (lib.sqcompile_pack, lib.sqcompile_vnni, lib.sqcompile_amx, lib.sqcompile_flash):

@@ -111,7 +111,9 @@ def lower(
             groups.setdefault(found.key, []).append(found)
     fuses, later = set(), dict[str, Lazy]()
     for group in each([*groups.values()], "pack"):
-        on = of(value(group[0].weight).device)
+        device = value(group[0].weight).device
+        on = of(device)
+        on.check(device)
         qtype = BY_DTYPE[value(group[0].weight).dtype]
         on.check_format(qtype.name)
         if qtype is FP8:
