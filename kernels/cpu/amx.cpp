@@ -6,15 +6,6 @@
 //
 // Tiles of activations are read where they lie. Rows behind the last 32 whole ones, and channels that fill no tile, are
 // copied into tiles ([k / 64][32][64]) with zeros behind them.
-//
-// Each thread begins with rows of its own, the same in every product and in what makes and reads the activations (rows.cpp):
-// they are in its cache, and lines that another core wrote cost more to read than the products do. A thread that is done
-// takes tasks of the others, so that a core that is busy with something else does not hold all.
-
-#include <omp.h>
-
-#include <atomic>
-#include <vector>
 
 namespace {
 
@@ -210,20 +201,16 @@ void panels(const Problem& p, int64_t threads) {
   const int64_t fits = std::min(kMost, std::max(kFewest, kCached / p.padded_k / kPair * kPair));
   const int64_t rows = std::min(fits, std::max(kFewest, up((p.m + threads - 1) / threads, kPair)));
   const int64_t panels = (p.m + rows - 1) / rows;
-  const int64_t groups = std::min(blocks, (kTasks * threads + panels - 1) / panels), tasks = panels * groups;
-  struct alignas(64) Taken { std::atomic<int64_t> count{0}; };
-  std::vector<Taken> taken(threads);  // of each thread's own tasks
+  const int64_t groups = std::min(blocks, (kTasks * threads + panels - 1) / panels);
+  Shares shares(panels * groups, threads);
 #pragma omp parallel num_threads(threads)
   {
     uint8_t* tiles = room((p.k % kDepth ? rows : kPair) * p.padded_k);
     configure();
-    for (int64_t i = 0; i < threads; ++i) {
-      const int64_t whose = (omp_get_thread_num() + i) % threads, end = (whose + 1) * tasks / threads;
-      for (int64_t t; (t = whose * tasks / threads + taken[whose].count++) < end;) {
-        const int64_t row = t / groups * rows, g = t % groups;
-        task(p, tiles, row, std::min(row + rows, p.m), g * blocks / groups, (g + 1) * blocks / groups);
-      }
-    }
+    shares.work([&](int64_t t) {
+      const int64_t row = t / groups * rows, g = t % groups;
+      task(p, tiles, row, std::min(row + rows, p.m), g * blocks / groups, (g + 1) * blocks / groups);
+    });
     release();
   }
 }

@@ -69,14 +69,17 @@ SQ_BF16 void pack_keys(const Attention& a, int64_t head, int64_t at) {
       transpose(pairs);
       for (int64_t r = 0; r < 16; ++r) _mm512_storeu_si512(to_k + 16 * (16 * i + r), pairs[r]);
     }
-  for (int64_t i = 0; i < a.d; i += 16)  // pairs of keys, interleaved
-    for (int64_t j = 0; j < kRows; j += 2, to_v += 32) {
+  alignas(64) uint16_t order[64];  // word i of the one key, word i of the other
+  for (int i = 0; i < 64; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+  const __m512i left = _mm512_load_si512(order), right = _mm512_load_si512(order + 32);
+  for (int64_t i = 0; i < a.d; i += 32, to_v += kRows * 32)  // pairs of keys, interleaved
+    for (int64_t j = 0; j < kRows; j += 2) {
       __m512i pair[2];
+#pragma GCC unroll 2
       for (int t = 0; t < 2; ++t)
-        pair[t] = _mm512_cvtepu16_epi32(at + j + t < a.keys ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(
-                                                                 v + (at + j + t) * a.v_stride[2] + i))
-                                                            : _mm256_setzero_si256());
-      _mm512_storeu_si512(to_v, _mm512_or_si512(pair[0], _mm512_slli_epi32(pair[1], 16)));
+        pair[t] = at + j + t < a.keys ? _mm512_loadu_si512(v + (at + j + t) * a.v_stride[2] + i) : _mm512_setzero_si512();
+      _mm512_storeu_si512(to_v + 16 * j, _mm512_permutex2var_epi16(pair[0], left, pair[1]));
+      _mm512_storeu_si512(to_v + 16 * (j + kRows), _mm512_permutex2var_epi16(pair[0], right, pair[1]));
     }
 }
 
@@ -147,9 +150,9 @@ inline void square(bool tiles, int64_t rows, float* c, int64_t ld, bool add, con
 }
 
 // One query's scores s of a block become probabilities p, relative to the largest score so far; what was summed before
-// is scaled to that. `sum` has 16 partial sums.
-SQ_BF16 inline void softmax_row(float* s, int64_t keys, int64_t seen, float scale, uint16_t* p, float& top, float* sum,
-                                float* out, int64_t d) {
+// is scaled to that, unless this is the first block. `sum` has 16 partial sums.
+SQ_BF16 inline void softmax_row(bool first, float* s, int64_t keys, int64_t seen, float scale, uint16_t* p, float& top,
+                                float* sum, float* out, int64_t d) {
   const __m512 never = _mm512_set1_ps(-__builtin_inff());
   for (int64_t j = std::max<int64_t>(0, seen) / 16 * 16; j < keys; j += 16) {
     const __mmask16 kept = static_cast<__mmask16>((1u << std::max<int64_t>(0, seen - j)) - 1);
@@ -163,13 +166,13 @@ SQ_BF16 inline void softmax_row(float* s, int64_t keys, int64_t seen, float scal
   const float now = std::max(top, scale * _mm512_reduce_max_ps(_mm512_max_ps(m0, m1)));
   // where all scores were -inf so far there is nothing to subtract: 2^-inf is the 0 they deserve
   const __m512 shift = _mm512_set1_ps(now == -__builtin_inff() ? 0.0f : now), by = _mm512_set1_ps(scale);
-  __m512 total = _mm512_load_ps(sum);
-  if (top != now) {
+  __m512 total = first ? _mm512_setzero_ps() : _mm512_load_ps(sum);
+  if (!first && top != now) {
     const __m512 keep = exp2(_mm512_sub_ps(_mm512_set1_ps(top), shift));
     total = _mm512_mul_ps(total, keep);
     for (int64_t i = 0; i < d; i += 16) _mm512_store_ps(out + i, _mm512_mul_ps(_mm512_load_ps(out + i), keep));
-    top = now;
   }
+  top = now;
   for (int64_t j = 0; j < keys; j += 16) {
     const __m512 e = exp2(_mm512_fmsub_ps(_mm512_load_ps(s + j), by, shift));
     total = _mm512_add_ps(total, e);
@@ -185,11 +188,17 @@ SQ_BF16 void attend(const Attention& a, int64_t b, int64_t h, int64_t row) {
   alignas(64) uint16_t q[kRows * kMaxD], p[kRows * kKeys];
   const int64_t d = a.d, rows = std::min(kRows, a.queries - row), head = b * a.groups + h / (a.heads / a.groups);
   const uint16_t* from = a.q + b * a.q_stride[0] + h * a.q_stride[1] + row * a.q_stride[2];
-  std::memset(q, 0, sizeof(uint16_t) * kRows * d);
-  for (int64_t r = 0; r < rows; ++r) std::memcpy(q + r * d, from + r * a.q_stride[2], sizeof(uint16_t) * d);
-  std::memset(out, 0, sizeof(float) * kRows * d);
+  uint16_t* to = a.out + ((b * a.queries + row) * a.heads + h) * d;
+  const uint16_t* next = row + kRows < a.queries ? from + kRows * a.q_stride[2] : a.q + b * a.q_stride[0] + (h + 1) * a.q_stride[1];
+  for (int64_t r = 0; r < rows; ++r) {
+    std::memcpy(q + r * d, from + r * a.q_stride[2], sizeof(uint16_t) * d);
+    for (int64_t i = 0; i < d; i += 32) {  // too far apart for what the processor fetches ahead by itself
+      __builtin_prefetch(to + r * a.heads * d + i, 1);
+      __builtin_prefetch(next + r * a.q_stride[2] + i);
+    }
+  }
+  std::memset(q + rows * d, 0, sizeof(uint16_t) * (kRows - rows) * d);
   std::fill_n(top, kRows, -__builtin_inff());
-  std::memset(sum, 0, sizeof(sum));
   const int64_t end = a.causal ? std::min(a.keys, row + rows) : a.keys;
   const uint16_t* k = a.packed_k + head * a.padded() * d;
   const uint16_t* v = a.packed_v + head * a.padded() * d;
@@ -202,19 +211,18 @@ SQ_BF16 void attend(const Attention& a, int64_t b, int64_t h, int64_t row) {
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t seen = (a.causal ? std::min(end, row + r + 1) : end) - at;  // keys this query attends to, here
-      softmax_row(scores + r * kKeys, keys, seen, a.scale, p + r * kKeys, top[r], sum + 16 * r, out + r * d, d);
+      softmax_row(at == 0, scores + r * kKeys, keys, seen, a.scale, p + r * kKeys, top[r], sum + 16 * r, out + r * d, d);
     }
     for (int64_t r = rows; r < kRows; ++r) std::memset(p + r * kKeys, 0, sizeof(uint16_t) * keys);
     for (int64_t i = 0; i < d; i += 32) {
       const uint16_t* packed = v + at * d + i / 16 * 512;
-      square(a.tiles, rows, out + i, d, true, p, kKeys, packed, packed + 512, keys / 32, 32 * d);
+      square(a.tiles, rows, out + i, d, at > 0, p, kKeys, packed, packed + 512, keys / 32, 32 * d);
     }
   }
-  uint16_t* to = a.out + ((b * a.queries + row) * a.heads + h) * d;
   for (int64_t r = 0; r < rows; ++r, to += a.heads * d) {
-    const float total = _mm512_reduce_add_ps(_mm512_load_ps(sum + 16 * r));
+    const float inverse = 1.0f / _mm512_reduce_add_ps(_mm512_load_ps(sum + 16 * r));
     for (int64_t i = 0; i < d; i += 16) {
-      const __m512 y = _mm512_div_ps(_mm512_load_ps(out + r * d + i), _mm512_set1_ps(total));
+      const __m512 y = _mm512_mul_ps(_mm512_load_ps(out + r * d + i), _mm512_set1_ps(inverse));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)_mm512_cvtneps_pbh(y));
     }
   }
@@ -235,16 +243,14 @@ extern "C" void sqcompile_flash(const uint16_t* q, const uint16_t* k, const uint
   a.causal = causal != 0;
   a.tiles = tiles != 0;
   a.packed_v = packed + a.batch * a.groups * a.padded() * a.d;
+  const int64_t steps = a.padded() / kRows, parts = (a.queries + kRows - 1) / kRows;
+  Shares packs(a.batch * a.groups * steps, threads), tasks(a.batch * a.heads * parts, threads);
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static) collapse(2)
-    for (int64_t head = 0; head < a.batch * a.groups; ++head)
-      for (int64_t at = 0; at < a.padded(); at += kRows) pack_keys(a, head, at);
+    packs.work([&](int64_t t) { pack_keys(a, t / steps, t % steps * kRows); });
+#pragma omp barrier
     if (a.tiles) configure();
-#pragma omp for schedule(dynamic) collapse(3)
-    for (int64_t b = 0; b < a.batch; ++b)
-      for (int64_t h = 0; h < a.heads; ++h)
-        for (int64_t row = 0; row < a.queries; row += kRows) attend(a, b, h, row);
+    tasks.work([&](int64_t t) { attend(a, t / parts / a.heads, t / parts % a.heads, t % parts * kRows); });
     if (a.tiles) release();
   }
 }

@@ -5,10 +5,13 @@
 // one AMX tile.
 
 #include <immintrin.h>
+#include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #define SQ_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 #define SQ_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
@@ -30,6 +33,31 @@ struct Problem {
   char* y;               // [m, n], float32 or bfloat16
   bool bf16;
   int64_t m, n, k, padded_k;
+};
+
+// Tasks [0, count) for the threads of a parallel region. Each begins with a range of its own, the same in every product and in
+// what makes and reads its rows (rows.cpp): they are in its cache, and lines that another core wrote cost more to read than
+// the products do. A thread that is done takes tasks of the others, so that a core that is busy with something else does not
+// hold all.
+class Shares {
+ public:
+  Shares(int64_t count, int64_t threads) : count_(count), taken_(threads) {}
+
+  template <class Run>
+  void work(Run run) {
+    const int64_t threads = static_cast<int64_t>(taken_.size());
+    for (int64_t i = 0; i < threads; ++i) {
+      const int64_t whose = (omp_get_thread_num() + i) % threads, end = (whose + 1) * count_ / threads;
+      for (int64_t t; (t = whose * count_ / threads + taken_[whose].tasks++) < end;) run(t);
+    }
+  }
+
+ private:
+  struct alignas(64) Taken {
+    std::atomic<int64_t> tasks{0};
+  };
+  int64_t count_;
+  std::vector<Taken> taken_;
 };
 
 // Rounds float32 to bfloat16, half to even. The values are finite: int32 times a finite scale.
