@@ -1,8 +1,8 @@
 // u8 x s8 matrix product with AMX tiles, straight from oneDNN's packed weight, for any number of rows.
 //
 //   up to 16 rows: a stream over the weight, each tile of it read once, in order, with prefetching;
-//   more: tasks of rows whose activations fit the L2 cache, by some blocks of 64 outputs; 32 x 32 outputs at a time in four
-//   tiles. Of very deep products the partial sums wait in a buffer.
+//   more: tasks of rows whose activations fit the L2 cache, by some blocks of 64 outputs. For each 512 input channels, 32 x 32
+//   outputs at a time in four tiles; the partial sums wait in a buffer.
 //
 // Tiles of activations are read where they lie. Rows behind the last 32 whole ones, and channels that fill no tile, are
 // copied into tiles ([k / 64][32][64]) with zeros behind them.
@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kTile = 16;          // rows of a tile
 constexpr int64_t kDepth = 64;         // input channels of a tile
 constexpr int64_t kPair = 2 * kTile;   // rows of a task are a multiple of it
-constexpr int64_t kChunk = 4096;       // input channels between two visits of a partial sum
+constexpr int64_t kChunk = 512;        // input channels between two visits of a partial sum: with them, a block fits the L1 cache
 constexpr int64_t kFewest = 128;       // rows of a task, where there are as many: fewer do not repay reading the weight
 constexpr int64_t kMost = 512;
 constexpr int64_t kCached = 1 << 20;   // bytes of the activations of a task
