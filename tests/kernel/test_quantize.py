@@ -117,6 +117,8 @@ def test_cpu_kernels_are_the_reference_bit_for_bit(kernel, m, k, n, seed, extrem
         (511, 2048, 320),
         (513, 2111, 64),
         (1100, 1500, 1),
+        (1100, 1536, 200),  # whole tiles of channels, rows behind the last 32 whole ones
+        (129, 576, 130),
         (2, 8192, 70),
     ],
 )
@@ -130,7 +132,11 @@ def test_cpu_kernels_with_any_number_of_threads(threads):
     try:
         torch.set_num_threads(threads)
         for kernel in [kernel for kernel in CPU_KERNELS if NEEDS[kernel]()]:
-            _check_cpu_kernel(kernel, 300, 200, 1000, threads, False)
+            for m, k, n in (
+                (300, 200, 1000),
+                (700, 576, 130),
+            ):  # tasks of few rows and many columns, and the other way round
+                _check_cpu_kernel(kernel, m, k, n, threads, False)
     finally:
         torch.set_num_threads(before)
 

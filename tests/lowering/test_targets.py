@@ -89,7 +89,9 @@ def test_the_backend_refuses_such_a_gpu_in_its_first_call(model, monkeypatch):
 def test_what_is_loaded_is_packed_only_where_it_can_be(model, tmp_path, monkeypatch):
     sqcompile.compile(model, batches(), backend="eager", progress=False).save(tmp_path / "net")
     monkeypatch.setattr(x86, "available", lambda: False)
-    with pytest.raises(sqcompile.RecipeError, match="target='x86-vnni' packs weights for such a CPU, and this one is none"):
+    with pytest.raises(
+        sqcompile.RecipeError, match="target='x86-vnni' packs weights for such a CPU, and this one is none"
+    ):
         sqcompile.load(tmp_path / "net", backend="eager", target="x86-vnni")
     with pytest.raises(sqcompile.RecipeError, match=SLOW):
         sqcompile.load(tmp_path / "net", backend="eager", target="cuda-sm103")
