@@ -54,3 +54,10 @@ extern "C" int64_t sqcompile_is_packed(const int8_t* w, const int8_t* packed, in
   }
   return 1;
 }
+
+// Sets how many threads OpenMP takes for the calling thread; gives how many it took.
+extern "C" int64_t sqcompile_set_threads(int64_t count) {
+  const int64_t before = omp_get_max_threads();
+  omp_set_num_threads(static_cast<int>(count));
+  return before;
+}

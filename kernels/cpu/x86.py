@@ -63,7 +63,7 @@ def pack(w: Tensor) -> tuple[Tensor, Tensor]:
         _use_huge_pages(packed)
         return packed, torch.empty(0, dtype=torch.int32)
     like = _alike.get(w.shape)
-    packed = onednn.prepack(w) if like is None else like.clone()
+    packed = _prepack(kernels, w) if like is None else like.clone()
     _use_huge_pages(packed)
     if like is not None:
         blocks, beside = _parts(packed, w)
@@ -72,6 +72,15 @@ def pack(w: Tensor) -> tuple[Tensor, Tensor]:
     elif (w_sum := _sums_if_readable(kernels, w, packed)).numel() and _has_sums_alone(packed, w, w_sum):
         _alike[w.shape] = packed
     return packed, w_sum
+
+
+def _prepack(kernels: Any, w: Tensor) -> Tensor:
+    """`onednn.prepack` as it is with one thread: with many, oneDNN has layouts of smaller blocks, which our kernels do not read."""
+    before = kernels.sqcompile_set_threads(1)  # of this thread alone
+    try:
+        return onednn.prepack(w)
+    finally:
+        kernels.sqcompile_set_threads(before)
 
 
 def _parts(packed: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,6 +240,7 @@ def library() -> Any | None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         lib.sqcompile_pack.argtypes = [pointer] * 3 + [integer] * 4
         lib.sqcompile_is_packed.argtypes, lib.sqcompile_is_packed.restype = [pointer] * 4 + [integer] * 3, integer
+        lib.sqcompile_set_threads.argtypes, lib.sqcompile_set_threads.restype = [integer], integer
         lib.sqcompile_pack_avx2.argtypes, lib.sqcompile_pack_avx2.restype = [pointer] * 2 + [integer] * 3, None
         lib.sqcompile_avx2.argtypes, lib.sqcompile_avx2.restype = [pointer] * 4 + [integer] * 5 + [pointer], None
         lib.sqcompile_vnni.argtypes = lib.sqcompile_amx.argtypes = [pointer] * 5 + [integer] * 6

@@ -49,6 +49,21 @@ def test_only_the_first_of_a_shape_that_is_in_use_is_packed_by_onednn(monkeypatc
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("threads", [1, 16, 64])
+@pytest.mark.parametrize(("n", "k"), [(384, 384), (130, 576), (2048, 768)])
+def test_a_machine_with_many_threads_packs_what_our_kernels_read(threads, n, k):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        w = weight(n, k, threads)
+        packed, sums = x86.pack(w)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(sums, w.sum(1, dtype=torch.int32))
+    assert memory(packed) == memory(x86.pack(weight(n, k, threads))[0])
+
+
 @pytest.mark.parametrize("where", ["blocks", "beside", "size"])
 def test_a_layout_that_is_another_is_left_to_onednn(monkeypatch, where):
     """As a later oneDNN, or another processor, may have one."""
