@@ -45,6 +45,7 @@ def test_a_loaded_checkpoint_is_saved_as_an_artifact(recipe, changes, tmp_path):
     loaded.save(tmp_path / "saved")
     again = sqcompile.load(tmp_path / "saved", backend="eager")
     assert torch.equal(again(**masked(call)).logits, loaded(**masked(call)).logits)
+    assert again.plan == loaded.plan
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", pytest.param("mixtral", marks=pytest.mark.slow)])
@@ -85,6 +86,7 @@ def test_a_checkpoint_is_loaded_on_a_gpu(family, backend, tmp_path):
     assert relative_error(logits.cpu(), cpu(**call).logits) < 2e-2  # rounding moves single int8 values
     assert "int8_gemm" in loaded.lowered.code
     assert all(t.is_cuda for t in loaded.lowered.state_dict().values())
-    cpu.save(tmp_path / "saved")
-    again = sqcompile.load(tmp_path / "saved", device="cuda", backend=backend)
-    assert torch.equal(again(**there).logits, logits)
+    for name, net in (("from cpu", cpu), ("from cuda", loaded)):
+        net.save(tmp_path / name)
+        again = sqcompile.load(tmp_path / name, device="cuda", backend=backend)
+        assert torch.equal(again(**there).logits, logits)
