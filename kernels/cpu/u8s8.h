@@ -47,8 +47,11 @@ class Shares {
   void work(Run run) {
     const int64_t threads = static_cast<int64_t>(taken_.size());
     for (int64_t i = 0; i < threads; ++i) {
-      const int64_t whose = (omp_get_thread_num() + i) % threads, end = (whose + 1) * count_ / threads;
-      for (int64_t t; (t = whose * count_ / threads + taken_[whose].tasks++) < end;) run(t);
+      const int64_t whose = (omp_get_thread_num() + i) % threads;
+      const int64_t first = whose * count_ / threads, end = (whose + 1) * count_ / threads;
+      std::atomic<int64_t>& taken = taken_[whose].tasks;
+      if (first + taken.load(std::memory_order_relaxed) >= end) continue;  // many threads may read it at once
+      for (int64_t t; (t = first + taken.fetch_add(1, std::memory_order_relaxed)) < end;) run(t);
     }
   }
 

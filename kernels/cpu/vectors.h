@@ -1,5 +1,6 @@
 // Vectors of 16 float32 values, which the compiler splits where the machine has smaller ones: read, written, and activated.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
