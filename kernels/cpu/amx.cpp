@@ -1,11 +1,13 @@
 // u8 x s8 matrix product with AMX tiles, straight from oneDNN's packed weight, for any number of rows.
 //
 //   up to 16 rows: a stream over the weight, each tile of it read once, in order, with prefetching;
-//   more: tasks of rows whose activations fit the L2 cache, by some blocks of 64 outputs. For each 512 input channels, 32 x 32
+//   more: tasks of 128 rows and more, as many as fit the L2 cache, by some blocks of 64 outputs. For each 512 input channels, 32 x 32
 //   outputs at a time in four tiles; the partial sums wait in a buffer.
 //
 // Tiles of activations are read where they lie. Rows behind the last 32 whole ones, and channels that fill no tile, are
 // copied into tiles ([k / 64][32][64]) with zeros behind them.
+
+#include <new>
 
 namespace {
 
@@ -60,16 +62,16 @@ SQ_AMX inline void store_square(T* c, int64_t ld) {
   _tile_stored(3, c + 16 * ld + 16, 4 * ld);
 }
 
-// The tiles of `rows` rows from `row` on: zeros behind the last row and channel.
-SQ_VNNI void pack(const Problem& p, int64_t row, int64_t rows, uint8_t* out) {
-  for (int64_t i = 0; i < p.padded_k; i += kDepth) {
-    const __mmask64 mask = p.k - i >= kDepth ? ~0ull : (1ull << (p.k - i)) - 1;
-    for (int64_t r = row; r < row + rows; ++r, out += kDepth)
-      _mm512_store_si512(out, r < p.m ? _mm512_maskz_loadu_epi8(mask, p.q + r * p.k + i) : _mm512_setzero_si512());
-  }
+// The tile of `rows` rows from `row` on and of channels [i, i + 64): zeros behind the last row and channel.
+SQ_VNNI void pack(const Problem& p, int64_t row, int64_t rows, int64_t i, uint8_t* out) {
+  const __mmask64 mask = p.k - i >= kDepth ? ~0ull : (1ull << (p.k - i)) - 1;
+  for (int64_t r = row; r < row + rows; ++r, out += kDepth)
+    _mm512_store_si512(out, r < p.m ? _mm512_maskz_loadu_epi8(mask, p.q + r * p.k + i) : _mm512_setzero_si512());
+  asm volatile("" : : : "memory");  // to GCC a load of a tile reads no memory, and could come before the stores
 }
 
-// y[row : end, at : at + 64] = (c - 128 sum) * scale, as `store`, which this is for whole blocks in bfloat16.
+// y[row : end, at : at + 64] = (c - 128 sum) * scale, as `store`; of whole blocks in bfloat16 faster, with 0 for results
+// below the smallest normal number.
 SQ_AMX void store_rows(const Problem& p, int64_t row, int64_t end, int64_t at, const int32_t* c) {
   if (!p.bf16 || at + kBlock > p.n) {
     for (; row < end; ++row, c += kBlock) {
@@ -122,14 +124,15 @@ SQ_AMX void block_amx(const Problem& p, const uint8_t* a, int64_t at) {
   store_rows(p, 0, p.m, at, c);
 }
 
-// Two tiles of rows: of activations where they lie, `ld` bytes apart, or of packed ones; `step` bytes to the next channels.
-struct Rows {
+// Two tiles of 16 rows each: of activations where they lie, `ld` bytes apart, or of packed ones; `step` bytes to the next 64
+// channels.
+struct Pair {
   const uint8_t* q;
   int64_t ld, step;
 };
 
 // c [32, 32 of 64] += the product of two tiles of rows by 32 outputs over input channels [i0, i1).
-SQ_AMX inline void square(const Rows& rows, const int8_t* w, int64_t i0, int64_t i1, int32_t* c) {
+SQ_AMX inline void square(const Pair& rows, const int8_t* w, int64_t i0, int64_t i1, int32_t* c) {
   if (i0)
     load_square(c, kBlock);
   else
@@ -155,7 +158,8 @@ SQ_AMX inline void square(const Rows& rows, const int8_t* w, int64_t i0, int64_t
 SQ_AMX void task(const Problem& p, uint8_t* tiles, int64_t row, int64_t end, int64_t j0, int64_t j1) {
   alignas(64) static thread_local int32_t partial[kMost * kBlock];
   const int64_t whole = p.k % kDepth ? row : std::max(row, std::min(end, p.m / kPair * kPair));
-  for (int64_t r = whole; r < end; r += kPair) pack(p, r, kPair, tiles + (r - whole) * p.padded_k);
+  for (int64_t r = whole; r < end; r += kPair)
+    for (int64_t i = 0; i < p.padded_k; i += kDepth) pack(p, r, kPair, i, tiles + (r - whole) * p.padded_k + i * kPair);
   const bool waits = p.padded_k > kChunk;
   for (int64_t j = j0; j < j1; ++j) {
     const int8_t* w = p.w + j * kBlock * p.padded_k;
@@ -163,8 +167,8 @@ SQ_AMX void task(const Problem& p, uint8_t* tiles, int64_t row, int64_t end, int
       const int64_t i1 = std::min(i0 + kChunk, p.padded_k);
       for (int64_t r = row; r < end; r += kPair) {
         int32_t* c = partial + (waits ? (r - row) * kBlock : 0);
-        const Rows rows = r < whole ? Rows{p.q + r * p.k, p.k, kDepth}
-                                    : Rows{tiles + (r - whole) * p.padded_k, kDepth, kPair * kDepth};
+        const Pair rows = r < whole ? Pair{p.q + r * p.k, p.k, kDepth}
+                                    : Pair{tiles + (r - whole) * p.padded_k, kDepth, kPair * kDepth};
         square(rows, w, i0, i1, c);
         square(rows, w + 128, i0, i1, c + 32);
         if (i1 == p.padded_k) store_rows(p, r, std::min(r + kPair, end), j * kBlock, c);
@@ -173,43 +177,47 @@ SQ_AMX void task(const Problem& p, uint8_t* tiles, int64_t row, int64_t end, int
   }
 }
 
-// Memory of a thread, 64-byte aligned, that its next call may use again.
-uint8_t* room(int64_t bytes) {
-  static thread_local std::vector<uint8_t> kept;
-  if (static_cast<int64_t>(kept.size()) < bytes + 64) kept.resize(bytes + 64);
-  return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(kept.data()) + 63) / 64 * 64);
-}
+// 64-byte aligned memory for packed tiles, made before the threads are: what cannot be had is an error and not the end.
+class Tiles {
+ public:
+  explicit Tiles(int64_t bytes) : data(static_cast<uint8_t*>(::operator new(bytes, std::align_val_t(64)))) {}
+  ~Tiles() { ::operator delete(data, std::align_val_t(64)); }
+  Tiles(const Tiles&) = delete;
+  uint8_t* const data;
+};
 
 int64_t up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 // Up to 16 rows.
 void stream(const Problem& p, int64_t threads) {
   const int64_t blocks = (p.n + kBlock - 1) / kBlock;
+  const Tiles tiles(kTile * p.padded_k);
 #pragma omp parallel num_threads(threads)
   {
-    uint8_t* tiles = room(kTile * p.padded_k);
-    pack(p, 0, kTile, tiles);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < p.padded_k; i += kDepth) pack(p, 0, kTile, i, tiles.data + i * kTile);
     configure();
 #pragma omp for schedule(static)
-    for (int64_t j = 0; j < blocks; ++j) block_amx(p, tiles, j * kBlock);
+    for (int64_t j = 0; j < blocks; ++j) block_amx(p, tiles.data, j * kBlock);
     release();
   }
 }
 
-void panels(const Problem& p, int64_t threads) {
+void many_rows(const Problem& p, int64_t threads) {
   const int64_t blocks = (p.n + kBlock - 1) / kBlock;
   const int64_t fits = std::min(kMost, std::max(kFewest, kCached / p.padded_k / kPair * kPair));
   const int64_t rows = std::min(fits, std::max(kFewest, up((p.m + threads - 1) / threads, kPair)));
   const int64_t panels = (p.m + rows - 1) / rows;
   const int64_t groups = std::min(blocks, (kTasks * threads + panels - 1) / panels);
+  const int64_t packed = (p.k % kDepth ? rows : p.m % kPair ? kPair : 0) * p.padded_k;  // bytes of a thread
+  const Tiles tiles(threads * packed);
   Shares shares(panels * groups, threads);
 #pragma omp parallel num_threads(threads)
   {
-    uint8_t* tiles = room((p.k % kDepth ? rows : kPair) * p.padded_k);
     configure();
     shares.work([&](int64_t t) {
       const int64_t row = t / groups * rows, g = t % groups;
-      task(p, tiles, row, std::min(row + rows, p.m), g * blocks / groups, (g + 1) * blocks / groups);
+      task(p, tiles.data + omp_get_thread_num() * packed, row, std::min(row + rows, p.m), g * blocks / groups, (g + 1) * blocks / groups);
     });
     release();
   }
@@ -224,5 +232,5 @@ extern "C" void sqcompile_amx(const uint8_t* q, const int8_t* w, const float* sc
   if (m <= kTile)
     stream(p, threads);
   else
-    panels(p, threads);
+    many_rows(p, threads);
 }

@@ -1,4 +1,4 @@
-// Shared by the u8 x s8 kernels of x86: the problem, and the epilogue of 64 output channels.
+// Shared by the u8 x s8 kernels of x86: the problem, the epilogue of 64 output channels, and how threads share tasks.
 //
 // Weight layout (oneDNN's, verified byte by byte when a weight is packed): blocks of 64 output channels; inside a
 // block, groups of 4 input channels, [padded K / 4][64][4]: what vpdpbusd consumes, and 16 groups by 16 channels are
@@ -35,9 +35,9 @@ struct Problem {
   int64_t m, n, k, padded_k;
 };
 
-// Tasks [0, count) for the threads of a parallel region. Each begins with a range of its own, the same in every product and in
-// what makes and reads its rows (rows.cpp): they are in its cache, and lines that another core wrote cost more to read than
-// the products do. A thread that is done takes tasks of the others, so that a core that is busy with something else does not
+// Tasks [0, count) for the threads of a parallel region. Each begins with a range of its own: about the same rows in every
+// product, and in what makes and reads them (rows.cpp), where there are many. They are in its cache, and lines that another
+// core wrote cost more to read than the products do. A thread that is done takes tasks of the others, so that a core that is busy with something else does not
 // hold all.
 class Shares {
  public:

@@ -75,7 +75,11 @@ def pack(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _prepack(kernels: Any, w: Tensor) -> Tensor:
-    """`onednn.prepack` as it is with one thread: with many, oneDNN has layouts of smaller blocks, which our kernels do not read."""
+    """`onednn.prepack` as it is with one thread: with many, oneDNN has layouts of smaller blocks, which our kernels do not read.
+
+    oneDNN itself reads either; what it gains by the smaller blocks on such machines is not measured.
+    """
+    torch.get_num_threads()  # PyTorch sets OpenMP's number where a thread asks for it first, and would do so in between
     before = kernels.sqcompile_set_threads(1)  # of this thread alone
     try:
         return onednn.prepack(w)

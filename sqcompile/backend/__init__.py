@@ -76,8 +76,8 @@ def _compiled(
     parameters += list(gm.parameters())
     if not parameters:  # there may be buffers
         parameters = model_tensors((x for x in example_inputs if isinstance(x, Tensor)), found)
-    for p in parameters[:1]:
-        Target.of(p.device).check_format(recipe.dtype)  # before it calibrates
+    for device in {p.device for p in parameters}:
+        Target.of(device).check_format(recipe.dtype)  # before it calibrates
     session = session_of(parameters, found)
     make_dynamic(gm, example_inputs, lambda x: bool(session.names(x)), found.mode == "reduce-overhead")
     respect_limit()
