@@ -1,8 +1,8 @@
 // u8 x s8 matrix product with AMX tiles, straight from oneDNN's packed weight, for any number of rows.
 //
 //   up to 16 rows: a stream over the weight, each tile of it read once, in order, with prefetching;
-//   more: tasks of 128 rows and more, as many as fit the L2 cache, by some blocks of 64 outputs. For each 512 input channels, 32 x 32
-//   outputs at a time in four tiles; the partial sums wait in a buffer.
+//   more: tasks of 128 rows and more, as many as fit the L2 cache, by some blocks of 64 outputs. For each 512 input
+//   channels, 32 x 32 outputs at a time in four tiles; the partial sums wait in a buffer.
 //
 // Tiles of activations are read where they lie. Rows behind the last 32 whole ones, and channels that fill no tile, are
 // copied into tiles ([k / 64][32][64]) with zeros behind them.
@@ -167,10 +167,10 @@ SQ_AMX void task(const Problem& p, uint8_t* tiles, int64_t row, int64_t end, int
       const int64_t i1 = std::min(i0 + kChunk, p.padded_k);
       for (int64_t r = row; r < end; r += kPair) {
         int32_t* c = partial + (waits ? (r - row) * kBlock : 0);
-        const Pair rows = r < whole ? Pair{p.q + r * p.k, p.k, kDepth}
+        const Pair pair = r < whole ? Pair{p.q + r * p.k, p.k, kDepth}
                                     : Pair{tiles + (r - whole) * p.padded_k, kDepth, kPair * kDepth};
-        square(rows, w, i0, i1, c);
-        square(rows, w + 128, i0, i1, c + 32);
+        square(pair, w, i0, i1, c);
+        square(pair, w + 128, i0, i1, c + 32);
         if (i1 == p.padded_k) store_rows(p, r, std::min(r + kPair, end), j * kBlock, c);
       }
     }
@@ -217,7 +217,8 @@ void many_rows(const Problem& p, int64_t threads) {
     configure();
     shares.work([&](int64_t t) {
       const int64_t row = t / groups * rows, g = t % groups;
-      task(p, tiles.data + omp_get_thread_num() * packed, row, std::min(row + rows, p.m), g * blocks / groups, (g + 1) * blocks / groups);
+      task(p, tiles.data + omp_get_thread_num() * packed, row, std::min(row + rows, p.m), g * blocks / groups,
+           (g + 1) * blocks / groups);
     });
     release();
   }

@@ -188,15 +188,7 @@ SQ_BF16 void attend(const Attention& a, int64_t b, int64_t h, int64_t row) {
   alignas(64) uint16_t q[kRows * kMaxD], p[kRows * kKeys];
   const int64_t d = a.d, rows = std::min(kRows, a.queries - row), head = b * a.groups + h / (a.heads / a.groups);
   const uint16_t* from = a.q + b * a.q_stride[0] + h * a.q_stride[1] + row * a.q_stride[2];
-  uint16_t* to = a.out + ((b * a.queries + row) * a.heads + h) * d;
-  const uint16_t* next = row + kRows < a.queries ? from + kRows * a.q_stride[2] : a.q + b * a.q_stride[0] + (h + 1) * a.q_stride[1];
-  for (int64_t r = 0; r < rows; ++r) {
-    std::memcpy(q + r * d, from + r * a.q_stride[2], sizeof(uint16_t) * d);
-    for (int64_t i = 0; i < d; i += 32) {  // too far apart for what the processor fetches ahead by itself
-      __builtin_prefetch(to + r * a.heads * d + i, 1);
-      __builtin_prefetch(next + r * a.q_stride[2] + i);
-    }
-  }
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(q + r * d, from + r * a.q_stride[2], sizeof(uint16_t) * d);
   std::memset(q + rows * d, 0, sizeof(uint16_t) * (kRows - rows) * d);
   std::fill_n(top, kRows, -__builtin_inff());
   const int64_t end = a.causal ? std::min(a.keys, row + rows) : a.keys;
@@ -219,6 +211,7 @@ SQ_BF16 void attend(const Attention& a, int64_t b, int64_t h, int64_t row) {
       square(a.tiles, rows, out + i, d, at > 0, p, kKeys, packed, packed + 512, keys / 32, 32 * d);
     }
   }
+  uint16_t* to = a.out + ((b * a.queries + row) * a.heads + h) * d;
   for (int64_t r = 0; r < rows; ++r, to += a.heads * d) {
     const float inverse = 1.0f / _mm512_reduce_add_ps(_mm512_load_ps(sum + 16 * r));
     for (int64_t i = 0; i < d; i += 16) {

@@ -132,10 +132,8 @@ def test_cpu_kernels_with_any_number_of_threads(threads):
     try:
         torch.set_num_threads(threads)
         for kernel in [kernel for kernel in CPU_KERNELS if NEEDS[kernel]()]:
-            for m, k, n in (
-                (300, 200, 1000),
-                (700, 576, 130),
-            ):  # tasks of few rows and many columns, and the other way round
+            # tasks of few rows and many columns, and the other way round
+            for m, k, n in ((300, 200, 1000), (700, 576, 130)):
                 _check_cpu_kernel(kernel, m, k, n, threads, False)
     finally:
         torch.set_num_threads(before)
