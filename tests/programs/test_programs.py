@@ -158,6 +158,8 @@ def test_the_trained_language_model(recipe, tmp_path):
     calls = [{"input_ids": w} for w in token_windows(evaluation_texts(), tokenizer, 128)[:4].split(2)]
     with torch.no_grad():
         wanted = [net.stages["quantized"](**c) for c in calls]
+        floating = [model(**c).logits for c in calls]
+    costs = [db(a, b.logits) for a, b in zip(floating, wanted, strict=True)]
     for format in ("pt2", "onnx"):
         net.export(format, tmp_path / f"lm.{format}")
     kinds: Counter[tuple[str, str]] = Counter()
@@ -166,7 +168,11 @@ def test_the_trained_language_model(recipe, tmp_path):
         by_onnx(tmp_path / "lm.onnx", calls),
         by_openvino(tmp_path / "lm.onnx", calls, kinds),
     ):
-        assert all(db(got, want) >= ENOUGH for got, want in zip(found, wanted, strict=True))
+        # a value at the edge of two steps that falls to the other side costs its token as much as INT8, layer by layer
+        assert all(db(got, want) >= cost + 2 for got, want, cost in zip(found, wanted, costs, strict=True))
+        # and what falls to either side is as near to the float model
+        near = [db(got, want) for got, want in zip(found, floating, strict=True)]
+        assert near == pytest.approx(costs, abs=0.5)
     if recipe.activation == "per_tensor_static":  # OpenVINO multiplies integers
         static = sum(l.input_scale is not None for l in net.plan.layers)
         assert kinds["FullyConnected", "i8"] >= static > 0
