@@ -17,9 +17,10 @@ from torch import Tensor
 
 from sqcompile.errors import RecipeError
 from sqcompile.kernels import fp8, fused
-from sqcompile.kernels.cpu import arm, dispatch, x86
+from sqcompile.kernels.cpu import arm, build, dispatch, rows, x86
 from sqcompile.kernels.ops import LAUNCHING, ON_X86, on_cuda_library, on_x86_library, sqcompile_ops
 from sqcompile.kernels.reference import UINT8_ZERO_POINT
+from sqcompile.pytorch.core import has_avx2
 
 Pack = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
@@ -97,10 +98,7 @@ class Target:
         """The target that a device of this machine is."""
         if device.type == "cuda" and fused.available(device):
             replay_launches()  # before the first kernel runs
-            major, minor = torch.cuda.get_device_capability(device)
-            return _cuda(10 * major + minor)
-        here = [target for target, available in _CPUS if device.type == "cpu" and available()]
-        return _ready(here[0]) if here else _reference(device.type, fp8.available(device))
+        return _ready(_found(device))
 
     @staticmethod
     def given(target: Any) -> Target | None:
@@ -154,6 +152,36 @@ class Target:
         if name not in known:
             raise RecipeError(f"target={name!r}: choose one of {', '.join(known)}")
         return known[name]
+
+
+def check_format(dtype: str, device: torch.device, target: Target | None = None) -> None:
+    """Refuses a number format before a model on a device is analysed, as `Target.check_format`; ``target``: None for its own.
+
+    Raises:
+        RecipeError: names the one to choose.
+    """
+    (target or _found(device)).check_format(dtype)
+
+
+def begin(device: torch.device, inductor: bool) -> None:
+    """Begins to build the C++ that a device needs, once per machine. Who needs it waits, and meanwhile a model is analysed.
+
+    ``inductor``: whether Inductor compiles the model.
+    """
+    if device.type == "cpu":
+        build.begin(rows.FILES, *([x86.FILES, dispatch.FILES] if has_avx2() else []), probe=inductor)
+    elif device.type == "cuda" and fused.available(device):
+        from sqcompile.kernels.triton.replay import FILES  # here: elsewhere nobody needs Triton
+
+        build.begin(FILES, probe=False)
+
+
+def _found(device: torch.device) -> Target:
+    if device.type == "cuda" and fused.available(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        return _cuda(10 * major + minor)
+    here = (target for target, available in _CPUS if device.type == "cpu" and available())
+    return next(here, None) or _reference(device.type, fp8.available(device))
 
 
 def replay_launches() -> bool:

@@ -21,7 +21,7 @@ from sqcompile.compiled.degradation import by_value
 from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
 from sqcompile.compiled.stages import Stages
 from sqcompile.errors import CalibrationError, PlanError, RecipeError
-from sqcompile.kernels.targets import Target, target_of
+from sqcompile.kernels.targets import Target, begin, check_format
 from sqcompile.models import check_model, check_recipe, device_of, target_for
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.about import about
@@ -122,9 +122,10 @@ def compile(
         if plan is not None and evaluate is not None:
             raise PlanError("plan and evaluate: a plan needs no calibration, leave one of them out")
         with deferred(), stages(stage_names, progress if ranks.first else False) as enter:
+            begin(device_of(model), inductor=backend == "inductor")
             if plan is None:
                 how = resolve_recipe(recipe)
-                target_of(target)(device_of(model)).check_format(how.dtype)  # before it calibrates
+                check_format(how.dtype, device_of(model), target)  # before it calibrates
                 traced, plan = analyse(
                     model, calib_loader, how, example_inputs, dynamic_shapes, enter, evaluate, target, act_scales,
                     max_batches, ranks,
@@ -193,6 +194,7 @@ def calibrate(
         check_model(model, device_mesh)
         how = resolve_recipe(recipe)
         with deferred(), stages(ANALYSES, progress if ranks.first else False) as enter:
+            begin(device_of(model), inductor=False)
             return analyse(
                 model, calib_loader, how, example_inputs, dynamic_shapes, enter, evaluate, None, act_scales, max_batches,
                 ranks,
@@ -274,7 +276,7 @@ def analyse(
         felt = feel(traced, sites, refusals, calibration, recipe)
         sharing = shared(Sharing(traced, sites, refusals, calibration, recipe, felt, ranks))
         given = (traced, sites, refusals, calibration, recipe, to_spec(call), attentions)
-        plan_of = partial(choose, *given, felt=felt, sharing=sharing)
+        plan_of = partial(choose, *given, felt=felt, sharing=sharing, known={})
         quantized = partial(on_trial, traced)
         plan = smoothed_or_not(plan_of, calibration.sample, quantized, about(traced).parallel)
         if recipe.max_degradation is not None:

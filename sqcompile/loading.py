@@ -23,7 +23,7 @@ from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
 from sqcompile.compiled.stages import Stages
 from sqcompile.errors import ArtifactError, RecipeError, SQCompileError, StageError
 from sqcompile.files.regular import said
-from sqcompile.kernels.targets import Target
+from sqcompile.kernels.targets import Target, begin
 from sqcompile.passes.ir.verify import STAGES
 from sqcompile.passes.rewrite.insert_qdq import quantize_weights
 from sqcompile.plan.plan import Plan
@@ -113,6 +113,7 @@ def loaded(
     where, on = device_of(device), Target.given(target)
     with deferred(), compiling(), torch.no_grad():
         register_kv_cache_pytree()
+        begin(torch.device("cpu") if where is None else where, inductor=backend == "inductor")
         enter("read")
         if _is_checkpoint(path):
             if code:

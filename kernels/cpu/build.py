@@ -1,36 +1,106 @@
-"""C++ code: built once per machine by the compiler that Inductor uses."""
+"""C++ code: built once per machine by the compiler that Inductor uses, while something else is done where it is begun ahead."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
 import logging
+import os
+import sys
+import threading
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("sqcompile")
 
-
 CPU_KERNELS = "sqcompile's CPU kernels do not build here, slower ones of PyTorch take their place"
+
+_begun: dict[tuple[str, ...], Future[Any]] = {}
+_beginning = threading.Lock()
+
+
+def begin(*libraries: Sequence[str], probe: bool) -> None:
+    """Begins to build libraries, each of some files as for `built`, and returns; what does not build is said by `built`.
+
+    ``probe``: whether Inductor is to find out now what vectors the compiler knows: it takes seconds, and many processes.
+    """
+    with _beginning, _pool(2) as pool:
+        for names in libraries:
+            _begin(tuple(names), pool)
+        if probe and () not in _begun:
+            _begun[()] = _in(pool, _inductor().pick_vec_isa)
 
 
 def built(*names: str, otherwise: str = CPU_KERNELS) -> Any | None:
     """The library of some files beside this one, one after the other; None, with a warning, where they do not build."""
-    from sqcompile.pytorch.inductor import CppCodeCache  # here, as it takes its time
-
+    with _beginning, _pool(1) as pool:
+        library = _begin(names, pool)
     try:
-        source = "\n".join((Path(__file__).parent / name).read_text() for name in names)
-        start = time.perf_counter()
-        library = CppCodeCache.load(source, device_type="cpu")
-        log.debug(
-            "C++ of %s: built, or found in Inductor's cache, in %.2f s",
-            ", ".join(names),
-            time.perf_counter() - start,
-        )
-        return library
+        return library.result()
     except Exception as e:
         warnings.warn(
             f"{otherwise}. Install a C++ compiler for Inductor, such as g++: {e}",
             stacklevel=2,
         )
         return None
+
+
+@contextlib.contextmanager
+def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that end when they have done what they were given; nobody waits for that, but the end of the process."""
+    pool = ThreadPoolExecutor(threads, "sqcompile build", _give_way)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False)
+
+
+def _give_way() -> None:
+    """A compiler that takes a core from threads that wait for each other makes what they do several times slower."""
+    if sys.platform == "linux":  # where threads have priorities, which the processes that they start inherit
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def _forget() -> None:
+    """In a forked process: there are no threads that would end what they were at."""
+    global _beginning
+    _beginning = threading.Lock()
+    for names in [names for names, library in _begun.items() if not library.done()]:
+        del _begun[names]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _begin(names: tuple[str, ...], pool: ThreadPoolExecutor) -> Future[Any]:
+    if names not in _begun:
+        _inductor()
+        _begun[names] = _in(pool, functools.partial(_build, names))
+    return _begun[names]
+
+
+def _in(pool: ThreadPoolExecutor, do: Callable[[], Any]) -> Future[Any]:
+    """Does it in a thread that sees the configuration of this one, which PyTorch keeps by context."""
+    return pool.submit(contextvars.copy_context().run, do)
+
+
+def _build(names: tuple[str, ...]) -> Any:
+    start = time.perf_counter()
+    library = _inductor().build("\n".join((Path(__file__).parent / name).read_text() for name in names))
+    log.debug(
+        "C++ of %s: built, or found in Inductor's cache, in %.2f s", ", ".join(names), time.perf_counter() - start
+    )
+    return library
+
+
+def _inductor() -> Any:
+    """Imported here, as it takes its time, and before any thread needs it: two that import may get halves of modules."""
+    from sqcompile.pytorch import inductor
+
+    return inductor

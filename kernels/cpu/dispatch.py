@@ -21,6 +21,7 @@ from sqcompile.pytorch.core import retry, withdraw
 
 log = logging.getLogger("sqcompile")
 
+FILES = ("dispatch.h", "dispatch_rows.cpp", "dispatch_attention.cpp", "dispatch.cpp")
 _installing = threading.Lock()
 _python = torch.library.Library("sqcompile_python", "DEF")  # what the C++ passes on
 _again = torch.library.Library("sqcompile", "IMPL")
@@ -76,11 +77,7 @@ def _installed(operators: tuple[tuple[str, Callable[..., Any]], ...], registered
 @functools.cache
 def _library() -> Any | None:
     library = built(
-        "dispatch.h",
-        "dispatch_rows.cpp",
-        "dispatch_attention.cpp",
-        "dispatch.cpp",
-        otherwise="the code that calls sqcompile's CPU kernels does not build here, and Python calls them",
+        *FILES, otherwise="the code that calls sqcompile's CPU kernels does not build here, and Python calls them"
     )
     if library is not None:
         library.sqcompile_dispatch.argtypes = [ctypes.c_void_p] * 2

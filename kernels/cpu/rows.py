@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqcompile.kernels import rotation
+from sqcompile.kernels import reference, rotation
 from sqcompile.kernels import rows as plain
 from sqcompile.kernels.cpu.build import built
+from sqcompile.kernels.reference import token_scale
 
+FILES = ("vectors.h", "hadamard.h", "rows.cpp")
 _ACTIVATIONS = {name: i for i, name in enumerate(("none", "relu", "silu", "gelu", "gelu_tanh"))}
 _NONE, _LAYER, _RMS = range(3)
 _LANES = 16  # the kernel takes a multiple of so many channels
@@ -42,6 +44,18 @@ def rotate_quantize(x: Tensor, block: int, scale: Tensor | None, zero_point: int
     tensors = x, None, None, None, None, None, None, None, None, scale, q, factors
     _run(kernels, tensors, _halves(x) or 0, (k, 0, -1, block, 0, _NONE), zero_point)
     return q, factors
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows x [..., K] as int8, and their scales, float32 [..., 1]: `reference.quantize` and `token_scale`, bit for bit."""
+    half, k = _halves(x), x.shape[-1]
+    if x.device.type != "cpu" or half is None or not x.numel() or k % _LANES or (kernels := library()) is None:
+        scale = token_scale(x.float())
+        return reference.quantize(x, scale), scale
+    q, scale = _outputs(x.shape, k, 0)
+    tensors = x, None, None, None, None, None, None, None, None, None, q, scale
+    _run(kernels, tensors, half, (k, 0, -1, 0, 0, _NONE), 0)
+    return q, scale
 
 
 def linear_act_quantize(
@@ -149,7 +163,7 @@ def _run(
 @functools.cache
 def library() -> Any | None:
     """The compiled kernel; None where it does not build."""
-    lib = built("vectors.h", "hadamard.h", "rows.cpp")
+    lib = built(*FILES)
     if lib is not None:
         lib.sqcompile_rows.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float]
         lib.sqcompile_rotate.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p] + [ctypes.c_int64] * 3

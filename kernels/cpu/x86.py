@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import threading
 import weakref
 from typing import Any
 
@@ -24,6 +25,7 @@ from sqcompile.kernels.cpu.build import built
 from sqcompile.kernels.reference import UINT8_ZERO_POINT
 from sqcompile.pytorch.core import has_amx, has_avx2, has_vnni, init_amx
 
+FILES = ("u8s8.h", "pack.cpp", "vnni.cpp", "amx.cpp", "avx2.cpp", "flash.cpp")
 BLOCK = 64  # output channels per block of the packed weight
 DEPTH = 64  # input channels are padded to a multiple of this
 # Up to here the VNNI kernel is faster than oneDNN on every shape measured (`python -m sqcompile.bench cpu`).
@@ -154,20 +156,35 @@ def matmul(q: Tensor, packed: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: tor
 def product(q: Tensor, w: Tensor) -> Tensor | None:
     """q wᵀ of int8 q [..., K] and w [N, K]: the int32 sums as float32 [..., N]; None where our kernels do not build.
 
-    For a weight that is used once. It is packed for the product, which takes a fraction of what oneDNN's packing takes.
+    For a weight that is used once, or a few times in a row. It is packed for the product, which takes a fraction of what
+    oneDNN's packing takes.
     """
     kernels, rows = library(), q.numel() // max(1, q.shape[-1])
     if kernels is None:
         return None
     if not rows or not w.numel():
         return q.new_zeros((*q.shape[:-1], len(w)), dtype=torch.float32)
-    w = w.contiguous()
-    blocks = torch.empty(_size(w), dtype=torch.int8)
-    w_sum = _fill(kernels, w, blocks)
+    blocks, w_sum = _packed_for_now(kernels, w)
     shifted = q.contiguous().view(torch.uint8) ^ UINT8_ZERO_POINT  # of two's complement the sign bit: that adds it
     return _matmul(
         kernels, shifted, blocks.data_ptr(), torch.ones(len(w), dtype=torch.float32), w_sum, torch.float32, rows
     )
+
+
+_last = threading.local()  # the weight of a thread's last product, as it was packed, as long as that weight lives
+
+
+def _packed_for_now(kernels: Any, w: Tensor) -> tuple[Tensor, Tensor]:
+    """`_fill`, or what it gave for the last product."""
+    version = None if w.is_inference() else w._version  # without one it may have been written to
+    kept = getattr(_last, "kept", None)
+    if kept is not None and version is not None and kept[0]() is w and kept[1] == version:
+        return kept[2], kept[3]
+    whole = w.contiguous()
+    blocks = torch.empty(_size(whole), dtype=torch.int8)
+    w_sum, mine = _fill(kernels, whole, blocks), _last.__dict__
+    _last.kept = weakref.ref(w, lambda _: mine.pop("kept", None)), version, blocks, w_sum
+    return blocks, w_sum
 
 
 def _matmul(
@@ -239,7 +256,7 @@ def has_flash() -> bool:
 @functools.cache
 def library() -> Any | None:
     """The compiled kernels; None where they do not build."""
-    lib = built("u8s8.h", "pack.cpp", "vnni.cpp", "amx.cpp", "avx2.cpp", "flash.cpp")
+    lib = built(*FILES)
     if lib is not None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         lib.sqcompile_pack.argtypes = [pointer] * 3 + [integer] * 4

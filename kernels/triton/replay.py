@@ -24,6 +24,7 @@ from sqcompile.pytorch.core import withdraw
 
 log = logging.getLogger("sqcompile")
 
+FILES = ("../triton/recording.h", "../triton/replay.cpp")
 TRIED = ("3.6.", "3.9.")  # versions of Triton, whose compiled kernels are read
 _kept: list[Any] = []  # compiled kernels whose functions are launched
 _slow = torch.library.Library("sqcompile_triton", "DEF")  # the operators in Python, which are recorded
@@ -79,7 +80,7 @@ def _replay(schema: str, key: str) -> None:
 @functools.cache
 def _library() -> Any | None:
     otherwise = "the code that launches sqcompile's GPU kernels does not build here, and Python launches them, which takes longer"
-    library = built("../triton/recording.h", "../triton/replay.cpp", otherwise=otherwise)
+    library = built(*FILES, otherwise=otherwise)
     if library is not None:
         library.sqcompile_replay_driver.restype = library.sqcompile_replay.restype = ctypes.c_char_p
     return library

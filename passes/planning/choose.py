@@ -24,7 +24,7 @@ from sqcompile.passes.labels.match import Refusal, Site, input_sites
 from sqcompile.passes.planning import weight_outliers
 from sqcompile.passes.planning.candidates import Best, Look, each_best, look_at
 from sqcompile.passes.planning.choose_attention import choose_attention
-from sqcompile.passes.planning.error import Chooser, Costs, Note
+from sqcompile.passes.planning.error import Chooser, Costs, Note, Tried
 from sqcompile.passes.planning.evidence import curves
 from sqcompile.passes.planning.feel import Felt
 from sqcompile.passes.planning.overrides import check_agreement, said
@@ -55,6 +55,7 @@ def choose(
     lost: Mapping[str, str] = MappingProxyType({}),
     on_trial: bool = False,
     sharing: Sharing | None = None,
+    known: Tried | None = None,
 ) -> Plan:
     """Makes the plan for a traced graph.
 
@@ -69,11 +70,13 @@ def choose(
         lost: linears that stay in float, and why, besides those that `stay_float` finds.
         on_trial: the errors of linears are not measured, which are there to be read.
         sharing: the ranks that choose together, of which this is the first one; None for one process.
+        known: what was tried before for the same of these; it is added to.
 
     Raises:
         NothingToQuantizeError: if no linear would run in INT8; the message gives the reasons.
     """
-    chooser = Chooser(gm, calibration, recipe, unsmoothed, felt)
+    known = {} if known is None else known
+    chooser = Chooser(gm, calibration, recipe, unsmoothed, felt, known)
     linears = find_linears(gm)
     floats = {**stay_float(gm, linears, calibration, recipe), **lost}
     check_any(gm, linears, floats)
@@ -85,7 +88,8 @@ def choose(
     first: dict[str, Best] = {}
     if any(own.rotate == "auto" or own.may_leave_dynamic for own in chooser.own.values()):
         if sharing is None:
-            first = each_best(Chooser(gm, calibration, recipe, unsmoothed, felt), every, floats, None, first=True)
+            looking = Chooser(gm, calibration, recipe, unsmoothed, felt, known)
+            first = each_best(looking, every, floats, None, first=True)
         else:
             first, _ = sharing.best(Asked(floats, unsmoothed, True, None))
         look = look_at(chooser, every, floats, first)
@@ -97,7 +101,7 @@ def choose(
     if found:  # their sites are others without them
         lost = {**lost, **found}
         return choose(
-            gm, sites, refusals, calibration, recipe, call, attentions, unsmoothed, felt, lost, on_trial, sharing
+            gm, sites, refusals, calibration, recipe, call, attentions, unsmoothed, felt, lost, on_trial, sharing, known
         )
     for site in (s for s in every if s.name in best):
         quantized = [l for l, _ in site.balance if l.name not in floats]

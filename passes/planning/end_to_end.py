@@ -7,6 +7,7 @@ backend of torch.compile each graph is judged by its own outputs.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import warnings
@@ -26,8 +27,8 @@ log = logging.getLogger("sqcompile")
 # outliers than it holds: so it needs no gain.
 TOLERANCE_DB = 0.5
 
-# Calls after which a gain of so much is sure are enough.
-FEW = 2
+# Calls after which a gain of so much is sure are enough, and so many rows at once: making a plan's weights takes as long.
+FEW, FEW_ROWS = 2, 512
 
 # Linears that only smoothing keeps from losing their weight stay in float where the outputs are better by so much.
 FLOAT_DB = 6.0
@@ -83,7 +84,9 @@ def _at_worst(
     """How much worse one plan's outputs may be than another's, in dB: by a few calls where they tell, or by all."""
     noise: tuple[list[Tensor], list[Tensor]] = ([], [])
     worst = math.inf
-    for calls in (slice(FEW), slice(FEW, None)):
+    rows = itertools.accumulate(max(len(which) for which, _ in call.rows.values()) for call in sample.calls)
+    few = max(FEW, sum(total <= FEW_ROWS for total in rows))
+    for calls in (slice(few), slice(few, None)):
         if not sample.calls[calls] or worst <= -TOLERANCE_DB:
             break
         for found, p in zip(noise, (plan, plain), strict=True):

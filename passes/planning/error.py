@@ -50,6 +50,8 @@ class Choice:
 
 # By α, block and dynamic, what the candidates of a site cost, and whether that is what the outputs lose.
 Costs = tuple[bool, dict[tuple[float | None, int | None, bool], float]]
+# By site, its linears, whether by loss and candidate: what it cost. The same however often a site is looked at.
+Tried = dict[tuple[str, tuple[str, ...], bool, float | None, int | None, bool], float]
 Note = tuple[Smoothing, str, float | None]  # what was done with a linear's input, why, and the site's alpha
 
 # what `Chooser.apply` adds to
@@ -68,8 +70,10 @@ class Chooser:
         recipe: Recipe,
         unsmoothed: str | None = None,
         felt: Felt | None = None,
+        known: Tried | None = None,
     ) -> None:
-        self.felt = felt or Felt()
+        """``known``: what was tried before, for the same graph, statistics, recipe and gradients; it is added to."""
+        self.felt, self.known = felt or Felt(), {} if known is None else known
         self.gm, self.calibration, self.recipe, self.forced = gm, calibration, recipe, unsmoothed
         self.parallel = about(gm).parallel
         self.unsmoothed = unsmoothed or (None if recipe.smooth else NO_SMOOTHING)  # attentions
@@ -110,11 +114,18 @@ class Chooser:
 
     def tried(self, site: Site, choice: Choice, touched: list[Linear], by_loss: bool) -> float:
         """What linears cost under a choice, which is not kept."""
+        names = tuple(l.name for l in touched)
+        alone = names == tuple(l.name for l, _ in site.balance if l.name in names) and not self.rows.keys() & {*names}
+        key = site.name, names, by_loss, choice.alpha, choice.block, choice.dynamic
+        if alone and key in self.known:  # else it depends on what was chosen for other sites
+            return self.known[key]
         saved = [(name, dict(getattr(self, name))) for name in _CHOSEN]
         self.apply(site, choice)
         error = self.loss(touched) if by_loss else sum(self.error(l) for l in touched)
         for name, value in saved:
             setattr(self, name, value)
+        if alone:
+            self.known[key] = error
         return error
 
     def apply(self, site: Site, choice: Choice) -> None:

@@ -21,7 +21,8 @@ from sqcompile.kernels.reference import token_scale, weight_scale
 from sqcompile.passes.ir.graph import row_parts
 from sqcompile.passes.planning.feel import Reads
 
-LARGEST = 2**20  # values of a weight that are quantized
+LARGEST = 2**19  # values of a weight that are quantized
+AT_ONCE = 2**19  # values of an input: on a CPU, larger temporary tensors are fresh pages of the system, each time
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,20 +73,20 @@ def of_input(reads: Reads, transform: Transform, scale: Tensor | None, qtype: QT
 
     ``scale`` is Δ, None for one of each row.
     """
-    x, g = transform.input(reads.rows), transform.gradient(reads.gradients)
-    by = token_scale(x, qtype.q_max) if scale is None else scale
-    error = rounded(x, by, qtype).sub_(x)
-    cost = float((error.mul_(g).square_().sum(-1).double() * reads.weights).sum()) / 2
-    return cost, _moments(reads, x)
+    cost, moments = 0.0, torch.zeros(())
+    for part in row_parts(reads.rows, AT_ONCE):
+        x, g = transform.input(reads.rows[part]), transform.gradient(reads.gradients[part])
+        by = token_scale(x, qtype.q_max) if scale is None else scale
+        error = rounded(x, by, qtype).sub_(x)
+        cost += float((error.mul_(g).square_().sum(-1).double() * reads.weights[part]).sum())
+        moments = reads.weights[part] @ x.square() + moments
+    return cost / 2, moments / reads.weights.sum()
 
 
 def moments_of(reads: Reads, transform: Transform) -> Tensor:
     """The mean of an input's squares, float32 [K]."""
-    return _moments(reads, transform.input(reads.rows))
-
-
-def _moments(reads: Reads, x: Tensor) -> Tensor:
-    return reads.weights @ x.square() / reads.weights.sum()
+    parts = row_parts(reads.rows, AT_ONCE)
+    return sum(reads.weights[p] @ transform.input(reads.rows[p]).square() for p in parts) / reads.weights.sum()
 
 
 def of_weight(

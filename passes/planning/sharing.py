@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import safetensors.torch
@@ -24,7 +24,7 @@ from sqcompile.passes.ir.graph import Linear, find_linears, nodes_by_name, value
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
 from sqcompile.passes.planning import weight_outliers
 from sqcompile.passes.planning.candidates import Best, Look, each_best
-from sqcompile.passes.planning.error import Choice, Chooser
+from sqcompile.passes.planning.error import Choice, Chooser, Tried
 from sqcompile.passes.planning.feel import Felt, Reads
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Recipe
@@ -66,6 +66,7 @@ class Sharing:
         calibration, felt: of all linears on rank 0, and else of the rank's own ones.
         recipe: the user's choices.
         ranks: the processes.
+        known: what this one tried before.
     """
 
     gm: fx.GraphModule
@@ -75,6 +76,7 @@ class Sharing:
     recipe: Recipe
     felt: Felt | None
     ranks: Ranks
+    known: Tried = field(default_factory=dict)
 
     @functools.cached_property
     def linears(self) -> list[Linear]:
@@ -106,7 +108,7 @@ class Sharing:
 
     def own(self, asked: Asked) -> Answer:
         """What this rank finds for its sites, and of its linears."""
-        chooser = Chooser(self.gm, self.calibration, self.recipe, asked.unsmoothed, self.felt)
+        chooser = Chooser(self.gm, self.calibration, self.recipe, asked.unsmoothed, self.felt, self.known)
         mine = [s for s in self._sites(asked.floats) if self.owner[s.balance[0][0].name] == self.ranks.rank]
         best = each_best(chooser, mine, asked.floats, asked.look, asked.first)
         linears = [] if asked.first else [l for l in self.linears if self.owner[l.name] == self.ranks.rank]

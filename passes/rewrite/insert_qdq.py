@@ -31,6 +31,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from sqcompile.kernels.cpu.rows import quantize as quantize_rows
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.qtypes import INT8, QType
 from sqcompile.kernels.reference import quantize, weight_scale
@@ -237,8 +238,13 @@ def _quantize_weight(rows: Rows, out: Tensor, per_channel: bool, qtype: QType, w
         scales = []
         for p in parts:
             w = rows(p)
-            scales.append(weight_scale(w.float(), True, qtype.q_max))
-            _round_into(out[p], w, scales[-1], qtype)
+            if qtype is INT8:  # in one pass over memory
+                q, scale = quantize_rows(w)
+                out[p] = q
+            else:
+                scale = weight_scale(w.float(), True, qtype.q_max)
+                _round_into(out[p], w, scale, qtype)
+            scales.append(scale)
         return torch.cat(scales).flatten()
     scale = _scales(rows, parts, per_channel, qtype) if whole is None else whole
     for p in parts:

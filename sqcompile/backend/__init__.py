@@ -27,7 +27,7 @@ from sqcompile.backend.runner import GRAD, Runner, asks_for_gradients
 from sqcompile.backend.session import reset, session_of
 from sqcompile.backend.sharded import on_local_parts
 from sqcompile.errors import CaptureError, SQCompileError
-from sqcompile.kernels.targets import Target
+from sqcompile.kernels.targets import begin, check_format
 from sqcompile.models import check_recipe
 from sqcompile.plan.recipe import resolve_recipe
 from sqcompile.process.lock import compiling
@@ -77,7 +77,8 @@ def _compiled(
     if not parameters:  # there may be buffers
         parameters = model_tensors((x for x in example_inputs if isinstance(x, Tensor)), found)
     for device in {p.device for p in parameters}:
-        Target.of(device).check_format(recipe.dtype)  # before it calibrates
+        check_format(recipe.dtype, device)  # before it calibrates
+        begin(device, inductor=True)
     session = session_of(parameters, found)
     make_dynamic(gm, example_inputs, lambda x: bool(session.names(x)), found.mode == "reduce-overhead")
     respect_limit()

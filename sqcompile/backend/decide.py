@@ -91,7 +91,9 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
         try:
             with torch.no_grad():
                 felt = feel(gm, sites, refusals, calibration, own)
-                plan_of = partial(choose, gm, sites, refusals, calibration, own, call, o.attentions, felt=felt)
+                plan_of = partial(
+                    choose, gm, sites, refusals, calibration, own, call, o.attentions, felt=felt, known={}
+                )
                 more = smoothed_or_not(plan_of, calibration.sample, partial(_quantized, gm), about(gm).parallel)
                 if recipe.max_degradation is not None:
                     loses = by_divergence(gm, calibration.sample, partial(_quantized, gm))

@@ -5,13 +5,15 @@ config          freezing, and the checks that compiled code makes               
 compile_fx      a graph and its fake inputs to a function, without Dynamo                            2.11, 2.13
 PyCodeCache     the list of all modules made so, which would keep weights                            2.11, 2.13
 cache_dir       where Inductor keeps what it compiled                                                 2.11, 2.13
-CppCodeCache    builds our C++ kernels with the compiler and the flags that Inductor uses            2.11, 2.13
+build           builds our C++ kernels with the compiler and the flags that Inductor uses            2.11, 2.13
+pick_vec_isa    tries which vector instructions the compiler and this CPU know, with programs          2.11, 2.13
 open_batches    keeps the choice of a convolution's kernel from fixing the batch's size              2.11, 2.13
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,11 +22,19 @@ import torch
 import torch._inductor.config as config
 from torch import fx
 from torch._inductor.codecache import CppCodeCache, PyCodeCache
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 _one_at_a_time = threading.RLock()  # as a name of PyTorch's is another meanwhile
 
-__all__ = ["CppCodeCache", "PyCodeCache", "cache_dir", "compile_fx", "config", "open_batches"]
+__all__ = ["PyCodeCache", "build", "cache_dir", "compile_fx", "config", "open_batches", "pick_vec_isa"]
+
+
+def build(source: str) -> Any:
+    """The C++ source as a library, for this CPU; from the cache where it is there."""
+    # our code asks for instructions function by function, so that nobody needs to find out what there is; 2.13 may be told
+    told = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
+    return CppCodeCache.load(source, device_type="cpu", **({"needs_vec_isa": False} if told else {}))
 
 
 def compile_fx(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

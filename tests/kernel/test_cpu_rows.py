@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sqcompile.kernels import rows
+from sqcompile.kernels import reference, rows
 from sqcompile.kernels.cpu import rows as on_cpu
 
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -132,6 +132,19 @@ def test_bfloat16_is_rounded_to_the_nearest():
         False,
     )[2]
     assert torch.equal(total, (y.bfloat16().float() + (y.bfloat16() * 0.00390625).float()).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, torch.float16])
+@pytest.mark.parametrize("k", [16, 24, 640])
+def test_rows_are_quantized_to_the_bit(k, dtype):
+    x = drawn(70, k, dtype=dtype) * torch.logspace(-4, 4, 70, dtype=dtype)[:, None]
+    x[3], x[5, 1], x[7, 2], x[9] = 0, math.nan, -math.inf, torch.finfo(dtype).tiny
+    x[11] = torch.finfo(dtype).max
+    x[13] = (torch.arange(k) % 255 - 127).to(dtype) / 2  # halves of steps
+    q, scale = on_cpu.quantize(x)
+    want = reference.token_scale(x.float())
+    assert torch.equal(scale.nan_to_num(-1), want.nan_to_num(-1)) and q.dtype == torch.int8
+    assert torch.equal(q, reference.quantize(x, want))
 
 
 @pytest.mark.parametrize("k, dtype", [(24, FLOAT), (32, torch.float16), (32, torch.float64)])

@@ -222,8 +222,16 @@ def test_what_cannot_be_compared_stays_smoothed(monkeypatch):
     assert [l.smoothing for l in plan.layers] == ["folded"]
 
 
-@pytest.mark.parametrize(("model", "runs"), [(Outliers, [FEW] * 2), (Massive, [FEW] * 2 + [CALLS - FEW] * 2)])
-def test_few_calls_are_enough_where_the_gain_is_clear(model, runs, monkeypatch):
+@pytest.mark.parametrize(
+    ("model", "tokens", "runs"),
+    [
+        (Outliers, 100, [FEW] * 2),
+        (Massive, 100, [FEW] * 2 + [2] * 2),  # the sample ends after four, with 1200 rows
+        (Outliers, 24, [7] * 2),  # 504 rows
+        (Massive, 24, [7] * 2 + [CALLS - 7] * 2),
+    ],
+)
+def test_few_calls_are_enough_where_the_gain_is_clear(model, tokens, runs, monkeypatch):
     """Of either plan: its first calls, and the others where those do not tell."""
     found = []
 
@@ -233,7 +241,7 @@ def test_few_calls_are_enough_where_the_gain_is_clear(model, runs, monkeypatch):
 
     run = Sample.noise
     monkeypatch.setattr(Sample, "noise", noise)
-    plan_of(model().eval(), batches(range(CALLS)), Recipe(), "compile")
+    plan_of(model().eval(), batches(range(CALLS), tokens), Recipe(), "compile")
     assert found == runs
 
 
