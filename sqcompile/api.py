@@ -29,6 +29,7 @@ from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.labels.match import match
 from sqcompile.passes.planning.absmax_alone import calibration_of, settled
 from sqcompile.passes.planning.budget import by_divergence, within_budget
+from sqcompile.passes.planning.choice import Known
 from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
 from sqcompile.passes.planning.evidence import with_evidence
@@ -276,7 +277,7 @@ def analyse(
         felt = feel(traced, sites, refusals, calibration, recipe)
         sharing = shared(Sharing(traced, sites, refusals, calibration, recipe, felt, ranks))
         given = (traced, sites, refusals, calibration, recipe, to_spec(call), attentions)
-        plan_of = partial(choose, *given, felt=felt, sharing=sharing, known={})
+        plan_of = partial(choose, *given, felt=felt, sharing=sharing, known=Known())
         quantized = partial(on_trial, traced)
         plan = smoothed_or_not(plan_of, calibration.sample, quantized, about(traced).parallel)
         if recipe.max_degradation is not None:

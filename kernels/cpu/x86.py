@@ -24,6 +24,7 @@ from sqcompile.kernels.cpu import onednn
 from sqcompile.kernels.cpu.build import built
 from sqcompile.kernels.reference import UINT8_ZERO_POINT
 from sqcompile.pytorch.core import has_amx, has_avx2, has_vnni, init_amx
+from sqcompile.pytorch.core import version as version_of
 
 FILES = ("u8s8.h", "pack.cpp", "vnni.cpp", "amx.cpp", "avx2.cpp", "flash.cpp")
 BLOCK = 64  # output channels per block of the packed weight
@@ -176,7 +177,7 @@ _last = threading.local()  # the weight of a thread's last product, as it was pa
 
 def _packed_for_now(kernels: Any, w: Tensor) -> tuple[Tensor, Tensor]:
     """`_fill`, or what it gave for the last product."""
-    version = None if w.is_inference() else w._version  # without one it may have been written to
+    version = None if w.is_inference() else version_of(w)  # without one it may have been written to
     kept = getattr(_last, "kept", None)
     if kept is not None and version is not None and kept[0]() is w and kept[1] == version:
         return kept[2], kept[3]

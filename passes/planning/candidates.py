@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sqcompile.passes.ir.graph import Linear
 from sqcompile.passes.labels.match import Site
-from sqcompile.passes.planning.error import Choice, Chooser, Costs
-from sqcompile.passes.planning.products import column_absmax
+from sqcompile.passes.planning.choice import Choice, Costs
+from sqcompile.passes.planning.error import Chooser
 from sqcompile.passes.planning.smoothing import smoothing_scale
 from sqcompile.passes.planning.spikes import spikes
 from sqcompile.plan.recipe import AUTO, Recipe
@@ -142,7 +142,7 @@ def best(
         index, stats = m.to(device), chooser.calibration.inputs[l.name]
         for largest, absmax in zip(x_absmax, (stats.absmax, *stats.halves), strict=True):
             largest.scatter_reduce_(0, index, absmax, "amax")
-        w_absmax.scatter_reduce_(0, index, column_absmax(chooser.weight(l)), "amax")
+        w_absmax.scatter_reduce_(0, index, chooser.column_absmax(l), "amax")
     parallel, dims = chooser.parallel, {chooser.parallel.dim(l.name) for l in linears}
     inputs = dims == {1}  # each process has channels of its own
     if inputs:

@@ -23,8 +23,9 @@ from sqcompile.passes.ir.graph import Linear, find_linears
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
 from sqcompile.passes.planning import weight_outliers
 from sqcompile.passes.planning.candidates import Best, Look, each_best, look_at
+from sqcompile.passes.planning.choice import Costs, Known, Note
 from sqcompile.passes.planning.choose_attention import choose_attention
-from sqcompile.passes.planning.error import Chooser, Costs, Note, Tried
+from sqcompile.passes.planning.error import Chooser
 from sqcompile.passes.planning.evidence import curves
 from sqcompile.passes.planning.feel import Felt
 from sqcompile.passes.planning.overrides import check_agreement, said
@@ -55,7 +56,7 @@ def choose(
     lost: Mapping[str, str] = MappingProxyType({}),
     on_trial: bool = False,
     sharing: Sharing | None = None,
-    known: Tried | None = None,
+    known: Known | None = None,
 ) -> Plan:
     """Makes the plan for a traced graph.
 
@@ -70,12 +71,12 @@ def choose(
         lost: linears that stay in float, and why, besides those that `stay_float` finds.
         on_trial: the errors of linears are not measured, which are there to be read.
         sharing: the ranks that choose together, of which this is the first one; None for one process.
-        known: what was tried before for the same of these; it is added to.
+        known: by earlier choices for the same of these; it is added to.
 
     Raises:
         NothingToQuantizeError: if no linear would run in INT8; the message gives the reasons.
     """
-    known = {} if known is None else known
+    known = known or Known()
     chooser = Chooser(gm, calibration, recipe, unsmoothed, felt, known)
     linears = find_linears(gm)
     floats = {**stay_float(gm, linears, calibration, recipe), **lost}

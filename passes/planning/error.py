@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,41 +18,17 @@ from sqcompile.kernels.reference import absmax_scale, quantize, token_scale
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import Linear, effective_weight, find_linears, nodes_by_name
 from sqcompile.passes.labels.match import Site
+from sqcompile.passes.planning.choice import Choice, Costs, Known
 from sqcompile.passes.planning.feel import Felt, Reads
 from sqcompile.passes.planning.limits import Way, choose_way, limit_of
 from sqcompile.passes.planning.loss import Transform, moments_of, of_input, of_weight
 from sqcompile.passes.planning.overrides import recipe_of
-from sqcompile.passes.planning.products import column_energy, noise_and_signal
+from sqcompile.passes.planning.products import column_absmax, column_energy, noise_and_signal
 from sqcompile.passes.planning.spikes import spikes
 from sqcompile.passes.planning.sqnr import relative
 from sqcompile.passes.planning.static_scales import Quantized, as_quantized, clipped, has_halves, margin
-from sqcompile.plan.entries import Smoothing
 from sqcompile.plan.recipe import Recipe
 from sqcompile.statistics.observe import Calibration
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """What is done with a site.
-
-    Attributes:
-        scales: float32 [3, C], s, and what either half of the tokens would have chosen; None without smoothing.
-        alpha: the migration strength that they come from.
-        block: the size of the blocks in which the inputs are rotated; None without rotation.
-        dynamic: whether the inputs of a static recipe have scales of their tokens after all.
-    """
-
-    scales: Tensor | None = None
-    alpha: float | None = None
-    block: int | None = None
-    dynamic: bool = False
-
-
-# By α, block and dynamic, what the candidates of a site cost, and whether that is what the outputs lose.
-Costs = tuple[bool, dict[tuple[float | None, int | None, bool], float]]
-# By site, its linears, whether by loss and candidate: what it cost. The same however often a site is looked at.
-Tried = dict[tuple[str, tuple[str, ...], bool, float | None, int | None, bool], float]
-Note = tuple[Smoothing, str, float | None]  # what was done with a linear's input, why, and the site's alpha
 
 # what `Chooser.apply` adds to
 _CHOSEN = ("columns", "halves", "margins", "scales", "dynamic", "rotations", "rows", "producers")
@@ -70,10 +46,10 @@ class Chooser:
         recipe: Recipe,
         unsmoothed: str | None = None,
         felt: Felt | None = None,
-        known: Tried | None = None,
+        known: Known | None = None,
     ) -> None:
-        """``known``: what was tried before, for the same graph, statistics, recipe and gradients; it is added to."""
-        self.felt, self.known = felt or Felt(), {} if known is None else known
+        """``known``: by other choosers; it is added to."""
+        self.felt, self.known = felt or Felt(), known or Known()
         self.gm, self.calibration, self.recipe, self.forced = gm, calibration, recipe, unsmoothed
         self.parallel = about(gm).parallel
         self.unsmoothed = unsmoothed or (None if recipe.smooth else NO_SMOOTHING)  # attentions
@@ -117,15 +93,15 @@ class Chooser:
         names = tuple(l.name for l in touched)
         alone = names == tuple(l.name for l, _ in site.balance if l.name in names) and not self.rows.keys() & {*names}
         key = site.name, names, by_loss, choice.alpha, choice.block, choice.dynamic
-        if alone and key in self.known:  # else it depends on what was chosen for other sites
-            return self.known[key]
+        if alone and key in self.known.costs:  # else it depends on what was chosen for other sites
+            return self.known.costs[key]
         saved = [(name, dict(getattr(self, name))) for name in _CHOSEN]
         self.apply(site, choice)
         error = self.loss(touched) if by_loss else sum(self.error(l) for l in touched)
         for name, value in saved:
             setattr(self, name, value)
         if alone:
-            self.known[key] = error
+            self.known.costs[key] = error
         return error
 
     def apply(self, site: Site, choice: Choice) -> None:
@@ -163,6 +139,12 @@ class Chooser:
             weight = torch.stack([self._energy(l) for l in group]).sum(0)
             room = margin(stats, columns, weight, self.qtype, self.rotations.get(name))
             self.margins |= {l.name: room for l in group}
+
+    def column_absmax(self, l: Linear) -> Tensor:
+        """max|W_:j| of a linear, float32 [K]; of all experts."""
+        if l.name not in self.known.column_absmax:
+            self.known.column_absmax[l.name] = column_absmax(self.weight(l))
+        return self.known.column_absmax[l.name]
 
     def _energy(self, l: Linear) -> Tensor:
         """|W_:j|² of a linear's columns, float32 [K], with the rows of all processes; of experts, the mean one's."""

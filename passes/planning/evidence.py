@@ -24,7 +24,7 @@ from sqcompile.kernels.qtypes import QType
 from sqcompile.kernels.reference import absmax_scale, quantize, token_scale, weight_scale
 from sqcompile.passes.ir.graph import Linear, effective_weight, find_linears, nodes_by_name, row_parts, value
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
-from sqcompile.passes.planning.error import Costs
+from sqcompile.passes.planning.choice import Costs
 from sqcompile.passes.planning.feel import logits_of
 from sqcompile.passes.planning.loss import LARGEST as SAMPLED
 from sqcompile.passes.planning.loss import Transform

@@ -24,7 +24,8 @@ from sqcompile.passes.ir.graph import Linear, find_linears, nodes_by_name, value
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
 from sqcompile.passes.planning import weight_outliers
 from sqcompile.passes.planning.candidates import Best, Look, each_best
-from sqcompile.passes.planning.error import Choice, Chooser, Tried
+from sqcompile.passes.planning.choice import Choice, Known
+from sqcompile.passes.planning.error import Chooser
 from sqcompile.passes.planning.feel import Felt, Reads
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Recipe
@@ -66,7 +67,7 @@ class Sharing:
         calibration, felt: of all linears on rank 0, and else of the rank's own ones.
         recipe: the user's choices.
         ranks: the processes.
-        known: what this one tried before.
+        known: by what this one did before.
     """
 
     gm: fx.GraphModule
@@ -76,7 +77,7 @@ class Sharing:
     recipe: Recipe
     felt: Felt | None
     ranks: Ranks
-    known: Tried = field(default_factory=dict)
+    known: Known = field(default_factory=Known)
 
     @functools.cached_property
     def linears(self) -> list[Linear]:

@@ -22,6 +22,7 @@ from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.labels.match import match
 from sqcompile.passes.planning.budget import by_divergence, within_budget
+from sqcompile.passes.planning.choice import Known
 from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
 from sqcompile.passes.planning.evidence import with_evidence
@@ -92,7 +93,7 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
             with torch.no_grad():
                 felt = feel(gm, sites, refusals, calibration, own)
                 plan_of = partial(
-                    choose, gm, sites, refusals, calibration, own, call, o.attentions, felt=felt, known={}
+                    choose, gm, sites, refusals, calibration, own, call, o.attentions, felt=felt, known=Known()
                 )
                 more = smoothed_or_not(plan_of, calibration.sample, partial(_quantized, gm), about(gm).parallel)
                 if recipe.max_degradation is not None:

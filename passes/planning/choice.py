@@ -1,0 +1,46 @@
+"""choice: what may be done with a site, and what is known of the sites of a graph while one is chosen for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from sqcompile.plan.entries import Smoothing
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What is done with a site.
+
+    Attributes:
+        scales: float32 [3, C], s, and what either half of the tokens would have chosen; None without smoothing.
+        alpha: the migration strength that they come from.
+        block: the size of the blocks in which the inputs are rotated; None without rotation.
+        dynamic: whether the inputs of a static recipe have scales of their tokens after all.
+    """
+
+    scales: Tensor | None = None
+    alpha: float | None = None
+    block: int | None = None
+    dynamic: bool = False
+
+
+# By α, block and dynamic, what the candidates of a site cost, and whether that is what the outputs lose.
+Costs = tuple[bool, dict[tuple[float | None, int | None, bool], float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What is the same however often the sites of a graph are looked at, with the same statistics, recipe and gradients.
+
+    Attributes:
+        costs: of a site, its linears, whether by loss, and a candidate.
+        column_absmax: max|W_:j| of a linear, float32 [K].
+    """
+
+    costs: dict[tuple[str, tuple[str, ...], bool, float | None, int | None, bool], float] = field(default_factory=dict)
+    column_absmax: dict[str, Tensor] = field(default_factory=dict)
+
+
+Note = tuple[Smoothing, str, float | None]  # what was done with a linear's input, why, and the site's alpha
