@@ -29,7 +29,7 @@ def begin(*libraries: Sequence[str], probe: bool) -> None:
 
     ``probe``: whether Inductor is to find out now what vectors the compiler knows: it takes seconds, and many processes.
     """
-    with _beginning, _pool(2) as pool:
+    with _beginning, _pool(2, _give_way) as pool:
         for names in libraries:
             _begin(tuple(names), pool)
         if probe and () not in _begun:
@@ -38,7 +38,7 @@ def begin(*libraries: Sequence[str], probe: bool) -> None:
 
 def built(*names: str, otherwise: str = CPU_KERNELS) -> Any | None:
     """The library of some files beside this one, one after the other; None, with a warning, where they do not build."""
-    with _beginning, _pool(1) as pool:
+    with _beginning, _pool(1, None) as pool:
         library = _begin(names, pool)
     try:
         return library.result()
@@ -51,9 +51,9 @@ def built(*names: str, otherwise: str = CPU_KERNELS) -> Any | None:
 
 
 @contextlib.contextmanager
-def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+def _pool(threads: int, before: Callable[[], None] | None) -> Iterator[ThreadPoolExecutor]:
     """Threads that end when they have done what they were given; nobody waits for that, but the end of the process."""
-    pool = ThreadPoolExecutor(threads, "sqcompile build", _give_way)
+    pool = ThreadPoolExecutor(threads, "sqcompile build", before)
     try:
         yield pool
     finally:
@@ -63,7 +63,8 @@ def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
 def _give_way() -> None:
     """A compiler that takes a core from threads that wait for each other makes what they do several times slower."""
     if sys.platform == "linux":  # where threads have priorities, which the processes that they start inherit
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        with contextlib.suppress(OSError):  # a sandbox that forbids it
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10))
 
 
 def _forget() -> None:

@@ -107,6 +107,28 @@ def test_a_product_of_a_weight_that_is_used_once(m, k, n, seed):
     assert torch.equal(products.product(q.expand(2, m, k), w), got.expand(2, m, n))
 
 
+def test_a_weight_that_was_multiplied_last_is_not_packed_again_unless_it_is_another(monkeypatch):
+    packs, fill = [], x86._fill
+    monkeypatch.setattr(x86, "_fill", lambda *a: packs.append(a[1]) or fill(*a))
+    q, w = weight(9, 40, 0).clamp(-127, 127), weight(20, 40, 1)
+
+    def right(w):
+        return torch.equal(products.product(q, w), (q.double() @ w.double().t()).float())
+
+    assert all(right(w) for _ in range(3)) and len(packs) == (1 if products.has_products(w.device) else 0)
+    w[3] = 5  # in place
+    assert right(w) and right(weight(20, 40, 2)) and right(w)
+    once = weight(20, 40, 3).clone()
+    assert right(once)
+    del once
+    assert right(weight(20, 40, 4))  # maybe where the other one was
+    with torch.inference_mode():
+        w = w.clone()
+        assert right(w)
+        w[3] = 7  # of which nothing tells
+        assert right(w)
+
+
 def test_products_of_experts():
     q, w = weight(50, 70, 0).clamp(-127, 127), weight(4 * 30, 70, 1).view(4, 30, 70)
     offsets = torch.tensor([13, 13, 40, 47], dtype=torch.int32)  # one without rows, and three rows of none
