@@ -2,11 +2,12 @@
 
 import sys
 
-from sqcompile.bench import attention, cpu, cpu_peers, generate, gpu, large, launch, parallel, speedup, tools
+from sqcompile.bench import attention, cpu, cpu_peers, generate, gpu, large, latency, launch, parallel, speedup, tools
 
 BENCHMARKS = {
     "cpu": cpu.main,
     "cpu-peers": cpu_peers.main,
+    "compile": latency.main,
     "gpu": gpu.main,
     "attention": attention.main,
     "generate": generate.main,
