@@ -192,14 +192,17 @@ int64_t up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple *
 void stream(const Problem& p, int64_t threads) {
   const int64_t blocks = (p.n + kBlock - 1) / kBlock;
   const Tiles tiles(kTile * p.padded_k);
+  crowd::Region region;
 #pragma omp parallel num_threads(threads)
   {
+    region.work();
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < p.padded_k; i += kDepth) pack(p, 0, kTile, i, tiles.data + i * kTile);
     configure();
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t j = 0; j < blocks; ++j) block_amx(p, tiles.data, j * kBlock);
     release();
+    region.done();
   }
 }
 
@@ -212,8 +215,10 @@ void many_rows(const Problem& p, int64_t threads) {
   const int64_t packed = (p.k % kDepth ? rows : p.m % kPair ? kPair : 0) * p.padded_k;  // bytes of a thread
   const Tiles tiles(threads * packed);
   Shares shares(panels * groups, threads);
+  crowd::Region region;
 #pragma omp parallel num_threads(threads)
   {
+    region.work();
     configure();
     shares.work([&](int64_t t) {
       const int64_t row = t / groups * rows, g = t % groups;
@@ -221,6 +226,7 @@ void many_rows(const Problem& p, int64_t threads) {
            (g + 1) * blocks / groups);
     });
     release();
+    region.done();
   }
 }
 

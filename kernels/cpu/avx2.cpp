@@ -101,17 +101,20 @@ extern "C" void sqcompile_avx2(const uint8_t* q, const int8_t* w, const float* s
   const Narrow p{wide, w, scale, static_cast<char*>(y), bf16 != 0, n, depth};
   const int64_t panel = std::max<int64_t>(1, kPanelBytes / (2 * depth * kRowsHeld)) * kRowsHeld;
   const int64_t groups = (blocks + kBlocksHeld - 1) / kBlocksHeld;
+  crowd::Region region;
 #pragma omp parallel num_threads(threads)
   {
+    region.work();
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < m; ++row) {
       for (int64_t i = 0; i < k; ++i) wide[row * depth + i] = static_cast<int16_t>(q[row * k + i] - 128);
       if (depth > k) wide[row * depth + k] = 0;
     }
-#pragma omp for schedule(dynamic) collapse(2)
+#pragma omp for schedule(dynamic) collapse(2) nowait
     for (int64_t row = 0; row < m; row += panel)
       for (int64_t g = 0; g < groups; ++g)
         for (int64_t j = g * kBlocksHeld; j < std::min(blocks, (g + 1) * kBlocksHeld); ++j)
           rows_avx2(p, row, std::min(m, row + panel), j * kChannels);
+    region.done();
   }
 }

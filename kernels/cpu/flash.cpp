@@ -238,13 +238,16 @@ extern "C" void sqcompile_flash(const uint16_t* q, const uint16_t* k, const uint
   a.packed_v = packed + a.batch * a.groups * a.padded() * a.d;
   const int64_t steps = a.padded() / kRows, parts = (a.queries + kRows - 1) / kRows;
   Shares packs(a.batch * a.groups * steps, threads), tasks(a.batch * a.heads * parts, threads);
+  crowd::Region region;
 #pragma omp parallel num_threads(threads)
   {
+    region.work();
     packs.work([&](int64_t t) { pack_keys(a, t / steps, t % steps * kRows); });
 #pragma omp barrier
     if (a.tiles) configure();
     tasks.work([&](int64_t t) { attend(a, t / parts / a.heads, t / parts % a.heads, t % parts * kRows); });
     if (a.tiles) release();
+    region.done();
   }
 }
 

@@ -166,13 +166,20 @@ void rotate_blocks(Array x, float* y, int64_t first, int64_t end) {
 extern "C" void sqcompile_rotate(const void* x, int64_t bf16, float* y, int64_t count, int64_t block, int64_t threads) {
   constexpr int64_t kPart = 1 << 14;
   const rows::Array from{x, bf16 != 0};
-#pragma omp parallel for schedule(static) num_threads(threads) if (count > kPart && threads > 1)
-  for (int64_t first = 0; first < count; first += kPart) {
-    const int64_t end = first + kPart < count ? first + kPart : count;
-    if (block == 16) rows::rotate_blocks<16>(from, y, first, end);
-    else if (block == 32) rows::rotate_blocks<32>(from, y, first, end);
-    else if (block == 64) rows::rotate_blocks<64>(from, y, first, end);
-    else rows::rotate_blocks<128>(from, y, first, end);
+  const bool several = count > kPart && threads > 1;
+  crowd::Region region;
+#pragma omp parallel num_threads(threads) if (several)
+  {
+    region.work();
+#pragma omp for schedule(static) nowait
+    for (int64_t first = 0; first < count; first += kPart) {
+      const int64_t end = first + kPart < count ? first + kPart : count;
+      if (block == 16) rows::rotate_blocks<16>(from, y, first, end);
+      else if (block == 32) rows::rotate_blocks<32>(from, y, first, end);
+      else if (block == 64) rows::rotate_blocks<64>(from, y, first, end);
+      else rows::rotate_blocks<128>(from, y, first, end);
+    }
+    if (several) region.done();
   }
 }
 
@@ -189,10 +196,14 @@ extern "C" void sqcompile_rows(void* const* pointers, const int64_t* numbers, fl
                      static_cast<int32_t>(n[9]), eps};
   const int64_t count = n[0];
   const int threads = static_cast<int>(n[11]);
-#pragma omp parallel num_threads(threads) if (count > 1 && threads > 1)
+  const bool several = count > 1 && threads > 1;
+  crowd::Region region;
+#pragma omp parallel num_threads(threads) if (several)
   {
+    region.work();
     std::vector<float> h(t.k);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < count; ++row) rows::run_row(t, row, h.data());
+    if (several) region.done();
   }
 }

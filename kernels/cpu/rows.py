@@ -15,7 +15,7 @@ from sqcompile.kernels import rows as plain
 from sqcompile.kernels.cpu.build import built
 from sqcompile.kernels.reference import token_scale
 
-FILES = ("vectors.h", "hadamard.h", "rows.cpp")
+FILES = ("crowd.h", "vectors.h", "hadamard.h", "rows.cpp")
 _ACTIVATIONS = {name: i for i, name in enumerate(("none", "relu", "silu", "gelu", "gelu_tanh"))}
 _NONE, _LAYER, _RMS = range(3)
 _LANES = 16  # the kernel takes a multiple of so many channels

@@ -75,6 +75,12 @@ extern "C" void sqcompile_vnni(const uint8_t* q, const int8_t* w, const float* s
                                int64_t bf16, int64_t m, int64_t n, int64_t k, int64_t padded_k, int64_t threads) {
   const Problem p{q, w, scale, sum, static_cast<char*>(y), bf16 != 0, m, n, k, padded_k};
   const int64_t blocks = (n + kBlock - 1) / kBlock;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t j = 0; j < blocks; ++j) rows_vnni(p, j * kBlock);
+  crowd::Region region;
+#pragma omp parallel num_threads(threads)
+  {
+    region.work();
+#pragma omp for schedule(static) nowait
+    for (int64_t j = 0; j < blocks; ++j) rows_vnni(p, j * kBlock);
+    region.done();
+  }
 }

@@ -26,7 +26,7 @@ from sqcompile.kernels.reference import UINT8_ZERO_POINT
 from sqcompile.pytorch.core import has_amx, has_avx2, has_vnni, init_amx
 from sqcompile.pytorch.core import version as version_of
 
-FILES = ("u8s8.h", "pack.cpp", "vnni.cpp", "amx.cpp", "avx2.cpp", "flash.cpp")
+FILES = ("crowd.h", "u8s8.h", "pack.cpp", "vnni.cpp", "amx.cpp", "avx2.cpp", "flash.cpp")
 BLOCK = 64  # output channels per block of the packed weight
 DEPTH = 64  # input channels are padded to a multiple of this
 # Up to here the VNNI kernel is faster than oneDNN on every shape measured (`python -m sqcompile.bench cpu`).

@@ -1,0 +1,70 @@
+// Threads that wait for each other on a machine that is busy with other processes.
+//
+// GNU's OpenMP has a thread that is done spin for milliseconds until the others are. Where another process takes a core, the
+// thread that all wait for gets none as long as they spin, and a region of microseconds takes a time slice: models ran 18 to
+// 115 times as long beside two busy processes on two cores, and twice as long when threads slept soon instead. But on a quiet
+// machine spinning is faster, up to three times. So threads spin until regions are seen to wait for longer than they work. For
+// a while there are then more threads than CPUs, which has OpenMP's threads sleep soon (libgomp's manual, GOMP_SPINCOUNT).
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <thread>
+
+namespace crowd {
+
+constexpr double kLate = 1e-3;  // seconds of waiting, if it is longer than the work: a time slice, no uneven share
+constexpr int kRegions = 3;     // that are late
+constexpr double kWithin = 0.1;  // seconds
+constexpr double kWhile = 2.0, kLongest = 8.0;  // seconds until threads spin again; twice as long where they were late again
+
+std::atomic<int> late{0};
+std::atomic<int64_t> times{0}, there{0};  // that threads were told to sleep soon, and how many were there for it
+std::atomic<double> since{0}, until{0}, lasted{kWhile};
+
+inline void sleep_soon() {
+  const double now = omp_get_wtime();
+  double before = until.load();
+  if (now < before) return;
+  const double last = lasted.load(), seconds = now - before < 1 ? std::min(2 * last, kLongest) : kWhile;
+  if (!until.compare_exchange_strong(before, now + seconds)) return;
+  lasted.store(seconds);
+  times.fetch_add(1);
+  std::thread([seconds] {
+#pragma omp parallel num_threads(omp_get_num_procs())
+    there.fetch_add(1);  // GCC makes no region of nothing
+    std::this_thread::sleep_for(std::chrono::duration<double>(seconds));  // and its threads are there as long
+  }).detach();
+}
+
+// Beside a parallel region, in the thread that begins it. Each thread says in the region when it begins to work, and when it has
+// nothing left to do. The others are waited for at both ends: a region begins when all have left the one before.
+class Region {
+ public:
+  void work() {
+    if (omp_get_thread_num() == 0) work_ = omp_get_wtime();
+  }
+  void done() {
+    if (omp_get_thread_num() == 0) done_ = omp_get_wtime();
+  }
+  ~Region() {
+    if (done_ == 0) return;
+    const double work = done_ - work_, wait = omp_get_wtime() - start_ - work;
+    if (wait < kLate || wait < work / 2) return;
+    if (start_ > since.load() + kWithin) since.store(start_), late.store(0);
+    if (late.fetch_add(1) + 1 >= kRegions) since.store(0), sleep_soon();
+  }
+
+ private:
+  const double start_ = omp_get_wtime();
+  double work_ = 0, done_ = 0;
+};
+
+}  // namespace crowd
+
+// How often threads were told to sleep soon.
+extern "C" int64_t sqcompile_crowded() { return crowd::times.load(); }
+
