@@ -12,6 +12,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <system_error>
 #include <thread>
 
 namespace crowd {
@@ -25,7 +26,10 @@ std::atomic<int> late{0};
 std::atomic<int64_t> times{0}, there{0};  // that threads were told to sleep soon, and how many were there for it
 std::atomic<double> since{0}, until{0}, lasted{kWhile};
 
-inline void sleep_soon() {
+// `threads` are those that are late.
+inline void sleep_soon(int threads) {
+  const int helpers = omp_get_num_procs() - threads + 2;  // with itself, one more than the CPUs that are left
+  if (helpers > 4 * threads + 2) return;                  // there are CPUs enough, but not for this process
   const double now = omp_get_wtime();
   double before = until.load();
   if (now < before) return;
@@ -33,11 +37,14 @@ inline void sleep_soon() {
   if (!until.compare_exchange_strong(before, now + seconds)) return;
   lasted.store(seconds);
   times.fetch_add(1);
-  std::thread([seconds] {
-#pragma omp parallel num_threads(omp_get_num_procs())
-    there.fetch_add(1);  // GCC makes no region of nothing
-    std::this_thread::sleep_for(std::chrono::duration<double>(seconds));  // and its threads are there as long
-  }).detach();
+  try {
+    std::thread([seconds, helpers] {
+#pragma omp parallel num_threads(std::max(2, helpers))
+      there.fetch_add(1);  // GCC makes no region of nothing
+      std::this_thread::sleep_for(std::chrono::duration<double>(seconds));  // and its threads are there as long
+    }).detach();
+  } catch (const std::system_error&) {  // no more threads
+  }
 }
 
 // Beside a parallel region, in the thread that begins it. Each thread says in the region when it begins to work, and when it has
@@ -45,7 +52,7 @@ inline void sleep_soon() {
 class Region {
  public:
   void work() {
-    if (omp_get_thread_num() == 0) work_ = omp_get_wtime();
+    if (omp_get_thread_num() == 0) work_ = omp_get_wtime(), threads_ = omp_get_num_threads();
   }
   void done() {
     if (omp_get_thread_num() == 0) done_ = omp_get_wtime();
@@ -55,12 +62,13 @@ class Region {
     const double work = done_ - work_, wait = omp_get_wtime() - start_ - work;
     if (wait < kLate || wait < work / 2) return;
     if (start_ > since.load() + kWithin) since.store(start_), late.store(0);
-    if (late.fetch_add(1) + 1 >= kRegions) since.store(0), sleep_soon();
+    if (late.fetch_add(1) + 1 >= kRegions) since.store(0), sleep_soon(threads_);
   }
 
  private:
   const double start_ = omp_get_wtime();
   double work_ = 0, done_ = 0;
+  int threads_ = 1;
 };
 
 }  // namespace crowd

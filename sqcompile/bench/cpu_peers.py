@@ -7,10 +7,13 @@ their medians. `make cpu-peers` runs this in an environment of its own; a tool t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import multiprocessing
 import os
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -171,8 +174,20 @@ class Peer:
         self.process.join()
 
 
-def measure(case: str, names: Sequence[str], threads: int, rounds: int) -> list[Peer]:
-    """Every contender at every shape of a case, in turns."""
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """So many processes that each keep a core busy."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def measure(case: str, names: Sequence[str], threads: int, rounds: int, beside: int = 0) -> list[Peer]:
+    """Every contender at every shape of a case, in turns; ``beside`` processes keep a core busy each while they are timed."""
     this, peers = CASES[case], list[Peer]()
     for name in names:
         peers.append(Peer.started(case, name, threads))
@@ -184,11 +199,12 @@ def measure(case: str, names: Sequence[str], threads: int, rounds: int) -> list[
         for peer in peers:
             if (y := peer.ask(shape, output=True)) is not None:
                 peer.quality[shape] = sqnr_db(want, torch.from_numpy(y))
-        for _ in range(rounds):
-            for peer in peers:
-                time.sleep(REST)
-                if (ms := peer.ask(shape)) is not None:
-                    peer.times.setdefault(shape, []).append(ms)
+        with busy(beside):
+            for _ in range(rounds):
+                for peer in peers:
+                    time.sleep(REST)
+                    if (ms := peer.ask(shape)) is not None:
+                        peer.times.setdefault(shape, []).append(ms)
     for peer in peers:
         peer.stop()
     return peers
@@ -224,16 +240,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=21, help="timed calls of each contender at each shape")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each contender")
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose name has one of these in it")
+    parser.add_argument("--beside", type=int, default=0, help="processes that each keep a core busy meanwhile")
     parser.add_argument("--cases", nargs="+", default=[*CASES], choices=[*CASES])
     args = parser.parse_args(argv)
     names = [name for name in CONTENDERS if any(part in name for part in args.only)]
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read when a contender's process loads its libraries
     lines = [f"{machine()}, {versions(PACKAGES)}, {datetime.date.today()}", ""]
-    lines.append(f"Medians of {args.rounds} calls in turns, gain over {BASE}, and SQNR of the output beside fp32\n")
+    beside = f", beside {args.beside} busy processes" if args.beside else ""
+    lines.append(
+        f"Medians of {args.rounds} calls in turns{beside}, gain over {BASE}, and SQNR of the output beside fp32\n"
+    )
     for case in args.cases:
         try:
-            lines += table(CASES[case], measure(case, names, args.threads, args.rounds))
+            lines += table(CASES[case], measure(case, names, args.threads, args.rounds, args.beside))
         except ModuleNotFoundError as e:  # of the model
             lines.append(f"{CASES[case].title}: {e}\n")
     print("\n" + "\n".join(lines))

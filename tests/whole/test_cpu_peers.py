@@ -86,7 +86,7 @@ def test_rows_of_all_that_run_and_words_of_those_that_do_not(capsys):
 
 @pytest.mark.usefixtures("made_up")
 def test_only_the_rows_that_are_asked_for(capsys):
-    cpu_peers.main(["--rounds", "1", "--threads", "1", "--cases", "plain", "--only", "tenth"])
+    cpu_peers.main(["--rounds", "1", "--threads", "1", "--cases", "plain", "--only", "tenth", "--beside", "1"])
     out = capsys.readouterr().out
     assert "| tenth | " in out and "torch bf16 |" not in out
 
