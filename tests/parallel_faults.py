@@ -164,7 +164,7 @@ def faults(mesh: Any, rank: int) -> dict[str, Any]:
     memory = MemoryError("no room\nfor it")
     with failing(rank, feel._Found, "see", memory, 1):
         found["gradients"] = calibrated(mesh, lambda m: None, batches())
-    with failing(rank, end_to_end, "_noise", memory, 2):
+    with failing(rank, end_to_end, "_noise", memory, 1):
         found["outputs"] = calibrated(mesh, lambda m: None, batches())
     with failing(rank, choose, "choose_attention", memory):
         found["choice"] = calibrated(mesh, lambda m: None, batches())
