@@ -123,10 +123,10 @@ def compile(
         if plan is not None and evaluate is not None:
             raise PlanError("plan and evaluate: a plan needs no calibration, leave one of them out")
         with deferred(), stages(stage_names, progress if ranks.first else False) as enter:
-            begin(device_of(model), inductor=backend == "inductor")
             if plan is None:
                 how = resolve_recipe(recipe)
                 check_format(how.dtype, device_of(model), target)  # before it calibrates
+                begin(device_of(model), inductor=backend == "inductor")
                 traced, plan = analyse(
                     model, calib_loader, how, example_inputs, dynamic_shapes, enter, evaluate, target, act_scales,
                     max_batches, ranks,
@@ -137,6 +137,7 @@ def compile(
                 data = {"calib_loader": calib_loader, "act_scales": act_scales}
                 plan = given_plan(plan, recipe, next((name for name, given in data.items() if given is not None), None))
                 call = example_call(model, example_inputs) or from_spec(plan.call, device_of(model))
+                begin(device_of(model), inductor=backend == "inductor")
                 enter("trace")
                 with analysing(model), compiling():
                     traced = trace(model, call, dynamic_shapes)

@@ -113,9 +113,10 @@ def loaded(
     where, on = device_of(device), Target.given(target)
     with deferred(), compiling(), torch.no_grad():
         register_kv_cache_pytree()
-        begin(torch.device("cpu") if where is None else where, inductor=backend == "inductor")
         enter("read")
-        if _is_checkpoint(path):
+        checkpoint = _is_checkpoint(path)
+        begin(torch.device("cpu") if where is None else where, inductor=backend == "inductor")
+        if checkpoint:
             if code:
                 raise ArtifactError(f"{os.fsdecode(path)} is a checkpoint, which has no code: leave code out")
             return _checkpoint(path_name(path), where, backend, regional, on, enter)

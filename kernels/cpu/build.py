@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,27 @@ def begin(*libraries: Sequence[str], probe: bool) -> None:
 
     ``probe``: whether Inductor is to find out now what vectors the compiler knows: it takes seconds, and many processes.
     """
-    with _beginning, _pool(2, _give_way) as pool:
+    inductor = _inductor()
+    pool = ThreadPoolExecutor(
+        2, "sqcompile build", _give_way
+    )  # whose threads end when they have done what they were given
+    with _beginning, contextlib.suppress(RuntimeError):  # no more threads, or the interpreter ends: `built` does it
         for names in libraries:
-            _begin(tuple(names), pool)
+            if tuple(names) not in _begun:
+                _begun[tuple(names)] = _in(pool, functools.partial(_build, tuple(names)))
         if probe and () not in _begun:
-            _begun[()] = _in(pool, _inductor().pick_vec_isa)
+            _begun[()] = _in(pool, inductor.pick_vec_isa)
+    pool.shutdown(wait=False)
 
 
 def built(*names: str, otherwise: str = CPU_KERNELS) -> Any | None:
     """The library of some files beside this one, one after the other; None, with a warning, where they do not build."""
-    with _beginning, _pool(1, None) as pool:
-        library = _begin(names, pool)
+    ahead = _begun.get(names)
+    if ahead is not None and not ahead.cancel():  # else it has not begun, and is built here
+        with contextlib.suppress(Exception):  # of a compiler that Ctrl-C ended, too
+            return ahead.result()
     try:
-        return library.result()
+        return _build(names)
     except Exception as e:
         warnings.warn(
             f"{otherwise}. Install a C++ compiler for Inductor, such as g++: {e}",
@@ -50,40 +58,22 @@ def built(*names: str, otherwise: str = CPU_KERNELS) -> Any | None:
         return None
 
 
-@contextlib.contextmanager
-def _pool(threads: int, before: Callable[[], None] | None) -> Iterator[ThreadPoolExecutor]:
-    """Threads that end when they have done what they were given; nobody waits for that, but the end of the process."""
-    pool = ThreadPoolExecutor(threads, "sqcompile build", before)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False)
-
-
 def _give_way() -> None:
     """A compiler that takes a core from threads that wait for each other makes what they do several times slower."""
     if sys.platform == "linux":  # where threads have priorities, which the processes that they start inherit
         with contextlib.suppress(OSError):  # a sandbox that forbids it
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10))
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, os.getpriority(os.PRIO_PROCESS, 0) + 5))
 
 
 def _forget() -> None:
     """In a forked process: there are no threads that would end what they were at."""
     global _beginning
     _beginning = threading.Lock()
-    for names in [names for names, library in _begun.items() if not library.done()]:
-        del _begun[names]
+    _begun.clear()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
-
-
-def _begin(names: tuple[str, ...], pool: ThreadPoolExecutor) -> Future[Any]:
-    if names not in _begun:
-        _inductor()
-        _begun[names] = _in(pool, functools.partial(_build, names))
-    return _begun[names]
 
 
 def _in(pool: ThreadPoolExecutor, do: Callable[[], Any]) -> Future[Any]:
@@ -102,6 +92,8 @@ def _build(names: tuple[str, ...]) -> Any:
 
 def _inductor() -> Any:
     """Imported here, as it takes its time, and before any thread needs it: two that import may get halves of modules."""
+    import torch.utils.cpp_extension  # noqa: F401  which finds the compiler
+
     from sqcompile.pytorch import inductor
 
     return inductor

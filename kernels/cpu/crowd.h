@@ -12,24 +12,42 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <system_error>
 #include <thread>
+#include <vector>
 
 namespace crowd {
 
 constexpr double kLate = 1e-3;  // seconds of waiting, if it is longer than the work: a time slice, no uneven share
 constexpr int kRegions = 3;     // that are late
 constexpr double kWithin = 0.1;  // seconds
+constexpr int kMost = 18;        // threads that are started for it
 constexpr double kWhile = 2.0, kLongest = 8.0;  // seconds until threads spin again; twice as long where they were late again
 
 std::atomic<int> late{0};
-std::atomic<int64_t> times{0}, there{0};  // that threads were told to sleep soon, and how many were there for it
+std::atomic<int64_t> times{0}, started{0};  // that threads were told to sleep soon, and how many were started for it
 std::atomic<double> since{0}, until{0}, lasted{kWhile};
+
+// Whether so many threads can be started. OpenMP ends the process where it can start none.
+inline bool startable(int count) {
+  std::vector<std::thread> threads;
+  std::atomic<bool> all{false};
+  bool found = true;
+  try {
+    for (int i = 0; i < count; ++i) threads.emplace_back([&all] {
+      while (!all.load()) std::this_thread::yield();
+    });
+  } catch (...) {
+    found = false;
+  }
+  all.store(true);
+  for (std::thread& thread : threads) thread.join();
+  return found;
+}
 
 // `threads` are those that are late.
 inline void sleep_soon(int threads) {
-  const int helpers = omp_get_num_procs() - threads + 2;  // with itself, one more than the CPUs that are left
-  if (helpers > 4 * threads + 2) return;                  // there are CPUs enough, but not for this process
+  const int helpers = std::max(2, omp_get_num_procs() - threads + 2);  // with itself, one more than the CPUs that are left
+  if (helpers > kMost) return;  // there are CPUs enough, but not for this process
   const double now = omp_get_wtime();
   double before = until.load();
   if (now < before) return;
@@ -37,13 +55,14 @@ inline void sleep_soon(int threads) {
   if (!until.compare_exchange_strong(before, now + seconds)) return;
   lasted.store(seconds);
   times.fetch_add(1);
+  if (!startable(helpers + 2)) return;
   try {
     std::thread([seconds, helpers] {
-#pragma omp parallel num_threads(std::max(2, helpers))
-      there.fetch_add(1);  // GCC makes no region of nothing
-      std::this_thread::sleep_for(std::chrono::duration<double>(seconds));  // and its threads are there as long
+#pragma omp parallel num_threads(helpers)
+      started.fetch_add(1);  // GCC makes no region of nothing
+      std::this_thread::sleep_for(std::chrono::duration<double>(seconds));  // OpenMP's threads are there as long as this one
     }).detach();
-  } catch (const std::system_error&) {  // no more threads
+  } catch (...) {  // no more threads
   }
 }
 
@@ -75,4 +94,3 @@ class Region {
 
 // How often threads were told to sleep soon.
 extern "C" int64_t sqcompile_crowded() { return crowd::times.load(); }
-

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqcompile.kernels import reference, rotation
+from sqcompile.kernels import rotation
 from sqcompile.kernels import rows as plain
 from sqcompile.kernels.cpu.build import built
-from sqcompile.kernels.reference import token_scale
 
 FILES = ("crowd.h", "vectors.h", "hadamard.h", "rows.cpp")
 _ACTIVATIONS = {name: i for i, name in enumerate(("none", "relu", "silu", "gelu", "gelu_tanh"))}
@@ -46,12 +45,14 @@ def rotate_quantize(x: Tensor, block: int, scale: Tensor | None, zero_point: int
     return q, factors
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows x [..., K] as int8, and their scales, float32 [..., 1]: `reference.quantize` and `token_scale`, bit for bit."""
+def quantize(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Rows x [..., K] as int8, and their scales, float32 [..., 1]: `reference.quantize` and `token_scale`, bit for bit.
+
+    None of what the kernel does not take: other devices, dtypes and numbers of channels.
+    """
     half, k = _halves(x), x.shape[-1]
     if x.device.type != "cpu" or half is None or not x.numel() or k % _LANES or (kernels := library()) is None:
-        scale = token_scale(x.float())
-        return reference.quantize(x, scale), scale
+        return None
     q, scale = _outputs(x.shape, k, 0)
     tensors = x, None, None, None, None, None, None, None, None, None, q, scale
     _run(kernels, tensors, half, (k, 0, -1, 0, 0, _NONE), 0)

@@ -176,8 +176,8 @@ _last = threading.local()  # the weight of a thread's last product, as it was pa
 
 
 def _packed_for_now(kernels: Any, w: Tensor) -> tuple[Tensor, Tensor]:
-    """`_fill`, or what it gave for the last product."""
-    version = None if w.is_inference() else version_of(w)  # without one it may have been written to
+    """`_fill`, or what it gave for the last product. Nothing tells of writes to ``w.data``, which is not done here."""
+    version = None if w.is_inference() else (version_of(w), w.data_ptr())  # without one it may have been written to
     kept = getattr(_last, "kept", None)
     if kept is not None and version is not None and kept[0]() is w and kept[1] == version:
         return kept[2], kept[3]

@@ -151,6 +151,11 @@ def row_parts(w: Tensor, elements: int = 2**21) -> list[slice]:
     return [slice(i, i + rows) for i in range(0, w.shape[0], rows)]
 
 
+def row_step(w: Tensor, most: int) -> int:
+    """Every which row of w [N, K] gives about ``most`` values. It is odd: rows that follow one another belong to heads."""
+    return max(1, w.numel() // most) | 1
+
+
 def clone(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph, with the same node names, over the same tensors.
 

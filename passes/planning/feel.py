@@ -69,7 +69,8 @@ class Felt:
         reads: by linear; those of one site that read one node share one.
         outputs: by linear: Σ g_n² over the rows of the calls, for every row of the outputs, float32 [N].
         why: in words, why nothing is known; None where something is.
-        idle: linears that the outputs do not depend on, or their part in one of the processes that hold the model together.
+        idle: linears that the outputs do not depend on, or on what they read, or their part in one of the processes that
+            hold the model together.
     """
 
     reads: dict[str, Reads] = field(default_factory=dict)
@@ -179,7 +180,8 @@ class _Found:
             other = (r.rows.abs() > largest[r.half]).any(-1)  # padding was counted here, and not there
             every[group] = replace(r, weights=r.weights / self.count, half=r.half ^ other)
         reads = {l.name: r for group, r in every.items() for l in group}
-        alive = parallel.every([bool(squares.any()) for squares in self.outputs.values()])
+        # of a weight of zeros the outputs feel the output, and none of the input
+        alive = parallel.every([bool(y.any()) and len(reads[name].rows) > 0 for name, y in self.outputs.items()])
         idle = frozenset(name for name, so in zip(self.outputs, alive, strict=True) if not so)
         return Felt(reads, {name: squares / self.count for name, squares in self.outputs.items()}, None, idle)
 

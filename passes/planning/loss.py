@@ -18,7 +18,7 @@ from torch import Tensor
 from sqcompile.kernels.cpu.rows import rotate
 from sqcompile.kernels.qtypes import INT8, QType
 from sqcompile.kernels.reference import token_scale, weight_scale
-from sqcompile.passes.ir.graph import row_parts
+from sqcompile.passes.ir.graph import row_parts, row_step
 from sqcompile.passes.planning.feel import Reads
 
 LARGEST = 2**19  # values of a weight that are quantized
@@ -73,7 +73,7 @@ def of_input(reads: Reads, transform: Transform, scale: Tensor | None, qtype: QT
 
     ``scale`` is Δ, None for one of each row.
     """
-    cost, moments = 0.0, torch.zeros(())
+    cost, moments = 0.0, torch.zeros(reads.rows.shape[-1], device=reads.rows.device)
     for part in row_parts(reads.rows, AT_ONCE):
         x, g = transform.input(reads.rows[part]), transform.gradient(reads.gradients[part])
         by = token_scale(x, qtype.q_max) if scale is None else scale
@@ -85,8 +85,10 @@ def of_input(reads: Reads, transform: Transform, scale: Tensor | None, qtype: QT
 
 def moments_of(reads: Reads, transform: Transform) -> Tensor:
     """The mean of an input's squares, float32 [K]."""
-    parts = row_parts(reads.rows, AT_ONCE)
-    return sum(reads.weights[p] @ transform.input(reads.rows[p]).square() for p in parts) / reads.weights.sum()
+    moments = torch.zeros(reads.rows.shape[-1], device=reads.rows.device)
+    for part in row_parts(reads.rows, AT_ONCE):
+        moments = reads.weights[part] @ transform.input(reads.rows[part]).square() + moments
+    return moments / reads.weights.sum()
 
 
 def of_weight(
@@ -106,7 +108,7 @@ def of_weight(
     if per_tensor:
         common = torch.stack([weight_scale(transform.weight(w, p), False, q_max) for p in parts]).amax().view(1, 1)
         common = transform.across(common)
-    step = max(1, w.numel() // LARGEST)
+    step = row_step(w, LARGEST)
     parts = parts if step == 1 else [slice(0, None, step)]
     cost, kept = 0.0, len(range(0, len(w), step))
     for part in parts:

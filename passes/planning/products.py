@@ -8,7 +8,7 @@ from torch import Tensor
 from sqcompile.kernels.products import product
 from sqcompile.kernels.qtypes import QType
 from sqcompile.kernels.reference import dequantize, quantize, weight_scale
-from sqcompile.passes.ir.graph import row_parts
+from sqcompile.passes.ir.graph import row_parts, row_step
 from sqcompile.passes.planning.loss import Transform
 
 LARGEST = 2**21  # values of a weight that are quantized
@@ -17,7 +17,7 @@ LARGEST = 2**21  # values of a weight that are quantized
 def noise_and_signal(
     weight: Tensor, how: Transform, x: Tensor, x_int: Tensor, x_scale: Tensor, per_tensor: bool, qtype: QType
 ) -> tuple[float, float]:
-    """|Y_quantized - Y|² and |Y|²; of a large weight's outputs, some.
+    """|Y_quantized - Y|² and |Y|²; of a large weight by some of its rows, for all.
 
     Args:
         weight: any float dtype [N, K].
@@ -33,7 +33,7 @@ def noise_and_signal(
         common = torch.cat([weight_scale(how.weight(weight, p), False, qtype.q_max) for p in parts]).amax().view(1, 1)
         common = how.across(common)
     noise = signal = 0.0
-    step = max(1, weight.numel() // LARGEST)
+    step = row_step(weight, LARGEST)
     for part in parts if step == 1 else [slice(0, None, step)]:  # a few rows at a time: no float copy of the weight
         w = how.weight(weight, part)
         w_scale = how.across(weight_scale(w, True, qtype.q_max)) if common is None else common
@@ -45,7 +45,8 @@ def noise_and_signal(
         y = y.double()  # squares overflow float32 where the values do not
         signal += float(y.square().sum())
         noise += float((y_hat - y).square().sum())
-    return noise, signal
+    share = len(range(0, len(weight), step)) / len(weight)
+    return noise / share, signal / share
 
 
 def column_absmax(w: Tensor) -> Tensor:

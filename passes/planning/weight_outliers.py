@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sqcompile.kernels.reference import weight_scale
-from sqcompile.passes.ir.graph import Linear, row_parts
+from sqcompile.passes.ir.graph import Linear, row_parts, row_step
 from sqcompile.passes.planning.error import Chooser
 from sqcompile.passes.planning.loss import LARGEST, Transform, rounded
 
@@ -90,7 +90,7 @@ def _add(sums: _Sums, w: Tensor, how: Transform, per_tensor: bool, chooser: Choo
         common = torch.stack([weight_scale(how.weight(w, p), False, q_max) for p in parts]).amax().view(1, 1)
         largest = torch.stack([plain.weight(w, p).abs().amax() for p in parts]).amax().view(1, 1)
         common, largest = how.across(common), how.across(largest)
-    step = max(1, w.numel() // LARGEST)
+    step = row_step(w, LARGEST)
     for part in parts if step == 1 else [slice(0, None, step)]:
         each = plain.weight(w, part)
         rotated = how.rotated(each)

@@ -238,9 +238,8 @@ def _quantize_weight(rows: Rows, out: Tensor, per_channel: bool, qtype: QType, w
         scales = []
         for p in parts:
             w = rows(p)
-            if qtype is INT8:  # in one pass over memory
-                q, scale = quantize_rows(w)
-                out[p] = q
+            if qtype is INT8 and (found := quantize_rows(w)) is not None:  # in one pass over memory
+                out[p], scale = found
             else:
                 scale = weight_scale(w.float(), True, qtype.q_max)
                 _round_into(out[p], w, scale, qtype)

@@ -78,7 +78,7 @@ def _compiled(
         parameters = model_tensors((x for x in example_inputs if isinstance(x, Tensor)), found)
     for device in {p.device for p in parameters}:
         check_format(recipe.dtype, device)  # before it calibrates
-        begin(device, inductor=True)
+        begin(device, inductor=found.compiler == "inductor")
     session = session_of(parameters, found)
     make_dynamic(gm, example_inputs, lambda x: bool(session.names(x)), found.mode == "reduce-overhead")
     respect_limit()

@@ -141,7 +141,11 @@ def test_rows_are_quantized_to_the_bit(k, dtype):
     x[3], x[5, 1], x[7, 2], x[9] = 0, math.nan, -math.inf, torch.finfo(dtype).tiny
     x[11] = torch.finfo(dtype).max
     x[13] = (torch.arange(k) % 255 - 127).to(dtype) / 2  # halves of steps
-    q, scale = on_cpu.quantize(x)
+    found = on_cpu.quantize(x)
+    if k % 16 or dtype == torch.float16 or on_cpu.library() is None:
+        assert found is None
+        return
+    q, scale = found
     want = reference.token_scale(x.float())
     assert torch.equal(scale.nan_to_num(-1), want.nan_to_num(-1)) and q.dtype == torch.int8
     assert torch.equal(q, reference.quantize(x, want))

@@ -80,7 +80,10 @@ def test_a_gpu_that_is_slow_in_int8_is_given_fp8(model):
 
 
 def test_the_backend_refuses_such_a_gpu_in_its_first_call(model, monkeypatch):
-    monkeypatch.setattr(targets, "_found", lambda device: Target.named("cuda-sm103"))
+    gpu = Target.named("cuda-sm103")
+    monkeypatch.setattr(
+        sqcompile.backend, "check_format", lambda dtype, device: targets.check_format(dtype, device, gpu)
+    )
     net = torch.compile(model, backend=smoothquant, options={"calibration_steps": 3})
     with torch.no_grad(), pytest.raises(sqcompile.RecipeError, match=SLOW):
         net(batches()[0])
