@@ -73,7 +73,7 @@ def of_input(reads: Reads, transform: Transform, scale: Tensor | None, qtype: QT
 
     ``scale`` is Δ, None for one of each row.
     """
-    cost, moments = 0.0, torch.zeros(reads.rows.shape[-1], device=reads.rows.device)
+    cost, moments = 0.0, torch.zeros(reads.rows.shape[-1], dtype=torch.float32, device=reads.rows.device)
     for part in row_parts(reads.rows, AT_ONCE):
         x, g = transform.input(reads.rows[part]), transform.gradient(reads.gradients[part])
         by = token_scale(x, qtype.q_max) if scale is None else scale
@@ -85,7 +85,7 @@ def of_input(reads: Reads, transform: Transform, scale: Tensor | None, qtype: QT
 
 def moments_of(reads: Reads, transform: Transform) -> Tensor:
     """The mean of an input's squares, float32 [K]."""
-    moments = torch.zeros(reads.rows.shape[-1], device=reads.rows.device)
+    moments = torch.zeros(reads.rows.shape[-1], dtype=torch.float32, device=reads.rows.device)
     for part in row_parts(reads.rows, AT_ONCE):
         moments = reads.weights[part] @ transform.input(reads.rows[part]).square() + moments
     return moments / reads.weights.sum()
