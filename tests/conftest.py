@@ -66,20 +66,6 @@ def typical_error(y: Tensor, reference: Tensor) -> float:
     return float(((y - reference).norm(dim=-1) / reference.norm(dim=-1).clamp_min(1e-12)).median())
 
 
-def equal_but_for_roundings(got: Tensor, want: Tensor, floating: Tensor) -> bool:
-    """Whether two ways of computing a quantized model agree.
-
-    Sums in another order send single values at the edge of two INT8 steps to the other side, and what a token then has
-    differs, in all layers after that, by as much as INT8 itself costs. A third of the rows at least, of one sequence, see
-    nothing of it, and none more than twice what INT8 costs any.
-    """
-    errors, costs = (
-        ((y - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)).flatten() for x, y in ((want, got), (floating, want))
-    )
-    whole = relative_error(got, want) <= 0.4 * relative_error(want, floating)
-    return whole and bool(errors.quantile(0.3) <= 1e-5) and bool(errors.max() <= 2 * costs.max())
-
-
 def tiny_lm(family: str, dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
     """A tiny causal LM of a transformers family with random weights, norms and outliers."""
     kind, sizes = CAUSAL[family]

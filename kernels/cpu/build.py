@@ -30,9 +30,7 @@ def begin(*libraries: Sequence[str], probe: bool) -> None:
     ``probe``: whether Inductor is to find out now what vectors the compiler knows: it takes seconds, and many processes.
     """
     inductor = _inductor()
-    pool = ThreadPoolExecutor(
-        2, "sqcompile build", _give_way
-    )  # whose threads end when they have done what they were given
+    pool = ThreadPoolExecutor(2, "sqcompile build", _give_way)  # its threads end with what they were given
     with _beginning, contextlib.suppress(RuntimeError):  # no more threads, or the interpreter ends: `built` does it
         for names in libraries:
             if tuple(names) not in _begun:

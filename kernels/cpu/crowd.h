@@ -1,10 +1,10 @@
 // Threads that wait for each other on a machine that is busy with other processes.
 //
 // GNU's OpenMP has a thread that is done spin for milliseconds until the others are. Where another process takes a core, the
-// thread that all wait for gets none as long as they spin, and a region of microseconds takes a time slice: models ran 18 to
-// 115 times as long beside two busy processes on two cores, and twice as long when threads slept soon instead. But on a quiet
-// machine spinning is faster, up to three times. So threads spin until regions are seen to wait for longer than they work. For
-// a while there are then more threads than CPUs, which has OpenMP's threads sleep soon (libgomp's manual, GOMP_SPINCOUNT).
+// thread that all wait for gets none as long as they spin, and a region of microseconds takes a time slice: models ran 40 to
+// 150 times as long beside two busy processes on two cores, and twice as long where threads sleep soon instead. But on a quiet
+// machine spinning is up to three times faster. So threads spin until regions are seen to wait for too long. For a while there
+// are then more threads than CPUs, which has OpenMP's threads sleep soon (libgomp's manual, GOMP_SPINCOUNT).
 
 #include <omp.h>
 
@@ -17,9 +17,9 @@
 
 namespace crowd {
 
-constexpr double kLate = 1e-3;  // seconds of waiting, if it is longer than the work: a time slice, no uneven share
-constexpr int kRegions = 3;     // that are late
-constexpr double kWithin = 0.1;  // seconds
+constexpr double kLate = 1e-3;  // seconds that are waited, if it is half as long as the work: a time slice, no uneven share
+constexpr int kRegions = 3;     // that are late,
+constexpr double kWithin = 0.1;  // within so many seconds
 constexpr int kMost = 18;        // threads that are started for it
 constexpr double kWhile = 2.0, kLongest = 8.0;  // seconds until threads spin again; twice as long where they were late again
 

@@ -177,14 +177,14 @@ _last = threading.local()  # the weight of a thread's last product, as it was pa
 
 def _packed_for_now(kernels: Any, w: Tensor) -> tuple[Tensor, Tensor]:
     """`_fill`, or what it gave for the last product. Nothing tells of writes to ``w.data``, which is not done here."""
-    version = None if w.is_inference() else (version_of(w), w.data_ptr())  # without one it may have been written to
+    state = None if w.is_inference() else (version_of(w), w.data_ptr())  # of one without a version nobody knows
     kept = getattr(_last, "kept", None)
-    if kept is not None and version is not None and kept[0]() is w and kept[1] == version:
+    if kept is not None and state is not None and kept[0]() is w and kept[1] == state:
         return kept[2], kept[3]
     whole = w.contiguous()
     blocks = torch.empty(_size(whole), dtype=torch.int8)
     w_sum, mine = _fill(kernels, whole, blocks), _last.__dict__
-    _last.kept = weakref.ref(w, lambda _: mine.pop("kept", None)), version, blocks, w_sum
+    _last.kept = weakref.ref(w, lambda _: mine.pop("kept", None)), state, blocks, w_sum
     return blocks, w_sum
 
 

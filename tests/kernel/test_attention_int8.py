@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import equal_but_for_roundings, relative_error, token_batches, typical_error
+from conftest import relative_error, token_batches, typical_error
 from families import CHAINS, FAMILIES, build, outputs, resized, run
 from hand_written import HAND_WRITTEN, Attend, Spelled, inputs_of
 from test_attention_chains import found, operators, with_attention
@@ -23,6 +23,16 @@ from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.kernels.reference import quantize, token_scale
 from sqcompile.lm import evaluation_texts, token_windows
 from sqcompile.statistics.observe import calibrate
+
+
+def differs_in_single_rows(got, want, floating):
+    """Whether most rows are exact, and the others within what INT8 costs.
+
+    A value at the edge of two steps that falls to the other side costs its token as much as INT8, layer by layer.
+    """
+    costs, rows = ((y - x).norm(dim=-1) / x.norm(dim=-1) for x, y in ((floating, want), (want, got)))
+    whole = relative_error(got, want) <= 0.4 * relative_error(want, floating)
+    return typical_error(got, want) <= 1e-5 and whole and bool(rows.max() <= 2 * costs.max())
 
 
 @pytest.mark.slow
@@ -45,7 +55,8 @@ def test_lowered_attention_agrees_with_the_quantized_stage(name):
         shapes = {(n.args[0].meta["val"].shape[1], n.args[2].meta["val"].shape[1]) for n in found}
         assert shapes == {CHAINS[name][1][:2]}  # no key head is repeated
         stages = outputs(lowered(**x)), outputs(compiled.stages["quantized"](**x))
-        assert all(equal_but_for_roundings(a, b, c) for a, b, c in zip(*stages, want, strict=True))
+        for a, b, c in zip(*stages, want, strict=True):
+            assert relative_error(a, b) <= 2e-3 or differs_in_single_rows(a, b, c)
         assert error(compiled) <= 2 * of_linears + 0.01
 
 

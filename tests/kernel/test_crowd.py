@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from sqcompile.bench.cpu_peers import busy
 from sqcompile.kernels.cpu import rows, x86
 
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -33,13 +34,8 @@ def test_beside_busy_processes_threads_are_not_waited_for_by_spinning():
     """3000 calls of 30 us each. By spinning they took a minute, as each waited for time slices."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "MKL_"))}
     command = [sys.executable, "-c", MANY_CALLS.replace("CPUS", str(min(CPUS, 16)))]
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(CPUS)]
-    try:
+    with busy(CPUS):
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=300)
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
     seconds, crowded = done.stdout.split()
     assert float(seconds) < 8 and int(crowded) >= 1
 
