@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import warnings
 from typing import Any
@@ -115,7 +116,9 @@ def loaded(
         register_kv_cache_pytree()
         enter("read")
         checkpoint = _is_checkpoint(path)
-        begin(torch.device("cpu") if where is None else where, inductor=backend == "inductor")
+        ahead = functools.partial(begin, torch.device("cpu") if where is None else where, backend == "inductor")
+        if not code:
+            ahead()
         if checkpoint:
             if code:
                 raise ArtifactError(f"{os.fsdecode(path)} is a checkpoint, which has no code: leave code out")
@@ -127,6 +130,8 @@ def loaded(
                 "code=True, to have it used",
                 stacklevel=3,
             )
+        if code:
+            ahead()  # what the directory has of it lies in the cache only now
         try:
             history = SavedStages(path, where, on, parallel)
             whole = constants and not code
