@@ -34,8 +34,10 @@ from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
 from sqcompile.passes.planning.evidence import with_evidence
 from sqcompile.passes.planning.feel import feel
+from sqcompile.passes.planning.feel import shifted as felt_shifted
 from sqcompile.passes.planning.finite import check_weights
 from sqcompile.passes.planning.sharing import Sharing, help_first, shared
+from sqcompile.passes.planning.shifts import choose_shifts, shifted
 from sqcompile.passes.planning.stay_float import wanted
 from sqcompile.pipeline import on_trial, rewrite
 from sqcompile.plan.plan import Plan, given_plan
@@ -275,10 +277,12 @@ def analyse(
             found = [(s.name, s.channels) for s in sites] + [(r.linear.name, r.linear.shape) for r in refusals]
             ranks.agree({"another graph": (repr(found), "shard the model alike on every rank")})
         enter("plan")
-        felt = feel(traced, sites, refusals, calibration, recipe)
+        felt, known = feel(traced, sites, refusals, calibration, recipe), Known()
+        shifts = choose_shifts(traced, sites, calibration, recipe, known)
+        calibration, felt = shifted(calibration, shifts), felt_shifted(felt, shifts)
         sharing = shared(Sharing(traced, sites, refusals, calibration, recipe, felt, ranks))
         given = (traced, sites, refusals, calibration, recipe, to_spec(call), attentions)
-        plan_of = partial(choose, *given, felt=felt, sharing=sharing, known=Known())
+        plan_of = partial(choose, *given, felt=felt, sharing=sharing, known=known, shifts=shifts)
         quantized = partial(on_trial, traced)
         plan = smoothed_or_not(plan_of, calibration.sample, quantized, about(traced).parallel)
         if recipe.max_degradation is not None:

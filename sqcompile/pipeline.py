@@ -20,6 +20,7 @@ from sqcompile.passes.ir.graph import Linear, find_linears, nodes_by_name, value
 from sqcompile.passes.ir.text import show_stage
 from sqcompile.passes.ir.verify import verify
 from sqcompile.passes.labels.match import input_sites, match
+from sqcompile.passes.labels.shiftable import shiftable
 from sqcompile.passes.lowering.integer_products import integer_products
 from sqcompile.passes.lowering.lower import lower
 from sqcompile.passes.planning.finite import check_vectors
@@ -66,6 +67,7 @@ def rewrite(
         check_shard(plan, shard_of(about(gm).parallel))
     check_plan(gm, plan, linears, attentions)
     sites, refusals = match(gm)
+    norms = shiftable(gm, sites) if plan.shifts else []
     quantized = {l.name for l in plan.layers if l.quantized}
     sites = sites + input_sites(refusals, quantized)
     if shared is not None:
@@ -73,7 +75,7 @@ def rewrite(
     check_vectors(gm, [l for l in linears if l.name in quantized])
     folded = {a.name for a in plan.attention if a.quantized != "none" and a.smoothing == "folded"}
     heads, _ = match_heads(gm, [a for a in attentions if a.name in folded])
-    gm = verify(fold(gm, sites, plan, heads), "folded")
+    gm = verify(fold(gm, sites, plan, heads, norms), "folded")
     text = show(gm, "folded", text)
     if until == "folded":
         return gm

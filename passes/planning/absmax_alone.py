@@ -2,7 +2,7 @@
 
     {"up": float32 [K], "gate": float32 [K]}        # %up and %gate read one tensor
 ->
-    %up.weight, %gate.weight: InputStats(halves=[2, K] of the larger of both, count=0)
+    %up.weight, %gate.weight: InputStats(highest=[2, K] of the larger of both, count=0)
 
     Recipe(alpha="auto", rotate="auto")
 ->

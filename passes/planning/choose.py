@@ -57,6 +57,7 @@ def choose(
     on_trial: bool = False,
     sharing: Sharing | None = None,
     known: Known | None = None,
+    shifts: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Plan:
     """Makes the plan for a traced graph.
 
@@ -72,6 +73,7 @@ def choose(
         on_trial: the errors of linears are not measured, which are there to be read.
         sharing: the ranks that choose together, of which this is the first one; None for one process.
         known: by earlier choices for the same of these; it is added to.
+        shifts: what is taken off the inputs of linears, float32 [K] by name; ``calibration`` and ``felt`` are of what is left.
 
     Raises:
         NothingToQuantizeError: if no linear would run in INT8; the message gives the reasons.
@@ -102,8 +104,9 @@ def choose(
     if found:  # their sites are others without them
         lost = {**lost, **found}
         return choose(
-            gm, sites, refusals, calibration, recipe, call, attentions, unsmoothed, felt, lost, on_trial, sharing, known
-        )
+            gm, sites, refusals, calibration, recipe, call, attentions, unsmoothed, felt, lost, on_trial, sharing, known,
+            shifts,
+        )  # fmt: skip
     for site in (s for s in every if s.name in best):
         quantized = [l for l, _ in site.balance if l.name not in floats]
         how: Smoothing = "multiplied" if site.kind == "input" else "folded"
@@ -132,7 +135,8 @@ def choose(
     layers = tuple(_layer(chooser, l, floats, notes, losses.get(l.name), on_trial) for l in linears)
     columns = {name: s for name, s in chooser.columns.items() if name not in floats}
     evidence = Evidence(curves=curves(_curves(first), _curves(best)))
-    return Plan(recipe, call, scales, layers, attention, heads, columns, evidence, shard_of(chooser.parallel))
+    shard = shard_of(chooser.parallel)
+    return Plan(recipe, call, scales, layers, attention, heads, columns, evidence, shard, dict(shifts))
 
 
 def _curves(best: Mapping[str, Best]) -> dict[str, Costs]:

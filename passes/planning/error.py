@@ -239,7 +239,7 @@ class Chooser:
         noise = signal = 0.0
         for mine, matrix in every:
             scale = x_scale[mine] if x_scale.dim() else x_scale
-            more = noise_and_signal(matrix, how, x[mine], x_int[mine], scale, per_tensor, self.qtype)
+            more = noise_and_signal(matrix, how, x[mine], x_int[mine], scale, stats.offset, per_tensor, self.qtype)
             noise, signal = noise + more[0], signal + more[1]
         return noise, signal
 

@@ -71,7 +71,7 @@ def check_agreement(sites: Sequence[Site], own: Mapping[str, Recipe], floats: Co
     readers: dict[str, list[Linear]] = {}
     for site in sites:
         mine = [l for l, _ in site.balance if l.name not in floats]
-        _check_same(mine, own, ("alpha", "smooth", "rotate"), "are smoothed and rotated together")
+        _check_same(mine, own, ("alpha", "smooth", "rotate", "shift"), "are smoothed, shifted and rotated together")
         for l in mine:
             readers.setdefault(l.x, []).append(l)
     for mine in readers.values():

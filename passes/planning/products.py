@@ -15,9 +15,16 @@ LARGEST = 2**21  # values of a weight that are quantized
 
 
 def noise_and_signal(
-    weight: Tensor, how: Transform, x: Tensor, x_int: Tensor, x_scale: Tensor, per_tensor: bool, qtype: QType
+    weight: Tensor,
+    how: Transform,
+    x: Tensor,
+    x_int: Tensor,
+    x_scale: Tensor,
+    offset: Tensor,
+    per_tensor: bool,
+    qtype: QType,
 ) -> tuple[float, float]:
-    """|Y_quantized - Y|² and |Y|²; of a large weight by some of its rows, for all.
+    """|Y_quantized - Y|² and |Y + W c|²; of a large weight by some of its rows, for all.
 
     Args:
         weight: any float dtype [N, K].
@@ -25,6 +32,7 @@ def noise_and_signal(
         x: float32 [R, K].
         x_int: what x is quantized to, changed likewise, in the number format [R, K].
         x_scale: float32 [R, 1] or [], Δx.
+        offset: float32 [K], c, what was taken off x.
         per_tensor: whether there is one Δ for all rows of the weight.
         qtype: the number format.
     """
@@ -37,13 +45,14 @@ def noise_and_signal(
     for part in parts if step == 1 else [slice(0, None, step)]:  # a few rows at a time: no float copy of the weight
         w = how.weight(weight, part)
         w_scale = how.across(weight_scale(w, True, qtype.q_max)) if common is None else common
-        y = x @ weight[part].float().t()
+        columns = weight[part].float().t()
+        y, constant = x @ columns, offset @ columns
         acc = product(x_int, quantize(w, w_scale, dtype=qtype.dtype))
         y_hat = dequantize(acc, x_scale, w_scale.flatten())
         if how.rows is not None:
             y_hat = y_hat * how.rows[part]
         y = y.double()  # squares overflow float32 where the values do not
-        signal += float(y.square().sum())
+        signal += float((y + constant).square().sum())
         noise += float((y_hat - y).square().sum())
     share = len(range(0, len(weight), step)) / len(weight)
     return noise / share, signal / share

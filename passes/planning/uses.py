@@ -58,11 +58,15 @@ def _linears(plan: Plan, linears: Sequence[Linear]) -> Plan:
     for l in linears:
         same = [p for p in planned[first_use(l.name)] if p.shape == l.shape] if first_use(l.name) in unsure else []
         if same:
-            layer, s = _joint(l.name, same, [plan.columns.get(p.name) for p in same])
+            shifted = any(p.name in plan.shifts for p in same)  # which those that are not told from others are not
+            layer, s = _joint(l.name, same, [plan.columns.get(p.name) for p in same], shifted)
             layers.append(layer)
             columns |= {} if s is None else {l.name: s}
     scales = {name: s for name, s in plan.scales.items() if unsure.isdisjoint(map(first_use, balanced(name)))}
-    return dataclasses.replace(plan, layers=tuple(layers), columns=columns, scales=scales) if unsure else plan
+    if not unsure:
+        return plan
+    shifts = {name: c for name, c in plan.shifts.items() if first_use(name) not in unsure}
+    return dataclasses.replace(plan, layers=tuple(layers), columns=columns, scales=scales, shifts=shifts)
 
 
 def balanced(site: str) -> list[str]:
@@ -70,7 +74,9 @@ def balanced(site: str) -> list[str]:
     return site.partition(" -> ")[2].split(", ")
 
 
-def _joint(name: str, uses: list[LayerPlan], columns: list[Tensor | None]) -> tuple[LayerPlan, Tensor | None]:
+def _joint(
+    name: str, uses: list[LayerPlan], columns: list[Tensor | None], shifted: bool
+) -> tuple[LayerPlan, Tensor | None]:
     """One plan for several uses, and its s.
 
     With one α, the largest s of each channel is what the statistics of all uses together would give. It divides inputs by
@@ -82,7 +88,7 @@ def _joint(name: str, uses: list[LayerPlan], columns: list[Tensor | None]) -> tu
     known = [s for u, s in zip(uses, columns, strict=True) if s is not None and u.smoothing != "none"]
     smoothed = len(known) == len(uses)
     deltas = [u.input_scale for u in uses if u.input_scale is not None]
-    static = len(deltas) == len(uses) and (smoothed or not known) and max(deltas) <= APART * min(deltas)
+    static = len(deltas) == len(uses) and (smoothed or not known) and max(deltas) <= APART * min(deltas) and not shifted
     layer = dataclasses.replace(
         uses[0],
         name=name,

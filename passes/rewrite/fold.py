@@ -23,7 +23,7 @@ changed for the site alone. Where nothing absorbs 1/s, it stands explicitly befo
     %mul_1 = mul(%w, %smooth_0_columns)
     %y = linear(%mul, %mul_1)
 
-A linear's input is rotated where the plan says so, and its weight with it: H is its own inverse (`kernels.rotation`).
+What a plan takes off inputs goes first (`shift`). A linear's input is rotated where the plan says so, and its weight with it: H is its own inverse (`kernels.rotation`).
 
     %y = linear(%x, %w)
 ->
@@ -63,17 +63,26 @@ from sqcompile.passes.ir.graph import (
 )
 from sqcompile.passes.labels.interpreter import vector_operand
 from sqcompile.passes.labels.match import Site
+from sqcompile.passes.labels.shiftable import Shiftable
+from sqcompile.passes.rewrite.shift import fold_cast, in_dtype, shift
 from sqcompile.plan.plan import Plan
 
 
-def fold(gm: fx.GraphModule, sites: list[Site], plan: Plan, heads: Sequence[HeadSite] = ()) -> fx.GraphModule:
-    """Applies a plan's scales.
+def fold(
+    gm: fx.GraphModule,
+    sites: list[Site],
+    plan: Plan,
+    heads: Sequence[HeadSite] = (),
+    norms: Sequence[Shiftable] = (),
+) -> fx.GraphModule:
+    """Applies what a plan takes off linears' inputs (`shift`), its scales and its rotations.
 
     Args:
         gm: a traced graph.
         sites: what can be scaled in it (`match`, and `input_sites` of the refusals).
         plan: scales by site name.
         heads: what can be scaled in its attentions (`match_heads`).
+        norms: what can be shifted in it (`shiftable`).
 
     Raises:
         PlanError: if the plan has a scale for a site that this graph does not have, or of another size, or has none for
@@ -98,6 +107,7 @@ def fold(gm: fx.GraphModule, sites: list[Site], plan: Plan, heads: Sequence[Head
     for name in head_sites.keys() - head_scales.keys():
         raise PlanError(f"the plan smooths the attention {name!r}, and has no scales for it: calibrate this model")
     new = clone(gm)
+    shift(new, plan.shifts, norms)
     folder = _Folder(new)
     quantized = {l.name for l in plan.layers if l.quantized}
     rotations = {l.name: l.rotation for l in plan.layers if l.rotation is not None}
@@ -159,7 +169,7 @@ class _Folder:
         """A rotated tensor in its own dtype. Its float32 value is what is quantized, of the float32 product x·(1/s) too."""
         source = x.args[0] if x.meta.get(FOLD_CAST) else x
         new = add_op(self.gm, sqcompile_ops.rotate.default, source, block)
-        return self._cast(new, value(x).dtype)
+        return fold_cast(self.gm, new, value(x).dtype)
 
     def _change(self, user: fx.Node, argument: int | None, op: Callable[..., Any], by: Tensor, name: str) -> None:
         """Replaces a constant argument by ``op(argument, by)``, in the argument's dtype."""
@@ -179,13 +189,7 @@ class _Folder:
         self.const.add(new)
 
     def _scaled(self, old: fx.Node, op: Callable[..., Any], by: Tensor, name: str) -> fx.Node:
-        return self._cast(add_op(self.gm, op, old, add_tensor(self.gm, name, by)), value(old).dtype)
-
-    def _cast(self, new: fx.Node, dtype: torch.dtype) -> fx.Node:
-        if value(new).dtype != dtype:
-            new = add_op(self.gm, aten.to.dtype, new, dtype)
-            new.meta[FOLD_CAST] = True
-        return new
+        return in_dtype(self.gm, op, old, add_tensor(self.gm, name, by))
 
     def _linear_rows(self, node: fx.Node, s: Tensor, name: str) -> None:
         self._change(node, 1, aten.div.Tensor, s[:, None], f"{name}_rows")
@@ -210,7 +214,7 @@ class _Folder:
 
     def _multiply(self, site: Site, s: Tensor, name: str, quantized: set[str]) -> None:
         users = [(l, self.nodes[l.node]) for l, _ in site.balance if l.name in quantized]
-        x = self.nodes[site.producer]
+        x, _, _ = linear_operands(users[0][1])  # what is left of the producer, if it was shifted
         with self.gm.graph.inserting_before(min(u for _, u in users)):
             smoothed = self._scaled(x, aten.mul.Tensor, s.reciprocal().to(value(x).device), name)
         for linear, user in users:

@@ -27,7 +27,9 @@ from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
 from sqcompile.passes.planning.evidence import with_evidence
 from sqcompile.passes.planning.feel import feel
+from sqcompile.passes.planning.feel import shifted as felt_shifted
 from sqcompile.passes.planning.overrides import names_linear
+from sqcompile.passes.planning.shifts import choose_shifts, shifted
 from sqcompile.passes.planning.stay_float import float_layer, stay_float, wanted
 from sqcompile.passes.planning.uses import APART, as_used, balanced, first_use
 from sqcompile.passes.rewrite.weight_store import Shared
@@ -91,10 +93,13 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
         own, call = _for_graph(recipe, graphs, gm), to_spec(Call((), {}))
         try:
             with torch.no_grad():
-                felt = feel(gm, sites, refusals, calibration, own)
+                felt, known_of = feel(gm, sites, refusals, calibration, own), Known()
+                shifts = choose_shifts(gm, sites, calibration, own, known_of)
+                calibration, felt = shifted(calibration, shifts), felt_shifted(felt, shifts)
                 plan_of = partial(
-                    choose, gm, sites, refusals, calibration, own, call, o.attentions, felt=felt, known=Known()
-                )
+                    choose, gm, sites, refusals, calibration, own, call, o.attentions, felt=felt, known=known_of,
+                    shifts=shifts,
+                )  # fmt: skip
                 more = smoothed_or_not(plan_of, calibration.sample, partial(_quantized, gm), about(gm).parallel)
                 if recipe.max_degradation is not None:
                     loses = by_divergence(gm, calibration.sample, partial(_quantized, gm))
@@ -184,5 +189,6 @@ def _joined(plan: Plan, more: Plan) -> Plan:
         attention=plan.attention + attention,
         heads=plan.heads | {k: t for k, t in more.heads.items() if k.rpartition("/")[0] in heads},
         columns=plan.columns | {k: s for k, s in more.columns.items() if k in new},
+        shifts=plan.shifts | {k: c for k, c in more.shifts.items() if k in new},
         evidence=plan.evidence.joined(more.evidence) if plan.evidence and more.evidence else None,
     )

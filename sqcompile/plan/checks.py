@@ -32,6 +32,8 @@ _SMOOTHING = 1 / LARGEST_SCALE, LARGEST_SCALE
 # Δ of activations: 1/Δ and 127 Δ are finite in float32; the least one stands for zeros (`absmax_scale`).
 _STEP = 1e-33, 2.7e36
 _ANY = -torch.finfo(torch.float32).max, torch.finfo(torch.float32).max
+# c: W c is finite in float32 for every |w| < 2^47 and 2^16 channels.
+_SHIFT = -(2.0**64), 2.0**64
 
 # By what it is, each tensor of an attention: its shape, from (H, G, D), None for a size that only the graph knows; its range.
 _HEADS: dict[str, tuple[Callable[[int, int, int], tuple[int | None, ...]], tuple[float, float]]] = {
@@ -61,6 +63,8 @@ class Contents(Protocol):
     @property
     def columns(self) -> dict[str, Tensor]: ...
     @property
+    def shifts(self) -> dict[str, Tensor]: ...
+    @property
     def shard(self) -> Shard | None: ...
 
 
@@ -84,6 +88,10 @@ def check_values(plan: Contents) -> None:
     for name, s in plan.columns.items():
         need(name in layers, f"its columns belong to {said(name)}, which is none of its linears")
         _tensor(s, f"columns of {name!r}", layers[name].shape[-1:], _SMOOTHING)
+    for name, c in plan.shifts.items():
+        known = name in layers and layers[name].kind == "linear"
+        need(known, f"its shifts belong to {said(name)}, which is none of its linears")
+        _tensor(c, f"shifts of {name!r}", layers[name].shape[-1:], _SHIFT)
     for name, t in plan.heads.items():
         whose, _, what = name.rpartition("/") if isinstance(name, str) else ("", "", "")
         known = whose in attention and what in _HEADS

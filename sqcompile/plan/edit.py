@@ -14,6 +14,8 @@ import fnmatch
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from sqcompile.errors import PlanError
 from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.evidence import InputEvidence
@@ -71,6 +73,8 @@ def in_float(plan: Plan, floats: dict[str, LayerPlan]) -> Plan:
         if (folded and not site.startswith("input -> ")) or any(_balances(site, name) for name in quantized)
     }
     columns = {n: s for n, s in plan.columns.items() if n not in floats}
+    taken = [c for n, c in plan.shifts.items() if n in quantized]
+    shifts = {n: c for n, c in plan.shifts.items() if any(c is t or torch.equal(c, t) for t in taken)}
     evidence = plan.evidence
     if evidence is not None:
         undivided = {site.partition(" -> ")[0] for site in plan.scales if site not in scales}
@@ -86,7 +90,7 @@ def in_float(plan: Plan, floats: dict[str, LayerPlan]) -> Plan:
             for i in evidence.inputs
         )
         evidence = dataclasses.replace(evidence, inputs=inputs)
-    return dataclasses.replace(plan, layers=layers, scales=scales, columns=columns, evidence=evidence)
+    return dataclasses.replace(plan, layers=layers, scales=scales, columns=columns, evidence=evidence, shifts=shifts)
 
 
 def _not_quantized(i: InputEvidence) -> InputEvidence:

@@ -14,7 +14,7 @@ from sqcompile.errors import RecipeError
 Overrides = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 
 # What may differ from linear to linear. Of these, attentions take skip and min_speedup.
-FIELDS = ("activation", "alpha", "lm_head", "min_speedup", "rotate", "skip", "smooth", "spikes", "weight")
+FIELDS = ("activation", "alpha", "lm_head", "min_speedup", "rotate", "shift", "skip", "smooth", "spikes", "weight")
 
 _R = TypeVar("_R")
 

@@ -28,13 +28,14 @@ from sqcompile.plan.recipe import LM_HEAD, Recipe, resolve_recipe
 from sqcompile.plan.said import said, shown
 
 # 2 had no checksum, and "lm_head" among what its recipe skips where 3 has ``Recipe.lm_head``; 4 has rotations, and
-# 5 evidence, and 6 whose shard it is of
-FORMAT = 6
-READABLE = (2, 3, 4, 5, 6)
+# 5 evidence, 6 whose shard it is of, and 7 what is taken off inputs
+FORMAT = 7
+READABLE = (2, 3, 4, 5, 6, 7)
 
 _T = TypeVar("_T")
 _HEADS = "attention: "  # before the names of ``Plan.heads`` in a file
 _COLUMNS = "columns: "  # and of ``Plan.columns``
+_SHIFTS = "shifts: "  # and of ``Plan.shifts``
 _EVIDENCE = "evidence: "  # and of what ``Plan.evidence`` holds
 
 
@@ -57,6 +58,8 @@ class Plan:
         evidence: what calibration saw and tried, for the page of a report; None where that is not known. It is saved, and no
             part of equality.
         shard: of a sharded model, whose: sizes and scales are those of one process then. None of a whole model.
+        shifts: what is taken off the inputs of linears before they are divided by s, float32 [K], by linear name. All that
+            read one norm have the same.
     """
 
     recipe: Recipe
@@ -68,6 +71,7 @@ class Plan:
     columns: dict[str, Tensor] = field(default_factory=dict)
     evidence: Evidence | None = field(default=None, repr=False)
     shard: Shard | None = None
+    shifts: dict[str, Tensor] = field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
@@ -75,7 +79,9 @@ class Plan:
         same = (self.recipe, self.call, self.layers, self.attention, self.shard) == (
             other.recipe, other.call, other.layers, other.attention, other.shard,
         )  # fmt: skip
-        return same and all(_equal(getattr(self, n), getattr(other, n)) for n in ("scales", "heads", "columns"))
+        return same and all(
+            _equal(getattr(self, n), getattr(other, n)) for n in ("scales", "heads", "columns", "shifts")
+        )
 
     def __hash__(self) -> int:
         return hash((self.recipe, self.layers, self.attention, self.shard, frozenset(self.scales)))
@@ -120,7 +126,7 @@ class Plan:
         """
         kinds: dict[str, tuple[Any, type | None]] = {
             "recipe": (Recipe, None), "layers": (tuple, LayerPlan), "attention": (tuple, AttentionPlan),
-            "scales": (dict, None), "heads": (dict, None), "columns": (dict, None),
+            "scales": (dict, None), "heads": (dict, None), "columns": (dict, None), "shifts": (dict, None),
         }  # fmt: skip
         for name, (kind, part) in kinds.items():
             found = getattr(self, name)
@@ -157,6 +163,7 @@ class Plan:
         }
         tensors = self.scales | {_HEADS + k: v for k, v in self.heads.items()}
         tensors |= {_COLUMNS + k: v for k, v in self.columns.items()}
+        tensors |= {_SHIFTS + k: v for k, v in self.shifts.items()}
         if self.evidence is not None:
             meta["evidence"], seen = encoded_evidence(self.evidence)
             tensors |= {_EVIDENCE + k: v for k, v in seen.items()}
@@ -242,13 +249,14 @@ def _decoded(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
     return Plan(
         _fields(Recipe, _old_recipe(meta["recipe"]) if version == 2 else meta["recipe"]),
         meta["call"],
-        {k: v for k, v in tensors.items() if not k.startswith((_HEADS, _COLUMNS, _EVIDENCE))},
+        {k: v for k, v in tensors.items() if not k.startswith((_HEADS, _COLUMNS, _SHIFTS, _EVIDENCE))},
         tuple(_fields(LayerPlan, l) for l in meta["layers"]),
         tuple(_fields(AttentionPlan, a) for a in meta["attention"]),
         {k.removeprefix(_HEADS): v for k, v in tensors.items() if k.startswith(_HEADS)},
         {k.removeprefix(_COLUMNS): v for k, v in tensors.items() if k.startswith(_COLUMNS)},
         decoded_evidence(evidence, seen) if evidence is not None or seen else None,
         None if meta.get("shard") is None else _fields(Shard, meta["shard"]),
+        {k.removeprefix(_SHIFTS): v for k, v in tensors.items() if k.startswith(_SHIFTS)},
     )
 
 

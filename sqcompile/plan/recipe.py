@@ -56,10 +56,10 @@ class Recipe:
             spreads outliers over a block (weights are rotated beforehand; `sqcompile.kernels.rotation`): "none", "auto"
             (each input's block of 16, 32, 64 or 128, or none, by the error on the calibration sample), or the size of the
             blocks, for every input whose channels it divides.
-        overrides: other values of alpha, activation, weight, smooth, rotate, spikes, min_speedup and lm_head for some linears,
+        overrides: other values of alpha, activation, weight, smooth, rotate, shift, spikes, min_speedup and lm_head for some linears,
             and ``"skip": True`` for those that stay in float: a dict of such dicts by patterns, which name linears as those
             of ``skip`` do. Of two that name one linear, the later wins. Linears that read one input share its
-            activation, rotation and α.
+            activation, rotation, shift and α.
         max_degradation: percent of perplexity that the model may lose, as far as the calibration sample tells (its KL
             divergence and one standard error), or of the value of an ``evaluate`` that is passed to `compile`. The linears
             that cost most for their share of the INT8 work stay in float, as few as will do. None for no limit.
@@ -67,6 +67,8 @@ class Recipe:
             leaves such an input a scale for each token at run time, if that makes its error a quarter or less, and one of
             the few that cost the outputs most, if that halves what it costs (with gradients: alpha="auto"); "static"
             never does.
+        shift: whether the mean of a LayerNorm's output is taken off what linears read, by the norm's bias and theirs, where
+            their roundings become smaller for it (arXiv 2304.09145). Nothing is computed for it at run time.
 
     Raises:
         RecipeError: if a value is of another type or out of range, or two contradict each other.
@@ -86,6 +88,7 @@ class Recipe:
     overrides: Mapping[str, Mapping[str, Any]] | Overrides = ()
     max_degradation: float | None = None
     spikes: Spikes = "dynamic"
+    shift: bool = False
 
     def __post_init__(self) -> None:
         if self.activation not in get_args(Activation):
@@ -114,7 +117,7 @@ class Recipe:
             raise RecipeError(
                 f"rotate={self.rotate!r}: 'auto', 'none', or the size of the blocks, one of {', '.join(map(str, BLOCKS))}"
             )
-        for name in ("smooth", "lm_head"):
+        for name in ("smooth", "lm_head", "shift"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name}={getattr(self, name)!r}: True or False")
         object.__setattr__(self, "skip", _patterns(self.skip))
@@ -224,10 +227,10 @@ ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 # weights with per-token activations, the combination that keeps Llama-class models intact, and leaves attention float;
 # "fp8" is the same in another number format.
 PRESETS: dict[str, Recipe] = {
-    "default": Recipe("auto", rotate="auto"),
-    "O1": Recipe("auto", weight="per_tensor", activation="per_token", attention="qk_pv", rotate="auto"),
-    "O2": Recipe("auto", weight="per_tensor", activation="per_tensor", attention="qk_pv", rotate="auto"),
-    "O3": Recipe("auto", weight="per_tensor", activation="per_tensor_static", attention="qk_pv", rotate="auto"),
+    "default": Recipe("auto", rotate="auto", shift=True),
+    "O1": Recipe("auto", weight="per_tensor", attention="qk_pv", rotate="auto", shift=True),
+    "O2": Recipe("auto", "per_tensor", "per_tensor", attention="qk_pv", rotate="auto", shift=True),
+    "O3": Recipe("auto", "per_tensor_static", "per_tensor", attention="qk_pv", rotate="auto", shift=True),
     "fp8": Recipe(alpha=ALPHAS, dtype="fp8"),
 }
 

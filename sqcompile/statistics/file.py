@@ -76,13 +76,14 @@ def read_statistics(folder: str, file: str) -> Calibration:
 def _stats(found: dict[str, Tensor], count: Any) -> InputStats:
     rows, experts = found["rows"], found["tokens"].numel()
     r, k = rows.shape
-    shapes = {"halves": (2, k), "half": (r,), "experts": (r,), "keys": (r,), "sizes": (SIZES,), "tokens": (experts,)}
+    channels = {"lowest": (2, k), "highest": (2, k), "offset": (k,)}
+    counts = {"half": (r,), "experts": (r,), "keys": (r,), "sizes": (SIZES,), "tokens": (experts,)}
     good = (
         type(count) is int
         and rows.is_floating_point()
-        and found["halves"].dtype == torch.float32
-        and all(tuple(found[n].shape) == shape for n, shape in shapes.items())
-        and all(found[n].dtype == _WHOLE for n in shapes if n != "halves")
+        and all(tuple(found[n].shape) == shape for n, shape in (channels | counts).items())
+        and all(found[n].dtype == torch.float32 for n in channels)
+        and all(found[n].dtype == _WHOLE for n in counts)
     )
     if not good:
         raise ValueError("statistics of other shapes")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ class InputStats:
     """Statistics of one linear's input, or of an attention's queries, keys or values, over all calibration tokens.
 
     Attributes:
-        halves: float32 [2, K], max|X_j| per channel of either half of the tokens: what one half says about tokens that
-            it does not hold can be tried on the other.
+        lowest, highest: float32 [2, K], the least and the largest X_j of either half of the tokens: what one half says about
+            tokens that it does not hold can be tried on the other. Of no tokens inf and -inf.
         rows: [R, K] in the input's dtype, a uniform sample of at most 128 tokens.
         half: int64 [R], the half of each sampled row.
         count: number of tokens seen; 0 where nothing but the largest values is known, see `of_absmax`.
@@ -31,9 +31,11 @@ class InputStats:
         tokens: int64 [E], tokens seen by each expert; [1] where there are no experts.
         sizes: int64 [B], how many tokens have their largest value in each quarter of an octave, from 2^-150 on.
         keys: int64 [R], the random number of each sampled row, by which it was chosen; the largest first.
+        offset: float32 [K], what was taken off every token (`shifted`); the statistics are of what is left.
     """
 
-    halves: Tensor
+    lowest: Tensor
+    highest: Tensor
     rows: Tensor
     half: Tensor
     experts: Tensor
@@ -41,14 +43,17 @@ class InputStats:
     sizes: Tensor
     count: int
     keys: Tensor
+    offset: Tensor
 
     @staticmethod
     def empty(like: Tensor, experts: int | None) -> InputStats:
         """No tokens yet of an input [T, K]."""
         k = like.shape[-1]
         counts = torch.zeros(experts or 1, dtype=torch.int64, device=like.device)
+        none = torch.full((2, k), torch.inf, dtype=torch.float32, device=like.device)
         return InputStats(
-            torch.zeros(2, k, dtype=torch.float32, device=like.device),
+            none,
+            -none,
             like.new_empty(0, k),
             counts[:0],
             counts[:0],
@@ -56,6 +61,7 @@ class InputStats:
             torch.zeros(SIZES, dtype=torch.int64, device=like.device),
             0,
             counts[:0],
+            torch.zeros(k, dtype=torch.float32, device=like.device),
         )
 
     @staticmethod
@@ -65,13 +71,19 @@ class InputStats:
         There are no tokens: no rows, and no counts. ``like``: an input [T, K], for its dtype and device.
         """
         stats = InputStats.empty(like, experts)
-        stats.halves = absmax.to(stats.halves).expand(2, -1).contiguous()
+        stats.highest = absmax.to(stats.highest).expand(2, -1).contiguous()
+        stats.lowest = -stats.highest
         return stats
 
     @property
     def absmax_alone(self) -> bool:
         """Whether no token is known, so that nothing can be tried."""
         return self.count == 0
+
+    @property
+    def halves(self) -> Tensor:
+        """float32 [2, K], max|X_j| per channel of either half of the tokens; 0 of no tokens."""
+        return torch.maximum(-self.lowest, self.highest).clamp_min(0)
 
     @property
     def absmax(self) -> Tensor:
@@ -104,24 +116,23 @@ class InputStats:
         n, turns = len(x), len(self.tokens) > 1
         parts = (x[::2], x[1::2]) if turns else (x[: n // 2], x[n // 2 :])
         flip = batch % 2  # what stands at the front of every batch is not one half's alone
-        halves = torch.stack(
-            [
-                torch.maximum(h, p.abs().amax(0).float()) if len(p) else h
-                for h, p in zip(self.halves, parts[::-1] if flip else parts, strict=True)
-            ]
-        )
-        if not bool(halves.isfinite().all()):
-            return False
+        lowest, highest = torch.full_like(self.lowest, torch.inf), torch.full_like(self.highest, -torch.inf)
+        for h, p in enumerate(parts[::-1] if flip else parts):
+            if len(p):
+                ends = torch.stack(p.aminmax(dim=0)).float()
+                if not bool(ends.isfinite().all()):
+                    return False
+                lowest[h], highest[h] = ends
         keys, kept = _keys(n, seed, batch, x.device).topk(min(SAMPLE_ROWS, n))
         half = (kept % 2 if turns else (kept >= n // 2).long()) ^ flip
         tokens = experts.bincount(minlength=len(self.tokens))
-        new = InputStats(halves, x[kept], half, experts[kept], tokens, _sizes(x), n, keys)
+        new = InputStats(lowest, highest, x[kept], half, experts[kept], tokens, _sizes(x), n, keys, self.offset)
         vars(self).update(vars(self.merged(new)))
         return True
 
     def alike(self, other: InputStats) -> bool:
         """Whether both are of as many channels and experts."""
-        return self.halves.shape == other.halves.shape and self.tokens.shape == other.tokens.shape
+        return self.lowest.shape == other.lowest.shape and self.tokens.shape == other.tokens.shape
 
     def merged(self, other: InputStats) -> InputStats:
         """Statistics of both's tokens: those of one that has seen them all."""
@@ -131,9 +142,15 @@ class InputStats:
             torch.cat([mine, others])[best]
             for mine, others in ((self.rows, other.rows), (self.half, other.half), (self.experts, other.experts))
         )
-        halves, tokens = torch.maximum(self.halves, other.halves), self.tokens + other.tokens
-        sizes, count = self.sizes + other.sizes, self.count + other.count
-        return InputStats(halves, rows, half, experts, tokens, sizes, count, keys[best])
+        lowest, highest = torch.minimum(self.lowest, other.lowest), torch.maximum(self.highest, other.highest)
+        tokens, sizes, count = self.tokens + other.tokens, self.sizes + other.sizes, self.count + other.count
+        return InputStats(lowest, highest, rows, half, experts, tokens, sizes, count, keys[best], self.offset)
+
+    def shifted(self, offset: Tensor) -> InputStats:
+        """Statistics of the tokens less ``offset``, float32 [K]; `sizes` and which rows are sampled stay."""
+        rows = (self.rows.float() - offset).to(self.rows.dtype)
+        lowest, highest = self.lowest - offset, self.highest - offset
+        return replace(self, lowest=lowest, highest=highest, rows=rows, offset=self.offset + offset)
 
 
 def seed_of(name: str) -> int:

@@ -1,0 +1,108 @@
+"""shifts: the means that are taken off linears' inputs, where a norm can do that and a rounding becomes smaller for it.
+
+    Y = X Wᵀ + b = (X - c) Wᵀ + (b + W c)           (Outlier Suppression+, arXiv 2304.09145)
+
+Some channels of a LayerNorm's output lie far from zero for every token, by the norm's bias or by what the model has learned.
+The scale of a token has to reach them, though they say nothing: without their mean c the steps of all channels are finer.
+The norm's bias takes c, so that nothing is computed for it. Analysis only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from sqcompile.passes.ir.about import about
+from sqcompile.passes.ir.graph import Linear, effective_weight, evaluate, find_linears, nodes_by_name, value
+from sqcompile.passes.labels.match import Site
+from sqcompile.passes.labels.shiftable import shiftable
+from sqcompile.passes.planning.choice import Known
+from sqcompile.passes.planning.overrides import recipe_of
+from sqcompile.passes.planning.products import column_absmax
+from sqcompile.passes.planning.smoothing import smoothing_scale
+from sqcompile.passes.planning.stay_float import stay_float
+from sqcompile.plan.recipe import Recipe
+from sqcompile.statistics.input_stats import InputStats
+from sqcompile.statistics.observe import Calibration
+
+# A norm is changed where the noise of its linears' inputs is expected to become this much smaller.
+GAIN = 0.9
+# With which smoothing that is expected, as none is chosen yet.
+_ALPHA = 0.5
+
+
+def choose_shifts(
+    gm: fx.GraphModule,
+    sites: Sequence[Site],
+    calibration: Calibration,
+    recipe: Recipe,
+    known: Known,
+) -> dict[str, Tensor]:
+    """What is taken off the inputs of linears: c by linear name, float32 [K]; the same for all that read one norm.
+
+    c is the mean of the sampled tokens, moved to where the norm's bias less c is a number of the norm's dtype.
+
+    Args:
+        gm: a traced graph.
+        sites: what `match` found in it.
+        calibration: its statistics.
+        recipe: the user's choices.
+        known: largest values of weights, which are added to it.
+    """
+    found: dict[str, Tensor] = {}
+    linears, nodes, parallel = find_linears(gm), nodes_by_name(gm), about(gm).parallel
+    if not any(recipe_of(gm, l, recipe).shift for l in linears):
+        return found
+    floats = stay_float(gm, linears, calibration, recipe)
+    for s in shiftable(gm, sites):
+        stats = calibration.inputs.get(s.linears[0].name)
+        several = any("#" in l.name or f"{l.name}#2" in calibration.inputs for l in s.linears)
+        asked = all(recipe_of(gm, l, recipe).shift for l in s.linears)
+        if stats is None or stats.count < 2 or stats.unvarying() or several or not asked:
+            continue
+        quantized = [l for l in s.linears if l.name not in floats]
+        if not quantized or any(l.name not in calibration.inputs or parallel.dim(l.name) == 1 for l in s.linears):
+            continue
+        c = _mean(gm, nodes[s.norm], stats)
+        absmax = torch.stack([_column_absmax(gm, l, nodes, known) for l in quantized]).amax(0)
+        if any(parallel.dim(l.name) == 0 for l in quantized):
+            absmax = parallel.largest(absmax)
+        static = recipe_of(gm, quantized[0], recipe).activation == "per_tensor_static"
+        if _noise(stats.shifted(c), absmax, static) < GAIN * _noise(stats, absmax, static):
+            found |= {l.name: c for l in s.linears}
+    return found
+
+
+def shifted(calibration: Calibration, shifts: Mapping[str, Tensor]) -> Calibration:
+    """The statistics of a graph whose inputs are shifted: inputs that share statistics share the new ones."""
+    made: dict[tuple[int, int], InputStats] = {}
+    inputs = dict(calibration.inputs)
+    for name, c in shifts.items():
+        key = id(inputs[name]), id(c)
+        if key not in made:
+            made[key] = calibration.inputs[name].shifted(c)
+        inputs[name] = made[key]
+    return Calibration(inputs, calibration.batches, calibration.heads, calibration.sample)
+
+
+def _mean(gm: fx.GraphModule, norm: fx.Node, stats: InputStats) -> Tensor:
+    mean = stats.rows.float().mean(0)
+    bias = norm.args[3] if len(norm.args) > 3 else None
+    before = evaluate(gm, bias).float() if isinstance(bias, fx.Node) else torch.zeros_like(mean)
+    return before - (before - mean).to(value(norm).dtype).float()
+
+
+def _column_absmax(gm: fx.GraphModule, l: Linear, nodes: dict[str, fx.Node], known: Known) -> Tensor:
+    if l.name not in known.column_absmax:
+        known.column_absmax[l.name] = column_absmax(effective_weight(gm, l, nodes))
+    return known.column_absmax[l.name]
+
+
+def _noise(stats: InputStats, w_absmax: Tensor, static: bool) -> float:
+    """What roundings of an input are expected to cost, but for a constant: its squared steps, times the weight's columns."""
+    s = smoothing_scale(stats.absmax, w_absmax, _ALPHA)
+    x = stats.rows.float() / s
+    steps = (stats.absmax / s).amax() if static else x.abs().amax(1)
+    return float(steps.square().mean() * (w_absmax * s).square().sum())
