@@ -4,7 +4,7 @@
 ->
     %up.weight, %gate.weight: InputStats(highest=[2, K] of the larger of both, count=0)
 
-    Recipe(alpha="auto", rotate="auto")
+    Recipe(alpha="auto", rotate="auto", shift=True)
 ->
     Recipe(alpha=0.5, rotate="none")
 
@@ -35,7 +35,7 @@ _NAMED = 3  # linears in a message
 
 
 def settled(recipe: Recipe) -> Recipe:
-    """The recipe with what only tokens could choose decided: α is 0.5, and nothing is rotated. Fixed values stay.
+    """The recipe with what only tokens could choose decided: α is 0.5, nothing is rotated or shifted. Fixed values stay.
 
     Raises:
         RecipeError: for a wish that needs tokens.
@@ -50,7 +50,7 @@ def settled(recipe: Recipe) -> Recipe:
             f"max_degradation={recipe.max_degradation!r} with act_scales, which have no tokens to measure it on: leave it "
             "out, or pass calib_loader"
         )
-    chosen = _decided({"alpha": recipe.alpha, "rotate": recipe.rotate})
+    chosen = _decided({"alpha": recipe.alpha, "rotate": recipe.rotate, "shift": recipe.shift})
     overrides = {pattern: _decided(dict(fields)) for pattern, fields in recipe.by_pattern}
     return dataclasses.replace(recipe, **chosen, overrides=overrides)
 
@@ -63,6 +63,8 @@ def _decided(fields: dict[str, Any]) -> dict[str, Any]:
         raise RecipeError(f"alpha={alpha!r} with act_scales, which have no tokens to try them on: pass one of them")
     if fields.get("rotate") == "auto":
         fields["rotate"] = "none"
+    if "shift" in fields:
+        fields["shift"] = False
     return fields
 
 

@@ -40,6 +40,7 @@ from sqcompile.plan.recipe import Activation, Recipe
 from sqcompile.plan.shards import shard_of
 from sqcompile.statistics.observe import Calibration
 
+SHIFTED = "the mean of its input is taken off by a norm's bias"
 UNTRIED = "by largest values without tokens, so that no α was tried"
 
 
@@ -125,6 +126,8 @@ def choose(
             note = (note[0], f"{note[1]}; {UNTRIED}", note[2])
         if felt is not None and chooser.by_loss(quantized) and (blind := felt.blind(quantized)):
             note = (note[0], f"{note[1]}; chosen by its own error, as {blind}", note[2])
+        if quantized[0].name in shifts:
+            note = (note[0], f"{note[1]}; {SHIFTED}", note[2])
         notes.update({l.name: note for l in quantized})
     attention, heads = choose_attention(gm, chooser, attentions, set(floats))
     open_ = [l for l in linears if l.name not in floats]

@@ -23,7 +23,7 @@ changed for the site alone. Where nothing absorbs 1/s, it stands explicitly befo
     %mul_1 = mul(%w, %smooth_0_columns)
     %y = linear(%mul, %mul_1)
 
-What a plan takes off inputs goes first (`shift`). A linear's input is rotated where the plan says so, and its weight with it: H is its own inverse (`kernels.rotation`).
+What a plan takes off inputs goes before (`shift`). A linear's input is rotated where the plan says so, and its weight with it: H is its own inverse (`kernels.rotation`).
 
     %y = linear(%x, %w)
 ->
@@ -64,7 +64,7 @@ from sqcompile.passes.ir.graph import (
 from sqcompile.passes.labels.interpreter import vector_operand
 from sqcompile.passes.labels.match import Site
 from sqcompile.passes.labels.shiftable import Shiftable
-from sqcompile.passes.rewrite.shift import fold_cast, in_dtype, shift
+from sqcompile.passes.rewrite.shift import check_shifts, fold_cast, groups_of, in_dtype, shift_biases, shift_inputs
 from sqcompile.plan.plan import Plan
 
 
@@ -94,7 +94,8 @@ def fold(
             raise PlanError(f"the plan smooths {name!r}, which this model does not have: calibrate this model")
     balanced = {l.name for name in plan.scales for l, _ in by_name[name].balance}
     smoothed = {l.name for l in plan.layers if l.quantized and l.smoothing != "none"}
-    for l in find_linears(gm):
+    linears = find_linears(gm)
+    for l in linears:
         if l.name in smoothed - balanced:
             raise PlanError(
                 f"the plan smooths {l.name!r}, and has no scales for it in this model: calibrate this model"
@@ -107,7 +108,9 @@ def fold(
     for name in head_sites.keys() - head_scales.keys():
         raise PlanError(f"the plan smooths the attention {name!r}, and has no scales for it: calibrate this model")
     new = clone(gm)
-    shift(new, plan.shifts, norms)
+    check_shifts(linears, plan.shifts)
+    groups = groups_of(linears, plan.shifts, norms)
+    shift_biases(new, groups, plan.shifts)
     folder = _Folder(new)
     quantized = {l.name for l in plan.layers if l.quantized}
     rotations = {l.name: l.rotation for l in plan.layers if l.rotation is not None}
@@ -120,6 +123,7 @@ def fold(
             folder.site(site, pick(s, classes).reciprocal(), f"queries_{i}", quantized)
         for site, classes in head.keys:
             folder.site(site, pick(s, classes), f"keys_{i}", quantized)
+    shift_inputs(new, groups, plan.shifts, folder.columns)
     for l in find_linears(new):
         if (block := rotations.get(l.name)) is not None:
             folder.rotate(l, block)
@@ -132,6 +136,7 @@ class _Folder:
         self.nodes = nodes_by_name(gm)
         self.const = constants(gm)
         self.rotated: dict[tuple[fx.Node, int], fx.Node] = {}
+        self.columns: dict[str, Tensor] = {}  # s by linear, where its input is divided by it
 
     def site(self, site: Site, s: Tensor, name: str, quantized: set[str]) -> None:
         producer = self.nodes[site.producer]
@@ -198,6 +203,7 @@ class _Folder:
 
     def _columns(self, linear: Linear, s: Tensor, name: str) -> None:
         self._change(self.nodes[linear.node], 1, aten.mul.Tensor, s, f"{name}_columns")
+        self.columns[linear.name] = s
 
     def _norm(self, node: fx.Node, s: Tensor, name: str) -> None:
         """Divides a norm's weight and bias; a norm without a weight gets one."""
@@ -214,7 +220,7 @@ class _Folder:
 
     def _multiply(self, site: Site, s: Tensor, name: str, quantized: set[str]) -> None:
         users = [(l, self.nodes[l.node]) for l, _ in site.balance if l.name in quantized]
-        x, _, _ = linear_operands(users[0][1])  # what is left of the producer, if it was shifted
+        x = self.nodes[site.producer]
         with self.gm.graph.inserting_before(min(u for _, u in users)):
             smoothed = self._scaled(x, aten.mul.Tensor, s.reciprocal().to(value(x).device), name)
         for linear, user in users:

@@ -34,17 +34,16 @@ from sqcompile.passes.ir.graph import (
     add_op,
     add_tensor,
     aten,
-    find_linears,
     linear_operands,
     nodes_by_name,
     value,
 )
 from sqcompile.passes.labels.shiftable import Shiftable
 
+Group = tuple[str | None, list[Linear]]  # the node of the norm that takes c, if one does, and the linears
 
-def groups_of(
-    linears: Sequence[Linear], shifts: Mapping[str, Tensor], norms: Sequence[Shiftable]
-) -> list[tuple[str | None, list[Linear]]]:
+
+def groups_of(linears: Sequence[Linear], shifts: Mapping[str, Tensor], norms: Sequence[Shiftable]) -> list[Group]:
     """The shifted linears of a graph: those of each norm that can take their c, and then those that read one tensor.
 
     Args:
@@ -53,7 +52,7 @@ def groups_of(
         norms: of the graph (`shiftable`).
     """
     left = {l.name: l for l in linears if l.name in shifts}
-    found: list[tuple[str | None, list[Linear]]] = []
+    found: list[Group] = []
     for norm in norms:
         mine = [left[l.name] for l in norm.linears if l.name in left]
         if len(mine) == len(norm.linears) and _one(mine, shifts):
@@ -66,30 +65,53 @@ def groups_of(
     return found + [(None, same) for same in readers.values()]
 
 
-def shift(gm: fx.GraphModule, shifts: Mapping[str, Tensor], norms: Sequence[Shiftable]) -> None:
-    """Takes c off the inputs of linears and adds W c to their outputs. In place.
-
-    Raises:
-        PlanError: if c is of another size than the linear's channels, or a shifted bias overflows the model's dtype.
-    """
-    linears = find_linears(gm)
+def check_shifts(linears: Sequence[Linear], shifts: Mapping[str, Tensor]) -> None:
+    """Raises PlanError if c of a linear is of another size than its channels."""
     for l in linears:
         if l.name in shifts and (l.experts or tuple(shifts[l.name].shape) != (l.in_features,)):
             raise PlanError(f"the plan shifts {l.name!r}, which has other channels in this model: calibrate this model")
+
+
+def shift_biases(gm: fx.GraphModule, groups: Sequence[Group], shifts: Mapping[str, Tensor]) -> None:
+    """Subtracts c from the norms' biases, and adds W c to those of all shifted linears. In place, before anything is scaled."""
     nodes = nodes_by_name(gm)
-    for i, (norm, group) in enumerate(groups_of(linears, shifts, norms)):
-        name, users = f"shift_{i}", [nodes[l.node] for l in group]
-        x, _, _ = linear_operands(users[0])
-        c = shifts[group[0].name].to(value(x).device)
+    for i, (norm, group) in enumerate(groups):
+        users = [nodes[l.node] for l in group]
+        c = _there(shifts, group[0], users[0])
         if norm is not None:
-            _norm(gm, nodes[norm], c, name)
-        else:
-            with gm.graph.inserting_before(min(users)):
-                less = in_dtype(gm, aten.sub.Tensor, x, add_tensor(gm, name, c))
-            for user in users:
-                user.update_arg(0, less)
+            _norm(gm, nodes[norm], c, f"shift_{i}")
         for user in users:
-            _bias(gm, user, c, name)
+            _bias(gm, user, c, f"shift_{i}")
+
+
+def shift_inputs(
+    gm: fx.GraphModule, groups: Sequence[Group], shifts: Mapping[str, Tensor], columns: Mapping[str, Tensor]
+) -> None:
+    """Subtracts c/s from inputs that no norm does it for. In place.
+
+    ``columns``: s by linear, float32 [K], by which an input is divided already.
+    """
+    nodes = nodes_by_name(gm)
+    for i, (norm, group) in enumerate(groups):
+        made: list[tuple[fx.Node, Tensor, fx.Node]] = []
+        for l in group if norm is None else []:
+            user = nodes[l.node]
+            x, _, _ = linear_operands(user)
+            c = _there(shifts, l, user)
+            c = c / columns[l.name].to(c.device) if l.name in columns else c
+            less = next((n for of, taken, n in made if of is x and torch.equal(taken, c)), None)
+            if less is None:
+                with gm.graph.inserting_before(min(nodes[l.node] for l in group)):
+                    source: Any = x.args[0] if x.meta.get(FOLD_CAST) else x
+                    less = add_op(gm, aten.sub.Tensor, source, add_tensor(gm, f"shift_{i}", c))
+                    less = fold_cast(gm, less, value(x).dtype)
+                made.append((x, c, less))
+            user.update_arg(0, less)
+
+
+def _there(shifts: Mapping[str, Tensor], l: Linear, user: fx.Node) -> Tensor:
+    """c of a linear, where its input is."""
+    return shifts[l.name].to(value(linear_operands(user)[0]).device)
 
 
 def _one(linears: Sequence[Linear], shifts: Mapping[str, Tensor]) -> bool:

@@ -30,8 +30,9 @@ from sqcompile.passes.ir.operators import Fact, having
 
 _SAME = having(Fact.COPY, Fact.CAST, Fact.MOVE)  # values, whatever their dtype and place
 
-# The tensors that `fold` adds: for the i-th site, or attention, of a plan.
-_ADDED = re.compile(r"(smooth|queries|keys)_(\d+)")
+# The tensors that `fold` adds: for the i-th site, attention or shifted group of linears.
+_ADDED = re.compile(r"(smooth|queries|keys|shift)_(\d+)")
+_KINDS = {"smooth": "smooth", "shift": "shift", "queries": "heads", "keys": "heads"}
 
 Undo = Callable[[Tensor], Tensor]
 
@@ -44,7 +45,8 @@ class Change:
         leaf: the parameter, by the name that the graph has for it; None where there is none.
         after: the node that is read instead.
         undo: what makes of its value one of the parameter; None where nothing does.
-        scales: which of the plan's scales are in it: ("smooth", i) of the i-th site, ("heads", i) of the i-th attention.
+        scales: what of the plan is in it: ("smooth", i) is the i-th site's scale, ("heads", i) the i-th attention's, and
+            ("shift", i) what is taken off the inputs of the i-th group of linears.
         why: why there is no ``leaf`` or no ``undo``, in words; else "".
     """
 
@@ -135,7 +137,7 @@ def _change(
 ) -> Change:
     was = old.args[argument] if old is not None and argument < len(old.args) else None
     if not isinstance(was, fx.Node) or was not in const:
-        return Change(None, a, None, new, "no parameter is there that could absorb 1/s")
+        return Change(None, a, None, new, "there is no parameter for it")
     steps = _steps(was)
     if isinstance(steps, str):
         return Change(None, a, None, new, steps)
@@ -194,7 +196,7 @@ def _inverse(node: fx.Node, layout_alone: bool) -> Undo | None:
 
 def _scales(n: fx.Node) -> list[tuple[str, int]]:
     found = _ADDED.match(str(n.target))
-    return [] if found is None else [("smooth" if found[1] == "smooth" else "heads", int(found[2]))]
+    return [] if found is None else [(_KINDS[found[1]], int(found[2]))]
 
 
 def _agree(folded: fx.GraphModule, leaf: str, changes: list[Change]) -> bool:

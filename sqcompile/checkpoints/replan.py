@@ -4,7 +4,7 @@ Before:  scales {"g -> q, k": s, "input -> o": s}, o rotated, down with a static
 After:   scales {"g -> q, k": s}, o as it is, down with a scale for each token
 
 An explicit x·(1/s) and a rotation are operations, for which a model of another tool has no place. Nor has it two values
-for one parameter. Such sites are left unsmoothed, and rotations out. A static scale that was calibrated on what the input
+for one parameter, or a bias that the float model has not. Such sites are left unsmoothed or unshifted, and rotations out. A static scale that was calibrated on what the input
 would have been is none for what it is now: the linear gets a scale for each token instead, which needs no calibration.
 """
 
@@ -17,12 +17,16 @@ from dataclasses import dataclass
 from torch import fx
 
 from sqcompile.checkpoints.parameters import Parameters, find_parameters
+from sqcompile.passes.ir.graph import find_linears
 from sqcompile.passes.labels.match import match
+from sqcompile.passes.labels.shiftable import shiftable
+from sqcompile.passes.rewrite.shift import groups_of
 from sqcompile.pipeline import rewrite
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.names import refusal_lines
 from sqcompile.plan.plan import Plan
 
+UNSHIFTED = "keeps the mean of its input"
 ROTATED = "is not rotated, as no parameter can do that"
 MULTIPLIED = "is not smoothed, as no parameter can absorb 1/s"
 
@@ -61,7 +65,7 @@ def representable(traced: fx.GraphModule, plan: Plan, saved: set[str]) -> tuple[
         found = find_parameters(traced, rewrite(traced, plan, "folded", shown=False), saved)
         if not found.failed:
             return plan, found, changed
-        plan, more = _drop(plan, found, balance)
+        plan, more = _unshifted(traced, plan, found) or _drop(plan, found, balance)
         changed += more
 
 
@@ -103,6 +107,19 @@ def _unsmoothed(
     return dataclasses.replace(plan, scales=scales, columns=columns), [
         Changed(n, why[n]) for n in why if n in quantized
     ]
+
+
+def _unshifted(traced: fx.GraphModule, plan: Plan, found: Parameters) -> tuple[Plan, list[Changed]] | None:
+    """Without what no new values of biases express; None where that is none. Scales that are in the way, too, may be so no more."""
+    groups = groups_of(find_linears(traced), plan.shifts, shiftable(traced, match(traced)[0])) if plan.shifts else []
+    failed = {i: reason for scales, reason in found.failed for kind, i in sorted(scales) if kind == "shift"}
+    why = {l.name: f"{UNSHIFTED}: {reason}" for i, reason in failed.items() for l in groups[i][1]}
+    if not why:
+        return None
+    quantized = {l.name for l in plan.layers if l.quantized}
+    plan = _with_layers(plan, {n: {"reason": why[n]} for n in quantized.intersection(why)})
+    shifts = {n: c for n, c in plan.shifts.items() if n not in why}
+    return dataclasses.replace(plan, shifts=shifts), [Changed(n, why[n]) for n in why if n in quantized]
 
 
 def _drop(plan: Plan, found: Parameters, balance: Mapping[str, list[str]]) -> tuple[Plan, list[Changed]]:

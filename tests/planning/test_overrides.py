@@ -148,9 +148,9 @@ def test_graphs_are_right_and_a_saved_plan_gives_the_same(llama, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"*.q_proj": {"alpha": 0.8}}, r"q_proj.weight and .*k_proj.weight are smoothed .* first alpha=0.8, the second alpha=0.5"),
+        ({"*.q_proj": {"alpha": 0.8}}, r"q_proj.weight and .*k_proj.weight are smoothed,.* first alpha=0.8, the second alpha=0.5"),
         ({"*.up_proj": {"rotate": 16}}, r"gate_proj.weight and .*up_proj.weight are .* first rotate='none', the second rotate=16"),
-        ({"*.k_proj": {"smooth": False}}, r"q_proj.weight and .*k_proj.weight are smoothed .* first smooth=True"),
+        ({"*.k_proj": {"smooth": False}}, r"q_proj.weight and .*k_proj.weight are smoothed,.* first smooth=True"),
         ({"*.v_proj": {"activation": "per_tensor"}}, r"q_proj.weight and .*v_proj.weight read one input, .*'per_token'.*'per_tensor'"),
         ({"*.dwon_proj": {"alpha": 0.8}}, r"overrides\['\*.dwon_proj'\] names no linear of this model; its linears are"),
     ],

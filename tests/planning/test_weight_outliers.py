@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import relative_error
@@ -10,6 +12,9 @@ from torch import Tensor, nn
 import sqcompile
 from sqcompile import NothingToQuantizeError, Recipe
 from sqcompile.passes.planning import weight_outliers
+from sqcompile.plan.recipe import resolve_recipe
+
+UNSHIFTED = {name: dataclasses.replace(resolve_recipe(name), shift=False) for name in ("default", "O1")}
 
 
 class Block(nn.Module):
@@ -50,7 +55,7 @@ def up_of(net: sqcompile.CompiledModel) -> sqcompile.LayerPlan:
 @pytest.mark.parametrize("kind", ["values", "columns"])
 @pytest.mark.parametrize(
     "recipe",
-    ["default", "O1", Recipe(smooth=False), Recipe(smooth=False, rotate=64)],
+    [UNSHIFTED["default"], UNSHIFTED["O1"], Recipe(smooth=False), Recipe(smooth=False, rotate=64)],
     ids=["default", "per tensor", "plain", "rotated"],
 )
 def test_planted_outliers_are_found_and_said(kind, recipe, monkeypatch):
@@ -59,7 +64,7 @@ def test_planted_outliers_are_found_and_said(kind, recipe, monkeypatch):
     layer = up_of(net)
     assert not layer.quantized and layer.reason.startswith("its weight has outliers, up to ")
     assert "dB of the other values in INT8" in layer.reason and layer.reason in str(net.report)
-    assert ("one scale for all of it" in layer.reason) == (recipe == "O1")
+    assert ("one scale for all of it" in layer.reason) == (recipe == UNSHIFTED["O1"])
     assert next(l for l in net.plan.layers if l.name == "down.weight").quantized
     with torch.no_grad():
         inside = model(x) - x  # without the residual
@@ -70,6 +75,15 @@ def test_planted_outliers_are_found_and_said(kind, recipe, monkeypatch):
         bad = relative_error(unaware(x) - x, inside)
     assert good < 0.02 and bad > 5 * good
     assert up_of(unaware).sqnr_db > 30  # which does not say it: what the outliers give is most of the output
+
+
+@pytest.mark.parametrize("kind", ["values", "columns"])
+def test_outliers_that_meet_constants_are_quantized_where_these_are_taken_off(kind):
+    model, x = Block(kind, 3000.0).eval(), batches(range(9, 10))[0]
+    net = compiled(model, "default")
+    assert up_of(net).quantized and "up.weight" in net.plan.shifts
+    with torch.no_grad():
+        assert relative_error(net(x) - x, model(x) - x) < 0.02
 
 
 @pytest.mark.parametrize("recipe", ["default", "O1", "O3", "fp8", Recipe(alpha="auto", rotate="auto")], ids=str)
