@@ -38,6 +38,7 @@ def quantize(
     weight: o.Weight = None,
     smooth: o.Smooth = None,
     rotate: o.Rotate = None,
+    shift: o.Shift = None,
     skip: o.Skip = None,
     lm_head: o.LmHead = None,
     attention: o.Attention = None,
@@ -76,7 +77,7 @@ def quantize(
         from sqcompile.process.memory import bytes_of
 
         fields = {
-            "alpha": alpha, "activation": activation, "weight": weight, "smooth": smooth, "rotate": rotate,
+            "alpha": alpha, "activation": activation, "weight": weight, "smooth": smooth, "rotate": rotate, "shift": shift,
             "skip": tuple(skip) if skip else None, "lm_head": lm_head, "attention": attention, "qk": qk, "spikes": spikes,
             "min_speedup": min_speedup, "max_degradation": max_degradation, "overrides": overrides, "dtype": number_format,
         }  # fmt: skip

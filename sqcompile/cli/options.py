@@ -41,6 +41,10 @@ Smooth = Annotated[
     bool | None, typer.Option("--smooth/--no-smooth", rich_help_panel="Recipe", help="whether to smooth")
 ]
 Rotate = Annotated[str | None, typer.Option(rich_help_panel="Recipe", help="auto, none, 16, 32, 64 or 128")]
+Shift = Annotated[
+    bool | None,
+    typer.Option("--shift/--no-shift", rich_help_panel="Recipe", help="whether biases may take means off inputs"),
+]
 Skip = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", rich_help_panel="Recipe", help="a module that stays in float; repeatable"),
