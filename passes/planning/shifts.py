@@ -57,21 +57,27 @@ def choose_shifts(
         return found
     floats = stay_float(gm, linears, calibration, recipe)
     for s in shiftable(gm, sites):
-        stats = calibration.inputs.get(s.linears[0].name)
+        quantized = [l for l in s.linears if l.name not in floats]
+        # the bias of a linear in float is rounded to its dtype: more than W (x - c) bears, in bfloat16
+        exact = len(quantized) == len(s.linears) or value(nodes[s.norm]).dtype == torch.float32
         several = any("#" in l.name or f"{l.name}#2" in calibration.inputs for l in s.linears)
         asked = all(recipe_of(gm, l, recipe).shift for l in s.linears)
-        if stats is None or stats.count < 2 or stats.unvarying() or several or not asked:
+        if several or not asked or not (quantized and exact) or any(parallel.dim(l.name) == 1 for l in s.linears):
             continue
-        quantized = [l for l in s.linears if l.name not in floats]
-        if not quantized or any(l.name not in calibration.inputs or parallel.dim(l.name) == 1 for l in s.linears):
+        stats = [calibration.inputs.get(l.name) for l in s.linears]
+        first = stats[0]
+        told = first is not None and first.count > 1 and None not in stats and not first.unvarying()
+        if not parallel.every([told])[0]:
             continue
-        c = _mean(gm, nodes[s.norm], stats)
+        assert first is not None
+        c = _mean(gm, nodes[s.norm], first)
         absmax = torch.stack([_column_absmax(gm, l, nodes, known) for l in quantized]).amax(0)
         if any(parallel.dim(l.name) == 0 for l in quantized):
             absmax = parallel.largest(absmax)
         static = recipe_of(gm, quantized[0], recipe).activation == "per_tensor_static"
-        if _noise(stats.shifted(c), absmax, static) < GAIN * _noise(stats, absmax, static):
-            found |= {l.name: c for l in s.linears}
+        gains = _noise(first.shifted(c), absmax, static) < GAIN * _noise(first, absmax, static)
+        if parallel.every([gains])[0]:
+            found |= dict.fromkeys((l.name for l in s.linears), c)
     return found
 
 

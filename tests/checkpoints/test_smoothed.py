@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoint_cases import STATIC, exported, logits, planned, weights
 from conftest import relative_error, tiny_lm
+from families import build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sqcompile
@@ -17,6 +18,7 @@ from sqcompile.checkpoints import directory
 from sqcompile.checkpoints import export as export_module
 from sqcompile.checkpoints.export import MARK
 from sqcompile.lm.load import DATA, load_tokenizer
+from sqcompile.passes.planning import shifts
 
 
 def loaded(model, path):
@@ -211,3 +213,19 @@ def test_a_plan_on_the_disk_and_a_static_one(tmp_path):
     done = export(model, tmp_path / "plan", "smoothed", str(tmp_path / "out"))
     assert done.plan == plan and done.path == str(tmp_path / "out")
     assert str(done).splitlines()[0].endswith("12 of 15 linears smoothed, 0.3 MB")
+
+
+@pytest.mark.parametrize(("family", "kept"), [("opt", {"q_proj", "k_proj", "v_proj", "fc1"}), ("falcon 7b", set())])
+def test_shifts_are_written_where_the_checkpoint_has_the_biases(family, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(shifts, "GAIN", float("inf"))
+    model, call = build(family)
+    recipe = Recipe(0.5, shift=True, lm_head=True, activation="per_tensor_static")
+    plan = sqcompile.calibrate(model, [call], recipe=recipe, progress=False)
+    assert "lm_head.weight" in plan.shifts  # which has no bias, and falcon's others have none
+    done = export(model, plan, "smoothed", tmp_path / "out")
+    assert {n.split(".")[-2] for n in done.plan.shifts} == kept
+    dropped = plan.shifts.keys() - done.plan.shifts.keys()
+    assert {c.name for c in done.changed if c.what.startswith("keeps the mean of its input: ")} == dropped
+    assert all(l.input_scale is None for l in done.plan.layers if l.name in dropped)
+    done.plan.check()
+    assert relative_error(logits(loaded(model, tmp_path / "out"), call), logits(model, call)) <= 1e-5
