@@ -74,9 +74,7 @@ def choose_shifts(
         absmax = torch.stack([_column_absmax(gm, l, nodes, known) for l in quantized]).amax(0)
         if any(parallel.dim(l.name) == 0 for l in quantized):
             absmax = parallel.largest(absmax)
-        static = recipe_of(gm, quantized[0], recipe).activation == "per_tensor_static"
-        gains = _noise(first.shifted(c), absmax, static) < GAIN * _noise(first, absmax, static)
-        if parallel.every([gains])[0]:
+        if parallel.every([_noise(first.shifted(c), absmax) < GAIN * _noise(first, absmax)])[0]:
             found |= dict.fromkeys((l.name for l in s.linears), c)
     return found
 
@@ -106,9 +104,11 @@ def _column_absmax(gm: fx.GraphModule, l: Linear, nodes: dict[str, fx.Node], kno
     return known.column_absmax[l.name]
 
 
-def _noise(stats: InputStats, w_absmax: Tensor, static: bool) -> float:
-    """What roundings of an input are expected to cost, but for a constant: its squared steps, times the weight's columns."""
+def _noise(stats: InputStats, w_absmax: Tensor) -> float:
+    """What roundings of an input are expected to cost, but for a constant: squared steps of tokens, times the weight's columns.
+
+    A static step is judged by tokens, too: that of the largest value alone says little of what limits are chosen later.
+    """
     s = smoothing_scale(stats.absmax, w_absmax, _ALPHA)
-    x = stats.rows.float() / s
-    steps = (stats.absmax / s).amax() if static else x.abs().amax(1)
+    steps = (stats.rows.float() / s).abs().amax(1)
     return float(steps.square().mean() * (w_absmax * s).square().sum())
