@@ -42,10 +42,9 @@ def begin(*libraries: Sequence[str], probe: bool) -> None:
 
 def built(*names: str, otherwise: str = CPU_KERNELS) -> Any | None:
     """The library of some files beside this one, one after the other; None, with a warning, where they do not build."""
-    ahead = _begun.get(names)
-    if ahead is not None and not ahead.cancel():  # else it has not begun, and is built here
-        with contextlib.suppress(Exception):  # of a compiler that Ctrl-C ended, too
-            return ahead.result()
+    with contextlib.suppress(Exception):  # of a compiler that Ctrl-C ended, too
+        if (library := _ended(names)) is not None:
+            return library
     try:
         return _build(names)
     except Exception as e:
@@ -54,6 +53,21 @@ def built(*names: str, otherwise: str = CPU_KERNELS) -> Any | None:
             stacklevel=2,
         )
         return None
+
+
+def probed() -> None:
+    """Waits until Inductor knows the vectors, where `begin` has it find out: who compiles would do so at the same time.
+
+    Its probe changes flags for a while, and may leave those of another thread: the same code has another hash then.
+    """
+    with contextlib.suppress(Exception):  # which Inductor meets again, and tells
+        _ended(())
+
+
+def _ended(names: tuple[str, ...]) -> Any | None:
+    """What was begun ahead, when it is there; None where nothing was, or it has not begun."""
+    ahead = _begun.get(names)
+    return None if ahead is None or ahead.cancel() else ahead.result()
 
 
 def _give_way() -> None:

@@ -37,10 +37,12 @@ class Known:
     Attributes:
         costs: of a site, its linears, whether by loss, and a candidate.
         column_absmax: max|W_:j| of a linear, float32 [K].
+        errors: of a linear, under the sum of its s, a rotation, and whether its input is dynamic: its own error.
     """
 
     costs: dict[tuple[str, tuple[str, ...], bool, float | None, int | None, bool], float] = field(default_factory=dict)
     column_absmax: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[tuple[str, float | None, int | None, bool], float] = field(default_factory=dict)
 
 
 Note = tuple[Smoothing, str, float | None]  # what was done with a linear's input, why, and the site's alpha

@@ -31,7 +31,7 @@ from sqcompile.plan.recipe import Recipe
 from sqcompile.statistics.observe import Calibration
 
 # what `Chooser.apply` adds to
-_CHOSEN = ("columns", "halves", "margins", "scales", "dynamic", "rotations", "rows", "producers")
+_CHOSEN = ("choices", "columns", "halves", "margins", "scales", "dynamic", "rotations", "rows", "producers")
 
 NO_SMOOTHING = "the recipe does not smooth"
 
@@ -53,6 +53,7 @@ class Chooser:
         self.gm, self.calibration, self.recipe, self.forced = gm, calibration, recipe, unsmoothed
         self.parallel = about(gm).parallel
         self.unsmoothed = unsmoothed or (None if recipe.smooth else NO_SMOOTHING)  # attentions
+        self.choices: dict[str, Choice] = {}  # for the site of a linear
         self.columns: dict[str, Tensor] = {}  # s of a linear's input channels, [K]
         self.halves: dict[str, Tensor] = {}  # s as chosen from either half of the tokens, [2, K]; for static scales
         self.margins: dict[str, float] = {}  # of a linear's static scale
@@ -106,6 +107,7 @@ class Chooser:
 
     def apply(self, site: Site, choice: Choice) -> None:
         """Smooths a site, and rotates its inputs."""
+        self.choices |= {l.name: choice for l, _ in site.balance}
         if choice.dynamic:
             self.dynamic |= {l.name: True for l, _ in site.balance}
         if choice.block is not None:
@@ -208,6 +210,16 @@ class Chooser:
 
         Static scales, and s with them, are those that the half of the tokens would give in which a row is not.
         """
+        choice = self.choices.get(l.name)
+        if choice is None or l.name in self.rows:  # which depend on what was chosen for other sites
+            return self._error(l)
+        s = self.columns.get(l.name)  # other linears of the site may stay in float by now
+        key = l.name, None if s is None else float(s.double().sum()), choice.block, choice.dynamic
+        if key not in self.known.errors:
+            self.known.errors[key] = self._error(l)
+        return self.known.errors[key]
+
+    def _error(self, l: Linear) -> float:
         stats = self.calibration.inputs[l.name]
         if not self.static(l) or l.name not in self.halved:
             return relative(*self.parallel.total(self._sums(l, slice(None), self.columns.get(l.name), None)))

@@ -41,6 +41,11 @@ class Transform:
     rows: Tensor | None = None
     across: Callable[[Tensor], Tensor] = lambda scale: scale
 
+    @property
+    def whole(self) -> bool:
+        """Whether the scales of W are its own, and not those of several shards."""
+        return self.across is Transform.across
+
     def input(self, x: Tensor) -> Tensor:
         """x [..., K] diag(1/s) H in float32."""
         x = x.float() if self.columns is None else x.float() / self.columns

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sqcompile.kernels.cpu.rows import quantize as quantize_rows
 from sqcompile.kernels.products import product
-from sqcompile.kernels.qtypes import QType
+from sqcompile.kernels.qtypes import INT8, QType
 from sqcompile.kernels.reference import dequantize, quantize, weight_scale
 from sqcompile.passes.ir.graph import row_parts, row_step
 from sqcompile.passes.planning.loss import Transform
@@ -44,10 +45,10 @@ def noise_and_signal(
     step = row_step(weight, LARGEST)
     for part in parts if step == 1 else [slice(0, None, step)]:  # a few rows at a time: no float copy of the weight
         w = how.weight(weight, part)
-        w_scale = how.across(weight_scale(w, True, qtype.q_max)) if common is None else common
+        w_int, w_scale = _quantized(w, how, common, qtype)
         columns = weight[part].float().t()
         y, constant = x @ columns, offset @ columns
-        acc = product(x_int, quantize(w, w_scale, dtype=qtype.dtype))
+        acc = product(x_int, w_int)
         y_hat = dequantize(acc, x_scale, w_scale.flatten())
         if how.rows is not None:
             y_hat = y_hat * how.rows[part]
@@ -56,6 +57,14 @@ def noise_and_signal(
         noise += float((y_hat - y).square().sum())
     share = len(range(0, len(weight), step)) / len(weight)
     return noise / share, signal / share
+
+
+def _quantized(w: Tensor, how: Transform, common: Tensor | None, qtype: QType) -> tuple[Tensor, Tensor]:
+    """Rows of a weight in the number format, and their scales, float32 [N, 1] or [1, 1]; ``common``: those, where there are."""
+    if common is None and qtype is INT8 and how.whole and (found := quantize_rows(w.contiguous())) is not None:
+        return found  # the same, in one pass over memory
+    scale = how.across(weight_scale(w, True, qtype.q_max)) if common is None else common
+    return quantize(w, scale, dtype=qtype.dtype), scale
 
 
 def column_absmax(w: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from sqcompile.kernels.qtypes import QType
 from sqcompile.kernels.reference import weight_scale
 from sqcompile.passes.ir.graph import Linear, row_parts, row_step
 from sqcompile.passes.planning.error import Chooser
@@ -30,33 +31,6 @@ LEAST_DB = (
 )
 
 
-@dataclass
-class _Sums:
-    """Over rows of a weight.
-
-    Attributes:
-        signal: energy of ordinary values.
-        noise: energy of their errors.
-        largest: the largest value that a scale is made for, in medians of the row.
-    """
-
-    signal: float = 0.0
-    noise: float = 0.0
-    largest: float = 0.0
-
-    def add(self, w: Tensor, error: Tensor, limit: Tensor) -> None:
-        """Adds rows w [R, K], their errors, and the largest values that have their scales, [R, 1] or [1, 1].
-
-        Zeros, as of pruned weights, are no values.
-        """
-        size = w.abs()
-        median = torch.where(size > 0, size, math.nan).nanmedian(-1, keepdim=True).values.nan_to_num(0.0)
-        ordinary = size <= ORDINARY * median
-        self.signal += float((w.double().square() * ordinary).sum())
-        self.noise += float((error.double().square() * ordinary).sum())
-        self.largest = max(self.largest, float(torch.where(median > 0, limit / median, 0.0).amax()))
-
-
 def all_lost(chooser: Chooser, linears: Iterable[Linear], floats: Mapping[str, str]) -> dict[str, str]:
     """Of linears that do not stay in float: why too little is left of some, by name."""
     return {l.name: why for l in linears if l.name not in floats and (why := lost(chooser, l))}
@@ -64,36 +38,71 @@ def all_lost(chooser: Chooser, linears: Iterable[Linear], floats: Mapping[str, s
 
 def lost(chooser: Chooser, l: Linear) -> str | None:
     """In words, why too little is left of a linear's weight under the scales that were chosen for it, or None."""
-    weight, how = chooser.weight(l), chooser.transform(l, chooser.columns.get(l.name))
-    per_tensor, sums = chooser.own[l.name].weight == "per_tensor", _Sums()
-    for w in weight if l.experts else [weight]:
-        _add(sums, w, how, per_tensor, chooser)
-    sums.signal, sums.noise = chooser.parallel.total([sums.signal, sums.noise])
-    sums.largest = chooser.parallel.most([sums.largest])[0]
-    if sums.largest <= ORDINARY or not 0 < sums.noise < math.inf:
+    weight, how, qtype = chooser.weight(l), chooser.transform(l, chooser.columns.get(l.name)), chooser.qtype
+    matrices = [
+        _Matrix(w, how, chooser.own[l.name].weight == "per_tensor", qtype) for w in (weight if l.experts else [weight])
+    ]
+    largest = chooser.parallel.most([max(m.largest() for m in matrices)])[0]
+    if largest <= ORDINARY:  # as nearly all are: nothing is quantized for it
         return None
-    left = 10 * math.log10(sums.signal / sums.noise)
+    sums = [m.signal_and_noise() for m in matrices]
+    signal, noise = chooser.parallel.total([sum(x) for x in zip(*sums, strict=True)])
+    if not 0 < noise < math.inf:
+        return None
+    left = 10 * math.log10(signal / noise)
     if left >= LEAST_DB:
         return None
-    scale = "one scale for all of it" if per_tensor else "a scale for each row"
+    scale = "one scale for all of it" if matrices[0].per_tensor else "a scale for each row"
     return (
-        f"its weight has outliers, up to {sums.largest:.3g} times the median of their row: {scale} leaves {left:.1f} dB of "
-        f"the other values in {chooser.qtype.name.upper()}"
+        f"its weight has outliers, up to {largest:.3g} times the median of their row: {scale} leaves {left:.1f} dB of "
+        f"the other values in {qtype.name.upper()}"
     )
 
 
-def _add(sums: _Sums, w: Tensor, how: Transform, per_tensor: bool, chooser: Chooser) -> None:
-    """Adds one matrix [N, K]; of a large one, some rows."""
-    parts, common, q_max = row_parts(w), None, chooser.qtype.q_max
-    plain = replace(how, block=None)
-    if per_tensor:
-        common = torch.stack([weight_scale(how.weight(w, p), False, q_max) for p in parts]).amax().view(1, 1)
-        largest = torch.stack([plain.weight(w, p).abs().amax() for p in parts]).amax().view(1, 1)
-        common, largest = how.across(common), how.across(largest)
-    step = row_step(w, LARGEST)
-    for part in parts if step == 1 else [slice(0, None, step)]:
-        each = plain.weight(w, part)
-        rotated = how.rotated(each)
-        by = how.across(weight_scale(rotated, True, q_max)) if common is None else common
-        error = how.rotated(rounded(rotated, by, chooser.qtype) - rotated)  # a rotation is its own inverse
-        sums.add(each, error, each.abs().amax(-1, keepdim=True) if common is None else largest)
+class _Matrix:
+    """A weight [N, K] as it is quantized; of a large one, some rows."""
+
+    def __init__(self, w: Tensor, how: Transform, per_tensor: bool, qtype: QType) -> None:
+        self.w, self.how, self.per_tensor, self.qtype = w, how, per_tensor, qtype
+        self.plain, step = replace(how, block=None), row_step(w, LARGEST)
+        self.every = row_parts(w)
+        self.parts = self.every if step == 1 else [slice(0, None, step)]
+
+    def largest(self) -> float:
+        """The largest value that a scale is made for, in medians of the row; of rows below `ORDINARY` medians 0."""
+        found, limit = 0.0, None
+        if self.per_tensor:
+            limit = torch.stack([self.plain.weight(self.w, p).abs().amax() for p in self.every]).amax().view(1, 1)
+            limit = self.how.across(limit)
+        for part in self.parts:
+            size = self.plain.weight(self.w, part).abs()
+            of = (size.amax(-1, keepdim=True) if limit is None else limit).expand(len(size), 1)
+            # most values are above the largest by `ORDINARY`, and so is the median, which takes longer to find
+            rows = (2 * (size * ORDINARY >= of).sum(-1) <= (size > 0).sum(-1)).nonzero().flatten()
+            if len(rows):
+                median = _medians(size[rows])
+                found = max(found, float(torch.where(median > 0, of[rows] / median, 0.0).amax()))
+        return found
+
+    def signal_and_noise(self) -> tuple[float, float]:
+        """Energy of ordinary values, and of their errors."""
+        signal = noise = 0.0
+        common, q_max = None, self.qtype.q_max
+        if self.per_tensor:
+            scales = [weight_scale(self.how.weight(self.w, p), False, q_max) for p in self.every]
+            common = self.how.across(torch.stack(scales).amax().view(1, 1))
+        for part in self.parts:
+            w = self.plain.weight(self.w, part)
+            rotated = self.how.rotated(w)
+            by = self.how.across(weight_scale(rotated, True, q_max)) if common is None else common
+            error = self.how.rotated(rounded(rotated, by, self.qtype) - rotated)  # a rotation is its own inverse
+            size = w.abs()
+            ordinary = size <= ORDINARY * _medians(size)
+            signal += float((w.double().square() * ordinary).sum())
+            noise += float((error.double().square() * ordinary).sum())
+        return signal, noise
+
+
+def _medians(size: Tensor) -> Tensor:
+    """Of each row [R, K], [R, 1]; zeros, as of pruned weights, are no values."""
+    return torch.where(size > 0, size, math.nan).nanmedian(-1, keepdim=True).values.nan_to_num(0.0)

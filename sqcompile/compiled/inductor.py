@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.errors import StageError
+from sqcompile.kernels.cpu.build import probed
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.explain import fixed_sizes
 from sqcompile.passes.ir.graph import value
@@ -50,6 +51,7 @@ def inductor(
         "size_asserts": part,
         "alignment_asserts": False,
     }
+    probed()
     with torch.no_grad(), config.patch(options), tracing(TracingContext(mode)), _unlisted_modules(), open_batches():
         run: Any = compile_fx(flat, fakes)
     _drop_graph(run)

@@ -68,6 +68,20 @@ def test_what_ctrl_c_ended_is_built_again(gate, monkeypatch):
     assert build.built("bad.cpp") == "built"
 
 
+def test_who_compiles_waits_for_the_probe_that_has_begun(gate, monkeypatch):
+    """Two probes at a time leave each other's flags behind."""
+    order = []
+    monkeypatch.setattr(inductor, "pick_vec_isa", lambda: (gate.wait(60), order.append("probed")))
+    build.probed()  # which nobody has begun
+    build.begin(probe=True)
+    while not build._begun[()].running():
+        pass
+    threading.Timer(0.2, gate.set).start()
+    build.probed()
+    order.append("compiled")
+    assert order == ["probed", "compiled"]
+
+
 def test_what_has_not_begun_is_not_waited_for(gate):
     build.begin(["a.cpp"], ["b.cpp"], ["c.cpp"], probe=False)  # by two threads
     threading.Timer(0.2, gate.set).start()
