@@ -214,7 +214,7 @@ def producer_kind(n: fx.Node, is_linear: bool, const: set[fx.Node]) -> str | Non
     if is_linear:
         return "linear"
     if n.target in (aten.layer_norm.default, aten.rms_norm.default) and len(n.args[1]) == 1:  # type: ignore[arg-type]
-        return "norm"
+        return "norm" if all(a in const for a in n.args[2:4] if isinstance(a, fx.Node)) else None
     if n.target == aten.mul.Tensor and vector_operand(n, const) is not None:
         return "scale"
     return None

@@ -33,6 +33,7 @@ from sqcompile.passes.planning.sharing import Asked, Sharing
 from sqcompile.passes.planning.sqnr import sqnr_db
 from sqcompile.passes.planning.static_scales import warn_of_few
 from sqcompile.passes.planning.stay_float import check_any, float_layer, stay_float
+from sqcompile.plan.edit import shifts_of
 from sqcompile.plan.entries import LayerPlan, Smoothing
 from sqcompile.plan.evidence import Evidence
 from sqcompile.plan.plan import Plan
@@ -139,7 +140,8 @@ def choose(
     columns = {name: s for name, s in chooser.columns.items() if name not in floats}
     evidence = Evidence(curves=curves(_curves(first), _curves(best)))
     shard = shard_of(chooser.parallel)
-    return Plan(recipe, call, scales, layers, attention, heads, columns, evidence, shard, dict(shifts))
+    taken = shifts_of(shifts, {l.name for l in open_})
+    return Plan(recipe, call, scales, layers, attention, heads, columns, evidence, shard, taken)
 
 
 def _curves(best: Mapping[str, Best]) -> dict[str, Costs]:

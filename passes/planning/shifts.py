@@ -9,6 +9,7 @@ The norm's bias takes c, so that nothing is computed for it. Analysis only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -22,6 +23,7 @@ from sqcompile.passes.planning.choice import Known
 from sqcompile.passes.planning.overrides import recipe_of
 from sqcompile.passes.planning.products import column_absmax
 from sqcompile.passes.planning.smoothing import smoothing_scale
+from sqcompile.passes.planning.static_scales import has_halves
 from sqcompile.passes.planning.stay_float import stay_float
 from sqcompile.plan.recipe import Recipe
 from sqcompile.statistics.input_stats import InputStats
@@ -59,14 +61,14 @@ def choose_shifts(
     for s in shiftable(gm, sites):
         quantized = [l for l in s.linears if l.name not in floats]
         # the bias of a linear in float is rounded to its dtype: more than W (x - c) bears, in bfloat16
-        exact = len(quantized) == len(s.linears) or value(nodes[s.norm]).dtype == torch.float32
+        exact = all(l in quantized or value(nodes[l.node]).dtype == torch.float32 for l in s.linears)
         several = any("#" in l.name or f"{l.name}#2" in calibration.inputs for l in s.linears)
         asked = all(recipe_of(gm, l, recipe).shift for l in s.linears)
         if several or not asked or not (quantized and exact) or any(parallel.dim(l.name) == 1 for l in s.linears):
             continue
         stats = [calibration.inputs.get(l.name) for l in s.linears]
         first = stats[0]
-        told = first is not None and first.count > 1 and None not in stats and not first.unvarying()
+        told = first is not None and has_halves(first) and all(_same(x, first) for x in stats) and not first.unvarying()
         if not parallel.every([told])[0]:
             continue
         assert first is not None
@@ -74,7 +76,7 @@ def choose_shifts(
         absmax = torch.stack([_column_absmax(gm, l, nodes, known) for l in quantized]).amax(0)
         if any(parallel.dim(l.name) == 0 for l in quantized):
             absmax = parallel.largest(absmax)
-        if parallel.every([_noise(first.shifted(c), absmax) < GAIN * _noise(first, absmax)])[0]:
+        if parallel.every([_shifted_noise(first, c, absmax) < GAIN * _noise(first, first.rows, absmax)])[0]:
             found |= dict.fromkeys((l.name for l in s.linears), c)
     return found
 
@@ -104,11 +106,29 @@ def _column_absmax(gm: fx.GraphModule, l: Linear, nodes: dict[str, fx.Node], kno
     return known.column_absmax[l.name]
 
 
-def _noise(stats: InputStats, w_absmax: Tensor) -> float:
-    """What roundings of an input are expected to cost, but for a constant: squared steps of tokens, times the weight's columns.
+def _same(stats: InputStats | None, other: InputStats) -> bool:
+    """Whether linears have seen the same tokens: one may read a part of the norm, or other values in another graph."""
+    return stats is other or (
+        stats is not None and stats.count == other.count and torch.equal(stats.absmax, other.absmax)
+    )
+
+
+def _shifted_noise(stats: InputStats, c: Tensor, w_absmax: Tensor) -> float:
+    """`_noise` without a mean, of one half of the tokens, on the other half, which has not made it; of both."""
+    rows, less, found = stats.rows.float(), stats.shifted(c), 0.0
+    for h in (0, 1):
+        mine = stats.half == h
+        if not bool(mine.any()) or bool(mine.all()):
+            return math.inf
+        found += _noise(less, rows[~mine] - rows[mine].mean(0), w_absmax) / 2
+    return found
+
+
+def _noise(stats: InputStats, rows: Tensor, w_absmax: Tensor) -> float:
+    """What roundings of rows are expected to cost, but for a constant: squared steps of tokens, times the weight's columns.
 
     A static step is judged by tokens, too: that of the largest value alone says little of what limits are chosen later.
     """
     s = smoothing_scale(stats.absmax, w_absmax, _ALPHA)
-    steps = (stats.rows.float() / s).abs().amax(1)
+    steps = (rows.float() / s).abs().amax(1)
     return float(steps.square().mean() * (w_absmax * s).square().sum())

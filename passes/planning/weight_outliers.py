@@ -77,8 +77,11 @@ class _Matrix:
         for part in self.parts:
             size = self.plain.weight(self.w, part).abs()
             of = (size.amax(-1, keepdim=True) if limit is None else limit).expand(len(size), 1)
-            # most values are above the largest by `ORDINARY`, and so is the median, which takes longer to find
-            rows = (2 * (size * ORDINARY >= of).sum(-1) <= (size > 0).sum(-1)).nonzero().flatten()
+            # where most values reach the largest over `ORDINARY`, so does their median, which takes longer to find
+            one = torch.ones(
+                size.shape[-1], dtype=torch.float32, device=size.device
+            )  # counts faster than a sum of bool
+            rows = (2 * ((size * ORDINARY >= of).float() @ one) <= (size > 0).float() @ one).nonzero().flatten()
             if len(rows):
                 median = _medians(size[rows])
                 found = max(found, float(torch.where(median > 0, of[rows] / median, 0.0).amax()))

@@ -44,10 +44,8 @@ from sqcompile.passes.ir.graph import (
     aten,
     clone,
     effective_weight,
-    evaluate,
     find_linears,
     finish,
-    leaves,
     linear_operands,
     nodes_by_name,
     row_parts,
@@ -110,14 +108,14 @@ class _Inserter:
 
     def linear(self, linear: Linear, layer: LayerPlan) -> None:
         node = self.nodes[linear.node]
-        x, w, bias = linear_operands(node)
+        x, _, bias = linear_operands(node)
         x_float, x_scale, static = self._input(x, layer)
         name = linear.name.replace("#", "_use")
         per_channel = (layer.weight or self.plan.recipe.weight) == "per_channel"
         with self.gm.graph.inserting_before(node):
             w_int8, w_scale = self._operands(linear, name, per_channel)
-            if bias is not None and {*leaves(w)} & {*leaves(bias)}:  # W c, of a weight that goes
-                bias = add_tensor(self.gm, f"{name}_bias", evaluate(self.folded, self.folded_nodes[bias.name]))
+            if bias is not None and bias.meta.get(FOLD_CAST):  # a shifted bias is added in float32
+                (bias,) = bias.all_input_nodes
             if static is not None:
                 w_scale = add_op(self.gm, aten.mul.Tensor, w_scale, static)
             w_float = add_op(self.gm, aten.to.dtype, w_int8, torch.float32)

@@ -5,16 +5,14 @@
 ->
     %sub = sub(%b, %shift_0)                                # c
     %n = layer_norm(%x, [4], %g, %sub)
-    %mv = mv(%w, %shift_0_2)
-    %q = linear(%n, %w, %mv)
+    %q = linear(%n, %w, %shift_0_constant)                  # W c
 
 Where a graph has not the norm, or someone else reads it, c is taken off explicitly:
 
     %y = linear(%x, %w)
 ->
-    %sub = sub(%x, %shift_0)
-    %mv = mv(%w, %shift_0_2)
-    %y = linear(%sub, %w, %mv)
+    %sub = sub(%x, %shift_0)                                # c/s, of an input that is divided by s already
+    %y = linear(%sub, %w, %shift_0_constant)
 
 W c is computed in float32, and what INT8 linears add is, too: it may be many times what is left of their product.
 """
@@ -34,10 +32,13 @@ from sqcompile.passes.ir.graph import (
     add_op,
     add_tensor,
     aten,
+    evaluate,
     linear_operands,
     nodes_by_name,
+    row_parts,
     value,
 )
+from sqcompile.passes.ir.rows import rows_of
 from sqcompile.passes.labels.shiftable import Shiftable
 
 Group = tuple[str | None, list[Linear]]  # the node of the norm that takes c, if one does, and the linears
@@ -93,20 +94,22 @@ def shift_inputs(
     """
     nodes = nodes_by_name(gm)
     for i, (norm, group) in enumerate(groups):
-        made: list[tuple[fx.Node, Tensor, fx.Node]] = []
+        alike: list[tuple[fx.Node, Tensor, list[fx.Node]]] = []  # of one input: some are divided by s, and some are not
         for l in group if norm is None else []:
-            user = nodes[l.node]
-            x, _, _ = linear_operands(user)
-            c = _there(shifts, l, user)
+            x, _, _ = linear_operands(nodes[l.node])
+            c = _there(shifts, l, nodes[l.node])
             c = c / columns[l.name].to(c.device) if l.name in columns else c
-            less = next((n for of, taken, n in made if of is x and torch.equal(taken, c)), None)
-            if less is None:
-                with gm.graph.inserting_before(min(nodes[l.node] for l in group)):
-                    source: Any = x.args[0] if x.meta.get(FOLD_CAST) else x
-                    less = add_op(gm, aten.sub.Tensor, source, add_tensor(gm, f"shift_{i}", c))
-                    less = fold_cast(gm, less, value(x).dtype)
-                made.append((x, c, less))
-            user.update_arg(0, less)
+            users = next((users for of, taken, users in alike if of is x and torch.equal(taken, c)), None)
+            if users is None:
+                alike.append((x, c, users := []))
+            users.append(nodes[l.node])
+        for x, c, users in alike:
+            with gm.graph.inserting_before(min(users)):
+                source: Any = x.args[0] if x.meta.get(FOLD_CAST) else x
+                less = add_op(gm, aten.sub.Tensor, source, add_tensor(gm, f"shift_{i}", c))
+                less = fold_cast(gm, less, value(x).dtype)
+            for user in users:
+                user.update_arg(0, less)
 
 
 def _there(shifts: Mapping[str, Tensor], l: Linear, user: fx.Node) -> Tensor:
@@ -121,25 +124,38 @@ def _one(linears: Sequence[Linear], shifts: Mapping[str, Tensor]) -> bool:
 
 
 def _norm(gm: fx.GraphModule, node: fx.Node, c: Tensor, name: str) -> None:
-    args = [*node.args, *[None] * (4 - len(node.args))]
-    before = args[3]
+    """Subtracts c from a norm's bias; a norm without one gets one, and a weight, without which it is not fused."""
+    args, dtype = [*node.args, *[None] * (4 - len(node.args))], value(node).dtype
     with gm.graph.inserting_before(node):
-        if isinstance(before, fx.Node):
-            after = in_dtype(gm, aten.sub.Tensor, before, add_tensor(gm, name, c))
+        if isinstance(args[3], fx.Node):
+            _check_fits(evaluate(gm, args[3]) - c, dtype, node.name)
+            args[3] = in_dtype(gm, aten.sub.Tensor, args[3], add_tensor(gm, name, c))
         else:
-            after = add_tensor(gm, name, c.neg().to(value(node).dtype))
-    node.args = tuple([*args[:3], after, *args[4:]])
+            _check_fits(-c, dtype, node.name)
+            args[3] = add_tensor(gm, name, c.neg().to(dtype))
+        if args[2] is None:
+            args[2] = add_tensor(gm, f"{name}_weight", torch.ones_like(c, dtype=dtype))
+    node.args = tuple(args)
 
 
 def _bias(gm: fx.GraphModule, node: fx.Node, c: Tensor, name: str) -> None:
+    """Adds W c, a few rows of W at a time."""
     x, w, bias = linear_operands(node)
+    rows, wide = rows_of(gm, w), torch.promote_types(value(w).dtype, torch.float32)
+    parts = row_parts(torch.empty(value(w).shape, device="meta"))
+    constant = torch.cat([(part := rows(p)).to(wide) @ c.to(part.device, wide) for p in parts])
     dtype = value(node).dtype
+    _check_fits(constant if bias is None else evaluate(gm, bias) + constant, dtype, node.name)
     with gm.graph.inserting_before(node):
-        matrix = w if value(w).dtype == torch.float32 else add_op(gm, aten.to.dtype, w, torch.float32)
-        constant = add_op(gm, aten.mv.default, matrix, add_tensor(gm, name, c))
+        new = add_tensor(gm, f"{name}_constant", constant, value(w).device)
         if bias is not None:
-            constant = add_op(gm, aten.add.Tensor, bias, constant)
-        node.args = (x, w, fold_cast(gm, constant, dtype))
+            new = add_op(gm, aten.add.Tensor, bias, new)
+        node.args = (x, w, fold_cast(gm, new, dtype))
+
+
+def _check_fits(bias: Tensor, dtype: torch.dtype, node: str) -> None:
+    if not bias.is_meta and bool((bias.isfinite() & ~bias.to(dtype).isfinite()).any()):
+        raise PlanError(f"the plan's shifts take the bias of {node!r} out of {dtype}: calibrate this model")
 
 
 def in_dtype(gm: fx.GraphModule, op: Callable[..., Any], old: fx.Node, by: fx.Node) -> fx.Node:

@@ -4,7 +4,7 @@ Before:  scales {"g -> q, k": s, "input -> o": s}, o rotated, down with a static
 After:   scales {"g -> q, k": s}, o as it is, down with a scale for each token
 
 An explicit x·(1/s) and a rotation are operations, for which a model of another tool has no place. Nor has it two values
-for one parameter, or a bias that the float model has not. Such sites are left unsmoothed or unshifted, and rotations out. A static scale that was calibrated on what the input
+for one parameter, or a bias that the float model has not. Such sites are left unsmoothed or unshifted, with an s of the whole input, and rotations out. A static scale that was calibrated on what the input
 would have been is none for what it is now: the linear gets a scale for each token instead, which needs no calibration.
 """
 
@@ -14,14 +14,17 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from sqcompile.checkpoints.parameters import Parameters, find_parameters
-from sqcompile.passes.ir.graph import find_linears
+from sqcompile.passes.ir.graph import effective_weight, find_linears, nodes_by_name
 from sqcompile.passes.labels.match import match
 from sqcompile.passes.labels.shiftable import shiftable
+from sqcompile.passes.planning.products import column_absmax
 from sqcompile.passes.rewrite.shift import groups_of
 from sqcompile.pipeline import rewrite
+from sqcompile.plan.checks import LARGEST_SCALE
 from sqcompile.plan.entries import AttentionPlan, LayerPlan
 from sqcompile.plan.names import refusal_lines
 from sqcompile.plan.plan import Plan
@@ -116,15 +119,34 @@ def _unshifted(traced: fx.GraphModule, plan: Plan, found: Parameters) -> tuple[P
     why = {l.name: f"{UNSHIFTED}: {reason}" for i, reason in failed.items() for l in groups[i][1]}
     if not why:
         return None
-    quantized = {l.name for l in plan.layers if l.quantized}
-    plan = _with_layers(plan, {n: {"reason": why[n]} for n in quantized.intersection(why)})
+    layers, nodes = {l.name: l for l in plan.layers if l.quantized}, nodes_by_name(traced)
+    plan = _with_layers(plan, {n: {"reason": why[n]} for n in layers.keys() & why.keys()})
+    scales, columns = dict(plan.scales), dict(plan.columns)
+    for site in match(traced)[0]:
+        mine = [l for l, _ in site.balance if l.name in layers]
+        alpha = next((layers[l.name].alpha for l in mine), None)
+        if alpha and site.name in scales and all(l.name in why for l in mine):
+            absmax = torch.stack([column_absmax(effective_weight(traced, l, nodes)) for l in mine]).amax(0).cpu()
+            s = _of_whole(scales[site.name].cpu(), plan.shifts[mine[0].name].cpu(), absmax, alpha)
+            scales[site.name] = s
+            columns |= {l.name: s for l in mine if l.name in columns}
     shifts = {n: c for n, c in plan.shifts.items() if n not in why}
-    return dataclasses.replace(plan, shifts=shifts), [Changed(n, why[n]) for n in why if n in quantized]
+    changed = [Changed(n, why[n]) for n in why if n in layers]
+    return dataclasses.replace(plan, shifts=shifts, scales=scales, columns=columns), changed
+
+
+def _of_whole(s: Tensor, c: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
+    """s of inputs X, from that of X - c: max|X_j| is at most |c_j| more than what s = max|X_j - c_j|^α / max|W_:j|^(1-α) says."""
+    largest = (s * w_absmax.pow(1 - alpha)).pow(1 / alpha)
+    more = ((largest + c.abs()) / largest).pow(alpha)
+    return (s * torch.where(more.isfinite(), more, 1.0)).clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
 
 
 def _drop(plan: Plan, found: Parameters, balance: Mapping[str, list[str]]) -> tuple[Plan, list[Changed]]:
     """Without the scales that no new values of parameters express."""
-    sites, attentions = list(plan.scales), [n.removesuffix("/scale") for n in plan.heads if n.endswith("/scale")]
+    # in the order of the graph, as `fold` counts them: a plan that was read has another
+    sites = [name for name in balance if name in plan.scales]
+    attentions = [a.name for a in plan.attention if f"{a.name}/scale" in plan.heads]
     why: dict[tuple[str, int], str] = {}
     for scales, reason in found.failed:
         for one in scales:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from sqcompile.errors import PlanError
 from sqcompile.plan.entries import LayerPlan
@@ -73,8 +74,7 @@ def in_float(plan: Plan, floats: dict[str, LayerPlan]) -> Plan:
         if (folded and not site.startswith("input -> ")) or any(_balances(site, name) for name in quantized)
     }
     columns = {n: s for n, s in plan.columns.items() if n not in floats}
-    taken = [c for n, c in plan.shifts.items() if n in quantized]
-    shifts = {n: c for n, c in plan.shifts.items() if any(c is t or torch.equal(c, t) for t in taken)}
+    shifts = shifts_of(plan.shifts, quantized)
     evidence = plan.evidence
     if evidence is not None:
         undivided = {site.partition(" -> ")[0] for site in plan.scales if site not in scales}
@@ -91,6 +91,12 @@ def in_float(plan: Plan, floats: dict[str, LayerPlan]) -> Plan:
         )
         evidence = dataclasses.replace(evidence, inputs=inputs)
     return dataclasses.replace(plan, layers=layers, scales=scales, columns=columns, evidence=evidence, shifts=shifts)
+
+
+def shifts_of(shifts: Mapping[str, Tensor], quantized: Collection[str]) -> dict[str, Tensor]:
+    """Without the shifts of norms that no quantized linear reads; float ones beside quantized ones keep them."""
+    taken = [c for n, c in shifts.items() if n in quantized]
+    return {n: c for n, c in shifts.items() if any(c is t or torch.equal(c.cpu(), t.cpu()) for t in taken)}
 
 
 def _not_quantized(i: InputEvidence) -> InputEvidence:

@@ -26,7 +26,7 @@ def counted(plan: Plan) -> list[str]:
         linears_in(plan.layers, plan.recipe.dtype),
         f"{len(plan.scales)} site{'' if len(plan.scales) == 1 else 's'} smoothed",
     ]
-    found += [f"{len(plan.shifts)} linears shifted"] if plan.shifts else []
+    found += [f"{len(plan.shifts)} linear{'' if len(plan.shifts) == 1 else 's'} shifted"] if plan.shifts else []
     found += [attentions_in(plan.attention)] if plan.attention else []
     found += [] if plan.shard is None else [f"the shard of {plan.shard}"]
     known = [l.sqnr_db for l in plan.layers if l.quantized and l.sqnr_db is not None]

@@ -119,7 +119,7 @@ class InputStats:
         lowest, highest = torch.full_like(self.lowest, torch.inf), torch.full_like(self.highest, -torch.inf)
         for h, p in enumerate(parts[::-1] if flip else parts):
             if len(p):
-                ends = torch.stack(p.aminmax(dim=0)).float()
+                ends = torch.stack([p.amin(0), p.amax(0)]).float()  # aminmax reads columns one by one
                 if not bool(ends.isfinite().all()):
                     return False
                 lowest[h], highest[h] = ends
@@ -147,10 +147,17 @@ class InputStats:
         return InputStats(lowest, highest, rows, half, experts, tokens, sizes, count, keys[best], self.offset)
 
     def shifted(self, offset: Tensor) -> InputStats:
-        """Statistics of the tokens less ``offset``, float32 [K]; `sizes` and which rows are sampled stay."""
+        """Statistics of the tokens less ``offset``, float32 [K].
+
+        `sizes` are those of the sampled rows, in the place of all tokens that are no larger than these were; others stay.
+        """
         rows = (self.rows.float() - offset).to(self.rows.dtype)
-        lowest, highest = self.lowest - offset, self.highest - offset
-        return replace(self, lowest=lowest, highest=highest, rows=rows, offset=self.offset + offset)
+        lowest, highest, sizes = self.lowest - offset, self.highest - offset, self.sizes
+        if len(rows):
+            beyond = sizes.clone()
+            beyond[: int(_sizes(self.rows).nonzero().max()) + 1] = 0
+            sizes = beyond + _sizes(rows) * (self.count - int(beyond.sum())) // len(rows)
+        return replace(self, lowest=lowest, highest=highest, rows=rows, sizes=sizes, offset=self.offset + offset)
 
 
 def seed_of(name: str) -> int:

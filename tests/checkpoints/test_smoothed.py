@@ -7,9 +7,9 @@ import os
 
 import pytest
 import torch
-from checkpoint_cases import STATIC, exported, logits, planned, weights
+from checkpoint_cases import STATIC, exported, logits, planned, quantized_stage, weights
 from conftest import relative_error, tiny_lm
-from families import build
+from families import build, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sqcompile
@@ -229,3 +229,25 @@ def test_shifts_are_written_where_the_checkpoint_has_the_biases(family, kept, tm
     assert all(l.input_scale is None for l in done.plan.layers if l.name in dropped)
     done.plan.check()
     assert relative_error(logits(loaded(model, tmp_path / "out"), call), logits(model, call)) <= 1e-5
+
+
+def test_what_cannot_be_shifted_in_a_checkpoint_is_smoothed_as_it_is(tmp_path):
+    """s of X - c would magnify c."""
+    model, _ = build("falcon 7b")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "layernorm" in name and name.endswith("bias"):
+                p[3::16] += 20
+    x = token_ids((4, 11), seed=5)
+    errors = {}
+    for shift in (False, True):
+        recipe = Recipe(0.5, shift=shift)
+        plan = sqcompile.calibrate(
+            model, [{"input_ids": token_ids((16, 11), s)} for s in range(8)], recipe=recipe, progress=False
+        )
+        done = export(model, plan, "compressed-tensors", tmp_path / str(shift))
+        assert bool(plan.shifts) == shift and not done.plan.shifts
+        with torch.no_grad():
+            got = quantized_stage(model, done.plan)(input_ids=x).logits
+            errors[shift] = relative_error(got, model(input_ids=x).logits)
+    assert errors[True] <= 1.1 * errors[False]

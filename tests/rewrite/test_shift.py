@@ -11,6 +11,7 @@ from conftest import relative_error, tiny_lm, token_batches
 from expecttest import assert_expected_inline
 from golden_cases import before_after, difference, graph, planned
 from random_checks import capture
+from shift_cases import far
 from test_rotation import worst
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -58,11 +59,9 @@ def test_a_norm_takes_the_mean_and_the_linears_give_it_back():
 %x: f32[2, 3, 4] = input
 %sub_tensor: f32[4] = aten.sub(%b, %shift_0)
 %n: f32[2, 3, 4] = aten.layer_norm(%x, [4], %g, %sub_tensor)
-%mv_default: f32[6] = aten.mv(%wq, %shift_0_2)
-%add_tensor: f32[6] = aten.add(%bq, %mv_default)
+%add_tensor: f32[6] = aten.add(%bq, %shift_0_constant)
 %q: f32[2, 3, 6] = aten.linear(%n, %wq, %add_tensor)
-%mv_default_1: f32[2] = aten.mv(%wk, %shift_0_3)
-%k: f32[2, 3, 2] = aten.linear(%n, %wk, %mv_default_1)
+%k: f32[2, 3, 2] = aten.linear(%n, %wk, %shift_0_constant_2)
 return [%q, %k]
 """,
     )
@@ -141,16 +140,6 @@ def test_a_wrong_shift_is_caught(wrong, monkeypatch):
     assert difference(gm, after) > 1e-2
 
 
-def far(model, seed=0):
-    """The model with biases of LayerNorms far from zero in a few channels, as trained models have them."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, nn.LayerNorm) and m.bias is not None:
-                m.bias.add_(torch.randn(m.bias.shape, generator=generator) + 12 * (torch.arange(len(m.bias)) % 16 == 3))
-    return model
-
-
 RECIPES = {
     "default": Recipe(shift=True),
     "rotated": Recipe(shift=True, rotate=16),
@@ -181,7 +170,8 @@ def test_stages_agree_and_shifting_gains(family, name, dtype):
         assert relative_error(got, quantized) < (1e-3 if dtype == torch.float32 else 0.03)
         errors.append(relative_error(got, want))
         assert bool(compiled.plan.shifts) == how.shift
-        assert not [n for n in compiled.stages["quantized"].graph.nodes if n.target == torch.ops.aten.mv.default]
+        held = {str(n.target) for n in compiled.stages["quantized"].graph.find_nodes(op="get_attr")}
+        assert not held & {l.name for l in compiled.plan.layers if l.quantized}
     if dtype == torch.float32 and name != "O3":  # whose attentions lose as much
         assert errors[0] < errors[1]
 
@@ -271,3 +261,31 @@ def test_a_backend_that_calibrates_itself_shifts_as_compile_does(recipe):
         x = token_batches(1, (3, 11), seed=9)[0]
         got, exact = (pytree.tree_leaves(f(**x))[0] for f in (net, model))
     assert relative_error(got, exact) < 0.1
+
+
+class Parts(nn.Module):
+    """A norm that two linears read, behind a break of the graph."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.a, self.b = nn.LayerNorm(32), nn.Linear(32, 48), nn.Linear(32, 48)
+
+    def forward(self, x):
+        y = self.norm(x)
+        torch._dynamo.graph_break()
+        return self.a(y) * self.b(y)
+
+
+@pytest.mark.parametrize("kept", ["a", "b"])
+def test_linears_in_float_beside_others_that_a_graph_shifts_itself(kept):
+    model = far(Parts())
+    data = [(torch.randn(64, 32, generator=torch.Generator().manual_seed(i)),) for i in range(8)]
+    plan = sqcompile.calibrate(model, data, recipe=Recipe(shift=True), progress=False).keep_float(kept)
+    assert {*plan.shifts} == {"a.weight", "b.weight"}
+    torch._dynamo.reset()
+    net = torch.compile(model, backend="smoothquant", options={"plan": plan})
+    whole = sqcompile.compile(model, plan=plan, backend="eager", progress=False)
+    with torch.no_grad():
+        got, want, exact = (f(*data[0]) for f in (net, whole, model))
+    assert relative_error(got, want) < 1e-3 and relative_error(got, exact) < 0.05
