@@ -131,5 +131,5 @@ def test_a_bias_that_overflows_half_precision_is_refused():
         for m in model.modules():
             if isinstance(m, nn.Linear):
                 m.weight.fill_(1.0)
-    with pytest.raises(PlanError, match="out of torch.float16"):
+    with pytest.raises(PlanError, match=r"out of torch\.float16"):
         sqcompile.compile(model.half(), plan=wrong, backend="eager", progress=False)
