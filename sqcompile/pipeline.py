@@ -75,7 +75,7 @@ def rewrite(
     check_vectors(gm, [l for l in linears if l.name in quantized])
     folded = {a.name for a in plan.attention if a.quantized != "none" and a.smoothing == "folded"}
     heads, _ = match_heads(gm, [a for a in attentions if a.name in folded])
-    gm = verify(fold(gm, sites, plan, heads, norms), "folded")
+    gm = verify(fold(gm, sites, plan, heads, norms, shared), "folded")
     text = show(gm, "folded", text)
     if until == "folded":
         return gm

@@ -65,6 +65,7 @@ from sqcompile.passes.labels.interpreter import vector_operand
 from sqcompile.passes.labels.match import Site
 from sqcompile.passes.labels.shiftable import Shiftable
 from sqcompile.passes.rewrite.shift import check_shifts, fold_cast, groups_of, in_dtype, shift_biases, shift_inputs
+from sqcompile.passes.rewrite.weight_store import Shared
 from sqcompile.plan.plan import Plan
 
 
@@ -74,6 +75,7 @@ def fold(
     plan: Plan,
     heads: Sequence[HeadSite] = (),
     norms: Sequence[Shiftable] = (),
+    shared: Shared | None = None,
 ) -> fx.GraphModule:
     """Applies what a plan takes off linears' inputs (`shift`), its scales and its rotations.
 
@@ -83,6 +85,7 @@ def fold(
         plan: scales by site name.
         heads: what can be scaled in its attentions (`match_heads`).
         norms: what can be shifted in it (`shiftable`).
+        shared: what other graphs of the model have made of its weights.
 
     Raises:
         PlanError: if the plan has a scale for a site that this graph does not have, or of another size, or has none for
@@ -110,7 +113,7 @@ def fold(
     new = clone(gm)
     check_shifts(linears, plan.shifts)
     groups = groups_of(linears, plan.shifts, norms)
-    shift_biases(new, groups, plan.shifts)
+    shift_biases(new, groups, plan.shifts, shared)
     folder = _Folder(new)
     quantized = {l.name for l in plan.layers if l.quantized}
     rotations = {l.name: l.rotation for l in plan.layers if l.rotation is not None}

@@ -20,6 +20,7 @@ W c is computed in float32, and what INT8 linears add is, too: it may be many ti
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from sqcompile.passes.ir.graph import (
 )
 from sqcompile.passes.ir.rows import rows_of
 from sqcompile.passes.labels.shiftable import Shiftable
+from sqcompile.passes.rewrite.weight_store import Product, Shared
 
 Group = tuple[str | None, list[Linear]]  # the node of the norm that takes c, if one does, and the linears
 
@@ -73,8 +75,13 @@ def check_shifts(linears: Sequence[Linear], shifts: Mapping[str, Tensor]) -> Non
             raise PlanError(f"the plan shifts {l.name!r}, which has other channels in this model: calibrate this model")
 
 
-def shift_biases(gm: fx.GraphModule, groups: Sequence[Group], shifts: Mapping[str, Tensor]) -> None:
-    """Subtracts c from the norms' biases, and adds W c to those of all shifted linears. In place, before anything is scaled."""
+def shift_biases(
+    gm: fx.GraphModule, groups: Sequence[Group], shifts: Mapping[str, Tensor], shared: Shared | None = None
+) -> None:
+    """Subtracts c from the norms' biases, and adds W c to those of all shifted linears. In place, before anything is scaled.
+
+    With ``shared``, the graphs of a model share W c: when the second one is made, W may be freed.
+    """
     nodes = nodes_by_name(gm)
     for i, (norm, group) in enumerate(groups):
         users = [nodes[l.node] for l in group]
@@ -82,7 +89,7 @@ def shift_biases(gm: fx.GraphModule, groups: Sequence[Group], shifts: Mapping[st
         if norm is not None:
             _norm(gm, nodes[norm], c, f"shift_{i}")
         for user in users:
-            _bias(gm, user, c, f"shift_{i}")
+            _bias(gm, user, c, f"shift_{i}", shared)
 
 
 def shift_inputs(
@@ -138,12 +145,11 @@ def _norm(gm: fx.GraphModule, node: fx.Node, c: Tensor, name: str) -> None:
     node.args = tuple(args)
 
 
-def _bias(gm: fx.GraphModule, node: fx.Node, c: Tensor, name: str) -> None:
-    """Adds W c, a few rows of W at a time."""
+def _bias(gm: fx.GraphModule, node: fx.Node, c: Tensor, name: str, shared: Shared | None) -> None:
+    """Adds W c."""
     x, w, bias = linear_operands(node)
-    rows, wide = rows_of(gm, w), torch.promote_types(value(w).dtype, torch.float32)
-    parts = row_parts(torch.empty(value(w).shape, device="meta"))
-    constant = torch.cat([(part := rows(p)).to(wide) @ c.to(part.device, wide) for p in parts])
+    make = partial(_product, gm, w, c)
+    constant = (make() if shared is None else shared.get(gm, shared.product_key(gm, w, c), make)).values
     dtype = value(node).dtype
     _check_fits(constant if bias is None else evaluate(gm, bias) + constant, dtype, node.name)
     with gm.graph.inserting_before(node):
@@ -151,6 +157,13 @@ def _bias(gm: fx.GraphModule, node: fx.Node, c: Tensor, name: str) -> None:
         if bias is not None:
             new = add_op(gm, aten.add.Tensor, bias, new)
         node.args = (x, w, fold_cast(gm, new, dtype))
+
+
+def _product(gm: fx.GraphModule, w: fx.Node, c: Tensor) -> Product:
+    """W c, a few rows of W at a time."""
+    rows, wide = rows_of(gm, w), torch.promote_types(value(w).dtype, torch.float32)
+    parts = row_parts(torch.empty(value(w).shape, device="meta"))
+    return Product(torch.cat([(part := rows(p)).to(wide) @ c.to(part.device, wide) for p in parts]))
 
 
 def _check_fits(bias: Tensor, dtype: torch.dtype, node: str) -> None:

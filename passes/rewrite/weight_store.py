@@ -11,7 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -36,6 +36,16 @@ class Merged:
     w: Tensor | list[Tensor]
     scale: Tensor
     beside: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """W c of a linear whose input is shifted (`shift`), [N] in float32 or wider."""
+
+    values: Tensor
+
+
+_Made = TypeVar("_Made", Merged, Product)
 
 
 @dataclass(frozen=True)
@@ -63,17 +73,21 @@ class Shared:
         ``check`` raises where a weight of a key can no longer be made.
         """
         self.identity, self.check = identity, check
-        self._made: weakref.WeakValueDictionary[Hashable, Merged] = weakref.WeakValueDictionary()
+        self._made: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
 
-    def get(self, gm: fx.GraphModule, key: Hashable, make: Callable[[], Merged]) -> Merged:
-        merged = self._made.get(key)
-        if merged is None:
+    def get(self, gm: fx.GraphModule, key: Hashable, make: Callable[[], _Made]) -> _Made:
+        made: _Made | None = self._made.get(key)
+        if made is None:
             self.check(key)
-            self._made[key] = merged = make()
+            self._made[key] = made = make()
         else:
-            log.debug("an INT8 weight was taken from another graph of the model")
-        held(gm).append(merged)
-        return merged
+            log.debug("what is made of a weight was taken from another graph of the model")
+        held(gm).append(made)
+        return made
+
+    def product_key(self, gm: fx.GraphModule, weight: fx.Node, c: Tensor) -> Hashable:
+        """As `key`, of the product of a weight and c."""
+        return "product", self.key(gm, weight), _contents(c)
 
     def key(self, gm: fx.GraphModule, node: fx.Node) -> Hashable:
         """What a constant expression computes: equal for two nodes only if they give the same value.
@@ -117,7 +131,7 @@ def _literal(a: Any, step: Callable[[fx.Node], int]) -> Hashable:
     return type(a), repr(a)  # -0.0 is not 0.0, and nan is nan
 
 
-def held(gm: fx.GraphModule) -> list[Merged]:
+def held(gm: fx.GraphModule) -> list[Any]:
     """The shared weights a lowered graph holds: keep the list as long as the graph."""
     return about(gm).merged
 

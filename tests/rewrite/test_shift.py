@@ -289,3 +289,17 @@ def test_linears_in_float_beside_others_that_a_graph_shifts_itself(kept):
     with torch.no_grad():
         got, want, exact = (f(*data[0]) for f in (net, whole, model))
     assert relative_error(got, want) < 1e-3 and relative_error(got, exact) < 0.05
+
+
+def test_graphs_of_one_model_share_what_is_added_when_the_float_weights_are_gone():
+    model = far(Broken()).bfloat16()
+    data = [(torch.randn(64, 32, generator=torch.Generator().manual_seed(i)).bfloat16(),) for i in range(8)]
+    plan = sqcompile.calibrate(model, data, recipe=Recipe(shift=True), progress=False)
+    assert [*plan.shifts] == ["a.weight"]
+    want = sqcompile.compile(model, plan=plan, backend="eager", progress=False)(*data[0])
+    torch._dynamo.reset()
+    net = torch.compile(model, backend="smoothquant", options={"plan": plan, "free_float": True}, dynamic=False)
+    with torch.no_grad():
+        got, less = net(*data[0]), net(data[0][0][:8])  # another graph, of the same INT8 weights
+    assert bool(model.a.weight.isnan().all())
+    assert relative_error(got, want) < 1e-2 and relative_error(less, want[:8]) < 1e-2
