@@ -178,8 +178,8 @@ def test_quantized_outputs_are_close_and_closer_than_without_smoothing(name):
     sqnr = {}
     for smooth in (True, False):
         recipe = sqcompile.PRESETS["default"]
-        if not smooth:  # and no rotation
-            recipe = dataclasses.replace(recipe, smooth=False, rotate="none", alpha=0.5)
+        if not smooth:  # nor rotation, nor shifts
+            recipe = dataclasses.replace(recipe, smooth=False, rotate="none", shift=False, alpha=0.5)
         compiled = sqcompile.compile(model, calls[1:], recipe=recipe, backend="eager", progress=False)
         noise = outputs(compiled(**call))[0].double() - want
         sqnr[smooth] = float(10 * torch.log10(want.square().sum() / noise.square().sum()))
