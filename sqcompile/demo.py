@@ -74,7 +74,7 @@ def accuracy(model: nn.Module, calibration: Tensor, evaluation: Tensor) -> None:
         bar.write(f"| float | {reference.perplexity:.3f} | {reference.perplexity:.3f} |")
         for name, recipe in sqcompile.PRESETS.items():
             cells = []
-            plain = dataclasses.replace(recipe, smooth=False, rotate="none", alpha=0.5)
+            plain = dataclasses.replace(recipe, smooth=False, rotate="none", shift=False, alpha=0.5)
             for how, kind in ((plain, "plain"), (recipe, "smoothed")):
                 bar.set_description(f"{name}, {kind}")
                 compiled = _compile(model, calibration, how, "eager")
