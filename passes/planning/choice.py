@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from sqcompile.passes.planning.products import column_absmax
 from sqcompile.plan.entries import Smoothing
 
 
@@ -43,6 +45,12 @@ class Known:
     costs: dict[tuple[str, tuple[str, ...], bool, float | None, int | None, bool], float] = field(default_factory=dict)
     column_absmax: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[tuple[str, float | None, int | None, bool], float] = field(default_factory=dict)
+
+    def largest_of(self, name: str, weight: Callable[[], Tensor]) -> Tensor:
+        """max|W_:j| of a linear, float32 [K], of all experts; the weight is made if that is not known yet."""
+        if name not in self.column_absmax:
+            self.column_absmax[name] = column_absmax(weight())
+        return self.column_absmax[name]
 
 
 Note = tuple[Smoothing, str, float | None]  # what was done with a linear's input, why, and the site's alpha

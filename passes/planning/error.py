@@ -23,7 +23,7 @@ from sqcompile.passes.planning.feel import Felt, Reads
 from sqcompile.passes.planning.limits import Way, choose_way, limit_of
 from sqcompile.passes.planning.loss import Transform, moments_of, of_input, of_weight
 from sqcompile.passes.planning.overrides import recipe_of
-from sqcompile.passes.planning.products import column_absmax, column_energy, noise_and_signal
+from sqcompile.passes.planning.products import column_energy, noise_and_signal
 from sqcompile.passes.planning.spikes import spikes
 from sqcompile.passes.planning.sqnr import relative
 from sqcompile.passes.planning.static_scales import Quantized, as_quantized, clipped, has_halves, margin
@@ -144,9 +144,7 @@ class Chooser:
 
     def column_absmax(self, l: Linear) -> Tensor:
         """max|W_:j| of a linear, float32 [K]; of all experts."""
-        if l.name not in self.known.column_absmax:
-            self.known.column_absmax[l.name] = column_absmax(self.weight(l))
-        return self.known.column_absmax[l.name]
+        return self.known.largest_of(l.name, lambda: self.weight(l))
 
     def _energy(self, l: Linear) -> Tensor:
         """|W_:j|² of a linear's columns, float32 [K], with the rows of all processes; of experts, the mean one's."""

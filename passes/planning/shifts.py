@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
 from sqcompile.passes.ir.about import about
-from sqcompile.passes.ir.graph import Linear, effective_weight, evaluate, find_linears, nodes_by_name, value
+from sqcompile.passes.ir.graph import effective_weight, evaluate, find_linears, nodes_by_name, value
 from sqcompile.passes.labels.match import Site
 from sqcompile.passes.labels.shiftable import shiftable
 from sqcompile.passes.planning.choice import Known
 from sqcompile.passes.planning.overrides import recipe_of
-from sqcompile.passes.planning.products import column_absmax
 from sqcompile.passes.planning.smoothing import smoothing_scale
 from sqcompile.passes.planning.static_scales import has_halves
 from sqcompile.passes.planning.stay_float import stay_float
@@ -73,7 +73,9 @@ def choose_shifts(
             continue
         assert first is not None
         c = _mean(gm, nodes[s.norm], first)
-        absmax = torch.stack([_column_absmax(gm, l, nodes, known) for l in quantized]).amax(0)
+        absmax = torch.stack(
+            [known.largest_of(l.name, partial(effective_weight, gm, l, nodes)) for l in quantized]
+        ).amax(0)
         if any(parallel.dim(l.name) == 0 for l in quantized):
             absmax = parallel.largest(absmax)
         if parallel.every([_shifted_noise(first, c, absmax) < GAIN * _noise(first, first.rows, absmax)])[0]:
@@ -98,12 +100,6 @@ def _mean(gm: fx.GraphModule, norm: fx.Node, stats: InputStats) -> Tensor:
     bias = norm.args[3] if len(norm.args) > 3 else None
     before = evaluate(gm, bias).float() if isinstance(bias, fx.Node) else torch.zeros_like(mean)
     return before - (before - mean).to(value(norm).dtype).float()
-
-
-def _column_absmax(gm: fx.GraphModule, l: Linear, nodes: dict[str, fx.Node], known: Known) -> Tensor:
-    if l.name not in known.column_absmax:
-        known.column_absmax[l.name] = column_absmax(effective_weight(gm, l, nodes))
-    return known.column_absmax[l.name]
 
 
 def _same(stats: InputStats | None, other: InputStats) -> bool:
