@@ -145,7 +145,7 @@ RECIPES = {
     "rotated": Recipe(shift=True, rotate=16),
     "static": Recipe(shift=True, activation="per_tensor_static"),
     "per tensor": Recipe(shift=True, activation="per_tensor", weight="per_tensor"),
-    "O3": sqcompile.plan.recipe.resolve_recipe("O3"),
+    "O3": dataclasses.replace(sqcompile.PRESETS["O3"], attention="none"),
     "unsmoothed": Recipe(shift=True, smooth=False),
 }
 
@@ -172,7 +172,7 @@ def test_stages_agree_and_shifting_gains(family, name, dtype):
         assert bool(compiled.plan.shifts) == how.shift
         held = {str(n.target) for n in compiled.stages["quantized"].graph.find_nodes(op="get_attr")}
         assert not held & {l.name for l in compiled.plan.layers if l.quantized}
-    if dtype == torch.float32 and name != "O3":  # whose attentions lose as much
+    if dtype == torch.float32:  # of bfloat16 the model's own roundings are as large
         assert errors[0] < errors[1]
 
 
