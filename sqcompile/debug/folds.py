@@ -163,7 +163,7 @@ def _error(
 
 
 def folded(gm: fx.GraphModule, plan: Plan, parts: Sequence[Part]) -> fx.GraphModule:
-    """The graph with some parts folded, and no other."""
+    """The graph with some parts folded, and no other; nor shifted, as W c is kept in float32, and errors are of float64."""
     sites = {p.site.name: p.site for p in parts if isinstance(p.site, Site)}
     heads = {p.site.name: p.site for p in parts if isinstance(p.site, HeadSite)}
     only = replace(
@@ -171,6 +171,7 @@ def folded(gm: fx.GraphModule, plan: Plan, parts: Sequence[Part]) -> fx.GraphMod
         scales={p.name: p.scale for p in parts if p.name in sites},
         heads={f"{p.name}/scale": p.scale for p in parts if p.name in heads},
         layers=tuple(replace(l, smoothing="none") for l in plan.layers),
+        shifts={},
     )
     return verify(fold(gm, [*sites.values()], only, [*heads.values()]), "folded")
 

@@ -69,6 +69,7 @@ class Recipe:
             never does.
         shift: whether the mean of a LayerNorm's output is taken off what linears read, by the norm's bias and theirs, where
             their roundings become smaller for it (arXiv 2304.09145). No operation is added, but in a graph that lacks the norm.
+            "O2" and "O3" pass True: scales of whole tensors gain most.
 
     Raises:
         RecipeError: if a value is of another type or out of range, or two contradict each other.
@@ -227,8 +228,8 @@ ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 # weights with per-token activations, the combination that keeps Llama-class models intact, and leaves attention float;
 # "fp8" is the same in another number format.
 PRESETS: dict[str, Recipe] = {
-    "default": Recipe("auto", rotate="auto", shift=True),
-    "O1": Recipe("auto", weight="per_tensor", attention="qk_pv", rotate="auto", shift=True),
+    "default": Recipe("auto", rotate="auto"),
+    "O1": Recipe("auto", weight="per_tensor", attention="qk_pv", rotate="auto"),
     "O2": Recipe("auto", "per_tensor", "per_tensor", attention="qk_pv", rotate="auto", shift=True),
     "O3": Recipe("auto", "per_tensor_static", "per_tensor", attention="qk_pv", rotate="auto", shift=True),
     "fp8": Recipe(alpha=ALPHAS, dtype="fp8"),

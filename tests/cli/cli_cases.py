@@ -20,7 +20,7 @@ from sqcompile.lm import load_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 TEXTS = [f"def f{i}(x):\n    return x + {i} * len(name[{i}])\n" * 3 for i in range(40)]
-FAST = ("--alpha", "0.5", "--rotate", "none", "--no-shift", "-q")
+FAST = ("--alpha", "0.5", "--rotate", "none", "-q")
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 

@@ -14,8 +14,6 @@ from sqcompile import NothingToQuantizeError, Recipe
 from sqcompile.passes.planning import weight_outliers
 from sqcompile.plan.recipe import resolve_recipe
 
-UNSHIFTED = {name: dataclasses.replace(resolve_recipe(name), shift=False) for name in ("default", "O1")}
-
 
 class Block(nn.Module):
     """Two linears; channels 5 and 9 of the first one's input are 1 for every token, and its bias takes out what they give.
@@ -55,7 +53,7 @@ def up_of(net: sqcompile.CompiledModel) -> sqcompile.LayerPlan:
 @pytest.mark.parametrize("kind", ["values", "columns"])
 @pytest.mark.parametrize(
     "recipe",
-    [UNSHIFTED["default"], UNSHIFTED["O1"], Recipe(smooth=False), Recipe(smooth=False, rotate=64)],
+    ["default", "O1", Recipe(smooth=False), Recipe(smooth=False, rotate=64)],
     ids=["default", "per tensor", "plain", "rotated"],
 )
 def test_planted_outliers_are_found_and_said(kind, recipe, monkeypatch):
@@ -64,7 +62,7 @@ def test_planted_outliers_are_found_and_said(kind, recipe, monkeypatch):
     layer = up_of(net)
     assert not layer.quantized and layer.reason.startswith("its weight has outliers, up to ")
     assert "dB of the other values in INT8" in layer.reason and layer.reason in str(net.report)
-    assert ("one scale for all of it" in layer.reason) == (recipe == UNSHIFTED["O1"])
+    assert ("one scale for all of it" in layer.reason) == (recipe == "O1")
     assert next(l for l in net.plan.layers if l.name == "down.weight").quantized
     with torch.no_grad():
         inside = model(x) - x  # without the residual
@@ -80,7 +78,7 @@ def test_planted_outliers_are_found_and_said(kind, recipe, monkeypatch):
 @pytest.mark.parametrize("kind", ["values", "columns"])
 def test_outliers_that_meet_constants_are_quantized_where_these_are_taken_off(kind):
     model, x = Block(kind, 3000.0).eval(), batches(range(9, 10))[0]
-    net = compiled(model, "default")
+    net = compiled(model, dataclasses.replace(resolve_recipe("default"), shift=True))
     assert up_of(net).quantized and "up.weight" in net.plan.shifts
     with torch.no_grad():
         assert relative_error(net(x) - x, model(x) - x) < 0.02
