@@ -34,7 +34,6 @@ from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
 from sqcompile.passes.planning.evidence import with_evidence
 from sqcompile.passes.planning.feel import feel
-from sqcompile.passes.planning.feel import shifted as felt_shifted
 from sqcompile.passes.planning.finite import check_weights
 from sqcompile.passes.planning.sharing import Sharing, help_first, shared
 from sqcompile.passes.planning.shifts import choose_shifts, shifted
@@ -279,7 +278,7 @@ def analyse(
         enter("plan")
         felt, known = feel(traced, sites, refusals, calibration, recipe), Known()
         shifts = choose_shifts(traced, sites, calibration, recipe, known)
-        calibration, felt = shifted(calibration, shifts), felt_shifted(felt, shifts)
+        calibration, felt = shifted(shifts, calibration, felt)
         sharing = shared(Sharing(traced, sites, refusals, calibration, recipe, felt, ranks))
         given = (traced, sites, refusals, calibration, recipe, to_spec(call), attentions)
         plan_of = partial(choose, *given, felt=felt, sharing=sharing, known=known, shifts=shifts)

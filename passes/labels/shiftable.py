@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from sqcompile.passes.ir.graph import Linear, aten, constants, nodes_by_name
+from sqcompile.passes.ir.graph import Linear, aten, nodes_by_name
 from sqcompile.passes.ir.operators import Fact, having
 from sqcompile.passes.labels.match import Site
 
@@ -46,13 +46,12 @@ def shiftable(gm: fx.GraphModule, sites: Sequence[Site]) -> list[Shiftable]:
         gm: a traced graph, or a copy of it with the same node names.
         sites: what `match` found in it.
     """
-    nodes, const, found = nodes_by_name(gm), constants(gm), list[Shiftable]()
+    nodes, found = nodes_by_name(gm), list[Shiftable]()
     for site in sites:
         norm, linears = nodes[site.producer], tuple(l for l, _ in site.balance)
-        plain = site.kind == "norm" and norm.target == aten.layer_norm.default and len(norm.args[1]) == 1  # type: ignore[arg-type]
-        fixed = len(norm.args) < 4 or norm.args[3] is None or norm.args[3] in const
+        plain = site.kind == "norm" and norm.target == aten.layer_norm.default
         in_order = all(torch.equal(m, torch.arange(site.channels)) and not l.experts for l, m in site.balance)
-        if plain and fixed and in_order and _read_by(norm) == {l.node for l in linears}:
+        if plain and in_order and _read_by(norm) == {l.node for l in linears}:
             found.append(Shiftable(norm.name, linears))
     return found
 

@@ -90,17 +90,6 @@ class Felt:
         return f"no output depends on {idle[0]} in the calls that were run again" if idle else None
 
 
-def shifted(felt: Felt | None, shifts: Mapping[str, Tensor]) -> Felt | None:
-    """The same of a graph in which c, float32 [K] by linear, is taken off the inputs."""
-    if felt is None or not shifts:
-        return felt
-    made: dict[Reads, Reads] = {}
-    for name, c in shifts.items():
-        if name in felt.reads and (r := felt.reads[name]) not in made:
-            made[r] = replace(r, rows=(r.rows.float() - c).to(r.rows.dtype))
-    return replace(felt, reads={name: made.get(r, r) for name, r in felt.reads.items()})
-
-
 def feel(
     gm: fx.GraphModule, sites: list[Site], refusals: list[Refusal], calibration: Calibration, recipe: Recipe
 ) -> Felt | None:

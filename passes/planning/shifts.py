@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,6 +22,7 @@ from sqcompile.passes.ir.graph import effective_weight, evaluate, find_linears, 
 from sqcompile.passes.labels.match import Site
 from sqcompile.passes.labels.shiftable import shiftable
 from sqcompile.passes.planning.choice import Known
+from sqcompile.passes.planning.feel import Felt, Reads
 from sqcompile.passes.planning.overrides import recipe_of
 from sqcompile.passes.planning.smoothing import smoothing_scale
 from sqcompile.passes.planning.static_scales import has_halves
@@ -83,16 +85,23 @@ def choose_shifts(
     return found
 
 
-def shifted(calibration: Calibration, shifts: Mapping[str, Tensor]) -> Calibration:
-    """The statistics of a graph whose inputs are shifted: inputs that share statistics share the new ones."""
-    made: dict[tuple[int, int], InputStats] = {}
+def shifted(
+    shifts: Mapping[str, Tensor], calibration: Calibration, felt: Felt | None
+) -> tuple[Calibration, Felt | None]:
+    """Statistics and gradients where the inputs are shifted; linears that share those share the new ones."""
+    stats: dict[tuple[int, int], InputStats] = {}
+    reads: dict[Reads, Reads] = {}
     inputs = dict(calibration.inputs)
     for name, c in shifts.items():
         key = id(inputs[name]), id(c)
-        if key not in made:
-            made[key] = calibration.inputs[name].shifted(c)
-        inputs[name] = made[key]
-    return Calibration(inputs, calibration.batches, calibration.heads, calibration.sample)
+        if key not in stats:
+            stats[key] = inputs[name].shifted(c)
+        inputs[name] = stats[key]
+        if felt is not None and name in felt.reads and (r := felt.reads[name]) not in reads:
+            reads[r] = replace(r, rows=(r.rows.float() - c).to(r.rows.dtype))
+    if felt is not None:
+        felt = replace(felt, reads={name: reads.get(r, r) for name, r in felt.reads.items()})
+    return replace(calibration, inputs=inputs), felt
 
 
 def _mean(gm: fx.GraphModule, norm: fx.Node, stats: InputStats) -> Tensor:

@@ -77,10 +77,9 @@ class _Matrix:
         for part in self.parts:
             size = self.plain.weight(self.w, part).abs()
             of = (size.amax(-1, keepdim=True) if limit is None else limit).expand(len(size), 1)
-            # where most values reach the largest over `ORDINARY`, so does their median, which takes longer to find
-            one = torch.ones(
-                size.shape[-1], dtype=torch.float32, device=size.device
-            )  # counts faster than a sum of bool
+            # where most values reach the largest over `ORDINARY`, so does their median, which takes longer to find; a
+            # product counts them faster than a sum of bool
+            one = torch.ones(size.shape[-1], dtype=torch.float32, device=size.device)
             rows = (2 * ((size * ORDINARY >= of).float() @ one) <= (size > 0).float() @ one).nonzero().flatten()
             if len(rows):
                 median = _medians(size[rows])

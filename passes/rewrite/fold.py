@@ -23,7 +23,8 @@ changed for the site alone. Where nothing absorbs 1/s, it stands explicitly befo
     %mul_1 = mul(%w, %smooth_0_columns)
     %y = linear(%mul, %mul_1)
 
-What a plan takes off inputs goes before (`shift`). A linear's input is rotated where the plan says so, and its weight with it: H is its own inverse (`kernels.rotation`).
+What a plan takes off inputs goes before (`shift`). A linear's input is rotated where the plan says so, and its weight with
+it: H is its own inverse (`kernels.rotation`).
 
     %y = linear(%x, %w)
 ->
@@ -46,7 +47,6 @@ from sqcompile.errors import PlanError
 from sqcompile.kernels.ops import sqcompile_ops
 from sqcompile.passes.attention.head_sites import HeadSite
 from sqcompile.passes.ir.graph import (
-    FOLD_CAST,
     Linear,
     add_op,
     add_tensor,
@@ -64,7 +64,16 @@ from sqcompile.passes.ir.graph import (
 from sqcompile.passes.labels.interpreter import vector_operand
 from sqcompile.passes.labels.match import Site
 from sqcompile.passes.labels.shiftable import Shiftable
-from sqcompile.passes.rewrite.shift import check_shifts, fold_cast, groups_of, in_dtype, shift_biases, shift_inputs
+from sqcompile.passes.rewrite.shift import (
+    before_cast,
+    check_shifts,
+    fold_cast,
+    give_weight,
+    groups_of,
+    in_dtype,
+    shift_biases,
+    shift_inputs,
+)
 from sqcompile.passes.rewrite.weight_store import Shared
 from sqcompile.plan.plan import Plan
 
@@ -175,8 +184,7 @@ class _Folder:
 
     def _rotation(self, x: fx.Node, block: int) -> fx.Node:
         """A rotated tensor in its own dtype. Its float32 value is what is quantized, of the float32 product x·(1/s) too."""
-        source = x.args[0] if x.meta.get(FOLD_CAST) else x
-        new = add_op(self.gm, sqcompile_ops.rotate.default, source, block)
+        new = add_op(self.gm, sqcompile_ops.rotate.default, before_cast(x), block)
         return fold_cast(self.gm, new, value(x).dtype)
 
     def _change(self, user: fx.Node, argument: int | None, op: Callable[..., Any], by: Tensor, name: str) -> None:
@@ -210,13 +218,8 @@ class _Folder:
 
     def _norm(self, node: fx.Node, s: Tensor, name: str) -> None:
         """Divides a norm's weight and bias; a norm without a weight gets one."""
-        args = list(node.args)
-        if len(args) < 3 or args[2] is None:
-            with self.gm.graph.inserting_before(node):
-                like = value(node)
-                ones = torch.ones(len(s), dtype=like.dtype, device=like.device)
-                args[2:3] = [add_tensor(self.gm, f"{name}_weight", ones)]
-            node.args = tuple(args)
+        give_weight(self.gm, node, name)
+        args = node.args
         self._change(node, 2, aten.div.Tensor, s, name)
         if node.target == aten.layer_norm.default and len(args) > 3 and args[3] is not None:
             self._change(node, 3, aten.div.Tensor, s, f"{name}_bias")

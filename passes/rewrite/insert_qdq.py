@@ -37,7 +37,6 @@ from sqcompile.kernels.qtypes import INT8, QType
 from sqcompile.kernels.reference import quantize, weight_scale
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import (
-    FOLD_CAST,
     Linear,
     add_op,
     add_tensor,
@@ -57,6 +56,7 @@ from sqcompile.passes.ir.record import substitute
 from sqcompile.passes.ir.rows import Rows, rows_of
 from sqcompile.passes.planning.finite import check_tensor
 from sqcompile.passes.rewrite.insert_qdq_attention import quantize_attention
+from sqcompile.passes.rewrite.shift import before_cast
 from sqcompile.passes.rewrite.weight_store import Lazy, Shared
 from sqcompile.plan.entries import LayerPlan
 from sqcompile.plan.plan import Plan
@@ -114,8 +114,7 @@ class _Inserter:
         per_channel = (layer.weight or self.plan.recipe.weight) == "per_channel"
         with self.gm.graph.inserting_before(node):
             w_int8, w_scale = self._operands(linear, name, per_channel)
-            if bias is not None and bias.meta.get(FOLD_CAST):  # a shifted bias is added in float32
-                (bias,) = bias.all_input_nodes
+            bias = None if bias is None else before_cast(bias)  # a shifted one is added in float32
             if static is not None:
                 w_scale = add_op(self.gm, aten.mul.Tensor, w_scale, static)
             w_float = add_op(self.gm, aten.to.dtype, w_int8, torch.float32)
@@ -164,9 +163,7 @@ class _Inserter:
 
     def _input(self, x: fx.Node, layer: LayerPlan) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         """The quantized input as float32 integers, the factor of its rows, and Δ where it is static; made once for each."""
-        if x.meta.get(FOLD_CAST):  # quantize the float32 product x·(1/s), not its rounding to the model's dtype
-            assert isinstance(x.args[0], fx.Node)
-            x = x.args[0]
+        x = before_cast(x)  # quantize the float32 product x·(1/s), not its rounding to the model's dtype
         activation = layer.activation or self.plan.recipe.activation
         key = (x.name, activation, layer.input_scale)
         if key not in self.inputs:

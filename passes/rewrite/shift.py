@@ -47,7 +47,7 @@ Group = tuple[str | None, list[Linear]]  # the node of the norm that takes c, if
 
 
 def groups_of(linears: Sequence[Linear], shifts: Mapping[str, Tensor], norms: Sequence[Shiftable]) -> list[Group]:
-    """The shifted linears of a graph: those of each norm that can take their c, and then those that read one tensor.
+    """The shifted linears of a graph: those of each norm that can take their c, and then each of the others.
 
     Args:
         linears: of the graph.
@@ -61,11 +61,7 @@ def groups_of(linears: Sequence[Linear], shifts: Mapping[str, Tensor], norms: Se
         if len(mine) == len(norm.linears) and _one(mine, shifts):
             found.append((norm.norm, mine))
             left = {name: l for name, l in left.items() if l not in mine}
-    readers: dict[tuple[str, int], list[Linear]] = {}
-    for l in left.values():
-        first = next((k for k, same in readers.items() if k[0] == l.x and _one([*same, l], shifts)), None)
-        readers.setdefault(first or (l.x, len(readers)), []).append(l)
-    return found + [(None, same) for same in readers.values()]
+    return found + [(None, [l]) for l in left.values()]
 
 
 def check_shifts(linears: Sequence[Linear], shifts: Mapping[str, Tensor]) -> None:
@@ -100,23 +96,22 @@ def shift_inputs(
     ``columns``: s by linear, float32 [K], by which an input is divided already.
     """
     nodes = nodes_by_name(gm)
-    for i, (norm, group) in enumerate(groups):
-        alike: list[tuple[fx.Node, Tensor, list[fx.Node]]] = []  # of one input: some are divided by s, and some are not
-        for l in group if norm is None else []:
-            x, _, _ = linear_operands(nodes[l.node])
-            c = _there(shifts, l, nodes[l.node])
-            c = c / columns[l.name].to(c.device) if l.name in columns else c
-            users = next((users for of, taken, users in alike if of is x and torch.equal(taken, c)), None)
-            if users is None:
-                alike.append((x, c, users := []))
-            users.append(nodes[l.node])
-        for x, c, users in alike:
-            with gm.graph.inserting_before(min(users)):
-                source: Any = x.args[0] if x.meta.get(FOLD_CAST) else x
-                less = add_op(gm, aten.sub.Tensor, source, add_tensor(gm, f"shift_{i}", c))
-                less = fold_cast(gm, less, value(x).dtype)
-            for user in users:
-                user.update_arg(0, less)
+    # of one input: some may be divided by s, and some not
+    alike: list[tuple[str, fx.Node, Tensor, list[fx.Node]]] = []
+    for i, l in ((i, l) for i, (norm, group) in enumerate(groups) if norm is None for l in group):
+        x, _, _ = linear_operands(nodes[l.node])
+        c = _there(shifts, l, nodes[l.node])
+        c = c / columns[l.name].to(c.device) if l.name in columns else c
+        users = next((users for _, of, taken, users in alike if of is x and torch.equal(taken, c)), None)
+        if users is None:
+            alike.append((f"shift_{i}", x, c, users := []))
+        users.append(nodes[l.node])
+    for name, x, c, users in alike:
+        with gm.graph.inserting_before(min(users)):
+            less = add_op(gm, aten.sub.Tensor, before_cast(x), add_tensor(gm, name, c))
+            less = fold_cast(gm, less, value(x).dtype)
+        for user in users:
+            user.update_arg(0, less)
 
 
 def _there(shifts: Mapping[str, Tensor], l: Linear, user: fx.Node) -> Tensor:
@@ -132,6 +127,7 @@ def _one(linears: Sequence[Linear], shifts: Mapping[str, Tensor]) -> bool:
 
 def _norm(gm: fx.GraphModule, node: fx.Node, c: Tensor, name: str) -> None:
     """Subtracts c from a norm's bias; a norm without one gets one, and a weight, without which it is not fused."""
+    give_weight(gm, node, name)
     args, dtype = [*node.args, *[None] * (4 - len(node.args))], value(node).dtype
     with gm.graph.inserting_before(node):
         if isinstance(args[3], fx.Node):
@@ -140,9 +136,17 @@ def _norm(gm: fx.GraphModule, node: fx.Node, c: Tensor, name: str) -> None:
         else:
             _check_fits(-c, dtype, node.name)
             args[3] = add_tensor(gm, name, c.neg().to(dtype))
-        if args[2] is None:
-            args[2] = add_tensor(gm, f"{name}_weight", torch.ones_like(c, dtype=dtype))
     node.args = tuple(args)
+
+
+def give_weight(gm: fx.GraphModule, norm: fx.Node, name: str) -> None:
+    """Gives a norm without a weight one, of ones."""
+    args, like = list(norm.args), value(norm)
+    if len(args) < 3 or args[2] is None:
+        with gm.graph.inserting_before(norm):
+            ones = torch.ones(like.shape[-1], dtype=like.dtype, device=like.device)
+            args[2:3] = [add_tensor(gm, f"{name}_weight", ones)]
+        norm.args = tuple(args)
 
 
 def _bias(gm: fx.GraphModule, node: fx.Node, c: Tensor, name: str, shared: Shared | None) -> None:
@@ -182,3 +186,8 @@ def fold_cast(gm: fx.GraphModule, new: fx.Node, dtype: torch.dtype) -> fx.Node:
         new = add_op(gm, aten.to.dtype, new, dtype)
         new.meta[FOLD_CAST] = True
     return new
+
+
+def before_cast(x: fx.Node) -> fx.Node:
+    """What was cast by `fold_cast`, in float32; else the value itself."""
+    return x.all_input_nodes[0] if x.meta.get(FOLD_CAST) else x

@@ -27,7 +27,6 @@ from sqcompile.passes.planning.choose import choose
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
 from sqcompile.passes.planning.evidence import with_evidence
 from sqcompile.passes.planning.feel import feel
-from sqcompile.passes.planning.feel import shifted as felt_shifted
 from sqcompile.passes.planning.overrides import names_linear
 from sqcompile.passes.planning.shifts import choose_shifts, shifted
 from sqcompile.passes.planning.stay_float import float_layer, stay_float, wanted
@@ -95,7 +94,7 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
             with torch.no_grad():
                 felt, known_of = feel(gm, sites, refusals, calibration, own), Known()
                 shifts = choose_shifts(gm, sites, calibration, own, known_of)
-                calibration, felt = shifted(calibration, shifts), felt_shifted(felt, shifts)
+                calibration, felt = shifted(shifts, calibration, felt)
                 plan_of = partial(
                     choose, gm, sites, refusals, calibration, own, call, o.attentions, felt=felt, known=known_of,
                     shifts=shifts,

@@ -218,6 +218,20 @@ def test_linears_kept_in_float_keep_the_function():
         assert relative_error(got, want) < 0.05
 
 
+def batches(count):
+    return [(torch.randn(64, 32, generator=torch.Generator().manual_seed(i)),) for i in range(count)]
+
+
+def check_behind_a_break(model, plan, x):
+    """A graph without the norm gives what the whole one does."""
+    torch._dynamo.reset()
+    net = torch.compile(model, backend="smoothquant", options={"plan": plan})
+    whole = sqcompile.compile(model, plan=plan, backend="eager", progress=False)
+    with torch.no_grad():
+        got, want, exact = (f(*x) for f in (net, whole, model))
+    assert relative_error(got, want) < 1e-3 and relative_error(got, exact) < 0.05
+
+
 class Broken(nn.Module):
     """A norm behind which Dynamo breaks the graph."""
 
@@ -234,16 +248,10 @@ class Broken(nn.Module):
 
 @pytest.mark.parametrize("activation", ["per_token", "per_tensor_static"])
 def test_a_graph_that_has_not_the_norm_shifts_the_input(activation):
-    model = far(Broken())
-    data = [(torch.randn(64, 32, generator=torch.Generator().manual_seed(i)),) for i in range(20)]
+    model, data = far(Broken()), batches(20)
     plan = sqcompile.calibrate(model, data, recipe=Recipe(shift=True, activation=activation), progress=False)
     assert [*plan.shifts] == ["a.weight"]
-    torch._dynamo.reset()
-    net = torch.compile(model, backend="smoothquant", options={"plan": plan})
-    whole = sqcompile.compile(model, plan=plan, backend="eager", progress=False)
-    with torch.no_grad():
-        got, want, exact = (f(*data[0]) for f in (net, whole, model))
-    assert relative_error(got, want) < 1e-3 and relative_error(got, exact) < 0.05
+    check_behind_a_break(model, plan, data[0])
 
 
 @pytest.mark.parametrize("recipe", [Recipe(shift=True), Recipe(shift=True, activation="per_tensor_static")])
@@ -279,21 +287,15 @@ class Parts(nn.Module):
 
 @pytest.mark.parametrize("kept", ["a", "b"])
 def test_linears_in_float_beside_others_that_a_graph_shifts_itself(kept):
-    model = far(Parts())
-    data = [(torch.randn(64, 32, generator=torch.Generator().manual_seed(i)),) for i in range(8)]
+    model, data = far(Parts()), batches(8)
     plan = sqcompile.calibrate(model, data, recipe=Recipe(shift=True), progress=False).keep_float(kept)
     assert {*plan.shifts} == {"a.weight", "b.weight"}
-    torch._dynamo.reset()
-    net = torch.compile(model, backend="smoothquant", options={"plan": plan})
-    whole = sqcompile.compile(model, plan=plan, backend="eager", progress=False)
-    with torch.no_grad():
-        got, want, exact = (f(*data[0]) for f in (net, whole, model))
-    assert relative_error(got, want) < 1e-3 and relative_error(got, exact) < 0.05
+    check_behind_a_break(model, plan, data[0])
 
 
 def test_graphs_of_one_model_share_what_is_added_when_the_float_weights_are_gone():
     model = far(Broken()).bfloat16()
-    data = [(torch.randn(64, 32, generator=torch.Generator().manual_seed(i)).bfloat16(),) for i in range(8)]
+    data = [(x.bfloat16(),) for (x,) in batches(8)]
     plan = sqcompile.calibrate(model, data, recipe=Recipe(shift=True), progress=False)
     assert [*plan.shifts] == ["a.weight"]
     want = sqcompile.compile(model, plan=plan, backend="eager", progress=False)(*data[0])
