@@ -38,11 +38,13 @@ def environment() -> dict[str, str]:
     }
 
 
-def run_engine(directory: Path, prompts: list[list[int]], tokens: list[list[int]], folder: Path) -> dict[str, Any]:
+def run_engine(
+    directory: Path, prompts: list[list[int]], tokens: list[list[int]], folder: Path, dtype: str = "float32"
+) -> dict[str, Any]:
     """What `vllm_engine.py` prints, in a process of its own: vLLM keeps what it took until the process ends."""
     (folder / "prompts.json").write_text(json.dumps({"prompts": prompts, "tokens": tokens}))
     script = Path(__file__).parent / "vllm_engine.py"
-    command = [str(PYTHON), str(script), str(directory), str(folder / "prompts.json")]
+    command = [str(PYTHON), str(script), str(directory), str(folder / "prompts.json"), dtype]
     done = subprocess.run(command, env=environment(), cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert KERNEL in done.stderr + done.stdout

@@ -61,8 +61,13 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         other = sqcompile.compile(shaken, plan=done.plan, backend="eager", progress=False)
         y = torch.log_softmax(other(input_ids=ids).logits[:, PROMPT - 1 : -1], -1)
     moved = (y.gather(-1, ids[:, PROMPT:, None])[..., 0] - torch.stack(logprobs, 1)).abs()
+    half = sqcompile.compile(copy.deepcopy(model).bfloat16(), plan=done.plan, backend="eager", progress=False)
+    with torch.no_grad():
+        y = torch.log_softmax(half(input_ids=ids).logits[:, PROMPT - 1 : -1].float(), -1)
+    rounded = (y.gather(-1, ids[:, PROMPT:, None])[..., 0] - torch.stack(logprobs, 1)).abs()
     ours = {
         "moved": float((moved > 0.05).float().mean()),
+        "bfloat16": float(rounded.mean()),
         "prompts": ids[:, :PROMPT].tolist(),
         "tokens": ids[:, PROMPT:].tolist(),
         "logprobs": torch.stack(logprobs, 1).tolist(),
@@ -104,6 +109,18 @@ def test_the_engine_gives_our_tokens(served, tmp_path):
     _agree("LLM", ours, found["tokens"], [[p for p, _ in row] for row in found["forced"]])
 
 
+@pytest.mark.parametrize("served", ["per token"], indirect=True)
+def test_the_engine_runs_in_bfloat16(served, tmp_path):
+    """What `vllm serve` takes by itself; with AMX its kernel is another one."""
+    directory, ours = served
+    found = run_engine(directory, ours["prompts"], ours["tokens"], tmp_path, "bfloat16")
+    apart = (torch.tensor([[p for p, _ in row] for row in found["forced"]]) - torch.tensor(ours["logprobs"])).abs()
+    ranks = torch.tensor([[rank for _, rank in row] for row in found["forced"]])
+    print(f"bfloat16: log probabilities {apart.mean():.4f} apart, {ours['bfloat16']:.4f} by our own roundings to bfloat16; "
+          f"{(ranks == 1).float().mean():.1%} of the tokens are the best ones")  # fmt: skip
+    assert apart.mean() <= 1.5 * ours["bfloat16"] and (ranks == 1).float().mean() >= 0.95
+
+
 @pytest.mark.parametrize("served", ["static"], indirect=True)
 def test_the_server_gives_our_tokens(served, tmp_path):
     directory, ours = served
@@ -130,7 +147,7 @@ def _server(directory: Path, folder: Path) -> Iterator[str]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [
-        str(Path(str(PYTHON)).parent / "vllm"), "serve", str(directory), "--served-model-name", "net", "--host", "127.0.0.1", "--port", str(port),
+        str(PYTHON), str(Path(__file__).parent / "plain_vllm.py"), "serve", str(directory), "--served-model-name", "net", "--host", "127.0.0.1", "--port", str(port),
         "--enforce-eager", "--dtype", "float32", "--max-model-len", "256",
     ]  # fmt: skip
     log = folder / "log"

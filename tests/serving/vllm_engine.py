@@ -1,6 +1,6 @@
 """Run by the Python of vLLM's environment: greedy tokens of prompts, and what the engine thinks of given tokens.
 
-    vllm_engine.py DIRECTORY FILE
+    vllm_engine.py DIRECTORY FILE DTYPE
 
 FILE is JSON: {"prompts": [[token, ...], ...], "tokens": [[token, ...], ...]}. One line of JSON is printed:
 "tokens", the engine's own greedy ones, and for each of the given ones its log probability and its rank.
@@ -13,12 +13,14 @@ import sys
 from pathlib import Path
 
 
-def main(directory: str, file: str) -> None:
+def main(directory: str, file: str, dtype: str) -> None:
+    if dtype == "float32":
+        import plain_vllm  # noqa: F401  its kernel on every processor
     from vllm import LLM, SamplingParams  # of the environment that runs this
 
     given = json.loads(Path(file).read_text())
     length = len(given["tokens"][0])
-    engine = LLM(directory, skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=256)
+    engine = LLM(directory, skip_tokenizer_init=True, enforce_eager=True, dtype=dtype, max_model_len=256)
 
     def run(prompts: list[list[int]], **options: int) -> list:
         sampling = SamplingParams(temperature=0, detokenize=False, ignore_eos=True, **options)
