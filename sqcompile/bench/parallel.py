@@ -31,6 +31,7 @@ from sqcompile.bench.timing import gpu, publish
 
 MODELS = {"8b": LLAMA_8B, "70b": LLAMA_70B}
 BY_COLUMNS, BY_ROWS = ("q", "k", "v", "gate", "up"), ("o", "down")
+RECIPE = sqcompile.Recipe(0.5)  # choices of the default take minutes for weights of this size
 _PROCESSES = 2
 
 
@@ -73,17 +74,23 @@ def _release() -> None:
     torch.cuda.empty_cache()
 
 
-def _worker(rank: int, port: int, layers: int, widths: Shape, shapes: list[tuple[int, int]], out: Path | None) -> None:
+def _worker(
+    rank: int, port: int, layers: int, widths: Shape, shapes: list[tuple[int, int]], regional: bool, out: Path | None
+) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(_PROCESSES))
     torch.cuda.set_device(rank)
-    model = stack(layers, widths)
+    model: nn.Module = stack(layers, widths)
     batches = [torch.randn(2, 256, widths.hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     inputs = [torch.randn(*shape, widths.hidden, device="cuda", dtype=torch.bfloat16) for shape in shapes]
     with torch.no_grad():
         exact = [model(x) for x in inputs]
+
+    def compiled(model: nn.Module, mesh: Any = None) -> nn.Module:
+        return sqcompile.compile(model, batches, recipe=RECIPE, progress=False, device_mesh=mesh, regional=regional)
+
     one: list[tuple[float, Tensor]] = []
     if rank == 0:  # before there is a group, whose processes calibrate together; the other one waits for this one
-        one = _measured("INT8, 1 GPU", sqcompile.compile(model, batches, progress=False), inputs)
+        one = _measured("INT8, 1 GPU", compiled(model), inputs)
         _release()
     distributed.init_process_group(
         "nccl",
@@ -95,22 +102,29 @@ def _worker(rank: int, port: int, layers: int, widths: Shape, shapes: list[tuple
     )
     mesh = init_device_mesh("cuda", (_PROCESSES,))
     sharded(model, mesh)
-    bf16 = _measured("bf16, 2 GPUs", torch.compile(model, dynamic=False), inputs, fresh=True)
+    if regional:
+        for layer in model.get_submodule("layers"):
+            layer.compile(dynamic=False)
+    half = model if regional else torch.compile(model, dynamic=False)
+    bf16 = _measured("bf16, 2 GPUs", half, inputs, fresh=True)
+    model = sharded(stack(layers, widths), mesh)
     _release()
-    ours = sqcompile.compile(model, batches, progress=False, device_mesh=mesh)
+    ours = compiled(model, mesh)
     int8 = _measured("INT8, 2 GPUs", ours, inputs)
     if rank == 0:
-        publish(_table(layers, widths, shapes, exact, one, bf16, int8), out)
+        publish(_table(layers, widths, shapes, regional, exact, one, bf16, int8), out)
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-def _table(layers: int, widths: Shape, shapes: Any, exact: Any, one: Any, bf16: Any, int8: Any) -> list[str]:
+def _table(
+    layers: int, widths: Shape, shapes: Any, regional: bool, exact: Any, one: Any, bf16: Any, int8: Any
+) -> list[str]:
     def error(y: Tensor, want: Tensor) -> float:
         return float((y.double() - want.double()).norm() / want.double().norm())
 
     lines = [
-        f"{gpu()} {_PROCESSES} of them. {layers} layers, {widths.hidden} channels, {widths.ffn} of the MLP. Medians of CUDA graphs.",
+        f"{gpu()} {_PROCESSES} of them. {layers} layers, {widths.hidden} channels, {widths.ffn} of the MLP, alpha {RECIPE.alpha}{', compiled by layers' if regional else ''}. Medians of CUDA graphs.",
         "",
         "| batch x tokens | bf16, 2 GPUs, us | INT8, 1 GPU, us | INT8, 2 GPUs, us | vs bf16 | vs 1 GPU | error of bf16 | of INT8, 1 GPU | of INT8, 2 GPUs | of 2 beside 1 |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -135,6 +149,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", choices=MODELS, default="8b")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--shapes", type=_shape, nargs="+", default=[*PREFILL, *DECODE], help="such as 4x2048 1x1")
+    parser.add_argument("--regional", action="store_true", help="every contender compiles one layer for all")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     if torch.cuda.device_count() < _PROCESSES:
@@ -142,5 +157,5 @@ def main(argv: list[str]) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    of_worker = port, args.layers, MODELS[args.model], args.shapes, args.out
+    of_worker = port, args.layers, MODELS[args.model], args.shapes, args.regional, args.out
     multiprocessing.spawn(_worker, of_worker, nprocs=_PROCESSES)
