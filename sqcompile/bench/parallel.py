@@ -103,7 +103,7 @@ def _worker(
     mesh = init_device_mesh("cuda", (_PROCESSES,))
     sharded(model, mesh)
     if regional:
-        for layer in model.get_submodule("layers"):
+        for layer in model.get_submodule("layers").children():
             layer.compile(dynamic=False)
     half = model if regional else torch.compile(model, dynamic=False)
     bf16 = _measured("bf16, 2 GPUs", half, inputs, fresh=True)
