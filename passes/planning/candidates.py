@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +38,14 @@ ALIKE = 1.05
 # cost the outputs more than a tenth of what all do, and three times the mean one, where it halves that.
 GAIN_OF_DYNAMIC, GAIN_OF_COSTLY = 4.0, 2.0
 COSTLY, TIMES_MEAN = 0.1, 3
+# Of layers that a model repeats, rotations are tried in so many: the first and the last two, which are the unusual ones
+# (arXiv 2402.17762), and some between. The others get the same.
+ENDS, BETWEEN = 2, 2
 
 
 @dataclass(frozen=True)
 class Look:
-    """What is known of a graph's sites when each has been looked at by itself.
+    """What is known of a graph's sites when those of `to_look_at` have been looked at, each by itself.
 
     Attributes:
         rotations: the size of the blocks in which each site is rotated, or None; the same in all layers that a model repeats.
@@ -97,32 +100,61 @@ def each_best(
     return found
 
 
+def to_look_at(chooser: Chooser, sites: Sequence[Site], floats: Mapping[str, str]) -> list[Site]:
+    """Which sites are looked at by themselves: some of each kind that repeats, and all whose inputs may be left dynamic.
+
+    Args: as for `look_at`.
+    """
+    kinds: dict[Any, list[Site]] = {}
+    for site, kind in _kinds(chooser, sites, floats):
+        kinds.setdefault(kind, []).append(site)
+    seen = set()
+    for alike in kinds.values():
+        may = any(chooser.own[l.name].may_leave_dynamic for l, _ in alike[0].balance)
+        seen |= {s.name for s in (alike if may else _some(alike))}
+    return [s for s in sites if s.name in seen]
+
+
+def _kinds(chooser: Chooser, sites: Sequence[Site], floats: Mapping[str, str]) -> Iterator[tuple[Site, Any]]:
+    """Sites that are not all in float, each with what is equal for those of repeated layers: all but numbers in names."""
+    for site in sites:
+        linears = [l for l, _ in site.balance if l.name not in floats]
+        if linears:
+            shapes = tuple(l.shape for l in linears)
+            yield site, (re.sub(r"(?<=\.)\d+(?=\.)", "N", site.name), shapes, chooser.own[linears[0].name])
+
+
+def _some(alike: list[Site]) -> list[Site]:
+    most = 2 * ENDS + BETWEEN
+    if len(alike) <= most:
+        return alike
+    inner, step = alike[ENDS:-ENDS], (len(alike) - 2 * ENDS) / (BETWEEN + 1)
+    return [*alike[:ENDS], *(inner[round(step * (i + 1))] for i in range(BETWEEN)), *alike[-ENDS:]]
+
+
 def look_at(chooser: Chooser, sites: Sequence[Site], floats: Mapping[str, str], found: Mapping[str, Best]) -> Look:
     """What is to be decided of all sites together.
 
-    The rotation of layers that a model repeats is the one that costs least in all of them together. So they stay alike, and
-    are compiled once where a compiler makes one of them for all. Sites are of repeated layers where nothing but numbers in
-    their names differs.
+    The rotation of layers that a model repeats is the one that costs least in all of them together that were looked at. So
+    they stay alike, and are compiled once where a compiler makes one of them for all. Sites are of repeated layers where
+    nothing but numbers in their names differs.
 
     Args:
         chooser: of the graph.
         sites: of the graph.
         floats: linears that stay in float, by name.
-        found: what is best for each by itself.
+        found: what is best for each by itself, of those `to_look_at`.
     """
     costs: dict[Any, Counter[int | None]] = {}
-    keys = {}
-    for site in sites:
-        if site.name not in found:
-            continue
-        linears = [l for l, _ in site.balance if l.name not in floats]
-        shapes = tuple(l.shape for l in linears)
-        keys[site.name] = re.sub(r"(?<=\.)\d+(?=\.)", "N", site.name), shapes, chooser.own[linears[0].name]
-        costs.setdefault(keys[site.name], Counter()).update(found[site.name].costs)
+    kinds = {site.name: kind for site, kind in _kinds(chooser, sites, floats)}
+    for name, b in found.items():
+        costs.setdefault(kinds[name], Counter()).update(b.costs)
     static = {name: b.loss for name, b in found.items() if b.loss is not None}
-    least = {key: min(total, key=lambda block: total[block]) for key, total in costs.items()}
+    least = {kind: min(total, key=lambda block: total[block]) for kind, total in costs.items()}
     most = max(COSTLY, TIMES_MEAN / max(1, len(static))) * sum(static.values())
-    return Look({name: least[key] for name, key in keys.items()}, frozenset(n for n, c in static.items() if c > most))
+    return Look(
+        {name: least[kind] for name, kind in kinds.items()}, frozenset(n for n, c in static.items() if c > most)
+    )
 
 
 def best(

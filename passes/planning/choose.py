@@ -22,7 +22,7 @@ from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.ir.graph import Linear, find_linears
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
 from sqcompile.passes.planning import weight_outliers
-from sqcompile.passes.planning.candidates import Best, Look, each_best, look_at
+from sqcompile.passes.planning.candidates import Best, Look, each_best, look_at, to_look_at
 from sqcompile.passes.planning.choice import Costs, Known, Note
 from sqcompile.passes.planning.choose_attention import choose_attention
 from sqcompile.passes.planning.error import Chooser
@@ -94,7 +94,7 @@ def choose(
     if any(own.rotate == "auto" or own.may_leave_dynamic for own in chooser.own.values()):
         if sharing is None:
             looking = Chooser(gm, calibration, recipe, unsmoothed, felt, known)
-            first = each_best(looking, every, floats, None, first=True)
+            first = each_best(looking, to_look_at(looking, every, floats), floats, None, first=True)
         else:
             first, _ = sharing.best(Asked(floats, unsmoothed, True, None))
         look = look_at(chooser, every, floats, first)

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from sqcompile.passes.ir.graph import Linear, find_linears, nodes_by_name, value
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
 from sqcompile.passes.planning import weight_outliers
-from sqcompile.passes.planning.candidates import Best, Look, each_best
+from sqcompile.passes.planning.candidates import Best, Look, each_best, to_look_at
 from sqcompile.passes.planning.choice import Choice, Known
 from sqcompile.passes.planning.error import Chooser
 from sqcompile.passes.planning.feel import Felt, Reads
@@ -110,7 +110,9 @@ class Sharing:
     def own(self, asked: Asked) -> Answer:
         """What this rank finds for its sites, and of its linears."""
         chooser = Chooser(self.gm, self.calibration, self.recipe, asked.unsmoothed, self.felt, self.known)
-        mine = [s for s in self._sites(asked.floats) if self.owner[s.balance[0][0].name] == self.ranks.rank]
+        every = self._sites(asked.floats)
+        some = to_look_at(chooser, every, asked.floats) if asked.first else every
+        mine = [s for s in some if self.owner[s.balance[0][0].name] == self.ranks.rank]
         best = each_best(chooser, mine, asked.floats, asked.look, asked.first)
         linears = [] if asked.first else [l for l in self.linears if self.owner[l.name] == self.ranks.rank]
         return best, weight_outliers.all_lost(chooser, linears, asked.floats)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_lm
 from families import build, token_ids
 
 from sqcompile import Recipe
@@ -51,9 +52,11 @@ class Thread(Ranks):
             self.queues[self.rank, 0].put(data)
 
 
-def known(family: str, recipe: Recipe) -> tuple[Any, ...]:
-    """A graph, what is in it, its statistics, and what the outputs feel."""
+def known(family: str, recipe: Recipe, **config: Any) -> tuple[Any, ...]:
+    """A graph, what is in it, its statistics, and what the outputs feel; ``config``: of a causal model, beside its own."""
     model, call = build(family)
+    if config:
+        model = tiny_lm(family, **config)
     gm = trace(model, as_call(model, call))
     sites, refusals = match(gm)
     batches = [{**call, "input_ids": token_ids(seed=seed)} for seed in (1, 2)]
@@ -70,12 +73,14 @@ def known(family: str, recipe: Recipe) -> tuple[Any, ...]:
         ("opt", resolve_recipe("O3"), 3),
         ("qwen2_moe", Recipe("auto", rotate="auto", activation="per_tensor_static"), 2),
         ("llama", Recipe((0.3, 0.5, 0.7), weight="per_tensor", rotate="auto"), 2),
+        ("llama of many layers", Recipe((0.3, 0.7), rotate="auto"), 2),
     ]
 )  # fmt: skip
 @torch.no_grad()
 def test_the_plan_is_that_of_one_process(family, recipe, count, monkeypatch):
     """With smoothing, without it, and where weights are lost, so that it is chosen anew."""
-    gm, sites, refusals, statistics, felt, spec = known(family, recipe)
+    config = {"num_hidden_layers": 8} if "of many layers" in family else {}
+    gm, sites, refusals, statistics, felt, spec = known(family.partition(" ")[0], recipe, **config)
     tried: Counter[tuple[str, str]] = Counter()
     best = candidates.best
     monkeypatch.setattr(
