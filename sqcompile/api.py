@@ -18,7 +18,7 @@ from sqcompile.capture.trace import trace
 from sqcompile.capture.traced_call import example_call, traced_call
 from sqcompile.checkpoints.act_scales import given_act_scales
 from sqcompile.compiled.degradation import by_value
-from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
+from sqcompile.compiled.emit import CompiledModel, check_compiler, emit
 from sqcompile.compiled.stages import Stages
 from sqcompile.errors import CalibrationError, PlanError, RecipeError
 from sqcompile.kernels.targets import Target, begin, check_format
@@ -117,8 +117,7 @@ def compile(
     """
     stage_names = (*ANALYSES, *_REWRITES) if plan is None else ("trace", *_REWRITES)
     with together(plan is None or device_mesh is not None, device_mesh) as ranks:
-        if backend not in BACKENDS:
-            raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+        check_compiler(backend, regional)
         check_model(model, device_mesh)
         target = target_for(model, target)
         if plan is not None and evaluate is not None:
@@ -135,7 +134,7 @@ def compile(
                 if ranks.shares:
                     ranks.done()
             else:
-                data = {"calib_loader": calib_loader, "act_scales": act_scales}
+                data = {"calib_loader": calib_loader, "act_scales": act_scales, "max_batches": max_batches}
                 plan = given_plan(plan, recipe, next((name for name, given in data.items() if given is not None), None))
                 call = example_call(model, example_inputs) or from_spec(plan.call, device_of(model))
                 begin(device_of(model), inductor=backend == "inductor")
@@ -232,6 +231,8 @@ def analyse(
     if act_scales is not None:
         if loader is not None:
             raise CalibrationError("calib_loader and act_scales: either is a calibration, leave one of them out")
+        if max_batches is not None:
+            raise CalibrationError("max_batches with act_scales, which take no batches: leave it out")
         if evaluate is not None:
             raise RecipeError("evaluate with act_scales, which have no tokens: leave it out, or pass calib_loader")
         recipe, scales = settled(recipe), given_act_scales(act_scales)

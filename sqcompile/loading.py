@@ -20,7 +20,7 @@ from sqcompile.capture.inputs import Forward
 from sqcompile.capture.sharded import parallel_on
 from sqcompile.capture.trace import register_kv_cache_pytree
 from sqcompile.checkpoints.read_model import ReadModel, is_checkpoint, read_model
-from sqcompile.compiled.emit import BACKENDS, CompiledModel, emit
+from sqcompile.compiled.emit import CompiledModel, check_compiler, emit
 from sqcompile.compiled.stages import Stages
 from sqcompile.errors import ArtifactError, RecipeError, SQCompileError, StageError
 from sqcompile.files.regular import said
@@ -80,8 +80,7 @@ def load(
         RecipeError: for an unknown backend or target.
         KeyboardInterrupt: as `compile`.
     """
-    if backend not in BACKENDS:
-        raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+    check_compiler(backend, regional)
     if code and (backend != "inductor" or regional):
         raise RecipeError("code=True is Inductor's code of a whole model: leave out backend and regional, or code")
     parallel = parallel_on(device_mesh)

@@ -54,6 +54,10 @@ class Site:
     free: Tensor
     reason: str
 
+    def allows(self, s: Tensor) -> bool:
+        """Whether scales [C] leave alone the channels that are not free."""
+        return bool((s[~self.free.to(s.device)] == 1).all())
+
 
 @dataclass(frozen=True)
 class Refusal:

@@ -36,20 +36,18 @@ def check_ids(gm: fx.GraphModule) -> None:
     const = constants(gm)
     checked: dict[tuple[Any, ...], fx.Node] = {}
     for node in list(gm.graph.nodes):
-        for index, table, size, low in _reads(node):
+        for index, table, dim, low in _reads(node):
             v = value(index)
             if index in const or not isinstance(v, Tensor) or v.device.type != "cpu" or v.dtype == torch.bool:
                 continue
             origins = _origins(gm, index)
             if not origins or (table is not None and table not in const and origins <= {"positions"}):
                 continue
-            key = index, size, low
+            size = dim if table is None else value(table).shape[dim]
+            key = index, str(size), low  # a symbolic size has no hash
             if key not in checked:
                 with gm.graph.inserting_before(node):
-                    end = size
-                    if not isinstance(size, int):
-                        assert table is not None
-                        end = add_op(gm, aten.sym_size.int, table, value(table).shape.index(size))
+                    end = size if isinstance(size, int) else add_op(gm, aten.sym_size.int, table, dim)
                     first = (-end if isinstance(end, int) else add_op(gm, operator.neg, end)) if low else 0
                     name = first_leaf(table) if table in const else None
                     what = f"{_spelled(index, origins)} indexes {name or _described(node)}"
@@ -57,19 +55,25 @@ def check_ids(gm: fx.GraphModule) -> None:
             node.replace_input_with(index, checked[key])
 
 
-def _reads(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | None, Any, bool]]:
-    """The indices of a node: each with the table that it reads, the table's size, and whether it may count from the end."""
+def _reads(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | None, int, bool]]:
+    """The indices of a node: each with the table that it reads, the table's dim, and whether it may count from the end.
+
+    Of a one-hot, which reads no table, it is the number of classes in the place of the dim.
+    """
     args: Any = node.args
     if node.target in _EMBEDDINGS:
-        yield args[1], args[0], value(args[0]).shape[0], False
+        yield args[1], args[0], 0, False
     elif node.target == aten.one_hot.default and len(args) > 1 and isinstance(args[1], int) and args[1] > 0:
         yield args[0], None, args[1], False
     elif node.target in (aten.index_select.default, aten.gather.default):
-        yield args[2], args[0], value(args[0]).shape[args[1]], False
+        yield args[2], args[0], args[1] % max(1, value(args[0]).dim()), False
     elif node.target == aten.index.Tensor:
-        for dim, index in enumerate(args[1]):
+        dim = 0
+        for index in args[1]:
             if isinstance(index, fx.Node):
-                yield index, args[0], value(args[0]).shape[dim], True
+                yield index, args[0], dim, True
+            masks = isinstance(index, fx.Node) and value(index).dtype == torch.bool
+            dim += value(index).dim() if masks else 1  # a mask is of as many dims of the table as it has
 
 
 def _origins(gm: fx.GraphModule, index: fx.Node) -> set[str]:

@@ -36,7 +36,11 @@ def split_sites(linears: list[Linear], sites: list[Site], plan: Plan) -> tuple[l
     Raises:
         PlanError: if the plan does not say how the linears of a site that is not whole are scaled.
     """
-    whole = [s for s in sites if s.name in plan.scales and s.channels == len(plan.scales[s.name])]
+    whole = [
+        s
+        for s in sites
+        if s.name in plan.scales and s.channels == len(plan.scales[s.name]) and s.allows(plan.scales[s.name])
+    ]
     scales = {s.name: plan.scales[s.name] for s in whole}
     done = {l.name for s in whole for l, _ in s.balance}
     quantized = {l.name: l for l in plan.layers if l.quantized and l.smoothing != "none"}

@@ -104,6 +104,8 @@ def fold(
     for name, s in plan.scales.items():
         if name not in by_name or by_name[name].channels != len(s):
             raise PlanError(f"the plan smooths {name!r}, which this model does not have: calibrate this model")
+        if not by_name[name].allows(s):
+            raise PlanError(f"the plan scales channels of {name!r} that this model reads elsewhere: calibrate this model")
     balanced = {l.name for name in plan.scales for l, _ in by_name[name].balance}
     smoothed = {l.name for l in plan.layers if l.quantized and l.smoothing != "none"}
     linears = find_linears(gm)
@@ -194,11 +196,9 @@ class _Folder:
         assert isinstance(old, fx.Node)
         by = by.to(value(old).device)
         if value(old).dim() < 2:  # of a matrix, quantization is from the float32 product
-            before = evaluate(self.gm, old)
-            if bool((before.isfinite() & ~op(before, by).to(before.dtype).isfinite()).any()):
-                raise PlanError(
-                    f"the plan's scales take {first_leaf(old)!r} out of {before.dtype}: calibrate this model"
-                )
+            before, dtype = evaluate(self.gm, old), value(old).dtype  # a shifted one is float32 until it is cast
+            if bool((before.isfinite() & ~op(before, by).to(dtype).isfinite()).any()):
+                raise PlanError(f"the plan's scales take {first_leaf(old)!r} out of {dtype}: calibrate this model")
         with self.gm.graph.inserting_before(user):
             new = self._scaled(old, op, by, name)
         user.update_arg(argument, new)

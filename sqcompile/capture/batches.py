@@ -40,10 +40,14 @@ def first_batches(batches: Iterable[Any], most: int | None, single: bool) -> Ite
 
 
 def _rows(batch: Any) -> int:
-    """How many rows a batch has, by its first tensor; token ids without a batch dim are one."""
-    found = [*batch.values()] if isinstance(batch, Mapping) else pytree.tree_leaves(batch)
-    first = next((x for x in found if isinstance(x, Tensor)), None)
-    return int(first.shape[0]) if first is not None and first.dim() > 1 else 1
+    """How many rows a batch has, by its first tensor of more than one dim: labels and times of diffusion may come before it.
+
+    Token ids without a batch dim are one.
+    """
+    named = {n: x for n, x in batch.items() if n not in TARGETS} if isinstance(batch, Mapping) else batch
+    found = (x for x in pytree.tree_leaves(named) if isinstance(x, Tensor) and x.dim() > 1)
+    first = next(found, None)
+    return 1 if first is None else int(first.shape[0])
 
 
 def split(signature: inspect.Signature, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], list[str]]:

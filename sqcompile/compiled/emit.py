@@ -20,7 +20,7 @@ from sqcompile.checkpoints.export import Exported, source_of
 from sqcompile.compiled.inductor import compile_regions, compile_without_constants, inductor
 from sqcompile.compiled.report import Report
 from sqcompile.compiled.stages import Graphs, Stages
-from sqcompile.errors import ArtifactError, CaptureError, StageError
+from sqcompile.errors import ArtifactError, CaptureError, RecipeError, StageError
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.flat import flatten
 from sqcompile.passes.ir.graph import get_tensor, set_tensor
@@ -33,10 +33,23 @@ from sqcompile.pytorch.core import pytree
 
 BACKENDS = ("inductor", "eager")
 
+_GRAD = (
+    "a compiled model computes no gradients, and an argument of this call asks for one: detach it, or call the model under "
+    "torch.no_grad()"
+)
+
 _UNSAVED = (
     "a compiled model is neither pickled nor copied, since its INT8 weights are packed for this machine: save it with "
     "compiled.save(directory), and load it with sqcompile.load(directory)"
 )
+
+
+def check_compiler(backend: str, regional: bool) -> None:
+    """Raises RecipeError for what compiles no graph."""
+    if backend not in BACKENDS:
+        raise RecipeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+    if not isinstance(regional, bool):
+        raise RecipeError(f"regional={regional!r}: pass True or False")
 
 
 class CompiledModel(nn.Module):
@@ -71,7 +84,8 @@ class CompiledModel(nn.Module):
         """The model's own signature and output type; no gradients.
 
         Raises:
-            CaptureError: for a call with other arguments than the captured ones, or with sizes that the capture does not serve.
+            CaptureError: for a call with other arguments than the captured ones, with sizes that the capture does not serve,
+                or with an argument whose gradient is asked for.
         """
         try:
             call = self.call.bind(args, kwargs)
@@ -79,6 +93,8 @@ class CompiledModel(nn.Module):
             raise CaptureError(f"the call does not fit the model's signature {self.call.signature}: {e}") from e
         leaves = flatten_like(call, self._captured)
         used = contiguous(leaves[i] for i in self._used)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in used):
+            raise CaptureError(_GRAD)
         with torch.no_grad():
             out = self._run(*used)
         return pytree.tree_unflatten(list(out), self._out_spec)

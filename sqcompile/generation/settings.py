@@ -178,9 +178,9 @@ def read_settings(own: Any, given: Any, overrides: Mapping[str, Any], prompt: in
         pad=pad[0] if pad else eos[0] if eos else 0,
         pads_prompts=bool(pad) and pad[0] not in eos,
         sample=sample,
-        temperature=_number("temperature", values["temperature"], above=0.0),
+        temperature=_number("temperature", values["temperature"], above=0.0) if sample else 1.0,
         top_k=_whole("top_k", values["top_k"], 0) or 0,
-        top_p=_number("top_p", values["top_p"], above=None, most=1.0),
+        top_p=_number("top_p", values["top_p"], above=None, most=1.0) if sample else 1.0,
         penalty=_number("repetition_penalty", values["repetition_penalty"], above=0.0),
         cache=max(prompt + new, _whole("max_cache_len", values["max_cache_len"], 1) or 0),
     )

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import T5ForConditionalGeneration
 
 import sqcompile
+from sqcompile.capture.batches import first_batches
 from sqcompile.capture.inputs import Reader, as_call
 
 
@@ -52,6 +53,16 @@ class Tokens(Net):
 
 def token_batches(n):
     return [{"input_ids": torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(i))} for i in range(n)]
+
+
+@pytest.mark.parametrize("order", [("label", "x"), ("x", "label"), ("t", "x"), ("x", "t")])
+@pytest.mark.parametrize("named", [True, False])
+def test_rows_are_counted_whatever_stands_before_them(order, named):
+    """512 rows together: 16 batches of 32, and no look at the others."""
+    what = {"x": torch.randn(32, 16), "label": torch.zeros(32).long(), "t": torch.zeros(32)}
+    batch = {n: what[n] for n in order}
+    taken = list(first_batches((batch if named else tuple(batch.values()) for _ in range(99)), None, False))
+    assert len(taken) == 16
 
 
 def net(kind=Net):

@@ -176,6 +176,9 @@ def test_settings_of_sampling_without_it_are_named(llama, ids):
     with pytest.warns(UserWarning, match=r"temperature=0.7 has no effect without do_sample=True") as seen:
         sqcompile.generate(llama, ids, max_new_tokens=2, temperature=0.7)
     assert seen[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"temperature=0.0 has no effect"):  # as many spell greedy
+        got = sqcompile.generate(llama, ids, max_new_tokens=2, temperature=0.0)
+    assert torch.equal(got, sqcompile.generate(llama, ids, max_new_tokens=2))
     own = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9)  # as checkpoints have it
     with warnings.catch_warnings():
         warnings.simplefilter("error")

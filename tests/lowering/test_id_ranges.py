@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from golden_cases import graph
 from torch import nn
 from torch.nn import functional as F
 
 import sqcompile
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.passes.lowering.id_ranges import _reads
 
 
 class Table(nn.Module):
@@ -58,6 +60,72 @@ def test_ids_out_of_range(name):
         assert isinstance(info.value, IndexError) and isinstance(info.value, sqcompile.SQCompileError)
     if name == "a slice":  # what is not read may be anything
         assert net(torch.tensor([[1, 2, -100]]), mask=mask[:1, :3]).isfinite().all()
+
+
+class Picks(nn.Module):
+    """Reads what it has computed, of dynamic sizes, with indices that an input gives."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.fc1, self.fc2, self.read = nn.Linear(16, 16), nn.Linear(16, 16), read
+
+    def forward(self, x, ids):
+        return self.fc2(self.read(self.fc1(x), ids))
+
+
+# how it is read; the last index that may be, of x [B, S, 16]; whether it may count from the end
+PICKS = {
+    "one token of each row": (lambda h, ids: h[torch.arange(h.shape[0]), ids], 1, True),
+    "gather": (lambda h, ids: h.gather(1, ids[:, None, None].expand(-1, 1, 16)), 1, False),
+    "gather, dim from the end": (lambda h, ids: h.gather(-2, ids[:, None, None].expand(-1, 1, 16)), 1, False),
+    "index_select": (lambda h, ids: h.index_select(1, ids), 1, False),
+    "index_select, dim from the end": (lambda h, ids: h.index_select(-2, ids), 1, False),
+    "rows": (lambda h, ids: h[ids], 0, True),
+    "of all": (lambda h, ids: h.flatten(0, 1)[ids], None, True),
+    "rotary": (lambda h, ids: h + torch.cos(torch.arange(h.shape[1])[:, None] * torch.ones(16))[ids][:, None], 1, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICKS)
+def test_what_is_computed_is_a_table_of_dynamic_size(name):
+    read, dim, negative = PICKS[name]
+    model = Picks(read).eval()
+    net = compiled(model, {"x": torch.randn(4, 16, 16), "ids": torch.randint(0, 4, (4,))}, "eager")
+    for sizes in ((4, 16), (3, 10), (7, 5)):
+        x = torch.randn(*sizes, 16)
+        size = sizes[0] * sizes[1] if dim is None else sizes[dim]
+        for good in (0, size - 1, *([-size] if negative else [])):
+            ids = torch.full((sizes[0],), good)
+            assert (net(x, ids) - model(x, ids)).norm() < 0.05 * model(x, ids).norm()
+        for bad in (size, -size - 1 if negative else -1):
+            with pytest.raises(sqcompile.IndexRangeError, match=f"ids indexes .* and is {bad}"):
+                net(x, torch.full((sizes[0],), bad))
+
+
+def test_the_backend_reads_what_is_computed():
+    model = Picks(PICKS["one token of each row"][0]).eval()
+    plan = sqcompile.calibrate(model, [(torch.randn(4, 16, 16), torch.zeros(4).long())], progress=False)
+    torch._dynamo.reset()
+    net = torch.compile(model, backend="smoothquant", dynamic=True, options={"plan": plan, "compiler": "eager"})
+    with torch.no_grad():
+        for sizes in ((4, 16), (3, 10)):
+            x, ids = torch.randn(*sizes, 16), torch.full(sizes[:1], sizes[1] - 1)
+            assert (net(x, ids) - model(x, ids)).norm() < 0.05 * model(x, ids).norm()
+            with pytest.raises(sqcompile.IndexRangeError):
+                net(x, ids + 1)
+
+
+def test_a_mask_takes_as_many_dims_as_it_has():
+    """So that an index after it is of a later dim."""
+    gm = graph("""
+    %x: f32[2, 3, 5] = input
+    %keep: b1[2, 3] = input
+    %ids: i64[6] = input
+    %y = aten.index(%x, [%keep, %ids])
+    return [%y]
+""", {})  # fmt: skip
+    (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.index.Tensor)
+    assert [dim for _, _, dim, _ in _reads(node)] == [0, 2]
 
 
 def test_positions_past_their_table():

@@ -14,6 +14,7 @@ from backend_cases import call, compiled, mlp, outliers
 from plan_cases import KEY, Attend, dynamic_plan, parts, static_plan, write
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as F
 
 import sqcompile
 from sqcompile import Plan, PlanError, Recipe
@@ -186,6 +187,46 @@ def test_a_scale_that_takes_a_norm_out_of_float16_is_refused():
     small = {name: torch.full_like(s, 2.0**-20) for name, s in plan.scales.items()}
     with pytest.raises(PlanError, match=r"take '0.weight' out of torch.float16"):
         sqcompile.compile(model, plan=dataclasses.replace(plan, scales=small), backend="eager")
+
+
+def test_the_same_of_a_bias_that_is_shifted_before():
+    model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16)).eval().half()
+    x = torch.randn(2, 5, 16).half()
+    plan = sqcompile.calibrate(model, [x], recipe=sqcompile.Recipe(), progress=False)
+    (site,) = plan.scales
+    s = plan.scales[site].clone()
+    s[3] = 1e-5  # where the norm is zero, and its bias 1 by the shift alone
+    with torch.no_grad():
+        model[0].weight[3] = 0.0
+    shift = -torch.eye(16)[3]
+    wrong = dataclasses.replace(plan, scales={site: s}, columns={"1.weight": s}, shifts={"1.weight": shift})
+    with pytest.raises(PlanError, match=r"take '0.bias' out of torch.float16"):
+        sqcompile.compile(model, plan=wrong, backend="eager", progress=False)
+
+
+class Fused(nn.Module):
+    """Of one linear's output only the values may be scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.o = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (2, 16)).transpose(1, 2) for t in self.qkv(self.norm(x)).split(32, -1))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_scales_of_channels_that_are_read_elsewhere_are_refused():
+    torch.manual_seed(0)
+    model, x = Fused().eval(), torch.randn(2, 9, 32)
+    plan = sqcompile.calibrate(model, [x], recipe=sqcompile.Recipe(), progress=False)
+    (site,) = (name for name in plan.scales if name.startswith("qkv"))
+    s = plan.scales[site].clone()
+    assert bool((s[:64] == 1).all()) and not bool((s[64:] == 1).all())
+    s[5] = 30.0
+    wrong = dataclasses.replace(plan, scales={**plan.scales, site: s})
+    with pytest.raises(PlanError, match=r"scales channels of 'qkv.weight -> o.weight' that this model reads elsewhere"):
+        sqcompile.compile(model, plan=wrong, backend="eager", progress=False)
 
 
 def test_what_the_graph_knows_is_checked_before_anything_is_quantized(static, tmp_path):

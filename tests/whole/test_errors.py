@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import tiny_lm, token_batches
+from conftest import relative_error, tiny_lm, token_batches
 from torch import nn
 from torch.nn import functional as F
 
@@ -121,6 +121,18 @@ def test_recipe_values(kwargs):
 def test_unknown_backend():
     with pytest.raises(sqcompile.RecipeError, match="inductor, eager"):
         sqcompile.compile(Net().eval(), batches(), backend="tensorrt")
+    with pytest.raises(sqcompile.RecipeError, match="regional='yes': pass True or False"):
+        sqcompile.compile(Net().eval(), batches(), regional="yes")
+
+
+def test_a_number_of_batches_beside_none():
+    model = Net().eval()
+    plan = sqcompile.calibrate(model, batches(), progress=False)
+    with pytest.raises(sqcompile.PlanError, match="plan and max_batches"):
+        sqcompile.compile(model, plan=plan, max_batches=3)
+    scales = {n: torch.ones(m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    with pytest.raises(sqcompile.CalibrationError, match="max_batches with act_scales"):
+        sqcompile.compile(model, act_scales=scales, example_inputs=batches()[0], max_batches=3)
 
 
 class Wrapped:
@@ -194,7 +206,21 @@ def test_training_mode_with_dropout(dropout):
 
 
 def test_dropout_is_nothing_in_eval_mode():
-    sqcompile.compile(Net(nn.Dropout(0.1)).eval(), batches(), backend="eager", progress=False)
+    torch.manual_seed(0)
+    model, x = Net(nn.Dropout(0.5)).eval(), torch.randn(3, 5, 16)
+    net = sqcompile.compile(model, batches(), backend="eager", progress=False)
+    assert relative_error(net(x), model(x)) < 0.05
+
+
+def test_a_gradient_that_is_asked_for_is_refused():
+    """It would be gone in silence; under no_grad nobody asks."""
+    net = sqcompile.compile(Net().eval(), batches(), backend="eager", progress=False)
+    x = torch.randn(3, 5, 16, requires_grad=True)
+    with pytest.raises(sqcompile.CaptureError, match=r"computes no gradients.*detach it"):
+        net(x)
+    with torch.no_grad():
+        want = net(x)
+    assert torch.equal(net(x.detach()), want) and not want.requires_grad
 
 
 def test_a_plan_of_another_model(tmp_path):

@@ -129,7 +129,9 @@ def check_attention(name, model, call, gm, eager):
     assert {x.kind for s in sites for x, _ in (*s.queries, *s.keys)} == {kind}
     assert changed(gm, folded) >= 2 * count
     for x in (call, resized(call)):
-        for a, b in zip(outputs(folded(**x)), run(model, x), strict=False):
+        got = outputs(folded(**x))
+        assert len(got) >= 1
+        for a, b in zip(got, run(model, x), strict=False):  # which may give a cache, too
             assert relative_error(a, b) <= 1e-5
 
 
@@ -158,7 +160,9 @@ def test_folding_is_exact_within_half_precision(name, dtype, eps):
     call = {k: v.to(dtype) if v.is_floating_point() else v for k, v in call.items()}
     own = run(half, call)
     folded, _, _ = fold_everything(half, **call)
-    for a, b, w in zip(outputs(folded(**call)), own, want, strict=False):
+    got = outputs(folded(**call))
+    assert len(got) >= 1
+    for a, b, w in zip(got, own, want, strict=False):
         assert relative_error(a, w) <= 3 * relative_error(b, w) + 4 * eps
 
 
