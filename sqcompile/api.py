@@ -79,9 +79,9 @@ def compile(
     Args:
         model: an nn.Module in eval mode that torch.export can capture.
         calib_loader: calibration batches (tensors, tuples of arguments, dicts of keyword arguments), or a callable
-            that runs the model itself. An ``attention_mask`` among the inputs excludes padding. Labels are left out, and
-            with a warning what the model does not take, such as y of ``(x, y)`` or a column of text.
-        recipe: "default" (what None stands for), "O1", "O2", "O3" or a Recipe.
+            that runs the model itself. An ``attention_mask`` among the inputs excludes padding. Labels are dropped.
+            Whatever else the model does not accept (y of ``(x, y)``, a column of text) is dropped with a warning.
+        recipe: "default" (what None stands for), "O1", "O2", "O3", "fp8" or a Recipe.
         plan: from `calibrate` or an earlier compilation, or the path of a saved one: instead of data and recipe. A
             recipe that is passed with it must be the plan's.
         example_inputs: a batch to capture the model with, labels included; the first calibration batch by default.
@@ -174,7 +174,7 @@ def calibrate(
     Args:
         model: as for `compile`.
         calib_loader: as for `compile`.
-        recipe: "default", "O1", "O2", "O3" or a Recipe.
+        recipe: "default", "O1", "O2", "O3", "fp8" or a Recipe.
         example_inputs: as for `compile`.
         dynamic_shapes: as for `compile`.
         progress: as for `compile`.

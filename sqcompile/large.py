@@ -67,7 +67,7 @@ def quantize_checkpoint(
         path: as for `open_checkpoint`.
         batches: as for `calibrate`, but no callable; all of them are kept in memory.
         target: the directory to be written, as for `export`.
-        recipe: "default", "O1", "O2", "O3" or a Recipe.
+        recipe: "default", "O1", "O2", "O3", "fp8" or a Recipe.
         format: "sqcompile", "compressed-tensors" or "smoothed", as for `export`.
         model, dtype, temporary: as for `open_checkpoint`.
         memory: of each process, as for `memory_limit`; None for no limit.

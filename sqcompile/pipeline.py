@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import fx
 
-from sqcompile.errors import PlanError
+from sqcompile.errors import PlanError, StageError
 from sqcompile.kernels.targets import Target
 from sqcompile.passes.attention.chains import Attention, find_attentions
 from sqcompile.passes.attention.head_sites import match_heads
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import Linear, find_linears, nodes_by_name, value
 from sqcompile.passes.ir.text import show_stage
-from sqcompile.passes.ir.verify import verify
+from sqcompile.passes.ir.verify import STAGES, verify
 from sqcompile.passes.labels.match import input_sites, match
 from sqcompile.passes.labels.shiftable import shiftable
 from sqcompile.passes.lowering.integer_products import integer_products
@@ -51,7 +51,13 @@ def rewrite(
     With ``shared``, the graph is one of several of a model: it may lack sites of the plan, and shares INT8 weights.
     ``target`` is what is lowered for, None for the devices of the graph. ``enter`` is told which rewrite begins. ``shown`` is whether SQCOMPILE_SHOW=1 prints the stages.
     With ``lazy``, the quantized stage has INT8 weights that are made when they are asked for (``About.lazy``).
+
+    Raises:
+        StageError: for another stage.
+        PlanError: for a plan that is not of this graph.
     """
+    if until not in STAGES:
+        raise StageError(f"no stage {until!r}: the stages are {', '.join(STAGES)}")
     show = show_stage if shown else (lambda *_: None)
     gm = verify(traced, "traced")
     text = show(gm, "traced", None)

@@ -34,7 +34,7 @@ from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.ir.graph import Linear, arguments, aten, constants, find_linears, nodes_by_name
 from sqcompile.passes.ir.operators import HOMOGENEOUS, LAYOUT
 from sqcompile.passes.ir.sizes import at_two_sizes
-from sqcompile.passes.labels.interpreter import _Labels, execute
+from sqcompile.passes.labels.interpreter import LabelInterpreter, execute
 from sqcompile.passes.labels.match import Site, producer_name
 from sqcompile.passes.labels.rules import RESIDUAL, RULES, Flow, Refused, behind, describe, refuse_rounding, uniform
 
@@ -118,7 +118,7 @@ def match_heads(gm: fx.GraphModule, attentions: list[Attention]) -> tuple[list[H
     return _sites(gm, runs[0].flows, {a.name: a for a in attentions}, ends, maps, union, dead), why
 
 
-class _HeadLabels(_Labels):
+class _HeadLabels(LabelInterpreter):
     """Labels that additions of a producer's own channels unite, and that end at QKᵀ without being refused."""
 
     def __init__(self, gm: fx.GraphModule, linears: list[Linear], attentions: list[Attention]) -> None:

@@ -21,11 +21,11 @@ from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.attention.head_sites import by_head
 from sqcompile.passes.ir.graph import Linear, find_linears
 from sqcompile.passes.ir.sizes import at_two_sizes
-from sqcompile.passes.labels.interpreter import _Labels, execute
+from sqcompile.passes.labels.interpreter import LabelInterpreter, execute
 from sqcompile.passes.labels.rules import Refused
 
 
-class _Watching(_Labels):
+class _Watching(LabelInterpreter):
     """Labels that are kept where attentions read their values."""
 
     def __init__(self, gm: fx.GraphModule, linears: list[Linear], nodes: set[str]) -> None:

@@ -52,7 +52,7 @@ from sqcompile.passes.labels.values import values_at
 from sqcompile.process.interrupts import checkpoint
 from sqcompile.pytorch.core import disable_current_modes
 
-_Interpreter = TypeVar("_Interpreter", bound="_Labels")
+_Interpreter = TypeVar("_Interpreter", bound="LabelInterpreter")
 
 
 def run_labels(gm: fx.GraphModule, linears: list[Linear], symbols: dict[Any, int]) -> dict[str, Flow]:
@@ -66,7 +66,7 @@ def run_labels(gm: fx.GraphModule, linears: list[Linear], symbols: dict[Any, int
     Returns:
         The flow of each producer, by node name.
     """
-    return execute(_Labels(gm, linears), symbols).flows
+    return execute(LabelInterpreter(gm, linears), symbols).flows
 
 
 def execute(interpreter: _Interpreter, symbols: dict[Any, int]) -> _Interpreter:
@@ -79,7 +79,7 @@ def execute(interpreter: _Interpreter, symbols: dict[Any, int]) -> _Interpreter:
     return interpreter
 
 
-class _Labels(fx.Interpreter):
+class LabelInterpreter(fx.Interpreter):
     """Executes labels beside the values there are (`values_at`); a label lives as long as its value."""
 
     values: dict[fx.Node, Any]
@@ -155,7 +155,8 @@ class _Labels(fx.Interpreter):
             return None
         t = n.target
         if t in HOMOGENEOUS:
-            labels = next(l for a, l in operands if a is n.args[0])
+            if node is not n.args[0]:
+                raise Refused(describe(n))
             if not out.dtype.is_floating_point:
                 raise Refused(f"is cast to {out.dtype}")
             return labels

@@ -32,7 +32,7 @@ from torch import Tensor, fx
 from sqcompile.passes.ir.graph import LINEARS, arguments, aten
 from sqcompile.passes.ir.operators import HOMOGENEOUS, LAYOUT, LIKE_SECOND, SHAPE_ONLY, Fact, having
 from sqcompile.passes.ir.sizes import at_two_sizes
-from sqcompile.passes.labels.interpreter import _Labels, execute, rule_failed
+from sqcompile.passes.labels.interpreter import LabelInterpreter, execute, rule_failed
 from sqcompile.passes.labels.rules import Refused, executed, uniform
 
 _NONE = -1  # of a row that is no token's
@@ -104,7 +104,7 @@ def _merged(a: Rows, b: Rows) -> Rows | None:
     return Rows(a.mask, order, a.around) if order.count(0) <= 1 else None
 
 
-class _TokenLabels(_Labels):
+class _TokenLabels(LabelInterpreter):
     """Labels b T + t of tokens, -1 elsewhere, under one name; see the module's first lines."""
 
     def __init__(

@@ -74,7 +74,7 @@ def choose(
         lost: linears that stay in float, and why, besides those that `stay_float` finds.
         on_trial: the errors of linears are not measured, which are there to be read.
         sharing: the ranks that choose together, of which this is the first one; None for one process.
-        known: by earlier choices for the same of these; it is added to.
+        known: a cache shared by calls with the same arguments; entries are added.
         shifts: what is taken off the inputs of linears, float32 [K] by name; ``calibration`` and ``felt`` are of what is left.
 
     Raises:

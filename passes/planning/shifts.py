@@ -27,6 +27,7 @@ from sqcompile.passes.planning.overrides import recipe_of
 from sqcompile.passes.planning.smoothing import smoothing_scale
 from sqcompile.passes.planning.static_scales import has_halves
 from sqcompile.passes.planning.stay_float import stay_float
+from sqcompile.plan.checks import LARGEST_SHIFT
 from sqcompile.plan.recipe import Recipe
 from sqcompile.statistics.input_stats import InputStats
 from sqcompile.statistics.observe import Calibration
@@ -75,6 +76,8 @@ def choose_shifts(
             continue
         assert first is not None
         c = _mean(gm, nodes[s.norm], first)
+        if not parallel.every([float(c.abs().max()) <= LARGEST_SHIFT])[0]:  # no plan holds it
+            continue
         absmax = torch.stack(
             [known.largest_of(l.name, partial(effective_weight, gm, l, nodes)) for l in quantized]
         ).amax(0)

@@ -105,7 +105,9 @@ def fold(
         if name not in by_name or by_name[name].channels != len(s):
             raise PlanError(f"the plan smooths {name!r}, which this model does not have: calibrate this model")
         if not by_name[name].allows(s):
-            raise PlanError(f"the plan scales channels of {name!r} that this model reads elsewhere: calibrate this model")
+            raise PlanError(
+                f"the plan scales channels of {name!r} that this model reads elsewhere: calibrate this model"
+            )
     balanced = {l.name for name in plan.scales for l, _ in by_name[name].balance}
     smoothed = {l.name for l in plan.layers if l.quantized and l.smoothing != "none"}
     linears = find_linears(gm)

@@ -27,7 +27,7 @@ class Options:
 
     Attributes:
         plan: from `sqcompile.calibrate`, or the path of a saved one; without it the first calls calibrate.
-        recipe: for calls that calibrate: "default", "O1", "O2", "O3" or a Recipe; with a plan, the plan's or none.
+        recipe: for calls that calibrate: "default", "O1", "O2", "O3", "fp8" or a Recipe; with a plan, the plan's or none.
         calibration_steps: how many calls run in float and are observed.
         free_float: whether float weights are freed once they are in INT8. The model cannot run without the compiled
             code then: its freed weights read as NaN.
@@ -98,7 +98,7 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
         raise RecipeError(
             "stage='quantized' and free_float=True: each graph makes INT8 weights of its own, from the float ones"
         )
-    if not isinstance(found.calibration_steps, int) or found.calibration_steps < 1:
+    if type(found.calibration_steps) is not int or found.calibration_steps < 1:
         raise RecipeError(f"option calibration_steps={found.calibration_steps!r}: a number of calls, at least 1")
     return found
 

@@ -4,8 +4,9 @@ Before:  scales {"g -> q, k": s, "input -> o": s}, o rotated, down with a static
 After:   scales {"g -> q, k": s}, o as it is, down with a scale for each token
 
 An explicit x·(1/s) and a rotation are operations, for which a model of another tool has no place. Nor has it two values
-for one parameter, or a bias that the float model has not. Such sites are left unsmoothed or unshifted, with an s of the whole input, and rotations out. A static scale that was calibrated on what the input
-would have been is none for what it is now: the linear gets a scale for each token instead, which needs no calibration.
+for one parameter, or a bias that the float model has not. Such sites lose their smoothing or their shift; without the shift, s is recomputed for the whole input. Rotations are dropped.
+A static scale that was calibrated on what the input would have been is none for what it is now: the linear gets a scale for
+each token instead, which needs no calibration.
 """
 
 from __future__ import annotations
@@ -113,7 +114,10 @@ def _unsmoothed(
 
 
 def _unshifted(traced: fx.GraphModule, plan: Plan, found: Parameters) -> tuple[Plan, list[Changed]] | None:
-    """Without what no new values of biases express; None where that is none. Scales that are in the way, too, may be so no more."""
+    """The plan without shifts that no parameter can express; None if there are none.
+
+    Without a shift, a scale may be one that a parameter expresses again.
+    """
     groups = groups_of(find_linears(traced), plan.shifts, shiftable(traced, match(traced)[0])) if plan.shifts else []
     failed = {i: reason for scales, reason in found.failed for kind, i in sorted(scales) if kind == "shift"}
     why = {l.name: f"{UNSHIFTED}: {reason}" for i, reason in failed.items() for l in groups[i][1]}

@@ -32,8 +32,8 @@ _SMOOTHING = 1 / LARGEST_SCALE, LARGEST_SCALE
 # Δ of activations: 1/Δ and 127 Δ are finite in float32; the least one stands for zeros (`absmax_scale`).
 _STEP = 1e-33, 2.7e36
 _ANY = -torch.finfo(torch.float32).max, torch.finfo(torch.float32).max
-# c: X - c keeps float32's precision.
-_SHIFT = -(2.0**16), 2.0**16
+LARGEST_SHIFT = 2.0**16  # c: X - c keeps float32's precision
+_SHIFT = -LARGEST_SHIFT, LARGEST_SHIFT
 
 # By what it is, each tensor of an attention: its shape, from (H, G, D), None for a size that only the graph knows; its range.
 _HEADS: dict[str, tuple[Callable[[int, int, int], tuple[int | None, ...]], tuple[float, float]]] = {

@@ -68,7 +68,7 @@ class Recipe:
             the few that cost the outputs most, if that halves what it costs (with gradients: alpha="auto"); "static"
             never does.
         shift: whether the mean of a LayerNorm's output is taken off what linears read, by the norm's bias and theirs, where
-            their roundings become smaller for it (arXiv 2304.09145). No operation is added, but in a graph that lacks the norm.
+            their roundings become smaller for it (arXiv 2304.09145). No operation is added, except in a graph that lacks the norm.
             "O2" and "O3" pass True: scales of whole tensors gain most.
 
     Raises:

@@ -281,7 +281,7 @@ def test_labels_live_no_longer_than_their_values():
         gm = llama_graph(layers)
         most = 0
 
-        class Counting(labels._Labels):
+        class Counting(labels.LabelInterpreter):
             def run_node(self, n):
                 nonlocal most
                 out = super().run_node(n)
@@ -289,7 +289,7 @@ def test_labels_live_no_longer_than_their_values():
                 return out
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(labels, "_Labels", Counting)
+            patch.setattr(labels, "LabelInterpreter", Counting)
             match(gm)
         peak[layers] = most
     assert peak[6] == peak[2]

@@ -61,7 +61,7 @@ PLACES = {
     "capture": (module("capture.trace"), "refuse_names"),
     "in the export": (module("capture.untouched")._RealTensors, "__torch_dispatch__"),
     "calibration": (module("statistics.observe").InputStats, "update"),
-    "labels": (module("passes.labels.interpreter")._Labels, "run_node"),
+    "labels": (module("passes.labels.interpreter").LabelInterpreter, "run_node"),
     "plan": (module("passes.planning.choose"), "each_best"),
     "rewriting": (module("passes.ir.graph"), "record"),
     "emit": (module("compiled.emit"), "flatten"),
