@@ -35,6 +35,7 @@ from sqcompile.passes.planning.end_to_end import smoothed_or_not
 from sqcompile.passes.planning.evidence import with_evidence
 from sqcompile.passes.planning.feel import feel
 from sqcompile.passes.planning.finite import check_weights
+from sqcompile.passes.planning.overrides import check_patterns
 from sqcompile.passes.planning.sharing import Sharing, help_first, shared
 from sqcompile.passes.planning.shifts import choose_shifts, shifted
 from sqcompile.passes.planning.stay_float import wanted
@@ -255,7 +256,9 @@ def analyse(
             traced, call = traced_call(model, call, dynamic_shapes, reader.forward)
             enter("calibrate")
             attentions = find_attentions(traced) if recipe.attention != "none" else []
-            check_weights(traced, wanted(traced, find_linears(traced), recipe))
+            linears = find_linears(traced)
+            check_patterns(traced, linears, recipe)
+            check_weights(traced, wanted(traced, linears, recipe))
         check_recipe(about(traced).parallel, recipe, scales is not None)
         if ranks.count > 1:
             ranks.agree(in_common(model, call, scales, recipe))

@@ -117,6 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=32, help="held-out windows of 512 tokens")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
+    if args.windows < 1 or args.threads < 1:
+        parser.error("--windows and --threads are at least 1")
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", message=".*copy construct from a tensor.*")
 

@@ -16,9 +16,10 @@ from sqcompile.api import ANALYSES, analyse
 from sqcompile.checkpoints.export import Exported
 from sqcompile.checkpoints.export import export as export_checkpoint
 from sqcompile.checkpoints.open_checkpoint import open_checkpoint
+from sqcompile.checkpoints.read_files import identity_of
 from sqcompile.checkpoints.skeleton import transformers_version
 from sqcompile.errors import ArtifactError, CalibrationError
-from sqcompile.files.regular import is_regular, said
+from sqcompile.files.regular import said
 from sqcompile.files.work import Work
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Recipe, resolve_recipe
@@ -97,7 +98,7 @@ def quantize_checkpoint(
         except (TypeError, ValueError) as e:
             raise ArtifactError(f"a path is none ({said(e)}): pass strings or pathlib.Paths") from e
         if ranks.first:
-            check_target(format, out)
+            check_target(format, out, read=[source])
         data = [*each_at_once(batches)]
         limit = nullcontext() if memory is None else memory_limit(memory)
         try:
@@ -112,13 +113,14 @@ def quantize_checkpoint(
                     "versions": f"{VERSION} {torch.__version__} {transformers_version()}",
                 }
                 ranks.agree({f"other {name}": (found, _SAME) for name, found in inputs.items()})
-                inputs = {"files of the checkpoint": _of_files(source), **inputs}
+                inputs = {"files of the checkpoint": identity_of(source), **inputs}
                 with Work(place, inputs).held() if ranks.first else nullcontext() as kept:
                     plan, traced = _plan(kept, net, data, how, enter, ranks)
                     enter("write")
                     return _write(kept, net, plan, traced, format, out, ranks)
         except OSError as e:  # a full disk, say; what is finished stays
-            hint = f"mend that and do the same again, which goes on with what {place} has"
+            on = f", which goes on with what {place} has" if os.path.isdir(place) else ""
+            hint = f"mend that and do the same again{on}"
             raise ArtifactError(f"{out} cannot be written ({said(e)}): {hint}") from e
 
 
@@ -178,24 +180,6 @@ def _write(
 
 def _is_kept(argument: Any) -> bool:
     return argument is None or isinstance(argument, (Tensor, bool, int, float, str))
-
-
-def _of_files(folder: str) -> str:
-    """What tells a checkpoint from others: configurations, and headers, sizes and times of files of weights."""
-    digest = hashlib.sha256()
-    for name in sorted(os.listdir(folder)):
-        if not name.endswith((".json", ".safetensors")):
-            continue
-        path = os.path.join(folder, name)
-        status = os.stat(path)
-        if not is_regular(status.st_mode):
-            continue
-        digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
-        with open(path, "rb") as f:
-            first = f.read(8)
-            size = status.st_size if name.endswith(".json") else int.from_bytes(first, "little")
-            digest.update(first + f.read(min(size, 10**8)))
-    return digest.hexdigest()
 
 
 def _of_batches(data: list[Any]) -> str:

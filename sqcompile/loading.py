@@ -19,6 +19,7 @@ from sqcompile.artifact.sharded import as_artifact, shard_in
 from sqcompile.capture.inputs import Forward
 from sqcompile.capture.sharded import parallel_on
 from sqcompile.capture.trace import register_kv_cache_pytree
+from sqcompile.checkpoints.read_files import identity_of
 from sqcompile.checkpoints.read_model import ReadModel, is_checkpoint, read_model
 from sqcompile.compiled.emit import CompiledModel, check_compiler, emit
 from sqcompile.compiled.stages import Stages
@@ -132,7 +133,7 @@ def loaded(
         if code:
             ahead()  # what the directory has of it lies in the cache only now
         try:
-            history = SavedStages(path, where, on, parallel)
+            history = SavedStages(path, where, on, saved.identity, parallel)
             whole = constants and not code
             enter("lower")
             gm = lowered(saved, on)
@@ -183,8 +184,10 @@ def opened(path: str | os.PathLike[str]) -> tuple[Plan, SavedStages]:
         register_kv_cache_pytree()
         if _is_checkpoint(path):
             name = path_name(path)
-            return read_model(name).plan, CheckpointStages(name, None, None)
-        return read(path, None).plan, SavedStages(path, None, None)
+            identity = identity_of(name)
+            return read_model(name).plan, CheckpointStages(name, None, None, identity)
+        saved = read(path, None)
+        return saved.plan, SavedStages(path, None, None, saved.identity)
 
 
 def _is_checkpoint(path: Any) -> bool:
@@ -198,12 +201,13 @@ def _is_checkpoint(path: Any) -> bool:
 def _checkpoint(
     name: str, where: torch.device | None, backend: str, regional: bool, target: Target | None, enter: Enter
 ) -> CompiledModel:
+    identity = identity_of(name)
     found = _read_checkpoint(name, where)
     try:
         enter("lower")
         gm = lowered_graph(found.graph, target)
         enter("emit")
-        return emit(gm, found.call, found.plan, CheckpointStages(name, where, target), backend, regional)
+        return emit(gm, found.call, found.plan, CheckpointStages(name, where, target, identity), backend, regional)
     except SQCompileError:
         raise
     except Exception as e:  # of a graph that no version has made
@@ -225,7 +229,7 @@ class SavedStages(Stages):
 
     Raises:
         StageError: for a stage that is made of float weights.
-        ArtifactError: if the directory is gone.
+        ArtifactError: if the directory is gone, or holds another model by now.
     """
 
     def __init__(
@@ -233,8 +237,11 @@ class SavedStages(Stages):
         path: str | os.PathLike[str],
         device: torch.device | None,
         target: Target | None,
+        identity: str,
         parallel: Parallel = ALONE,
     ) -> None:
+        """``identity``: of what was loaded."""
+        self._identity = identity
         self._path, self._device, self._target = os.path.abspath(os.fsdecode(path)), device, target
         self._parallel = parallel
         self.original = frozenset()  # nothing is shared with a model
@@ -253,9 +260,17 @@ class SavedStages(Stages):
             )
         with compiling(), torch.no_grad():
             saved = read(self._path, self._device, self._parallel)
+            self._check(saved.identity)
             if name == "lowered":
                 return lowered(saved, self._target)
             return filled(saved.graph, saved.tensors.map, {})
+
+    def _check(self, identity: str) -> None:
+        if identity != self._identity:
+            raise ArtifactError(
+                f"{self._path} holds another model than the one that was loaded from it: load it again, or save to other "
+                "directories"
+            )
 
     def graph(self, name: str) -> fx.GraphModule:
         """The same: INT8 weights are mapped from their file."""
@@ -269,6 +284,7 @@ class CheckpointStages(SavedStages):
         if name not in ("quantized", "lowered"):
             return super().__getitem__(name)  # which refuses it
         with compiling(), torch.no_grad():
+            self._check(identity_of(self._path))
             gm = _read_checkpoint(self._path, self._device).graph
             return lowered_graph(gm, self._target) if name == "lowered" else quantize_weights(gm)
 

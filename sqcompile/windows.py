@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqcompile.errors import EvaluationError
+
 
 def token_windows(texts: Iterable[str], tokenizer: Any, length: int = 512, limit: int | None = None) -> Tensor:
     """Cuts texts into equal windows, each the BOS token and ``length - 1`` tokens of text.
@@ -44,11 +46,22 @@ def token_windows(texts: Iterable[str], tokenizer: Any, length: int = 512, limit
     return spread(windows, limit)
 
 
+def check_text(texts: Iterable[str]) -> None:
+    """Raises EvaluationError for text that UTF-8 cannot express, which no tokenizer takes."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            part = text[max(0, e.start - 10) : e.end + 10]
+            raise EvaluationError(f"{part!r} is no text: it has half of a surrogate pair, mend or leave it out") from e
+
+
 def encode_stream(texts: Iterable[str], tokenizer: Any) -> Tensor:
     """All texts as one int64 stream [tokens], with the EOS token after each, if there is one, and no BOS token."""
     texts = list(texts)
     if not texts:
         return torch.empty(0, dtype=torch.int64)
+    check_text(texts)
     # A tokenizer remembers the padding of an earlier call until it is told otherwise.
     encoded = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)["input_ids"]
     eos = getattr(tokenizer, "eos_token_id", None)

@@ -170,6 +170,7 @@ class Saved:
         tensors: those of the graph, by name.
         plan, call: as of the model that was saved.
         code: what is said of its code; None without.
+        identity: of what is computed: equal for two directories only if they hold the same graph and tensors.
     """
 
     graph: fx.GraphModule
@@ -177,6 +178,7 @@ class Saved:
     plan: Plan
     call: Forward
     code: Any
+    identity: str
 
 
 def read(path: str | os.PathLike[str], device: torch.device | None, parallel: Parallel = ALONE) -> Saved:
@@ -215,7 +217,8 @@ def _read(name: str, device: torch.device | None, parallel: Parallel) -> Saved:
     if unused := tensors.index.keys() - {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}:
         raise ArtifactError(f"its graph does not read the tensor {next(iter(unused))[:100]!r}")
     _check_constants(gm, tensors.nbytes)
-    return Saved(gm, tensors, plan, calls.forward_from_json(meta["forward"]), meta["code"])
+    computed = {name: of for name, of in meta.items() if name not in ("code", "versions")}
+    return Saved(gm, tensors, plan, calls.forward_from_json(meta["forward"]), meta["code"], sha256_of(computed))
 
 
 def manifest(name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from sqcompile.errors import ArtifactError
 from sqcompile.files.bounded_json import read_object
-from sqcompile.files.regular import read_regular, said
+from sqcompile.files.regular import is_regular, read_regular, said
 from sqcompile.files.safetensors_files import FILE_NAME, WeightFile, check_no_link
 from sqcompile.files.weights import CODES
 from sqcompile.process.interrupts import checkpoint
@@ -35,6 +36,28 @@ def read_json(folder: str, file: str) -> dict[str, Any]:
         raise ArtifactError(f"{file} cannot be read ({said(e)}): copy the directory again, whole") from e
 
 
+def identity_of(folder: str) -> str:
+    """What tells a checkpoint from others: configurations, and headers, sizes and times of files of weights.
+
+    Raises:
+        ArtifactError: if it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for name in sorted(os.listdir(folder)):
+            path = os.path.join(folder, name)
+            if not name.endswith((".json", ".safetensors")) or not is_regular((status := os.stat(path)).st_mode):
+                continue
+            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+            with open(path, "rb") as f:
+                first = f.read(8)
+                size = status.st_size if name.endswith(".json") else int.from_bytes(first, "little")
+                digest.update(first + f.read(min(size, 10**8)))
+    except OSError as e:
+        raise ArtifactError(f"{folder} cannot be read ({said(e)}): copy the directory again, whole") from e
+    return digest.hexdigest()
+
+
 class Files:
     """The tensors of a directory.
 
@@ -53,14 +76,16 @@ class Files:
         self.found: dict[str, str] = {}
         self.opened: dict[str, WeightFile] = {}
         index = None
-        if os.path.lexists(os.path.join(folder, INDEX)):
+        if os.path.lexists(os.path.join(folder, SINGLE)):
+            pass  # the first that transformers looks for, whatever index is beside it
+        elif os.path.lexists(os.path.join(folder, INDEX)):
             index = read_json(folder, INDEX).get("weight_map")
             if not isinstance(index, dict) or not index:
                 raise ArtifactError(f"{INDEX} has no weight_map: copy the directory again, whole")
             for file in index.values():
                 if not isinstance(file, str) or not FILE_NAME.fullmatch(file):
                     raise ArtifactError(f"{INDEX} names {str(file)[:100]!r}, which is no file of the directory")
-        elif not os.path.lexists(os.path.join(folder, SINGLE)):
+        else:
             raise ArtifactError(f"it has no {SINGLE} and no {INDEX}: only weights in safetensors are read")
         for file in sorted({SINGLE} if index is None else {*index.values()}):
             self.opened[file] = WeightFile(self.folder, file)

@@ -137,7 +137,7 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="how the text begins")],
     tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="tokens at most")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.0,
-    seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of what is drawn")] = 0,
     tokenizer: o.TokenizerDir = None,
     backend: Annotated[str, typer.Option(help="eager, or inductor, which is faster and compiles first")] = "eager",
     device: o.Device = None,

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from sqcompile.checkpoints.float_model import Checkpoint, load_tokenizer
 from sqcompile.cli import samples
 from sqcompile.cli.terminal import CommandError
-from sqcompile.windows import encode_stream
+from sqcompile.files.regular import said
+from sqcompile.windows import check_text, encode_stream
 
 _TOKENS = 4096  # of a batch, where its size is left open
 LENGTH = 512  # of a sequence, likewise
-_NEW = 32  # tokens of a decoder
+_NEW, _BEGIN = 32, 4  # tokens of a decoder; what one begins with: its start, language, task, and no times
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def _inputs(asked: Asked, checkpoint: Checkpoint, kind: str) -> Iterator[dict[st
                 raise CommandError(
                     "the tokenizer has no padding token, and texts differ in length: pass --batch-size 1"
                 )
+            check_text(texts)
             yield dict(
                 tokenizer(texts, padding=len(texts) > 1, truncation=True, max_length=length, return_tensors="pt")
             )
@@ -175,7 +177,14 @@ def _batched(found: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def _with_decoder(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The batch with what the float model itself writes, which its decoder reads in use."""
     here = {name: x.to(model.device) for name, x in batch.items()}
-    tokens = model.generate(**here, max_new_tokens=_NEW, do_sample=False).cpu()
+    longest = getattr(model.config, "max_target_positions", None)  # of Whisper's table, with what it begins with
+    new = _NEW if longest is None else max(1, min(_NEW, longest - _BEGIN))
+    try:
+        tokens = model.generate(**here, max_new_tokens=new, do_sample=False).cpu()
+    except (IndexError, TypeError, ValueError) as e:
+        raise CommandError(
+            f"the float model writes nothing on this data, which its decoder is to read ({said(e)})"
+        ) from e
     start = model.generation_config.decoder_start_token_id
     if not bool((tokens[:, 0] == start).all()):  # some leave it out
         tokens = torch.cat([torch.full_like(tokens[:, :1], start), tokens], 1)

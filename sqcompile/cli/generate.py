@@ -21,6 +21,9 @@ from sqcompile.cli.terminal import CommandError, Terminal
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.errors import GenerationError, SQCompileError
 from sqcompile.files.regular import said as words
+from sqcompile.windows import check_text
+
+LEAST_TEMPERATURE = 1e-4  # logits divided by less are beyond float32
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ def generate(folder: str, asked: Asked, backend: str, device: str | None, as_jso
     Raises:
         SQCompileError: one sentence.
     """
+    if 0 < asked.temperature < LEAST_TEMPERATURE:
+        raise CommandError(f"--temperature {asked.temperature:g}: pass 0, or at least {LEAST_TEMPERATURE:g}")
+    check_text([asked.prompt])
     tokenizer = tokenizer_of(asked.tokenizer, folder)
     model = load_any(folder, backend, device, terminal.progress)
     ids = tokenizer(asked.prompt, return_tensors="pt")["input_ids"]
@@ -91,6 +97,14 @@ def _write(text: str) -> None:
 def _cached(model: nn.Module, ids: Tensor, asked: Asked, end: int | None, tell: Callable[[int], None]) -> bool:
     """Tells the tokens after ids int64 [1, tokens] until ``end``; False, and none, for a model without a KV cache."""
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
+    told = 0
+
+    def see(token: Tensor) -> None:
+        nonlocal told
+        told += 1
+        if int(token) != end:
+            tell(int(token))
+
     drawn = {"do_sample": True, "temperature": asked.temperature, "top_k": 0, "top_p": 1.0}
     try:
         sqcompile.generate(
@@ -101,11 +115,15 @@ def _cached(model: nn.Module, ids: Tensor, asked: Asked, end: int | None, tell: 
             eos_token_id=end,
             repetition_penalty=1.0,
             generator=torch.Generator(device).manual_seed(asked.seed),
-            callback=lambda token: None if int(token) == end else tell(int(token)),
+            callback=see,
             **(drawn if asked.temperature > 0 else {"do_sample": False}),
         )
     except GenerationError:  # before the first token
         return False
+    except SQCompileError:
+        raise
+    except (IndexError, TypeError, ValueError) as e:  # of a model that takes no longer text
+        raise CommandError(f"the model cannot go on after {ids.shape[1] + told} tokens ({words(e)})") from e
     return True
 
 

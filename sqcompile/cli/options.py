@@ -11,7 +11,10 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object on std
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no bars and no notes on stderr")]
 Samples = Annotated[int, typer.Option(min=1, help="rows of data at most; no more are read")]
 SeqLen = Annotated[int | None, typer.Option(min=2, help="tokens of a row; 512, or as many as the model takes")]
-Seed = Annotated[int | None, typer.Option(help="take the rows at random, by this seed; the first ones without it")]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, max=2**63 - 1, help="take the rows at random, by this seed; the first ones without it"),
+]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="rows of a batch; about 4,096 tokens without it")]
 TokenizerDir = Annotated[str | None, typer.Option("--tokenizer", metavar="DIR", help="where the tokenizer is")]
 Device = Annotated[str | None, typer.Option(help="such as cpu or cuda; where it was saved without it")]

@@ -78,7 +78,7 @@ def quantize(job: Job, terminal: Terminal) -> None:
     if job.out is None:
         with _limited(job.memory):
             return _dry_run(job, checkpoint, terminal)
-    check_target(job.format, job.out)
+    check_target(job.format, job.out, read=[job.model, job.plan, job.data.path if job.data else None])
     start = time.perf_counter()
     terminal.say(f"loading {job.model} ({checkpoint.architecture.__name__})")
     with process_group(terminal.ended) as first:

@@ -133,7 +133,8 @@ def _texts(path: Path, template: Callable[[Any], str], by_line: bool) -> Iterato
         return
     for where, row in rows:
         if isinstance(row, dict) and isinstance(row.get("text"), str):
-            yield row["text"]
+            if row["text"].strip():
+                yield row["text"]
         elif isinstance(row, dict) and row.get("messages") is not None:
             try:
                 yield template(row["messages"])

@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from sqcompile.errors import CalibrationError
 from sqcompile.process.ranks import Ranks
@@ -103,6 +103,18 @@ def check_replaceable(path: str, ours: Sequence[str]) -> None:
         raise FileExistsError(
             f"{path} has other files in it, which would be removed: pass the path of a new directory, or empty this one"
         )
+
+
+def check_apart(target: str, sources: Iterable[str]) -> None:
+    """Refuses to replace what is read, or a directory above it.
+
+    Raises:
+        OSError: if one of the sources is the target, or in it.
+    """
+    target = os.path.realpath(target)
+    for source in map(os.path.realpath, sources):
+        if os.path.commonpath([target, source]) == target:
+            raise OSError(f"{source} is read, and would be replaced with {target}: write to another path")
 
 
 def _put(new: str, target: str) -> None:

@@ -11,6 +11,7 @@ A program appears whole or not at all.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from sqcompile.capture.trace import trace
 from sqcompile.checkpoints import export as checkpoints
 from sqcompile.checkpoints.export import Exported
 from sqcompile.errors import ArtifactError, SQCompileError
+from sqcompile.files.directory import check_apart
 from sqcompile.files.regular import check_file_replaceable, new_file, said
 from sqcompile.files.work import Work
 from sqcompile.pipeline import rewrite
@@ -36,6 +38,7 @@ from sqcompile.programs.standard import standard
 from sqcompile.programs.traced import Traced, program_of
 
 PROGRAMS = ("onnx", "pt2")
+SUFFIXES = tuple(f".{name}" for name in PROGRAMS)  # of files that a program may replace
 NATIVE = "sqcompile"
 FORMATS = (NATIVE, *checkpoints.FORMATS, *PROGRAMS)
 
@@ -175,12 +178,24 @@ def write_artifact(
     return Exported(NATIVE, target, plan, (), (), int(ranks.tell("bytes", str(size))[0]))
 
 
-def check_target(format: str, path: str | os.PathLike[str], source: Any = None) -> None:
+def check_target(
+    format: str, path: str | os.PathLike[str], source: Any = None, read: Iterable[str | None] = ()
+) -> None:
     """Looks whether something may be written, before hours are spent on it.
 
+    Args:
+        format, path, source: as for `export`.
+        read: paths of what it is made from; None for what is not there.
+
     Raises:
-        ArtifactError: for a format that there is none of, or a path that cannot be written.
+        ArtifactError: for a format that there is none of, or a path that cannot be written, or holds what is read.
     """
+    try:
+        check_apart(os.fsdecode(path), filter(None, read))
+    except OSError as e:
+        raise ArtifactError(str(e)) from e
+    except (TypeError, ValueError):
+        pass  # no path, which is said below
     if is_program(format, source):
         target_of(path)
     elif format == NATIVE:
@@ -241,7 +256,8 @@ def target_of(path: Any) -> str:
     """
     try:
         target = os.path.realpath(os.fsdecode(path))
-        check_file_replaceable(target)
+        if check_file_replaceable(target) is not None and not target.endswith(SUFFIXES):
+            raise FileExistsError(f"{target} is there, and is none of {', '.join(SUFFIXES)}: pass another path")
     except (TypeError, ValueError) as e:
         raise ArtifactError(f"the path is {path!r}: pass a string or a pathlib.Path of a file") from e
     except OSError as e:

@@ -82,6 +82,9 @@ def _vocabulary(model: nn.Module) -> int:
     return min([m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)], default=2)
 
 
+_MOST_VALUES = 2**30
+
+
 def parse_input(text: str, rows: int = 2) -> tuple[str, Tensor]:
     """``"input_ids=i64[2, 16]"`` -> ("input_ids", random int64 tensor [2, 16] below rows); the name may be left out.
 
@@ -91,7 +94,10 @@ def parse_input(text: str, rows: int = 2) -> tuple[str, Tensor]:
     found = re.fullmatch(r"(?:(\w+)=)?(\w+)\[([\d, ]*)\]", text.strip())
     if not found or found[2] not in _DTYPES:
         raise CaptureError(f"--input {text!r}: write a dtype and a shape, i64[2, 16] or input_ids=i64[2, 16]")
-    return found[1] or "", _fill([int(s) for s in re.findall(r"\d+", found[3])], _DTYPES[found[2]], rows)
+    sizes = [int(s) for s in re.findall(r"\d+", found[3])]
+    if math.prod(sizes) > _MOST_VALUES:
+        raise CaptureError(f"--input {text!r}: at most {_MOST_VALUES} values")
+    return found[1] or "", _fill(sizes, _DTYPES[found[2]], rows)
 
 
 def _fill(shape: Sequence[int], dtype: torch.dtype, rows: int) -> Tensor:
@@ -134,7 +140,7 @@ def _transformers(kind: str, layers: int) -> nn.Module:
         return (AutoModelForCausalLM if causal and not encoder else AutoModel).from_config(config)
     except Exception as e:
         raise CaptureError(
-            f"no tiny {kind!r} model can be made ({type(e).__name__}: {str(e)[:160]}): name 'lm', a transformers model type with "
+            f"there is no directory {kind!r}, and no tiny model of that name can be made ({type(e).__name__}: {str(e)[:160]}): name 'lm', a transformers model type with "
             "a standard configuration, or module:callable"
         ) from e
 

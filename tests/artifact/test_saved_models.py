@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import subprocess
 import sys
 from collections import OrderedDict, namedtuple
@@ -13,7 +14,7 @@ import artifact_cases as cases
 import pytest
 import torch
 from artifact_cases import batch, compiled, equal, load, manifest
-from conftest import relative_error
+from conftest import relative_error, tiny_lm
 from families import FAMILIES, build, outputs, resized, some_slow
 from torch import nn
 
@@ -99,6 +100,35 @@ def test_a_loaded_model_is_saved_again_without_its_float_model(tmp_path):
     for stage in ("traced", "folded"):
         with pytest.raises(StageError, match="float weights"):
             again.stages[stage]
+
+
+@pytest.mark.parametrize("what", ["a native artifact", "a checkpoint"])
+def test_another_model_in_the_directory_is_seen(what, tmp_path):
+    """A loaded model reads its stages again, and would give those of the other one in silence."""
+    if what == "a checkpoint":
+        one, other = (tiny_lm("llama", vocab_size=v) for v in (96, 104))
+        x = torch.randint(3, 90, (2, 9))
+        for model in (one, other):
+            plan = sqcompile.calibrate(model, [x], recipe=Recipe(alpha=0.5), progress=False)
+            sqcompile.export(model, plan, "compressed-tensors", tmp_path / f"{model.config.vocab_size}")
+        os.rename(tmp_path / "96", tmp_path / "net")
+        net = load(tmp_path / "net")
+        net.stages["quantized"]
+        os.rename(tmp_path / "net", tmp_path / "old")
+        os.rename(tmp_path / "104", tmp_path / "net")
+        call = {"input_ids": x, "attention_mask": torch.ones_like(x)}
+    else:
+        compiled().save(tmp_path / "net")
+        call, net = {"ids": batch()}, load(tmp_path / "net")
+        compiled(seed=1).save(tmp_path / "net")
+    want = net(**call)
+    for stage in ("quantized", "lowered"):
+        with pytest.raises(ArtifactError, match="holds another model than the one that was loaded"):
+            net.stages[stage]
+    for write in (lambda: net.save(tmp_path / "copy"), lambda: net.export("pt2", tmp_path / "copy.pt2")):
+        with pytest.raises(ArtifactError, match="holds another model"):
+            write()
+    assert not (tmp_path / "copy").exists() and not (tmp_path / "copy.pt2").exists() and equal(net(**call), want)
 
 
 def test_the_float_model_is_needed_to_save(tmp_path):

@@ -6,6 +6,7 @@ import errno
 import filecmp
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,25 @@ def test_other_arguments_are_refused_in_words(checkpoint, tmp_path, monkeypatch)
     state.write_text(state.read_text()[:-5])
     with pytest.raises(ArtifactError, match=re.escape(f"{state} cannot be read: remove {state.parent}")):
         quantized(checkpoint, tmp_path / "out")
+
+
+def test_what_is_read_is_not_replaced(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "out" / "float")
+    (tmp_path / "out" / "sqcompile.json").write_text("{}")  # of an earlier output, which may be replaced
+    before = sorted(p.name for p in (tmp_path / "out").rglob("*"))
+    for out in (tmp_path / "out", tmp_path / "out" / "float"):
+        with pytest.raises(ArtifactError, match=r"float is read, and would be replaced with .*: write to another path"):
+            quantized(tmp_path / "out" / "float", out)
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*")) == before
+
+
+def test_a_name_that_no_linear_has_is_said_before_it_calibrates(checkpoint, whole, tmp_path):
+    """So that the run with the right name is a new one."""
+    with pytest.raises(RecipeError, match="names no linear"):
+        quantized(checkpoint, tmp_path / "out", recipe=sqcompile.Recipe(0.5, skip=("down_porj",)))
+    assert not [*tmp_path.iterdir()]
+    quantized(checkpoint, tmp_path / "out")
+    assert same(whole, tmp_path / "out")
 
 
 def test_a_directory_of_others_or_in_use_is_refused(checkpoint, tmp_path):

@@ -14,7 +14,8 @@ import pytest
 import torch
 from checkpoint_cases import PLAIN, STATIC, exported, masked, planned, weights
 from conftest import relative_error
-from safetensors.torch import save_file
+from families import build
+from safetensors.torch import load_file, save_file
 
 import sqcompile
 from sqcompile.checkpoints.names import CheckpointNames
@@ -244,6 +245,20 @@ def test_damage_anywhere_is_an_error_in_one_sentence_or_a_model(tmp_path):
     assert refusals >= 20
 
 
+def test_of_a_file_and_an_index_the_file_is_read_as_transformers_does(tmp_path):
+    model, call = build("llama")
+    model.save_pretrained(tmp_path / "net")
+    half = {n: t * 0.5 for n, t in load_file(tmp_path / "net" / "model.safetensors").items()}
+    save_file(half, tmp_path / "net" / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(half, "model-00001-of-00001.safetensors")}
+    (tmp_path / "net" / "model.safetensors.index.json").write_text(json.dumps(index))
+    theirs = type(model).from_pretrained(tmp_path / "net")
+    ours = sqcompile.open_checkpoint(tmp_path / "net")
+    with torch.no_grad():
+        assert torch.equal(theirs(**call).logits, model(**call).logits)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), model.parameters(), strict=True))
+
+
 def test_links_and_other_directories_are_refused(tmp_path):
     path = tmp_path / "out"
     exported("llama", "compressed-tensors", path)
@@ -251,6 +266,7 @@ def test_links_and_other_directories_are_refused(tmp_path):
     file.rename(tmp_path / "elsewhere.safetensors")
     file.symlink_to(tmp_path / "elsewhere.safetensors")
     refused(path, f"{file.name} is a link, or no file")
+    file.unlink()
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q: "../elsewhere.safetensors"}}))
     refused(path, "names '../elsewhere.safetensors', which is no file of the directory")
 

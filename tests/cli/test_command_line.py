@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 import typer
 from cli_cases import (
     FAST,
@@ -26,6 +27,7 @@ from cli_cases import (
     process,
     recordings,
     run,
+    save,
     speech,
     translator,
     vision,
@@ -130,6 +132,29 @@ def test_generate_writes_what_the_model_says(made: Path):
     ]
     first, same, other = (json.loads(d.stdout)["tokens"] for d in drawn)
     assert first == same != other
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--prompt", "\udcff"), "is no text: it has half of a surrogate pair"),
+        (("--prompt", "x", "--temperature", "1e-300"), "--temperature 1e-300: pass 0, or at least 0.0001"),
+        (("--prompt", "x", "--seed", str(10**30)), "9223372036854775807"),
+    ],
+)
+def test_what_generate_refuses(made: Path, options, says: str):
+    found = run("generate", made / "float", *options, "-n", 2)
+    assert found.exit_code == 2 and says in found.output, found.output
+
+
+def test_generate_beyond_the_table_of_positions(tmp_path: Path):
+    """One sentence, with what was written before."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=2048, **sizes))
+    save(model, tmp_path / "gpt2", load_tokenizer())
+    found = run("generate", tmp_path / "gpt2", "--prompt", "x", "-n", 40)
+    assert found.exit_code == 2 and re.search(r"error: the model cannot go on after 1[567] tokens", found.output)
 
 
 def test_generate_of_a_float_model_has_a_cache(made: Path):
@@ -271,7 +296,8 @@ def test_every_field_of_a_recipe_is_an_option(made: Path, tmp_path: Path):
         (("FLOAT", "--calib", "TEXTS"), "no --out"),
         (("nowhere", "--calib", "TEXTS", "-o", "OUT"), "nowhere is no directory"),
         (("FLOAT", "--calib", "nowhere.txt", "-o", "OUT"), "there is no nowhere.txt"),
-        (("FLOAT", "--calib", "TEXTS", "-o", "FLOAT"), "has other files in it"),
+        (("FLOAT", "--calib", "TEXTS", "-o", "FLOAT"), "is read, and would be replaced"),
+        (("FLOAT", "--calib", "TEXTS", "-o", "OUT", "--skip", "down_porj"), "names no linear of this model"),
         (("FLOAT", "--calib", "TEXTS", "-o", "OUT", "--format", "gguf"), "--format gguf: choose one of sqcompile,"),
         (("FLOAT", "--calib", "TEXTS", "-o", "OUT", "--recipe", "O9"), "unknown recipe 'O9'"),
         (("FLOAT", "--calib", "TEXTS", "-o", "OUT", "--alpha", "1.5"), "lies in [0, 1]"),

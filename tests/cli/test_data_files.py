@@ -37,6 +37,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("a.jsonl", '{"text": "x"}\nx\n', "line 2 of .* is no JSON"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "line 1 of .*: its messages make no text"),
         ("a.jsonl", '{"text": "x"}\n', "has 2 tokens, too few for one window of 64"),
+        ("a.jsonl", '{"text": ""}\n' * 99, "has 0 tokens|has no text|has nothing in it"),
+        ("a.jsonl", '{"text": "\\ud800 abc"}\n' * 99, "is no text: it has half of a surrogate pair"),
         ("a.txt", b"\xff\xfe\x00", "cannot be read as UTF-8"),
         ("a.npy", b"\x80\x04K\x01.", "cannot be read .* save an array of token ids"),
         ("a.parquet", b"PAR1", "a.parquet (needs pyarrow: pip install pyarrow|cannot be read)"),

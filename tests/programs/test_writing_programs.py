@@ -108,6 +108,10 @@ def test_paths_and_formats(tmp_path):
     ):
         with pytest.raises(ArtifactError, match=match):
             sqcompile.export(model, plan, "pt2", path)
+    (tmp_path / "folder" / "model.safetensors").write_text("weights")
+    with pytest.raises(ArtifactError, match=r"is there, and is none of \.onnx, \.pt2: pass another path"):
+        sqcompile.export(model, plan, "pt2", tmp_path / "folder" / "model.safetensors")
+    assert (tmp_path / "folder" / "model.safetensors").read_text() == "weights"
     with pytest.raises(ArtifactError, match="'gguf': choose one of sqcompile, compressed-tensors, smoothed, onnx, pt2"):
         sqcompile.export(model, plan, "gguf", tmp_path / "m")
     with pytest.raises(

@@ -38,7 +38,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["no_such_type"], "no tiny 'no_such_type' model"),
+        (["no_such_type"], "there is no directory 'no_such_type', and no tiny model of that name"),
         (["no.such.module:factory"], "importable from here"),
         ([f"{__name__}:PostNorm"], "pass --input"),
         ([f"{__name__}:PostNorm", "--input", "16"], "write a dtype and a shape"),
