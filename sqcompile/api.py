@@ -294,7 +294,7 @@ def analyse(
             else:
                 loses = by_value(model, traced, evaluate, target)
             plan = within_budget(traced, plan, calibration, loses)
-        plan = with_evidence(traced, sites, refusals, calibration, plan, type(model).__name__)
+        plan = with_evidence(traced, sites, refusals, calibration, plan, type(model).__name__, known)
         if sharing is not None:
             sharing.end(plan)
     return traced, plan

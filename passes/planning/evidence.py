@@ -6,8 +6,8 @@
 ->
     InputEvidence(linears=(wq, wk)):   max|X_j| of %n,   max|(X diag(1/s) H)_j|,   max|W_:j|,   max|(W diag(s) H)_:j|, ...
 
-It is made once a plan is final, from the statistics that planning had. Each weight is read once, a few rows at a time. The
-result is a few KB for each tensor that linears read; what it is for 80 layers is under 2 MB (`_SIZES`).
+It is made once a plan is final, from the statistics that planning had. Of a large weight that is rotated, or whose rows are
+divided, some rows stand for all, as they do where it is judged (`loss`). The result is a few KB for each tensor that linears read; what it is for 80 layers is under 2 MB (`_SIZES`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -24,7 +25,7 @@ from sqcompile.kernels.qtypes import QType
 from sqcompile.kernels.reference import absmax_scale, quantize, token_scale, weight_scale
 from sqcompile.passes.ir.graph import Linear, effective_weight, find_linears, nodes_by_name, row_parts, value
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
-from sqcompile.passes.planning.choice import Costs
+from sqcompile.passes.planning.choice import Costs, Known
 from sqcompile.passes.planning.feel import logits_of
 from sqcompile.passes.planning.loss import LARGEST as SAMPLED
 from sqcompile.passes.planning.loss import Transform
@@ -53,6 +54,7 @@ def with_evidence(
     calibration: Calibration,
     plan: Plan,
     model: str = "",
+    known: Known | None = None,
 ) -> Plan:
     """A plan with its evidence.
 
@@ -61,11 +63,13 @@ def with_evidence(
         calibration: its statistics.
         plan: of the graph, as `choose` made it.
         model: the name of the model's class.
+        known: of the graph, by planning.
     """
+    known = known or Known()
     layers = {l.name: l for l in plan.layers}
     nodes, linears = nodes_by_name(gm), find_linears(gm)
-    known = [l for l in linears if l.name in layers and l.name in calibration.inputs]
-    groups = _groups(sites, refusals, known, {n for n, l in layers.items() if l.quantized})
+    seen = [l for l in linears if l.name in layers and l.name in calibration.inputs]
+    groups = _groups(sites, refusals, seen, {n for n, l in layers.items() if l.quantized})
     rows = {
         l.name: plan.scales[s.name] for s in sites for l in linears if l.node == s.producer and s.name in plan.scales
     }
@@ -77,14 +81,15 @@ def with_evidence(
         of_weights = []
         for l in group:  # one weight at a time, as each may be made for this
             how = Transform(of_input.columns, of_input.block, rows.get(l.name))
-            of_weights.append(of_input.weight(l, effective_weight(gm, l, nodes), how))
+            before = known.largest_of(l.name, partial(effective_weight, gm, l, nodes))
+            of_weights.append(of_input.weight(l, effective_weight(gm, l, nodes), how, before))
         found.append(of_input.evidence(site, group, of_weights, value(nodes[group[0].weight]).element_size()))
     stored = {str(n.target): value(n) for n in gm.graph.find_nodes(op="get_attr")}
     evidence = replace(
         plan.evidence or Evidence(),
         model=model,
         versions=f"sqcompile {VERSION}, torch {torch.__version__}",
-        dtype=", ".join(sorted({str(value(nodes[l.weight]).dtype).removeprefix("torch.") for l in known})),
+        dtype=", ".join(sorted({str(value(nodes[l.weight]).dtype).removeprefix("torch.") for l in seen})),
         bytes=sum(int(t.numel()) * t.element_size() for t in stored.values() if isinstance(t, Tensor)),
         logits=bool(logits_of(gm)),
         inputs=tuple(found),
@@ -134,8 +139,8 @@ class _Of:
         rows = self.rows if self.columns is None else self.rows / self.columns
         self.after = rows if self.block is None else rotate(rows, self.block)
 
-    def weight(self, l: Linear, w: Tensor, how: Transform) -> _Weight:
-        return _Weight(w, how, self.per_tensor[l.name], self.qtype, self.quantized, l.experts)
+    def weight(self, l: Linear, w: Tensor, how: Transform, before: Tensor) -> _Weight:
+        return _Weight(w, how, self.per_tensor[l.name], self.qtype, self.quantized, l.experts, before)
 
     def evidence(self, site: str, group: Sequence[Linear], weights: Sequence[_Weight], itemsize: int) -> InputEvidence:
         stats = self.stats
@@ -218,29 +223,35 @@ class _Of:
 
 
 class _Weight:
-    """What is known of one weight, [N, K] or [E, N, K]: ``absmax`` float32 [K] before and after, ``codes`` int64 [BINS]."""
+    """What is known of one weight, [N, K] or [E, N, K]: ``absmax`` float32 [K] before and after, ``codes`` int64 [BINS].
+
+    ``before``: max|W_:j|, float32 [K].
+    """
 
     def __init__(
-        self, w: Tensor, how: Transform, per_tensor: bool, qtype: QType, quantized: bool, experts: int | None
+        self,
+        w: Tensor,
+        how: Transform,
+        per_tensor: bool,
+        qtype: QType,
+        quantized: bool,
+        experts: int | None,
+        before: Tensor,
     ) -> None:
         self.codes = torch.zeros(BINS, dtype=torch.int64)
         changed = how.rows is not None or how.block is not None
-        befores, afters = [], []
-        for matrix in w if experts else [w]:
-            own = []
-            for part in row_parts(matrix):
-                befores.append(matrix[part].abs().amax(0).float())
-                own.append(how.weight(matrix, part).abs().amax(0) if changed else befores[-1])
-            after = torch.stack(own).amax(0)
-            if not changed and how.columns is not None:
-                after = after * how.columns
-            afters.append(after)
-            if quantized:
-                part = slice(0, None, max(1, w.numel() // SAMPLED))
-                each = how.weight(matrix, part)
-                scale = absmax_scale(after.amax(), qtype.q_max) if per_tensor else weight_scale(each, True, qtype.q_max)
-                self.codes += _histogram(quantize(each, scale, dtype=qtype.dtype).float(), qtype)
-        self.absmax = torch.stack(befores).amax(0).cpu(), torch.stack(afters).amax(0).cpu()
+        afters = [before if how.columns is None else before * how.columns]
+        for matrix in (w if experts else [w]) if quantized else ():
+            some = how.weight(matrix, slice(0, None, max(1, w.numel() // SAMPLED)))
+            if per_tensor:
+                after = torch.stack([how.weight(matrix, p).abs().amax(0) for p in row_parts(matrix)]).amax(0)
+                scale = absmax_scale(after.amax(), qtype.q_max)
+            else:
+                after, scale = some.abs().amax(0), weight_scale(some, True, qtype.q_max)
+            if changed:
+                afters.append(after)
+            self.codes += _histogram(quantize(some, scale, dtype=qtype.dtype).float(), qtype)
+        self.absmax = before.cpu(), torch.stack(afters[1:] or afters).amax(0).cpu()
 
 
 def _histogram(q: Tensor, qtype: QType) -> Tensor:

@@ -25,6 +25,9 @@ from sqcompile.pytorch.distributed import local_part
 class Stages(Mapping[str, fx.GraphModule]):
     """``stages["traced" | "folded" | "quantized" | "lowered"]``: GraphModules with the model's own signature.
 
+    They compute what is in the graph, whatever the sizes of a call: only the compiled model looks whether its capture serves
+    them.
+
     Raises:
         StageError: if the float model is gone, or its parameters changed since it was compiled.
     """

@@ -133,3 +133,18 @@ def test_a_bias_that_overflows_half_precision_is_refused():
                 m.weight.fill_(1.0)
     with pytest.raises(PlanError, match=r"out of torch\.float16"):
         sqcompile.compile(model.half(), plan=wrong, backend="eager", progress=False)
+
+
+@pytest.mark.parametrize(("bias", "shifts"), [(6e4, True), (1e5, False)])
+def test_a_mean_that_no_plan_holds_is_not_taken_off(bias, shifts, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64)).eval()
+    with torch.no_grad():
+        model[0].bias.copy_(3 * torch.randn(32))
+        model[0].bias[3] = bias
+        model[1].weight[:, 3] *= 1e-5
+    data = [torch.randn(4, 16, 32) for _ in range(8)]
+    net = sqcompile.compile(model, data, recipe=Recipe(shift=True), backend="eager", progress=False)
+    assert bool(net.plan.shifts) == shifts
+    net.save(tmp_path / "net")
+    assert torch.equal(sqcompile.load(tmp_path / "net", backend="eager")(data[0]), net(data[0]))
