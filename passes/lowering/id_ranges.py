@@ -41,6 +41,8 @@ def check_ids(gm: fx.GraphModule) -> None:
             if index in const or not isinstance(v, Tensor) or v.device.type != "cpu" or v.dtype == torch.bool:
                 continue
             origins = _origins(gm, index)
+            if table is not None and not value(table).dim():  # of one value
+                continue
             if not origins or (table is not None and table not in const and origins <= {"positions"}):
                 continue
             size = dim if table is None else value(table).shape[dim]
