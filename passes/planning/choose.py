@@ -23,7 +23,7 @@ from sqcompile.passes.ir.graph import Linear, find_linears
 from sqcompile.passes.labels.match import Refusal, Site, input_sites
 from sqcompile.passes.planning import weight_outliers
 from sqcompile.passes.planning.candidates import Best, Look, each_best, look_at, to_look_at
-from sqcompile.passes.planning.choice import Costs, Known, Note
+from sqcompile.passes.planning.choice import Choice, Costs, Known, Note
 from sqcompile.passes.planning.choose_attention import choose_attention
 from sqcompile.passes.planning.error import Chooser
 from sqcompile.passes.planning.evidence import curves
@@ -80,56 +80,31 @@ def choose(
     Raises:
         NothingToQuantizeError: if no linear would run in INT8; the message gives the reasons.
     """
-    known = known or Known()
-    chooser = Chooser(gm, calibration, recipe, unsmoothed, felt, known)
-    linears = find_linears(gm)
+    known, linears = known or Known(), find_linears(gm)
     floats = {**stay_float(gm, linears, calibration, recipe), **lost}
-    check_any(gm, linears, floats)
+    while True:
+        check_any(gm, linears, floats)
+        chooser = Chooser(gm, calibration, recipe, unsmoothed, felt, known)
+        every = sites + input_sites(refusals, {l.name for l in linears} - set(floats))
+        check_agreement(every, chooser.own, floats)
+        first, look = _first_look(chooser, every, floats, sharing)
+        if sharing is None:
+            best = each_best(chooser, every, floats, look, first=False)
+            found = weight_outliers.all_lost(chooser, linears, floats)
+        else:
+            best, found = sharing.best(Asked(floats, unsmoothed, False, look))
+        if not found:
+            break
+        floats |= found  # and again, as their sites are others without them
     scales: dict[str, Tensor] = {}
     notes: dict[str, Note] = {}
-    every = sites + input_sites(refusals, {l.name for l in linears} - set(floats))
-    check_agreement(every, chooser.own, floats)
-    look: Look | None = None
-    first: dict[str, Best] = {}
-    if any(own.rotate == "auto" or own.may_leave_dynamic for own in chooser.own.values()):
-        if sharing is None:
-            looking = Chooser(gm, calibration, recipe, unsmoothed, felt, known)
-            first = each_best(looking, to_look_at(looking, every, floats), floats, None, first=True)
-        else:
-            first, _ = sharing.best(Asked(floats, unsmoothed, True, None))
-        look = look_at(chooser, every, floats, first)
-    if sharing is None:
-        best = each_best(chooser, every, floats, look, first=False)
-        found = weight_outliers.all_lost(chooser, linears, floats)
-    else:
-        best, found = sharing.best(Asked(floats, unsmoothed, False, look))
-    if found:  # their sites are others without them
-        lost = {**lost, **found}
-        return choose(
-            gm, sites, refusals, calibration, recipe, call, attentions, unsmoothed, felt, lost, on_trial, sharing, known,
-            shifts,
-        )  # fmt: skip
     for site in (s for s in every if s.name in best):
-        quantized = [l for l, _ in site.balance if l.name not in floats]
-        how: Smoothing = "multiplied" if site.kind == "input" else "folded"
-        choice = best[site.name].choice
+        quantized, choice = [l for l, _ in site.balance if l.name not in floats], best[site.name].choice
         if sharing is not None:  # chosen elsewhere
             chooser.apply(site, choice)
         if choice.scales is not None:
             scales[site.name] = choice.scales[0]
-            reason = site.reason if how == "folded" else f"x·(1/s) before quantization: {site.reason}"
-            note: Note = (how, reason, choice.alpha)
-        else:
-            why = chooser.why_unsmoothed(quantized)
-            reason = why or f"smoothing would raise the quantization error here ({site.reason})"
-            note = ("none", reason, None)
-        if choice.scales is not None and calibration.inputs[quantized[0].name].absmax_alone:
-            note = (note[0], f"{note[1]}; {UNTRIED}", note[2])
-        if felt is not None and chooser.by_loss(quantized) and (blind := felt.blind(quantized)):
-            note = (note[0], f"{note[1]}; chosen by its own error, as {blind}", note[2])
-        if quantized[0].name in shifts:
-            note = (note[0], f"{note[1]}; {SHIFTED}", note[2])
-        notes.update({l.name: note for l in quantized})
+        notes |= dict.fromkeys((l.name for l in quantized), _note(chooser, site, choice, quantized, felt, shifts))
     attention, heads = choose_attention(gm, chooser, attentions, set(floats))
     open_ = [l for l in linears if l.name not in floats]
     static = [l for l in open_ if chooser.static(l)]
@@ -142,6 +117,46 @@ def choose(
     shard = shard_of(chooser.parallel)
     taken = shifts_of(shifts, {l.name for l in open_})
     return Plan(recipe, call, scales, layers, attention, heads, columns, evidence, shard, taken)
+
+
+def _first_look(
+    chooser: Chooser, sites: Sequence[Site], floats: dict[str, str], sharing: Sharing | None
+) -> tuple[dict[str, Best], Look | None]:
+    """What is best for sites by themselves, and what comes of it for all; nothing where the recipe leaves neither open."""
+    if not any(own.rotate == "auto" or own.may_leave_dynamic for own in chooser.own.values()):
+        return {}, None
+    if sharing is None:
+        alone = Chooser(
+            chooser.gm, chooser.calibration, chooser.recipe, chooser.forced, chooser.felt, chooser.known
+        )  # which is left with what it has chosen
+        first = each_best(alone, to_look_at(alone, sites, floats), floats, None, first=True)
+    else:
+        first, _ = sharing.best(Asked(floats, chooser.forced, True, None))
+    return first, look_at(chooser, sites, floats, first)
+
+
+def _note(
+    chooser: Chooser,
+    site: Site,
+    choice: Choice,
+    quantized: list[Linear],
+    felt: Felt | None,
+    shifts: Mapping[str, Tensor],
+) -> Note:
+    """What is done with a site's inputs, in words, and α."""
+    kind: Smoothing = "multiplied" if site.kind == "input" else "folded"
+    if choice.scales is None:
+        why = chooser.why_unsmoothed(quantized)
+        kind, reason = "none", why or f"smoothing would raise the quantization error here ({site.reason})"
+    else:
+        reason = site.reason if kind == "folded" else f"x·(1/s) before quantization: {site.reason}"
+        if chooser.calibration.inputs[quantized[0].name].absmax_alone:
+            reason += f"; {UNTRIED}"
+    if felt is not None and chooser.by_loss(quantized) and (blind := felt.blind(quantized)):
+        reason += f"; chosen by its own error, as {blind}"
+    if quantized[0].name in shifts:
+        reason += f"; {SHIFTED}"
+    return kind, reason, None if choice.scales is None else choice.alpha
 
 
 def _curves(best: Mapping[str, Best]) -> dict[str, Costs]:

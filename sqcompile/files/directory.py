@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from sqcompile.errors import CalibrationError
 from sqcompile.process.ranks import Ranks
 
+PROGRAMS = (".onnx", ".pt2")  # suffixes of what may be replaced beside a model
 _AT_FDCWD, _EXCHANGE = -100, 2  # of renameat2(2)
 
 
@@ -105,15 +106,16 @@ def check_replaceable(path: str, ours: Sequence[str]) -> None:
         )
 
 
-def check_apart(target: str, sources: Iterable[str]) -> None:
-    """Refuses to replace what is read, or a directory above it.
+def check_apart(target: str, sources: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuses to replace what is read, a directory above it, or a file in it.
 
     Raises:
-        OSError: if one of the sources is the target, or in it.
+        OSError: if one of the sources is the target, or in it, or has it, but for an earlier program.
     """
     target = os.path.realpath(target)
     for source in map(os.path.realpath, sources):
-        if os.path.commonpath([target, source]) == target:
+        common = os.path.commonpath([target, source])
+        if common == target or (common == source and os.path.isfile(target) and not target.endswith(PROGRAMS)):
             raise OSError(f"{source} is read, and would be replaced with {target}: write to another path")
 
 

@@ -38,7 +38,6 @@ from sqcompile.programs.standard import standard
 from sqcompile.programs.traced import Traced, program_of
 
 PROGRAMS = ("onnx", "pt2")
-SUFFIXES = tuple(f".{name}" for name in PROGRAMS)  # of files that a program may replace
 NATIVE = "sqcompile"
 FORMATS = (NATIVE, *checkpoints.FORMATS, *PROGRAMS)
 
@@ -179,7 +178,7 @@ def write_artifact(
 
 
 def check_target(
-    format: str, path: str | os.PathLike[str], source: Any = None, read: Iterable[str | None] = ()
+    format: str, path: str | os.PathLike[str], source: Any = None, read: Iterable[str | os.PathLike[str] | None] = ()
 ) -> None:
     """Looks whether something may be written, before hours are spent on it.
 
@@ -256,8 +255,7 @@ def target_of(path: Any) -> str:
     """
     try:
         target = os.path.realpath(os.fsdecode(path))
-        if check_file_replaceable(target) is not None and not target.endswith(SUFFIXES):
-            raise FileExistsError(f"{target} is there, and is none of {', '.join(SUFFIXES)}: pass another path")
+        check_file_replaceable(target)
     except (TypeError, ValueError) as e:
         raise ArtifactError(f"the path is {path!r}: pass a string or a pathlib.Path of a file") from e
     except OSError as e:

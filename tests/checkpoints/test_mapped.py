@@ -180,6 +180,7 @@ def _link(path):
 
 def _index(path, file):
     names = dict.fromkeys(load_file(path / "model.safetensors"), file)
+    os.remove(path / "model.safetensors")
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
 

@@ -24,6 +24,7 @@ from sqcompile.passes.rewrite.insert_qdq import insert_qdq
 from sqcompile.plan.plan import LayerPlan
 from sqcompile.programs import export as programs
 from sqcompile.programs import onnx as onnx_programs
+from sqcompile.programs.export import check_target
 from sqcompile.programs.standard import standard
 from sqcompile.programs.traced import program_of
 
@@ -109,9 +110,12 @@ def test_paths_and_formats(tmp_path):
         with pytest.raises(ArtifactError, match=match):
             sqcompile.export(model, plan, "pt2", path)
     (tmp_path / "folder" / "model.safetensors").write_text("weights")
-    with pytest.raises(ArtifactError, match=r"is there, and is none of \.onnx, \.pt2: pass another path"):
-        sqcompile.export(model, plan, "pt2", tmp_path / "folder" / "model.safetensors")
-    assert (tmp_path / "folder" / "model.safetensors").read_text() == "weights"
+    (tmp_path / "folder" / "model.pt2").write_text("an earlier one")
+    for wrong in ("model.safetensors", ".."):
+        with pytest.raises(ArtifactError, match=r"is read, and would be replaced with .*: write to another path"):
+            check_target("pt2", tmp_path / "folder" / wrong, read=[tmp_path / "folder", None])
+    for right in ("model.pt2", "other"):
+        check_target("pt2", tmp_path / "folder" / right, read=[str(tmp_path / "folder")])
     with pytest.raises(ArtifactError, match="'gguf': choose one of sqcompile, compressed-tensors, smoothed, onnx, pt2"):
         sqcompile.export(model, plan, "gguf", tmp_path / "m")
     with pytest.raises(
