@@ -12,8 +12,9 @@ import torch
 from torch import fx, nn
 
 from sqcompile.artifact.code import taken
-from sqcompile.artifact.directory import MANIFESTS, path_name, read
+from sqcompile.artifact.directory import path_name, read
 from sqcompile.artifact.fill import filled, lowered, lowered_graph
+from sqcompile.artifact.manifest import MANIFESTS
 from sqcompile.artifact.moved import moved
 from sqcompile.artifact.sharded import as_artifact, shard_in
 from sqcompile.capture.inputs import Forward

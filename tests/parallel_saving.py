@@ -20,7 +20,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import sqcompile
-from sqcompile.artifact import directory
+from sqcompile.artifact import manifest
 from sqcompile.artifact import sharded as files
 from sqcompile.files import directory as directories
 from sqcompile.passes.ir.about import about
@@ -106,7 +106,7 @@ def refused(mesh: Any, rank: int, folder: Path) -> dict[str, Any]:
         shutil.copytree(folder / "static" / "rank-1-of-2", folder / "swapped" / "rank-1-of-2")
         meta = json.loads((folder / "four" / "sharded.json").read_text())
         del meta["sha256"]
-        directory.write_manifest(str(folder / "four" / "sharded.json"), {**meta, "shards": meta["shards"] * 2})
+        manifest.write_manifest(str(folder / "four" / "sharded.json"), {**meta, "shards": meta["shards"] * 2})
         (folder / "damaged" / "sharded.json").write_text(json.dumps({**meta, "sha256": ""}))
     distributed.barrier()
 

@@ -9,8 +9,6 @@ out/
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,13 +20,13 @@ from torch import Tensor, fx
 
 from sqcompile.artifact import calls, graphs, structures
 from sqcompile.artifact.code import write_code
+from sqcompile.artifact.manifest import FORMAT, MANIFEST, MANIFESTS, manifest, sha256_of, write_manifest
 from sqcompile.artifact.tensors import SHARD, Tensors, write_tensors
 from sqcompile.capture.inputs import Forward
 from sqcompile.errors import ArtifactError, CalibrationError, PlanError
 from sqcompile.files.beside import copy_beside
-from sqcompile.files.bounded_json import read_object
 from sqcompile.files.directory import check_replaceable, directory_of
-from sqcompile.files.regular import read_regular, said
+from sqcompile.files.regular import said
 from sqcompile.files.weights import Later
 from sqcompile.files.work import Work
 from sqcompile.passes.ir.about import about
@@ -41,12 +39,7 @@ from sqcompile.process.ranks import ALONE as ONE_PROCESS
 from sqcompile.process.ranks import Ranks
 from sqcompile.version import VERSION
 
-FORMAT = 1
-MANIFEST, PLAN = "sqcompile.json", "plan.safetensors"
-SHARDED = "sharded.json"  # in its place, in a directory of shards (`sharded`)
-MANIFESTS = (MANIFEST, SHARDED)
-_MOST_BYTES = 2**29  # of the manifest
-_FIELDS = {"format", "versions", "forward", "calls", "returns", "graph", "tensors", "code"}
+PLAN = "plan.safetensors"
 
 
 def save(
@@ -155,12 +148,6 @@ def _tensors(quantized: fx.GraphModule) -> dict[str, Tensor | Later]:
     return found
 
 
-def write_manifest(path: str, meta: dict[str, Any]) -> None:
-    """Writes what `read_manifest` reads."""
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(json.dumps({**meta, "sha256": sha256_of(meta)}))
-
-
 @dataclass(frozen=True)
 class Saved:
     """What a directory holds.
@@ -219,45 +206,6 @@ def _read(name: str, device: torch.device | None, parallel: Parallel) -> Saved:
     _check_constants(gm, tensors.nbytes)
     computed = {name: of for name, of in meta.items() if name not in ("code", "versions")}
     return Saved(gm, tensors, plan, calls.forward_from_json(meta["forward"]), meta["code"], sha256_of(computed))
-
-
-def manifest(name: str) -> dict[str, Any]:
-    """What the manifest of a directory says, which is whole.
-
-    Raises:
-        ArtifactError: if there is none, or it is damaged or of another format.
-    """
-    path = os.path.join(name, MANIFEST)
-    if not os.path.isdir(name):
-        raise ArtifactError("there is no such directory: pass what CompiledModel.save was given")
-    if not os.path.lexists(path):
-        if os.path.lexists(os.path.join(name, SHARDED)):
-            raise ArtifactError("it has shards of a model: load it in as many processes, with device_mesh")
-        raise ArtifactError(f"it has no {MANIFEST}: pass what CompiledModel.save was given")
-    return read_manifest(path, _FIELDS)
-
-
-def read_manifest(path: str, fields: set[str]) -> dict[str, Any]:
-    """A file of JSON with a format, its own SHA-256 and some more fields, without its SHA-256."""
-    name = os.path.basename(path)
-    if os.path.islink(path):
-        raise ArtifactError(f"{name} is a link: copy the directory with the files themselves in it")
-    meta = read_object(read_regular(path, _MOST_BYTES, "a manifest").decode("utf-8"), name)
-    version = meta.get("format")
-    if type(version) is not int or version != FORMAT:
-        raise ArtifactError(
-            f"it has the format {str(version)[:20]!r}, and this version of sqcompile reads {FORMAT}: load it with the version "
-            "that saved it, or save it again"
-        )
-    sha256 = meta.pop("sha256", None)
-    if meta.keys() != fields or sha256 != sha256_of(meta):
-        raise ArtifactError(f"{name} is damaged or was edited: copy the directory again, or save the model again")
-    return meta
-
-
-def sha256_of(meta: dict[str, Any]) -> str:
-    """SHA-256 of what a manifest says."""
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def devices(graph: Any, given: torch.device | None) -> Callable[[str], torch.device]:

@@ -17,17 +17,14 @@ from typing import Any
 
 from torch import fx
 
-from sqcompile.artifact.directory import (
+from sqcompile.artifact.directory import described, path_name, versions, write
+from sqcompile.artifact.manifest import (
     FORMAT,
     MANIFESTS,
     SHARDED,
-    described,
     manifest,
-    path_name,
     read_manifest,
     sha256_of,
-    versions,
-    write,
     write_manifest,
 )
 from sqcompile.capture.inputs import Forward

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sqcompile.artifact.directory import MANIFEST, MANIFESTS
+from sqcompile.artifact.manifest import MANIFEST, MANIFESTS
 from sqcompile.checkpoints.float_model import MODULES, Checkpoint, config_of, load_tokenizer, longest_of
 from sqcompile.checkpoints.read_files import CONFIG
 from sqcompile.cli.batches import LENGTH

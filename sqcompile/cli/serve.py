@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 
-from sqcompile.artifact.directory import MANIFEST, SHARDED
+from sqcompile.artifact.manifest import MANIFEST, SHARDED
 from sqcompile.cli.saved import is_int8
 from sqcompile.cli.terminal import CommandError, Terminal
 
