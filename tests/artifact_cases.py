@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sqcompile
 from sqcompile import Recipe
-from sqcompile.artifact import directory
+from sqcompile.artifact import manifest as manifests
 
 
 class Block(nn.Module):
@@ -65,14 +65,14 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def manifest(path: Path) -> dict[str, Any]:
-    return json.loads((path / directory.MANIFEST).read_text())
+    return json.loads((path / manifests.MANIFEST).read_text())
 
 
 def write_manifest(path: Path, meta: dict[str, Any]) -> None:
     """The manifest with a right checksum, whatever is in it."""
     meta = {k: v for k, v in meta.items() if k != "sha256"}
-    sha256 = directory.sha256_of(json.loads(json.dumps(meta)))
-    (path / directory.MANIFEST).write_text(json.dumps({**meta, "sha256": sha256}))
+    sha256 = manifests.sha256_of(json.loads(json.dumps(meta)))
+    (path / manifests.MANIFEST).write_text(json.dumps({**meta, "sha256": sha256}))
 
 
 def copy(path: Path, to: Path) -> Path:

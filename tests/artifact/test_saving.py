@@ -18,7 +18,7 @@ from artifact_cases import batch, compiled, equal, load
 
 import sqcompile
 from sqcompile import ArtifactError, Recipe
-from sqcompile.artifact import directory
+from sqcompile.artifact import directory, manifest
 from sqcompile.files import directory as folders
 
 OTHER = Recipe(alpha=0.9)
@@ -35,7 +35,7 @@ def names(path):
         (folders.os, "mkdir", PermissionError(errno.EACCES, "Permission denied")),
         (folders, "_put", OSError(errno.EROFS, "Read-only file system")),
         (directory, "write_tensors", OSError(errno.ENOSPC, "No space left on device")),
-        (directory.json, "dumps", MemoryError()),
+        (manifest.json, "dumps", MemoryError()),
         (folders.os, "fsync", KeyboardInterrupt()),
     ],
 )
