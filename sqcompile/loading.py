@@ -20,7 +20,6 @@ from sqcompile.artifact.sharded import as_artifact, shard_in
 from sqcompile.capture.inputs import Forward
 from sqcompile.capture.sharded import parallel_on
 from sqcompile.capture.trace import register_kv_cache_pytree
-from sqcompile.checkpoints.read_files import identity_of
 from sqcompile.checkpoints.read_model import ReadModel, is_checkpoint, read_model
 from sqcompile.compiled.emit import CompiledModel, check_compiler, emit
 from sqcompile.compiled.stages import Stages
@@ -185,8 +184,8 @@ def opened(path: str | os.PathLike[str]) -> tuple[Plan, SavedStages]:
         register_kv_cache_pytree()
         if _is_checkpoint(path):
             name = path_name(path)
-            identity = identity_of(name)
-            return read_model(name).plan, CheckpointStages(name, None, None, identity)
+            found = read_model(name)
+            return found.plan, CheckpointStages(name, None, None, found.identity)
         saved = read(path, None)
         return saved.plan, SavedStages(path, None, None, saved.identity)
 
@@ -202,13 +201,14 @@ def _is_checkpoint(path: Any) -> bool:
 def _checkpoint(
     name: str, where: torch.device | None, backend: str, regional: bool, target: Target | None, enter: Enter
 ) -> CompiledModel:
-    identity = identity_of(name)
     found = _read_checkpoint(name, where)
     try:
         enter("lower")
         gm = lowered_graph(found.graph, target)
         enter("emit")
-        return emit(gm, found.call, found.plan, CheckpointStages(name, where, target, identity), backend, regional)
+        return emit(
+            gm, found.call, found.plan, CheckpointStages(name, where, target, found.identity), backend, regional
+        )
     except SQCompileError:
         raise
     except Exception as e:  # of a graph that no version has made
@@ -285,9 +285,9 @@ class CheckpointStages(SavedStages):
         if name not in ("quantized", "lowered"):
             return super().__getitem__(name)  # which refuses it
         with compiling(), torch.no_grad():
-            self._check(identity_of(self._path))
-            gm = _read_checkpoint(self._path, self._device).graph
-            return lowered_graph(gm, self._target) if name == "lowered" else quantize_weights(gm)
+            found = _read_checkpoint(self._path, self._device)
+            self._check(found.identity)
+            return lowered_graph(found.graph, self._target) if name == "lowered" else quantize_weights(found.graph)
 
 
 def device_of(device: Any) -> torch.device | None:

@@ -7,7 +7,8 @@
     InputEvidence(linears=(wq, wk)):   max|X_j| of %n,   max|(X diag(1/s) H)_j|,   max|W_:j|,   max|(W diag(s) H)_:j|, ...
 
 It is made once a plan is final, from the statistics that planning had. Of a large weight that is rotated, or whose rows are
-divided, some rows stand for all, as they do where it is judged (`loss`). The result is a few KB for each tensor that linears read; what it is for 80 layers is under 2 MB (`_SIZES`).
+divided, some rows stand for all, as they do where it is judged (`loss`). The result is a few KB for each tensor that linears
+read; what it is for 80 layers is under 2 MB (`_SIZES`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -81,8 +81,7 @@ def with_evidence(
         of_weights = []
         for l in group:  # one weight at a time, as each may be made for this
             how = Transform(of_input.columns, of_input.block, rows.get(l.name))
-            before = known.largest_of(l.name, partial(effective_weight, gm, l, nodes))
-            of_weights.append(of_input.weight(l, effective_weight(gm, l, nodes), how, before))
+            of_weights.append(of_input.weight(l, effective_weight(gm, l, nodes), how, known))
         found.append(of_input.evidence(site, group, of_weights, value(nodes[group[0].weight]).element_size()))
     stored = {str(n.target): value(n) for n in gm.graph.find_nodes(op="get_attr")}
     evidence = replace(
@@ -139,7 +138,8 @@ class _Of:
         rows = self.rows if self.columns is None else self.rows / self.columns
         self.after = rows if self.block is None else rotate(rows, self.block)
 
-    def weight(self, l: Linear, w: Tensor, how: Transform, before: Tensor) -> _Weight:
+    def weight(self, l: Linear, w: Tensor, how: Transform, known: Known) -> _Weight:
+        before = known.largest_of(l.name, lambda: w)
         return _Weight(w, how, self.per_tensor[l.name], self.qtype, self.quantized, l.experts, before)
 
     def evidence(self, site: str, group: Sequence[Linear], weights: Sequence[_Weight], itemsize: int) -> InputEvidence:

@@ -76,17 +76,16 @@ class Files:
         self.found: dict[str, str] = {}
         self.opened: dict[str, WeightFile] = {}
         index = None
-        if os.path.lexists(os.path.join(folder, SINGLE)):
-            pass  # the first that transformers looks for, whatever index is beside it
-        elif os.path.lexists(os.path.join(folder, INDEX)):
+        single, several = (os.path.lexists(os.path.join(folder, file)) for file in (SINGLE, INDEX))
+        if not single and not several:
+            raise ArtifactError(f"it has no {SINGLE} and no {INDEX}: only weights in safetensors are read")
+        if not single:  # which transformers reads whatever index is beside it
             index = read_json(folder, INDEX).get("weight_map")
             if not isinstance(index, dict) or not index:
                 raise ArtifactError(f"{INDEX} has no weight_map: copy the directory again, whole")
             for file in index.values():
                 if not isinstance(file, str) or not FILE_NAME.fullmatch(file):
                     raise ArtifactError(f"{INDEX} names {str(file)[:100]!r}, which is no file of the directory")
-        else:
-            raise ArtifactError(f"it has no {SINGLE} and no {INDEX}: only weights in safetensors are read")
         for file in sorted({SINGLE} if index is None else {*index.values()}):
             self.opened[file] = WeightFile(self.folder, file)
             for name in self.opened[file].places:

@@ -24,7 +24,7 @@ from sqcompile.capture.trace import trace
 from sqcompile.checkpoints.names import CheckpointNames
 from sqcompile.checkpoints.parameters import undo_layout
 from sqcompile.checkpoints.read_experts import Part, parts_of, together
-from sqcompile.checkpoints.read_files import CONFIG, Files, read_json
+from sqcompile.checkpoints.read_files import CONFIG, Files, identity_of, read_json
 from sqcompile.checkpoints.read_scheme import Scheme, Schemes
 from sqcompile.checkpoints.skeleton import known_config, skeleton
 from sqcompile.errors import ArtifactError, SQCompileError
@@ -46,11 +46,13 @@ class ReadModel:
     Attributes:
         graph: of the quantized stage; its int8 weights are lazy (``About.lazy``), read from the files.
         plan, call: as of a compiled model.
+        identity: of its files, see `identity_of`.
     """
 
     graph: fx.GraphModule
     plan: Plan
     call: Forward
+    identity: str
 
 
 def is_checkpoint(folder: str) -> bool:
@@ -79,7 +81,7 @@ def read_model(folder: str) -> ReadModel:
 def _read(folder: str) -> ReadModel:
     config = read_json(folder, CONFIG)
     schemes = Schemes(config.pop("quantization_config", None))
-    files = Files(folder)
+    identity, files = identity_of(folder), Files(folder)
     model = _skeleton(config)
     names = CheckpointNames(model)
     filled = _Filled(model, names, files, schemes)
@@ -95,7 +97,7 @@ def _read(folder: str) -> ReadModel:
     for name, old in lazy.items():
         leaf = by_scale[old.beside[0]]
         lazy[name] = Lazy(("file", leaf), functools.partial(filled.weight, leaf), old.beside)
-    return ReadModel(verify(gm, "quantized"), plan, Forward.of(model))
+    return ReadModel(verify(gm, "quantized"), plan, Forward.of(model), identity)
 
 
 def _recipe(layers: tuple[LayerPlan, ...]) -> Recipe:

@@ -4,8 +4,8 @@ Before:  scales {"g -> q, k": s, "input -> o": s}, o rotated, down with a static
 After:   scales {"g -> q, k": s}, o as it is, down with a scale for each token
 
 An explicit x·(1/s) and a rotation are operations, for which a model of another tool has no place. Nor has it two values
-for one parameter, or a bias that the float model has not. Such sites lose their smoothing or their shift; without the shift, s is recomputed for the whole input. Rotations are dropped.
-A static scale that was calibrated on what the input would have been is none for what it is now: the linear gets a scale for
+for one parameter, or a bias that the float model has not. Such sites lose their smoothing or their shift; without the shift, s is recomputed for the whole input. Rotations are
+dropped. A static scale that was calibrated on what the input would have been is none for what it is now: the linear gets a scale for
 each token instead, which needs no calibration.
 """
 

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from sqcompile.errors import CalibrationError
 from sqcompile.process.ranks import Ranks
 
-PROGRAMS = (".onnx", ".pt2")  # suffixes of what may be replaced beside a model
 _AT_FDCWD, _EXCHANGE = -100, 2  # of renameat2(2)
 
 
@@ -106,16 +105,16 @@ def check_replaceable(path: str, ours: Sequence[str]) -> None:
         )
 
 
-def check_apart(target: str, sources: Iterable[str | os.PathLike[str]]) -> None:
-    """Refuses to replace what is read, a directory above it, or a file in it.
+def check_apart(target: str, sources: Iterable[str | os.PathLike[str]], but: tuple[str, ...]) -> None:
+    """Refuses to replace what is read, a directory above it, or a file in it that ends with none of ``but``.
 
     Raises:
-        OSError: if one of the sources is the target, or in it, or has it, but for an earlier program.
+        OSError: if one of the sources is the target, or in it, or has it.
     """
     target = os.path.realpath(target)
     for source in map(os.path.realpath, sources):
         common = os.path.commonpath([target, source])
-        if common == target or (common == source and os.path.isfile(target) and not target.endswith(PROGRAMS)):
+        if common == target or (common == source and os.path.isfile(target) and not target.endswith(but)):
             raise OSError(f"{source} is read, and would be replaced with {target}: write to another path")
 
 

@@ -190,7 +190,7 @@ def check_target(
         ArtifactError: for a format that there is none of, or a path that cannot be written, or holds what is read.
     """
     try:
-        check_apart(os.fsdecode(path), filter(None, read))
+        check_apart(os.fsdecode(path), filter(None, read), but=tuple(f".{name}" for name in PROGRAMS))
     except OSError as e:
         raise ArtifactError(str(e)) from e
     except (TypeError, ValueError):
