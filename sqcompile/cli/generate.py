@@ -123,8 +123,12 @@ def _cached(model: nn.Module, ids: Tensor, asked: Asked, end: int | None, tell: 
     except SQCompileError:
         raise
     except (IndexError, TypeError, ValueError) as e:  # of a model that takes no longer text
-        raise CommandError(f"the model cannot go on after {ids.shape[1] + told} tokens ({words(e)})") from e
+        raise _ended(ids.shape[1] + told, e) from e
     return True
+
+
+def _ended(tokens: int, why: Exception) -> CommandError:
+    return CommandError(f"the model cannot go on after {tokens} tokens ({words(why)})")
 
 
 @torch.no_grad()
@@ -144,7 +148,7 @@ def tokens(model: nn.Module, ids: Tensor, asked: Asked, end: int | None) -> Iter
         except SQCompileError:
             raise
         except (IndexError, TypeError, ValueError) as e:  # of a model that takes other inputs, or no longer text
-            raise CommandError(f"the model cannot go on after {ids.shape[1]} tokens ({words(e)})") from e
+            raise _ended(ids.shape[1], e) from e
         logits: Any = getattr(out, "logits", out)
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[1] != ids.shape[1]:
             raise CommandError("the model gives no logits [batch, tokens, vocabulary]: generate needs a language model")
