@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow gpu gpu2 sanitize serve-test docs-test lint bench compare cpu-peers docs clean
+.PHONY: demo test slow gpu gpu2 sanitize serve-test tools-test docs-test lint bench compare cpu-peers docs clean
 
 # torch first: the rest of the requirements must not choose another build of it. setuptools tells of every editable
 # installation that folders of the working directory may be imported in its place, which is meant here.
@@ -65,6 +65,14 @@ $(TOOLS)/ready: Makefile pyproject.toml
 	$(TOOLS)/bin/pip install --quiet torch==2.13.0
 	PYTHONWARNINGS='ignore:Editable installation' $(TOOLS)/bin/pip install --quiet torch==2.13.0 $(OTHERS) -e '.[lm]'
 	touch $@
+
+# checkpoints that llm-compressor writes, read by ours
+tools-test: $(VENV)/ready
+	@if $(MAKE) --quiet $(TOOLS)/ready; then \
+	  SQCOMPILE_TOOLS_PYTHON=$(abspath $(TOOLS))/bin/python $(BIN)/python -m pytest -n 0 tests/checkpoints/test_llm_compressor.py; \
+	else \
+	  echo "$(OTHERS) cannot be installed here: the tests of other tools' checkpoints are left out"; \
+	fi
 
 compare: $(TOOLS)/ready
 	$(TOOLS)/bin/python -m sqcompile.bench tools --models sqcompile/lm/data tests/data/neox tests/data/opt

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sqcompile.errors import IndexRangeError
-from sqcompile.kernels import attention, attention_int8, attention_parts, fp8, fused, reference, rotation
+from sqcompile.kernels import all_reduce, attention, attention_int8, attention_parts, fp8, fused, reference, rotation
 from sqcompile.kernels import rows as plain_rows
 from sqcompile.kernels.cpu import rows as cpu_rows
 from sqcompile.kernels.cpu import x86
@@ -138,6 +138,7 @@ _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "grouped_matmul_u8s8(Tensor q, Tensor[] w, Tensor w_scale, Tensor w_sum, Tensor offsets, ScalarType dtype)"
     " -> Tensor": (grouped_matmul_u8s8, _grouped_matmul_u8s8_fake),
     "rotate(Tensor x, int block) -> Tensor": (cpu_rows.rotate, rotation.rotate_fake),
+    "all_reduce(Tensor x, str group) -> Tensor": (all_reduce.all_reduce, lambda x, group: x.new_empty(x.shape)),
     "int8_attend(Tensor scores, Tensor v, Tensor v_scale, ScalarType dtype) -> Tensor": (
         attention_parts.int8_attend,
         attention_parts.int8_attend_fake,

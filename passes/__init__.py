@@ -4,7 +4,7 @@
 
 Analyses (`match`, `find_attentions`, `choose`) return data and never touch the graph. `fold`, `insert_qdq` and `lower` take
 a GraphModule, leave it as it was, and return a new one; the steps that they are made of (`quantize_attention`, `fuse`,
-`lower_attention`, `lower_int8_attention`, `check_ids`) and `canonicalize` work in place, on a graph that is theirs.
+`lower_all_reduces`, `lower_attention`, `lower_int8_attention`, `check_ids`) and `canonicalize` work in place, on a graph that is theirs.
 
 Every pass reads recorded values (``meta["val"]``) and the record's ``fake_mode`` (`ir.about`), and records what it adds. Of the
 rest of the record, captures give ``captured``, ``out_spec`` and ``aliases``, of Dynamo's graphs ``arguments``, ``updates``,

@@ -31,6 +31,7 @@ from sqcompile.passes.planning.absmax_alone import calibration_of, settled
 from sqcompile.passes.planning.budget import by_divergence, within_budget
 from sqcompile.passes.planning.choice import Known
 from sqcompile.passes.planning.choose import choose
+from sqcompile.passes.planning.dearest import leave_dearest
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
 from sqcompile.passes.planning.evidence import with_evidence
 from sqcompile.passes.planning.feel import feel
@@ -294,6 +295,7 @@ def analyse(
             else:
                 loses = by_value(model, traced, evaluate, target)
             plan = within_budget(traced, plan, calibration, loses)
+        plan = leave_dearest(traced, plan, calibration)
         plan = with_evidence(traced, sites, refusals, calibration, plan, type(model).__name__, known)
         if sharing is not None:
             sharing.end(plan)

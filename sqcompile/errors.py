@@ -45,6 +45,10 @@ class ArtifactError(SQCompileError):
     """A saved model or a checkpoint that cannot be read or written, is damaged, or holds what sqcompile does not run."""
 
 
+class FormatError(ArtifactError):
+    """A format cannot hold a model or a plan, however often it is tried."""
+
+
 class StageError(SQCompileError):
     """A stage of the pipeline cannot be shown or left the graph language."""
 

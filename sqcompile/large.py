@@ -97,6 +97,8 @@ def quantize_checkpoint(
             place = f"{out}.work" if work is None else os.path.realpath(os.fsdecode(work))
         except (TypeError, ValueError) as e:
             raise ArtifactError(f"a path is none ({said(e)}): pass strings or pathlib.Paths") from e
+        if os.path.commonpath([place, out]) in (place, out):
+            raise ArtifactError(f"work={place} is the target {out}, in it or above it: pass another directory, or none")
         if ranks.first:
             check_target(format, out, read=[source])
         data = [*each_at_once(batches)]

@@ -14,16 +14,15 @@ from torch import fx, nn
 from sqcompile.artifact.code import taken
 from sqcompile.artifact.directory import path_name, read
 from sqcompile.artifact.fill import filled, lowered, lowered_graph
-from sqcompile.artifact.manifest import MANIFESTS
 from sqcompile.artifact.moved import moved
 from sqcompile.artifact.sharded import as_artifact, shard_in
 from sqcompile.capture.inputs import Forward
 from sqcompile.capture.sharded import parallel_on
-from sqcompile.capture.trace import register_kv_cache_pytree
 from sqcompile.checkpoints.read_model import ReadModel, is_checkpoint, read_model
 from sqcompile.compiled.emit import CompiledModel, check_compiler, emit
 from sqcompile.compiled.stages import Stages
 from sqcompile.errors import ArtifactError, RecipeError, SQCompileError, StageError
+from sqcompile.files.directory import MANIFESTS
 from sqcompile.files.regular import said
 from sqcompile.kernels.targets import Target, begin
 from sqcompile.passes.ir.verify import STAGES
@@ -113,7 +112,6 @@ def loaded(
     """
     where, on = device_of(device), Target.given(target)
     with deferred(), compiling(), torch.no_grad():
-        register_kv_cache_pytree()
         enter("read")
         checkpoint = _is_checkpoint(path)
         ahead = functools.partial(begin, torch.device("cpu") if where is None else where, backend == "inductor")
@@ -157,7 +155,6 @@ def unpacked(
     """
     where, on = device_of(device), Target.given(target)
     with deferred(), compiling(), torch.no_grad():
-        register_kv_cache_pytree()
         if _is_checkpoint(path):
             found = _read_checkpoint(path_name(path), where)
             return lowered_graph(found.graph, on, lazy=True), found.call, found.plan
@@ -181,7 +178,6 @@ def opened(path: str | os.PathLike[str]) -> tuple[Plan, SavedStages]:
         ArtifactError: as `load`.
     """
     with deferred(), compiling(), torch.no_grad():
-        register_kv_cache_pytree()
         if _is_checkpoint(path):
             name = path_name(path)
             found = read_model(name)

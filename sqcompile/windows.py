@@ -77,6 +77,12 @@ def spread(windows: Tensor, limit: int | None) -> Tensor:
 
 
 def check_limit(limit: int | None) -> None:
-    """Raises ValueError for a number of windows under 1."""
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, not {limit}")
+    """Raises ValueError for a number of windows that is none, or under 1."""
+    if limit is not None:
+        check_count("limit", limit)
+
+
+def check_count(name: str, count: Any) -> None:
+    """Raises ValueError for what is no whole number of things, or under 1."""
+    if type(count) is not int or count < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1, not {count!r}")

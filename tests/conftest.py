@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import signal
@@ -17,7 +18,7 @@ from families import CAUSAL, causal_lm, roughen
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
-from sqcompile import Recipe
+from sqcompile import PRESETS, Recipe
 from sqcompile.capture.call_spec import to_spec
 from sqcompile.capture.inputs import Call, as_call
 from sqcompile.capture.trace import trace
@@ -38,6 +39,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the processes that tests start do ali
 torch._dynamo.config.fake_tensor_cache_enabled = False
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("SQCOMPILE_VERIFY", "1")  # each stage's recorded values are computed again
+
+
+# the default, of which no linear stays in float for accuracy
+ALL_INT8 = dataclasses.replace(PRESETS["default"], float_work=0.0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,6 +19,7 @@ import sqcompile
 from sqcompile.backend import smoothquant
 from sqcompile.bench.parallel import sharded
 from sqcompile.bench.stack import Shape, captured, stack
+from sqcompile.kernels.all_reduce import DTYPES, follow_sums
 
 WIDTHS = Shape(512, 1024, 8, 2, 64)
 
@@ -61,6 +62,49 @@ def compiled(mesh: Any, folder: Path) -> dict[str, Any]:
     return found
 
 
+def summed() -> dict[str, Any]:
+    """Sums of many sizes beside NCCL's.
+
+    They are queued one after the other, on two streams and in the replays of a CUDA graph, while one process or the other is
+    late: each is at most a call ahead, and nothing else keeps them together.
+    """
+    name, plain, device = (
+        distributed.group.WORLD.group_name,
+        torch.ops._c10d_functional,
+        torch.device("cuda", torch.cuda.current_device()),
+    )
+    ours, other = torch.ops.sqcompile.all_reduce, torch.cuda.Stream()
+    pick = torch.Generator().manual_seed(0)  # the sizes are the same on both
+    sizes = [int(torch.randint(1, 24, (), generator=pick)) ** (2 + i % 3) for i in range(200)]
+    given = [
+        torch.randn(size + 12_000_000 * (i % 50 == 7), device="cuda", dtype=DTYPES[i % len(DTYPES)])
+        for i, size in enumerate(sizes)
+    ]
+    x = torch.randn(33, 64, device="cuda", dtype=torch.bfloat16)
+    replay, read = captured(lambda x: ours(ours(x, name) * 0.5, name), x)
+    torch.cuda.synchronize()
+    got = []
+    for i, part in enumerate(given):
+        if i % 7 == distributed.get_rank():
+            torch.cuda._sleep(300_000)  # cycles of the GPU
+        if i % 10 == 3:
+            follow_sums(device)  # as whoever replays a graph with sums does
+            replay()
+        with torch.cuda.stream(other if i % 5 == 0 else torch.cuda.default_stream()):
+            got.append(ours(part, name))
+    torch.cuda.synchronize()
+    equal = [
+        torch.equal(y, plain.wait_tensor(plain.all_reduce(part, "sum", name)))
+        for part, y in zip(given, got, strict=True)
+    ]
+    half = plain.wait_tensor(plain.all_reduce(x, "sum", name)) * 0.5
+    equal.append(torch.equal(read(), plain.wait_tensor(plain.all_reduce(half, "sum", name))))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as p:
+        ours(x, name)
+        torch.cuda.synchronize()
+    return {"equal": equal, "kernels": [e.key for e in p.key_averages()]}
+
+
 def replayed(mesh: Any) -> dict[str, Any]:
     """Through torch.compile, with CUDA graphs of its own."""
     model, x = sharded(stack(2, WIDTHS), mesh), batches()[1]
@@ -82,7 +126,8 @@ def replayed(mesh: Any) -> dict[str, Any]:
     return {
         "error": max(relative(y, want) for y in results),
         "launched": sum(e.count for e in p.key_averages() if "cudaGraphLaunch" in e.key),
-        "reduced": any("AllReduce" in n for n in names),
+        "reduced": sum(e.count for e in p.key_averages() if "_all_reduce" in e.key and "sqcompile" not in e.key),
+        "nccl": sum("nccl" in n.lower() and "kernel" in n.lower() for n in names),
     }
 
 
@@ -119,6 +164,7 @@ def main(rank: int, folder: Path) -> None:
     mesh = init_device_mesh("cuda", (SIZE,))
     found: dict[str, Any] = {"one": one}
     for name, part in {
+        "summed": summed,
         "compiled": lambda: compiled(mesh, folder),
         "replayed": lambda: replayed(mesh),
         "generated": lambda: generated(mesh),

@@ -20,7 +20,9 @@ from torch.nn import functional as F
 
 import sqcompile
 from sqcompile.kernels.reference import quantize, token_scale, weight_scale
+from sqcompile.kernels.targets import Target
 from sqcompile.passes.ir.about import about
+from sqcompile.passes.lowering.lower import lower
 from sqcompile.process import ranks
 
 SIZE = 2
@@ -135,9 +137,14 @@ def block(mesh: Any, whole: sqcompile.CompiledModel) -> dict[str, Any]:
             of_rows = of_rows.chunk(SIZE)[mesh.get_local_rank()] if dim == 0 else of_rows
             different = (own.get_buffer(f"{name}_int8").int() - part.int()).abs()
             weights[name] = [int(different.max()), relative(own.get_buffer(f"{name}_scale"), of_rows)]
+    of_a_gpu = lower(stages["quantized"], target=Target.named("cuda-sm90"))
     with torch.no_grad():
         wanted_y, y = float_model(x), compiled(x)
         return {
+            "of a gpu": [
+                str(n.target) for n in of_a_gpu.graph.nodes if "reduce" in str(n.target) or "c10d" in str(n.target)
+            ],
+            "on a gpu": relative(of_a_gpu(x), y),
             "scales": {name: relative(s, whole.plan.scales[name]) for name, s in scales.items()},
             "weights": weights,
             "all_reduce": [str(n.args[0]) for n in stages["lowered"].graph.nodes if "all_reduce" in str(n.target)],

@@ -125,6 +125,7 @@ def wrong_fold(seed: int) -> float | None:
     folded, _, _ = fold_everything(model, x, seed=seed)
     with torch.no_grad():
         want = model(x)
-    if not bool(want.isfinite().all()) or float(want.norm()) == 0.0:
+    # of seed 26412 all is subtracted from itself, and what is left is rounding
+    if not bool(want.isfinite().all()) or float(want.norm()) < 1e-10:
         return None
     return relative_error(folded(x), want)

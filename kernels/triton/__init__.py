@@ -7,6 +7,7 @@
     gemm/grouped.py             the same product for the experts of a mixture
     gemm/tiles.py               which tile sizes a GEMM of a shape runs with: shipped tables, else a rule; never tuned at run time
     gemm/tune.py                makes such a table: ``python -m sqcompile.kernels.triton.gemm.tune --out FILE``
+    all_reduce.py               sums of several GPUs, which write to each other's memory
     attention/int8_attention.py attention in INT8 and in half precision
 
 Every function here is compared with `sqcompile.kernels.reference`; `gemm/dry.py` compiles them without a GPU.

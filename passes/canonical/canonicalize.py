@@ -12,7 +12,7 @@
     baddbmm(%z, %x, %y, beta=2)          -> add(matmul(%x, %y), mul(%z, 2))
     view(%x, [6, 4])                     -> reshape(%x, [6, 4])
     _unsafe_view(clone(%x), [6, 4])      -> reshape(%x, [6, 4])
-    neg(dropout(%x, 0.5, False))         -> neg(%x)                        # so of detach
+    neg(dropout(%x, 0.5, False))         -> neg(%x)                        # so of detach, detach_
     _to_copy(%x, dtype=float64)          -> to(%x, float64)
     concat([%x, %x], 1)                  -> cat([%x, %x], 1)               # other names of one operation: `aliases`
 
@@ -55,7 +55,7 @@ def canonicalize(gm: fx.GraphModule) -> None:
             node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], node.kwargs["dtype"]), {}
             continue
         eval_dropout = node.target in DROPOUTS and not drops(node)
-        if eval_dropout or node.target == aten.detach.default:
+        if eval_dropout or node.target in (aten.detach.default, aten.detach_.default):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
             continue

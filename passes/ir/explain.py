@@ -105,15 +105,22 @@ def _users_line(stack_trace: str) -> str | None:
 @contextlib.contextmanager
 def one_error() -> Iterator[None]:
     """Keeps PyTorch from showing a failure that we report ourselves: a trace per attempt, and whole graphs."""
+    printed = io.StringIO()
+    with unlogged():
+        with contextlib.redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())  # the model's own words
+
+
+@contextlib.contextmanager
+def unlogged() -> Iterator[None]:
+    """Keeps PyTorch from logging a failure that we report ourselves, or try another way."""
     loggers = [logging.getLogger(name) for name in CAPTURE_LOGGERS]
     disabled = [l.disabled for l in loggers]
     for l in loggers:
         l.disabled = True
-    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed):
-            yield
-        sys.stderr.write(printed.getvalue())  # the model's own words
+        yield
     finally:
         for l, was in zip(loggers, disabled, strict=True):
             l.disabled = was

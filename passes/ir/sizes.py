@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from sqcompile.errors import CaptureError, InternalError, first_line
 from sqcompile.passes.ir.about import Sizes, about
-from sqcompile.passes.ir.explain import fixed_sizes
+from sqcompile.passes.ir.explain import fixed_sizes, unlogged
 from sqcompile.passes.ir.graph import value
 
 _Result = TypeVar("_Result")
@@ -56,7 +56,8 @@ def at_two_sizes(gm: fx.GraphModule, run: Callable[[Sizes], _Result]) -> tuple[_
     error: Exception | None = None
     for first, second in ordered:
         try:
-            return run(first), run(second)
+            with unlogged():
+                return run(first), run(second)
         except InternalError:
             raise
         except Exception as e:

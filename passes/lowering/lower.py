@@ -48,6 +48,7 @@ from sqcompile.passes.ir.graph import (
 )
 from sqcompile.passes.ir.operators import LAYOUT
 from sqcompile.passes.ir.origin import STANDS_FOR, replace
+from sqcompile.passes.lowering.all_reduces import lower_all_reduces
 from sqcompile.passes.lowering.float_attention import lower_attention
 from sqcompile.passes.lowering.fuse import fuse
 from sqcompile.passes.lowering.fuse_rows import fuse_rows
@@ -132,6 +133,7 @@ def lower(
     lower_attention(gm, of)
     if "triton" in fuses:
         fuse(gm)
+        lower_all_reduces(gm)
     if "cpu" in fuses:
         fuse_rows(gm)
     fuse_rotations(gm)

@@ -4,7 +4,7 @@
 ->
     %up.weight, %gate.weight: InputStats(highest=[2, K] of the larger of both, count=0)
 
-    Recipe(alpha="auto", rotate="auto", shift=True)
+    Recipe(alpha="auto", rotate="auto", shift=True, float_work=0.1)
 ->
     Recipe(alpha=0.5, rotate="none")
 
@@ -35,7 +35,8 @@ _NAMED = 3  # linears in a message
 
 
 def settled(recipe: Recipe) -> Recipe:
-    """The recipe with what only tokens could choose decided: α is 0.5, nothing is rotated or shifted. Fixed values stay.
+    """The recipe with what only tokens could choose decided: α is 0.5, nothing is rotated, shifted or
+    left in float for its cost. Fixed values stay.
 
     Raises:
         RecipeError: for a wish that needs tokens.
@@ -52,7 +53,7 @@ def settled(recipe: Recipe) -> Recipe:
         )
     chosen = _decided({"alpha": recipe.alpha, "rotate": recipe.rotate, "shift": recipe.shift})
     overrides = {pattern: _decided(dict(fields)) for pattern, fields in recipe.by_pattern}
-    return dataclasses.replace(recipe, **chosen, overrides=overrides)
+    return dataclasses.replace(recipe, **chosen, overrides=overrides, float_work=0.0)
 
 
 def _decided(fields: dict[str, Any]) -> dict[str, Any]:

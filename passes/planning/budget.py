@@ -41,7 +41,7 @@ class Unit:
     Attributes:
         names: of the linears.
         loss: what they cost the outputs, as `LayerPlan.loss` of all.
-        work: multiplications that run in INT8, in all calibration calls.
+        work: multiplications that run in INT8, in all calibration calls and all processes that hold the model together.
     """
 
     names: tuple[str, ...]
@@ -114,7 +114,8 @@ def ranked(gm: fx.GraphModule, plan: Plan, calibration: Calibration) -> list[Uni
             groups.setdefault((l.x, l.offsets), []).append(l.name)
             work[l.name] = float(calibration.inputs[l.name].count) * l.out_features * l.in_features
     losses = {n: (l.loss or 0.0) if known else _noise(l) for n, l in layers.items()}
-    units = [Unit(tuple(g), sum(losses[n] for n in g), sum(work[n] for n in g)) for g in groups.values()]
+    totals = about(gm).parallel.total([sum(work[n] for n in g) for g in groups.values()])
+    units = [Unit(tuple(g), sum(losses[n] for n in g), w) for g, w in zip(groups.values(), totals, strict=True)]
     return sorted(units, key=lambda u: u.loss / max(u.work, 1.0), reverse=True)
 
 
@@ -125,16 +126,17 @@ def _noise(l: LayerPlan) -> float:
 
 def without(plan: Plan, names: set[str], most: float, logits: bool) -> Plan:
     """The plan with some linears in float: scales of sites that none is quantized of are dropped, others stay."""
-    return in_float(plan, {l.name: _left(l, most, logits) for l in plan.layers if l.name in names})
+    because = f"max_degradation={most}"
+    return in_float(plan, {l.name: left_in_float(l, because, logits) for l in plan.layers if l.name in names})
 
 
-def _left(l: LayerPlan, most: float, logits: bool) -> LayerPlan:
+def left_in_float(l: LayerPlan, because: str, logits: bool) -> LayerPlan:
+    """What a plan says of a linear that stays in float for what it would cost."""
     if l.loss is None:
         cost = "" if l.sqnr_db is None else f"its own relative error is {100 * 10 ** (-l.sqnr_db / 20):.2g} %, and "
     else:
         cost = f"costs {100 * _grown(l.loss):.2g} % of {'perplexity' if logits else 'the outputs'}, and "
-    reason = f"left in float: {cost}max_degradation={most}"
-    return LayerPlan(l.name, l.kind, False, "none", reason, shape=l.shape, loss=l.loss)
+    return LayerPlan(l.name, l.kind, False, "none", f"left in float: {cost}{because}", shape=l.shape, loss=l.loss)
 
 
 def _grown(loss: float) -> float:

@@ -32,7 +32,7 @@ from sqcompile.passes.planning.stay_float import stay_float
 from sqcompile.plan.recipe import Recipe
 from sqcompile.process.parallel import Parallel
 from sqcompile.process.progress import each
-from sqcompile.pytorch.core import pytree
+from sqcompile.pytorch.core import hollow, pytree
 from sqcompile.statistics.observe import Calibration
 from sqcompile.statistics.sample import LEAST
 
@@ -99,7 +99,8 @@ def feel(
     hold the model together.
     """
     linears = find_linears(gm)
-    if recipe.max_degradation is None and not any(recipe_of(gm, l, recipe).by_loss for l in linears):
+    asked = recipe.max_degradation is not None or (recipe.float_work and logits_of(gm))
+    if not asked and not any(recipe_of(gm, l, recipe).by_loss for l in linears):
         return None
     floats = stay_float(gm, linears, calibration, recipe)
     groups: dict[tuple[str, str, str | None], list[Linear]] = {}
@@ -223,10 +224,14 @@ def logits_of(gm: fx.GraphModule) -> set[int]:
     """The positions of outputs that are logits: called so, or as wide as the vocabulary of the token embedding."""
     nodes = pytree.tree_leaves(next(iter(gm.graph.find_nodes(op="output"))).args)
     spec = about(gm).out_spec
-    out = spec.unflatten(list(range(len(nodes)))) if spec is not None and spec.num_leaves == len(nodes) else None
+    out, leaves = None, list[Tensor]()
+    if spec is not None and spec.num_leaves == len(nodes):
+        # a class may take no such tensors: its logits are found by their width
+        with contextlib.suppress(Exception):
+            out, leaves = hollow(spec)
     named = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
-    if isinstance(named, int):
-        return {named}
+    if found := {i for i, leaf in enumerate(leaves) if leaf is named}:
+        return found
     tables = [value(n.args[0]) for n in gm.graph.find_nodes(op="call_function", target=aten.embedding.default)]
     rows, widths = ({size for t in tables if isinstance(size := t.shape[dim], int)} for dim in (0, 1))
     return {

@@ -34,6 +34,8 @@ from sqcompile.statistics.observe import Calibration
 
 # A norm is changed where the noise of its linears' inputs is expected to become this much smaller.
 GAIN = 0.9
+# Of fewer different tokens there is no mean: static scales would be too small for any other token.
+FEWEST = 16
 # With which smoothing that is expected, as none is chosen yet.
 _ALPHA = 0.5
 
@@ -71,7 +73,7 @@ def choose_shifts(
             continue
         stats = [calibration.inputs.get(l.name) for l in s.linears]
         first = stats[0]
-        told = first is not None and has_halves(first) and all(_same(x, first) for x in stats) and not first.unvarying()
+        told = first is not None and _told(first) and all(_same(x, first) for x in stats)
         if not parallel.every([told])[0]:
             continue
         assert first is not None
@@ -112,6 +114,15 @@ def _mean(gm: fx.GraphModule, norm: fx.Node, stats: InputStats) -> Tensor:
     bias = norm.args[3] if len(norm.args) > 3 else None
     before = evaluate(gm, bias).float() if isinstance(bias, fx.Node) else torch.zeros_like(mean)
     return before - (before - mean).to(value(norm).dtype).float()
+
+
+def _told(stats: InputStats) -> bool:
+    """Whether there are enough different tokens for a mean: of two of them, what is left is as large by construction."""
+    if not has_halves(stats) or stats.unvarying():
+        return False
+    rows = stats.rows.double()
+    mixed = rows @ torch.linspace(1, 2, rows.shape[1], dtype=torch.float64, device=rows.device)
+    return len(mixed.unique()) >= FEWEST
 
 
 def _same(stats: InputStats | None, other: InputStats) -> bool:

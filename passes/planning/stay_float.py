@@ -83,6 +83,8 @@ def _unasked(gm: fx.GraphModule, l: Linear, routers: set[str], recipe: Recipe) -
     for pattern in recipe.skip:
         if names_linear(gm, l, pattern):
             return f"skipped by the recipe ({pattern!r})"
+    if l.out_features == 1:
+        return "it has one output, which is a dot product and no GEMM"
     if not recipe.lm_head and (names_linear(gm, l, LM_HEAD) or is_lm_head(gm, l)):
         return "the projection back to the vocabulary, which Recipe(lm_head=True) quantizes"
     return None

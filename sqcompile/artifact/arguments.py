@@ -39,6 +39,8 @@ def to_json(x: Any) -> Any:
         return x
     if isinstance(x, float):
         return x if math.isfinite(x) else {"float": str(x)}
+    if isinstance(x, complex):
+        return {"complex": [to_json(x.real), to_json(x.imag)]}
     if isinstance(x, torch.dtype):
         return {"dtype": str(x).removeprefix("torch.")}
     if isinstance(x, torch.device):
@@ -82,6 +84,10 @@ def from_json(found: Any, nodes: Mapping[str, fx.Node], device: Callable[[str], 
     if kind in ("tuple", "slice") and isinstance(inner, list) and (kind == "tuple" or len(inner) == 3):
         parts = [from_json(v, nodes, device, depth + 1) for v in inner]
         return tuple(parts) if kind == "tuple" else slice(*parts)
+    if kind == "complex" and isinstance(inner, list) and len(inner) == 2:
+        real, imag = (from_json(v, nodes, device, depth + 1) for v in inner)
+        if all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (real, imag)):
+            return complex(real, imag)
     known: Mapping[str, Any] = {
         "node": nodes, "dtype": DTYPES, "layout": _LAYOUTS, "memory_format": _MEMORY,
         "float": {"inf": math.inf, "-inf": -math.inf, "nan": math.nan},

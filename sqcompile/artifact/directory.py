@@ -20,12 +20,12 @@ from torch import Tensor, fx
 
 from sqcompile.artifact import calls, graphs, structures
 from sqcompile.artifact.code import write_code
-from sqcompile.artifact.manifest import FORMAT, MANIFEST, MANIFESTS, manifest, sha256_of, write_manifest
+from sqcompile.artifact.manifest import FORMAT, manifest, sha256_of, write_manifest
 from sqcompile.artifact.tensors import SHARD, Tensors, write_tensors
 from sqcompile.capture.inputs import Forward
 from sqcompile.errors import ArtifactError, CalibrationError, PlanError
 from sqcompile.files.beside import copy_beside
-from sqcompile.files.directory import check_replaceable, directory_of
+from sqcompile.files.directory import MANIFEST, check_replaceable, directory_of
 from sqcompile.files.regular import said
 from sqcompile.files.weights import Later
 from sqcompile.files.work import Work
@@ -63,7 +63,7 @@ def save(
         path: where to; an artifact that is there is replaced when the new one is whole.
         most: bytes of a file.
         code: whether to compile it, and to write the code, too; for the ``target`` that `load` would be given.
-        beside: a directory whose tokenizer is copied; None for none.
+        beside: a directory whose tokenizer and configuration are copied; None for none.
         kept, ranks: see `write_tensors`.
 
     Raises:
@@ -73,10 +73,10 @@ def save(
     name = check_saved_to(path) if ranks.first else path_name(path)
     meta = described(quantized, call)
     try:
-        with directory_of(ranks, name, MANIFESTS, None if kept is None else kept.folder) as folder:
+        with directory_of(ranks, name, None if kept is None else kept.folder) as folder:
             write(folder, meta, quantized, plan, most, kept, ranks)
             if beside is not None and ranks.first:
-                copy_beside(beside, folder)
+                copy_beside(beside, folder, config=True)
             if code and ranks.first:
                 meta["code"] = write_code(folder, target)
                 write_manifest(os.path.join(folder, MANIFEST), meta)
@@ -130,7 +130,7 @@ def check_saved_to(path: str | os.PathLike[str]) -> str:
     """
     name = path_name(path)
     try:
-        check_replaceable(os.path.realpath(name), MANIFESTS)
+        check_replaceable(os.path.realpath(name))
     except (OSError, ValueError) as e:  # of a path with a zero in it, too
         raise ArtifactError(f"the model cannot be saved to {name} ({said(e)})") from e
     return name
@@ -257,3 +257,7 @@ def path_name(path: Any) -> str:
         return os.path.abspath(os.fsdecode(path))
     except (TypeError, ValueError) as e:
         raise ArtifactError(f"the path of a saved model is {path!r}: pass a string or a pathlib.Path") from e
+    except OSError as e:  # the working directory was removed
+        raise ArtifactError(
+            f"there is no working directory to take {path!r} from ({said(e)}): pass a whole path"
+        ) from e

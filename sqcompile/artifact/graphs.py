@@ -80,10 +80,11 @@ def _node(n: fx.Node) -> dict[str, Any]:
 
 def _described(v: Any) -> dict[str, Any]:
     from sqcompile.capture.conditions import printed
+    from sqcompile.pytorch.symbolic import named_expression
 
     if not isinstance(v, Tensor):
         return {"constant": True}
-    sizes = [printed(s.node.expr) if isinstance(s, torch.SymInt) else s for s in v.shape]
+    sizes = [printed(named_expression(s)) if isinstance(s, torch.SymInt) else s for s in v.shape]
     return {"dtype": str(v.dtype).removeprefix("torch."), "device": str(v.device), "size": sizes}
 
 

@@ -9,12 +9,10 @@ from typing import Any
 
 from sqcompile.errors import ArtifactError
 from sqcompile.files.bounded_json import read_object
+from sqcompile.files.directory import MANIFEST, SHARDED
 from sqcompile.files.regular import read_regular
 
 FORMAT = 1
-MANIFEST = "sqcompile.json"
-SHARDED = "sharded.json"  # in its place, in a directory of shards (`sharded`)
-MANIFESTS = (MANIFEST, SHARDED)
 _MOST_BYTES = 2**29  # of the manifest
 _FIELDS = {"format", "versions", "forward", "calls", "returns", "graph", "tensors", "code"}
 

@@ -20,8 +20,6 @@ from torch import fx
 from sqcompile.artifact.directory import described, path_name, versions, write
 from sqcompile.artifact.manifest import (
     FORMAT,
-    MANIFESTS,
-    SHARDED,
     manifest,
     read_manifest,
     sha256_of,
@@ -29,7 +27,7 @@ from sqcompile.artifact.manifest import (
 )
 from sqcompile.capture.inputs import Forward
 from sqcompile.errors import ArtifactError, CalibrationError, PlanError, SQCompileError
-from sqcompile.files.directory import directory_of, flush
+from sqcompile.files.directory import SHARDED, directory_of, flush
 from sqcompile.files.regular import said
 from sqcompile.plan.plan import Plan
 from sqcompile.process.parallel import Parallel
@@ -72,7 +70,7 @@ def save_shard(
 
 def _save(quantized: fx.GraphModule, plan: Plan, call: Forward, name: str, most: int, ranks: Ranks) -> None:
     meta = described(quantized, call)
-    with directory_of(ranks, name, MANIFESTS) as temporary:
+    with directory_of(ranks, name) as temporary:
         if not os.path.isdir(temporary):
             raise ArtifactError(f"rank {ranks.rank} does not see {temporary}: pass a path that all processes see")
         own = os.path.join(temporary, _folder(ranks.rank, ranks.count))

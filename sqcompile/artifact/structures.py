@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import importlib
 import keyword
 from collections import OrderedDict, namedtuple
 from typing import Any
 
+from sqcompile.capture.containers import register_kv_cache_pytree
 from sqcompile.errors import ArtifactError
-from sqcompile.pytorch.core import leaf_spec, namedtuple_of, parts_of, pytree, spec_of
+from sqcompile.files.regular import said
+from sqcompile.pytorch.core import hollow, leaf_spec, namedtuple_of, parts_of, pytree, spec_of
 
 _PLAIN: dict[str, type] = {"tuple": tuple, "list": list, "dict": dict, "OrderedDict": OrderedDict}
 _MOST_NESTING = 16
@@ -57,15 +60,16 @@ def to_json(spec: Any) -> Any:
     if spec.type is namedtuple:
         return {"namedtuple": parts, "name": spec.context.__name__, "fields": list(spec.context._fields)}
     name = f"{spec.type.__module__}.{spec.type.__qualname__}"
-    names = spec.context
+    names, layout = spec.context, None
     if isinstance(names, list) and len(names) == 2 and all(isinstance(n, list) for n in names):
-        names = names[0]  # of a dataclass, and then those that are None
-    if not _are_names(names, len(parts)):
+        names, layout = names  # of a dataclass, and then those that are None; of a cache, and its layers' windows
+        layout = None if dataclasses.is_dataclass(spec.type) else layout
+    if not _are_names(names, len(parts)) or not (layout is None or _is_layout(layout)):
         raise ArtifactError(
             f"the model takes or returns a {name}, which cannot be saved: tensors, tuples, lists, dicts and outputs of "
             "transformers can"
         )
-    return {"class": name, "parts": parts, "names": names}
+    return {"class": name, "parts": parts, "names": names} | ({} if layout is None else {"layout": layout})
 
 
 def _keys(keys: Any) -> Any:
@@ -105,13 +109,36 @@ def from_json(found: Any, depth: int = 0) -> Any:
         return spec_of(namedtuple_of(), collections.namedtuple(found["name"], fields), parts)
     names = found.get("names")
     if kind == "class" and _are_names(names, len(parts)) and isinstance(found["class"], str):
-        known = _of_transformers(found["class"])
-        return spec_of(known or Outputs, names, parts)
+        known, layout = _of_transformers(found["class"]), found.get("layout")
+        if layout is None or known is None:
+            return spec_of(known or Outputs, names, parts)
+        if _is_layout(layout):
+            return _buildable(spec_of(known, [names, layout], parts))
     raise ArtifactError(f"it has {str(found)[:100]!r} where a structure of arguments should be")
 
 
 def _are_keys(keys: Any, count: int) -> bool:
     return isinstance(keys, list) and all(type(k) in (str, int) for k in keys) and len({*keys}) == len(keys) == count
+
+
+def _is_layout(found: Any) -> bool:
+    return isinstance(found, list) and all(n is None or type(n) is int for n in found)
+
+
+def _buildable(spec: Any) -> Any:
+    """The structure, if its class takes what it is said to hold.
+
+    Raises:
+        ArtifactError: else.
+    """
+    try:
+        hollow(spec)
+    except Exception as e:
+        raise ArtifactError(
+            f"the {spec.type.__name__} that the model returns cannot be made by this version of transformers ({said(e)}): "
+            "install the one that it was saved with"
+        ) from e
+    return spec
 
 
 def _is_identifier(name: Any) -> bool:
@@ -128,6 +155,7 @@ def _of_transformers(name: str) -> type | None:
         return None
     with contextlib.suppress(Exception):  # it may not be installed, or not have the class any more
         found = getattr(importlib.import_module(module), kind)
+        register_kv_cache_pytree()
         if isinstance(found, type) and found in pytree.SUPPORTED_NODES:
             return found
     return None

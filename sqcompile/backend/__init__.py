@@ -23,9 +23,10 @@ from sqcompile.backend.find_model import model_tensors
 from sqcompile.backend.limit import respect_limit
 from sqcompile.backend.methods import follow_methods
 from sqcompile.backend.options import Options, parse
-from sqcompile.backend.runner import GRAD, Runner, asks_for_gradients
+from sqcompile.backend.runner import GRAD, Runner
 from sqcompile.backend.session import reset, session_of
 from sqcompile.backend.sharded import on_local_parts
+from sqcompile.capture.captured import asks_for_gradients
 from sqcompile.errors import CaptureError, SQCompileError
 from sqcompile.kernels.targets import begin, check_format
 from sqcompile.models import check_recipe
@@ -67,7 +68,7 @@ def _compiled(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None, mode: str | None
 ) -> Callable[..., Any]:
     found = parse(options, mode)
-    if torch.is_grad_enabled() and asks_for_gradients(example_inputs):
+    if asks_for_gradients(example_inputs):
         return _without_gradients(gm, options, mode)
     parameters: list[Tensor] = [local_part(x) for x in example_inputs if isinstance(x, nn.Parameter)]
     gm, example_inputs, convert, parallel = on_local_parts(gm, example_inputs)
@@ -99,7 +100,7 @@ def _without_gradients(gm: fx.GraphModule, options: Mapping[str, Any] | None, mo
     later = torch.compile(gm, backend=functools.partial(smoothquant, options=options, mode=mode))
 
     def run(*args: Any) -> Any:
-        if torch.is_grad_enabled() and asks_for_gradients(args):
+        if asks_for_gradients(args):
             raise CaptureError(GRAD)
         return later(*args)
 

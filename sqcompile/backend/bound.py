@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from sqcompile.backend.floats import Floats
-from sqcompile.backend.samples import Samples
 from sqcompile.backend.session import Session
 from sqcompile.backend.weights import states, storage_of
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import state
+from sqcompile.process.samples import Samples
 from sqcompile.pytorch.core import storage_expired
 from sqcompile.statistics.observer import Observer
 
@@ -56,6 +56,10 @@ class Weights:
             return []
         before = zip(*self.states, strict=True)
         return [i for i, (old, t) in enumerate(zip(before, tensors, strict=True)) if old != state(t)]
+
+    def counted(self, i: int, tensor: Tensor) -> bool:
+        """Whether a tensor has other values than then, and not only another dtype, place or device, as after ``.to()``."""
+        return self.states[0][i] != state(tensor)[0]
 
 
 class Bound(Weights):

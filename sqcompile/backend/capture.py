@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,8 @@ from sqcompile.pytorch.dynamo import (
     pop_functorch_interpreter,
     set_grad_enabled,
 )
+
+_FAST_PATH = ("aten._transformer_encoder_layer_fwd.default", "aten._native_multi_head_attention.default")
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,15 @@ def capture(gm: fx.GraphModule, sharded: bool = False) -> Template:
     try:
         with torch.no_grad(), mode, _transforms_left(), local_calls() if sharded else contextlib.nullcontext():
             exported: Any
-            exported, signature = aot_export_module(own, taken, trace_joint=False, pre_dispatch=True, decompositions={})
+            exported, signature = aot_export_module(
+                own, taken, trace_joint=False, pre_dispatch=not _has_vmap(own), decompositions={}
+            )
     except Exception as e:
         raise CaptureError(
             f"a graph of the model cannot be lowered to ATen operators: {type(e).__name__}: {first_line(e)}"
         ) from e
     describe_as(exported, About(mode))
+    _warn_of_fast_path(exported)
     tensors_of_floats(exported)
     about(exported).sizes = vary(fakes, mode.shape_env)
     about(exported).conditions = conditions(exported)
@@ -109,6 +115,20 @@ def capture(gm: fx.GraphModule, sharded: bool = False) -> Template:
     arguments = names[len(held) :]
     updates = tuple(arguments.index(name) for name in signature.user_inputs_to_mutate.values())
     return Template(exported, tensors, updates, mode)
+
+
+def _warn_of_fast_path(gm: fx.GraphModule) -> None:
+    """Says that PyTorch's own operator of a whole encoder layer is left as it is."""
+    if any(str(n.target) in _FAST_PATH for n in gm.graph.nodes):
+        warnings.warn(
+            "nn.TransformerEncoder or nn.MultiheadAttention runs as one operator of PyTorch here, whose linears stay in FLOAT: "
+            "call torch.backends.mha.set_fastpath_enabled(False) before the model is compiled",
+            stacklevel=2,
+        )
+
+
+def _has_vmap(gm: fx.GraphModule) -> bool:
+    return any("vmap_increment_nesting" in getattr(n.target, "__name__", "") for n in gm.graph.nodes)
 
 
 @contextlib.contextmanager

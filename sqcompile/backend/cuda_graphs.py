@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 
 from sqcompile.errors import first_line
+from sqcompile.kernels.all_reduce import follow_sums
+from sqcompile.process.streams import following
 from sqcompile.pytorch.core import end_allocating, is_same_element_twice
 from sqcompile.pytorch.dynamo import has_static_address
 
@@ -182,14 +184,6 @@ class Recording:
         return lambda args: result.clone()
 
 
-def following(last: torch.cuda.Stream | None, device: torch.device) -> torch.cuda.Stream:
-    """The stream of this call, which waits for ``last``, that of the call before."""
-    current = torch.cuda.current_stream(device)
-    if last is not None and current != last:
-        current.wait_stream(last)
-    return current
-
-
 class Pool:
     """Records CUDA graphs that share their memory: the results of one are copied before another one runs."""
 
@@ -206,8 +200,12 @@ class Pool:
             self._mark = torch.zeros(1, device=device)
 
     def follow(self) -> None:
-        """Has the stream of this call wait for that of the call before, which may still use the buffers."""
+        """Has the stream of this call wait for that of the call before, which may still use the buffers.
+
+        What is recorded may have sums over GPUs in it, which have memory of their own.
+        """
         self.last = following(self.last, self.device)
+        follow_sums(self.device)
 
     @staticmethod
     def recording() -> bool:

@@ -24,6 +24,7 @@ from sqcompile.passes.labels.match import match
 from sqcompile.passes.planning.budget import by_divergence, within_budget
 from sqcompile.passes.planning.choice import Known
 from sqcompile.passes.planning.choose import choose
+from sqcompile.passes.planning.dearest import leave_dearest
 from sqcompile.passes.planning.end_to_end import smoothed_or_not
 from sqcompile.passes.planning.evidence import with_evidence
 from sqcompile.passes.planning.feel import feel
@@ -103,6 +104,7 @@ def decide(observers: Sequence[Observer], recipe: Recipe, calls: int) -> Plan:
                 if recipe.max_degradation is not None:
                     loses = by_divergence(gm, calibration.sample, partial(_quantized, gm))
                     more = within_budget(gm, more, calibration, loses)
+                more = leave_dearest(gm, more, calibration)
                 more = with_evidence(gm, sites, refusals, calibration, more)
         except NothingToQuantizeError as e:
             error = e

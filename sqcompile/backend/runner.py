@@ -18,8 +18,10 @@ from sqcompile.backend.self_calibration import step
 from sqcompile.backend.session import Session, session_of, sweep
 from sqcompile.backend.sharded import renamed
 from sqcompile.backend.weights import is_freed, source
+from sqcompile.capture.captured import asks_for_gradients
 from sqcompile.capture.names import refuse_names
 from sqcompile.compiled.inductor import compile_regions, compile_without_constants, inductor, with_layout
+from sqcompile.compiled.results import with_own_results
 from sqcompile.errors import CaptureError, StageError
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.about import about
@@ -90,7 +92,7 @@ class Runner:
         Raises:
             CaptureError: if gradients are asked for.
         """
-        if torch.is_grad_enabled() and asks_for_gradients(args):
+        if asks_for_gradients(args):
             raise CaptureError(GRAD)
         tensors = [args[i] for i in self.constants]
         found: Bound | Observed | None = next((b for b in self.bound if b.fits(tensors)), None)
@@ -115,7 +117,10 @@ class Runner:
             if session.plan is None:
                 observed.floats.check(observed.names)
                 return observed
-        if self.bound and self._release(self.bound[0].changed(tensors), tensors, session):
+        changed = self.bound[0].changed(tensors) if self.bound else []
+        if any(isinstance(tensors[i], torch.nn.Parameter) and self.bound[0].counted(i, tensors[i]) for i in changed):
+            session.warn_of_static_scales()
+        if changed and self._release(changed, tensors, session):
             tensors = [args[i] for i in self.constants]
         return self._bind(session, tensors)
 
@@ -231,7 +236,7 @@ class Runner:
         arguments = about(lowered).arguments
         flat, used = flatten(write_back(lowered))
         positions = [arguments[i] for i in used]
-        run = self._compile(flat, guarded)
+        run = with_own_results(self._compile(flat, guarded), flat, set(self._names(session, tensors)))
         devices = {t.device for t in tensors if t.is_cuda}
         if self.options.mode == "reduce-overhead" and len(devices) == 1:  # a graph without weights has none
             written = [i for i, position in enumerate(positions) if position in self.template.updates]
@@ -268,7 +273,3 @@ def _parameters(gm: fx.GraphModule) -> set[str]:
     nodes = nodes_by_name(gm)
     made_of = above(*(nodes[n] for l in find_linears(gm) for n in (l.weight, l.bias) if n))
     return {str(n.target) for n in made_of if n.op == "get_attr"}
-
-
-def asks_for_gradients(args: Sequence[Any]) -> bool:
-    return any(isinstance(a, Tensor) and a.requires_grad for a in args)

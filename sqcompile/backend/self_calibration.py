@@ -53,9 +53,11 @@ def step(session: Session, observed: Observed, graphs: Sequence[Observed]) -> No
         stages(("plan",), session.options.progress) as enter,
     ):
         enter("plan")
-        plan = decide(observers, recipe, own if own >= steps else max(runs))
-        session.plan = measured(plan, observers, session.torn)
-    session.forget(compiled=False)
+        try:
+            plan = decide(observers, recipe, own if own >= steps else max(runs))
+            session.plan = measured(plan, observers, session.torn)
+        finally:
+            session.forget(compiled=False)  # where no plan came of it, later calls are observed anew
 
 
 def _tear(session: Session, graphs: Collection[Hashable]) -> None:

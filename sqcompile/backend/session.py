@@ -66,7 +66,7 @@ class Session:
         self._names: Any = WeakIdKeyDictionary()
         self.seen: dict[int, set[Hashable]] = {}  # by thread: the graphs that its call has run
         self.torn: set[str] = set()  # weights that several graphs of one call read
-        self._warned = self._told = self._touched = False
+        self._warned = self._told = self._touched = self._stale = False
         self._pools: dict[torch.device, Pool] = {}
         if root is not None:  # Dynamo keeps graphs with the code of a class, which outlives the model
             weakref.finalize(root, _forget, weakref.ref(self)).atexit = False
@@ -105,6 +105,21 @@ class Session:
                 "the model was made under torch.inference_mode(), where PyTorch counts no writes: weights that are "
                 "changed in place may not be quantized again. Make or load it outside of that mode, or call "
                 "sqcompile.refresh(model) after a change",
+                stacklevel=2,
+            )
+
+    def warn_of_static_scales(self) -> None:
+        """Says once, of parameters that were written to, that static scales are of what the old ones gave."""
+        plan = self.plan
+        scales = (
+            [*(l.input_scale for l in plan.layers), *(a.q_scale for a in plan.attention)] if plan is not None else []
+        )
+        if any(s is not None for s in scales) and not self._stale:
+            self._stale = True
+            warnings.warn(
+                "the model's parameters were written to after its static scales were made. They are quantized again, but the "
+                "scales are of the activations that the old ones gave, and larger values are clipped: if these are other "
+                "weights, call torch._dynamo.reset() to have the model calibrate itself again, or pass a new plan",
                 stacklevel=2,
             )
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqcompile.backend.samples import sample
 from sqcompile.errors import StageError
 from sqcompile.passes.ir.graph import state
+from sqcompile.process.samples import sample
 from sqcompile.pytorch.core import StorageWeakRef, WeakIdKeyDictionary, version
 
 

@@ -75,7 +75,14 @@ def _release() -> None:
 
 
 def _worker(
-    rank: int, port: int, layers: int, widths: Shape, shapes: list[tuple[int, int]], regional: bool, out: Path | None
+    rank: int,
+    port: int,
+    layers: int,
+    widths: Shape,
+    shapes: list[tuple[int, int]],
+    beside: list[str],
+    regional: bool,
+    out: Path | None,
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(_PROCESSES))
     torch.cuda.set_device(rank)
@@ -88,9 +95,10 @@ def _worker(
     def compiled(model: nn.Module, mesh: Any = None) -> nn.Module:
         return sqcompile.compile(model, batches, recipe=RECIPE, progress=False, device_mesh=mesh, regional=regional)
 
-    one: list[tuple[float, Tensor]] = []
-    if rank == 0:  # before there is a group, whose processes calibrate together; the other one waits for this one
-        one = _measured("INT8, 1 GPU", compiled(model), inputs)
+    found: dict[str, list[tuple[float, Tensor]]] = {}
+    # before there is a group, whose processes calibrate together; the other one waits for this one
+    if rank == 0 and "one" in beside:
+        found["one"] = _measured("INT8, 1 GPU", compiled(model), inputs)
         _release()
     distributed.init_process_group(
         "nccl",
@@ -102,40 +110,51 @@ def _worker(
     )
     mesh = init_device_mesh("cuda", (_PROCESSES,))
     sharded(model, mesh)
-    if regional:
-        for layer in model.get_submodule("layers").children():
-            layer.compile(dynamic=False)
-    half = model if regional else torch.compile(model, dynamic=False)
-    bf16 = _measured("bf16, 2 GPUs", half, inputs, fresh=True)
-    model = sharded(stack(layers, widths), mesh)
-    _release()
+    if "bf16" in beside:
+        if regional:
+            for layer in model.get_submodule("layers").children():
+                layer.compile(dynamic=False)
+        half = model if regional else torch.compile(model, dynamic=False)
+        found["bf16"] = _measured("bf16, 2 GPUs", half, inputs, fresh=True)
+        model = sharded(stack(layers, widths), mesh)
+        _release()
     ours = compiled(model, mesh)
-    int8 = _measured("INT8, 2 GPUs", ours, inputs)
+    found["ours"] = _measured("INT8, 2 GPUs", ours, inputs)
     if rank == 0:
-        publish(_table(layers, widths, shapes, regional, exact, one, bf16, int8), out)
+        publish(_table(layers, widths, shapes, regional, exact, found), out)
     distributed.barrier()
     distributed.destroy_process_group()
 
 
 def _table(
-    layers: int, widths: Shape, shapes: Any, regional: bool, exact: Any, one: Any, bf16: Any, int8: Any
+    layers: int,
+    widths: Shape,
+    shapes: list[tuple[int, int]],
+    regional: bool,
+    exact: list[Tensor],
+    found: dict[str, list[tuple[float, Tensor]]],
 ) -> list[str]:
-    def error(y: Tensor, want: Tensor) -> float:
-        return float((y.double() - want.double()).norm() / want.double().norm())
+    def error(y: Tensor, want: Tensor) -> str:
+        return f"{float((y.double() - want.double()).norm() / want.double().norm()):.1e}"
 
-    lines = [
+    def cells(i: int) -> list[str]:
+        """Of one shape; empty for a contender that was not run."""
+        us = {name: times[i][0] for name, times in found.items()}
+        y = {name: times[i][1] for name, times in found.items()}
+        return [
+            *(f"{us[name]:.0f}" if name in us else "" for name in ("bf16", "one", "ours")),
+            *(f"{us[name] / us['ours']:.2f}x" if name in us else "" for name in ("bf16", "one")),
+            *(error(y[name], exact[i]) if name in y else "" for name in ("bf16", "one", "ours")),
+            error(y["ours"], y["one"]) if "one" in y else "",
+        ]
+
+    return [
         f"{gpu()} {_PROCESSES} of them. {layers} layers, {widths.hidden} channels, {widths.ffn} of the MLP, alpha {RECIPE.alpha}{', compiled by layers' if regional else ''}. Medians of CUDA graphs.",
         "",
         "| batch x tokens | bf16, 2 GPUs, us | INT8, 1 GPU, us | INT8, 2 GPUs, us | vs bf16 | vs 1 GPU | error of bf16 | of INT8, 1 GPU | of INT8, 2 GPUs | of 2 beside 1 |",
         "|---|---|---|---|---|---|---|---|---|---|",
+        *(f"| {batch} x {tokens} | {' | '.join(cells(i))} |" for i, (batch, tokens) in enumerate(shapes)),
     ]
-    for shape, want, (alone, y), (theirs, half), (ours, both) in zip(shapes, exact, one, bf16, int8, strict=True):
-        errors = error(half, want), error(y, want), error(both, want), error(both, y)
-        lines.append(
-            f"| {shape[0]} x {shape[1]} | {theirs:.0f} | {alone:.0f} | {ours:.0f} | {theirs / ours:.2f}x | {alone / ours:.2f}x | "
-            + " | ".join(f"{e:.1e}" for e in errors) + " |"
-        )  # fmt: skip
-    return lines
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -149,6 +168,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", choices=MODELS, default="8b")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--shapes", type=_shape, nargs="+", default=[*PREFILL, *DECODE], help="such as 4x2048 1x1")
+    parser.add_argument(
+        "--beside", choices=("one", "bf16"), nargs="*", default=["one", "bf16"], help="INT8 on one GPU, bf16 on two"
+    )
     parser.add_argument("--regional", action="store_true", help="every contender compiles one layer for all")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
@@ -157,5 +179,5 @@ def main(argv: list[str]) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    of_worker = port, args.layers, MODELS[args.model], args.shapes, args.regional, args.out
+    of_worker = port, args.layers, MODELS[args.model], args.shapes, args.beside, args.regional, args.out
     multiprocessing.spawn(_worker, of_worker, nprocs=_PROCESSES)

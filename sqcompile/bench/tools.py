@@ -7,12 +7,12 @@ on the CPU in float32, each tool by its own integer or simulated kernels; ``sqco
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ LENGTH = 256  # tokens of a held-out window
 PACKAGES = ("torchao", "llmcompressor", "compressed-tensors", "transformers")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Result:
     """What came of one tool on one model.
 
@@ -72,18 +72,21 @@ class Remembered(nn.Module):
 def own_recipes() -> dict[str, Recipe]:
     """sqcompile's rows."""
 
-    def compiled(**choices: Any) -> Recipe:
+    def compiled(recipe: sqcompile.Recipe) -> Recipe:
         def quantize(model: nn.Module, windows: Tensor) -> tuple[nn.Module, str]:
-            recipe = sqcompile.Recipe(**choices)
             return sqcompile.compile(model, windows.split(BATCH), recipe=recipe, backend="eager", progress=False), ""
 
         return quantize
 
+    default = sqcompile.PRESETS["default"]
     return {
-        "sqcompile, W8A8 per token": compiled(smooth=False),
-        "sqcompile, SmoothQuant .5": compiled(),
-        'sqcompile, alpha="auto", rotate="auto"': compiled(alpha="auto", rotate="auto"),
-        "sqcompile, SmoothQuant .8, static per tensor": compiled(activation="per_tensor_static", alpha=0.8),
+        "sqcompile, W8A8 per token": compiled(sqcompile.Recipe(smooth=False)),
+        "sqcompile, SmoothQuant .5": compiled(sqcompile.Recipe()),
+        "sqcompile, default with every linear in INT8": compiled(dataclasses.replace(default, float_work=0.0)),
+        "sqcompile, default": compiled(default),
+        "sqcompile, SmoothQuant .8, static per tensor": compiled(
+            sqcompile.Recipe(activation="per_tensor_static", alpha=0.8)
+        ),
     }
 
 

@@ -21,7 +21,7 @@ from sqcompile.capture.inputs import Call, Forward
 from sqcompile.errors import CaptureError
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import value
-from sqcompile.pytorch.core import pytree
+from sqcompile.pytorch.core import has_tangent, has_tangents, pytree
 
 NAMESPACE = {"math": math, "torch": torch}  # of conditions as PythonPrinter writes them
 
@@ -202,7 +202,12 @@ def _misfit(i: int, leaves: list[Any], like: Captured) -> str:
         )
     both = isinstance(have, Tensor) and isinstance(want, Input)
     alike = both and (have.dtype, have.device, have.dim()) == (want.dtype, want.device, len(want.shape))
-    dims = ", or with dynamic_shapes= that leave this dim open (torch.export.Dim.AUTO)" if alike else ""
+    dims = (
+        ", or with dynamic_shapes= that leave this dim open (torch.export.Dim.AUTO); what the model itself fixes, by a loop "
+        "say, torch.compile(model, backend='smoothquant') compiles again for"
+        if alike
+        else ""
+    )
     spelled = f"{have.dtype} {list(have.shape)} on {have.device}" if isinstance(have, Tensor) else repr(have)
     return (
         f"argument {name} was captured as {want}, this call has {spelled}: sizes that are numbers, dtypes, devices and "
@@ -260,3 +265,13 @@ def _spelled(name: str, value: Any) -> str:
 def _arguments(spec: pytree.TreeSpec) -> list[str]:
     args, kwargs = spec.unflatten([None] * spec.num_leaves)
     return [f"argument {i}" for i in range(len(args))] + list(kwargs)
+
+
+def asks_for_gradients(tensors: Iterable[Any]) -> bool:
+    """Whether a gradient is asked for, by ``requires_grad``, or by a tangent that goes forward with a tensor (``torch.func.jvp``)."""
+    backward, forward = torch.is_grad_enabled(), has_tangents()
+    if not backward and not forward:
+        return False
+    return any(
+        isinstance(t, Tensor) and ((backward and t.requires_grad) or (forward and has_tangent(t))) for t in tensors
+    )

@@ -21,15 +21,18 @@ Axis = tuple[int, int]  # a leaf of the call, and its dimension
 def open_axes(call: Call, lengths: Collection[Axis] = ()) -> list[tuple[Tensor, list[int]]]:
     """The tensors of a call with the dims that are dynamic wherever the model allows it, in order.
 
-    Tokens and masks are [batch, sequence], embeddings [batch, sequence, channel], anything else has a batch; ``lengths``
-    are further ones.
+    Tokens and masks are [batch, sequence], embeddings [batch, sequence, channel], anything else has a batch. Masks of scores,
+    [batch, heads, sequence, sequence], have sequences of which there are tokens. ``lengths`` are further ones.
     """
+    leaves = enumerate(pytree.tree_leaves((call.args, call.kwargs)))
+    tensors = [(i, x) for i, x in leaves if isinstance(x, Tensor)]
+    sequences = {x.shape[1] for _, x in tensors if x.dim() == 2 and not x.dtype.is_floating_point} - {1}
     found = []
-    for i, x in enumerate(pytree.tree_leaves((call.args, call.kwargs))):
-        if isinstance(x, Tensor):
-            known = 2 if not x.dtype.is_floating_point or x.dim() == 3 else 1
-            more = [d for leaf, d in lengths if leaf == i]
-            found.append((x, sorted({*range(min(x.dim(), known)), *more})))
+    for i, x in tensors:
+        known = 2 if not x.dtype.is_floating_point or x.dim() == 3 else 1
+        more = [d for leaf, d in lengths if leaf == i]
+        scores = [d for d in (2, 3) if x.dim() == 4 and x.shape[d] in sequences]
+        found.append((x, sorted({*range(min(x.dim(), known)), *more, *scores})))
     return found
 
 

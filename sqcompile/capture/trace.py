@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sqcompile.capture.captured import captured
+from sqcompile.capture.containers import refuse_containers, register_kv_cache_pytree
 from sqcompile.capture.dynamic_axes import dims_of, find_lengths, grown, pinned
 from sqcompile.capture.inputs import Call
 from sqcompile.capture.names import refuse_names
@@ -63,6 +64,7 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
             is in training mode with dropout or batch statistics.
     """
     register_kv_cache_pytree()
+    refuse_containers(call)
     if any(isinstance(x, Tensor) and not x.is_contiguous() for x in pytree.tree_leaves((call.args, call.kwargs))):
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (call.args, call.kwargs))
         call = replace(call, args=args, kwargs=kwargs)
@@ -270,16 +272,7 @@ def _refuse_training(graph: fx.Graph) -> None:
         ):
             p = 1.0
         if p:
-            raise CaptureError(f"the model is in training mode ({name} at {source(n)}): call model.eval() first")
-
-
-def register_kv_cache_pytree() -> None:
-    """Lets a model return transformers' DynamicCache, where transformers is loaded at all."""
-    import sys
-
-    if "transformers.cache_utils" in sys.modules:
-        from transformers.cache_utils import DynamicCache
-        from transformers.integrations.executorch import register_dynamic_cache_export_support
-
-        if DynamicCache not in pytree.SUPPORTED_NODES:
-            register_dynamic_cache_export_support()
+            raise CaptureError(
+                f"the model is in training mode ({name} at {source(n)}): call model.eval() first; "
+                "dropout that a call asks for by training=True is random, too, and stays out of a graph"
+            )

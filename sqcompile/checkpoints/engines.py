@@ -12,12 +12,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import fx, nn
 
 from sqcompile.checkpoints.names import CheckpointNames
 from sqcompile.checkpoints.parameters import undo_layout
 from sqcompile.checkpoints.replan import Changed, as_float, per_token
-from sqcompile.errors import ArtifactError
+from sqcompile.checkpoints.skeleton import DTYPES
+from sqcompile.errors import FormatError
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import Linear, constants, find_linears, leaves, nodes_by_name
 from sqcompile.plan.entries import LayerPlan
@@ -32,19 +34,24 @@ _OTHER_INPUT = "gets a scale for each token in the place of a static one, which 
 _STATIC = "gets a scale for each token in the place of a static one, as engines have no static scales of experts"
 
 
-def refuse(plan: Plan) -> None:
-    """Refuses what compressed-tensors cannot say of INT8.
+def refuse(plan: Plan, dtype: torch.dtype) -> None:
+    """Refuses what compressed-tensors cannot say of INT8, or nobody reads; ``dtype``: of the model.
 
     Raises:
-        ArtifactError: naming the recipe to take.
+        FormatError: naming the recipe to take, or how to convert the model.
     """
+    if dtype not in DTYPES.values():
+        raise FormatError(
+            f"the model is of {str(dtype).removeprefix('torch.')}, which no engine reads: convert it, as by model.float(), and "
+            "calibrate it again"
+        )
     quantized = [l for l in plan.layers if l.quantized]
     if plan.recipe.dtype != "int8":
-        raise ArtifactError(f"the plan is of dtype={plan.recipe.dtype!r}, and this export of INT8: {_TAKE}")
+        raise FormatError(f"the plan is of dtype={plan.recipe.dtype!r}, and this export of INT8: {_TAKE}")
     if any(a.quantized != "none" for a in plan.attention):
-        raise ArtifactError(f"the plan has INT8 attention, for which compressed-tensors has no format: {_TAKE}")
+        raise FormatError(f"the plan has INT8 attention, for which compressed-tensors has no format: {_TAKE}")
     if any((l.activation or plan.recipe.activation) == "per_tensor" for l in quantized):
-        raise ArtifactError(
+        raise FormatError(
             "the plan has one dynamic scale for each input (activation='per_tensor'), which no engine reads: "
             f"{_TAKE}, or activation='per_tensor_static'"
         )
@@ -60,7 +67,7 @@ def for_engines(traced: fx.GraphModule, given: Plan, plan: Plan, names: Checkpoi
         names: of the model.
 
     Raises:
-        ArtifactError: if nothing is quantized then.
+        FormatError: if nothing is quantized then.
     """
     editor = _Editor(traced, plan, names)
     static = {l.name for l in given.layers if l.input_scale is not None}
@@ -71,10 +78,26 @@ def for_engines(traced: fx.GraphModule, given: Plan, plan: Plan, names: Checkpoi
     editor.experts()
     editor.fused()
     if not any(l.quantized for l in editor.layers.values()):
-        raise ArtifactError(
+        raise FormatError(
             f"no linear would be INT8 in the checkpoint ({editor.changed[0].what}): export it as 'smoothed'"
         )
     return dataclasses.replace(plan, layers=tuple(editor.layers.values())), editor.changed
+
+
+def of_own_forward(plan: Plan, names: CheckpointNames) -> str | None:
+    """In words, that transformers cannot run some linears in INT8, whose classes compute by themselves; None if none do.
+
+    compressed-tensors runs those of `torch.nn.Linear.forward`; engines have layers of their own, and need no class.
+    """
+    modules = dict(names.model.named_modules())
+    found = (modules.get(l.name.partition("#")[0].rpartition(".")[0]) for l in plan.layers if l.quantized)
+    odd = {type(m).__name__ for m in found if isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward}
+    if not odd:
+        return None
+    return (
+        f"transformers cannot run it: {', '.join(sorted(odd))} has a forward of its own, to which compressed-tensors gives INT8 "
+        "weights. sqcompile.load reads it, and engines that have their own layers for this model"
+    )
 
 
 class _Editor:

@@ -22,14 +22,14 @@ from sqcompile.capture.call_spec import from_spec
 from sqcompile.capture.trace import trace
 from sqcompile.checkpoints.dealt import Block, dealt
 from sqcompile.checkpoints.directory import Weights, write_config, write_json
-from sqcompile.checkpoints.engines import for_engines, refuse
+from sqcompile.checkpoints.engines import for_engines, of_own_forward, refuse
 from sqcompile.checkpoints.names import CheckpointNames
 from sqcompile.checkpoints.parameters import Parameters
 from sqcompile.checkpoints.replan import Changed, lines_of, representable
 from sqcompile.checkpoints.w8a8 import Quantized
 from sqcompile.errors import ArtifactError, SQCompileError
 from sqcompile.files.beside import copy_beside
-from sqcompile.files.directory import check_replaceable, directory_of
+from sqcompile.files.directory import MARK, check_replaceable, directory_of
 from sqcompile.files.regular import said
 from sqcompile.passes.ir.about import about
 from sqcompile.plan.plan import Plan, given_plan
@@ -40,9 +40,6 @@ from sqcompile.process.progress import Enter, part, silent
 from sqcompile.process.ranks import ALONE, Ranks
 
 FORMATS = ("compressed-tensors", "smoothed")
-
-# A file that no other tool writes: by it a directory is known to be one that a new export may replace.
-MARK = "sqcompile_export.json"
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class Exported:
         count, smoothed = len(self.plan.layers), sum(l.smoothing != "none" for l in self.plan.layers)
         what = f"{smoothed} of {count} linears smoothed"
         if self.format != "smoothed":
-            what = f"{linears_in(self.plan.layers, 'int8')}, {smoothed} smoothed"
+            what = f"{linears_in(self.plan.layers, self.plan.recipe.dtype)}, {smoothed} smoothed"
         lines = [f"{self.path}: {self.format}, {what}, {self.bytes / 1e6:.1f} MB"]
         return "\n  ".join([*lines, *lines_of(self.changed, self.plan), *self.notes])
 
@@ -109,7 +106,7 @@ def export(
     target = target_of(path) if ranks.first else os.path.realpath(os.fsdecode(path))
     names = CheckpointNames(model)
     if format == "compressed-tensors":
-        refuse(given)
+        refuse(given, names.model.dtype)
     beside = source_of(model, source)
     with deferred(), analysing(model), compiling(), torch.no_grad():
         enter("trace")
@@ -124,8 +121,10 @@ def export(
         blocks = _blocks(names, traced, parameters, quantized)
         enter("write")
         try:
-            with directory_of(ranks, target, (MARK,), within) as folder:
+            with directory_of(ranks, target, within) as folder:
                 size, notes = _write(folder, model, blocks, quantized, beside, ranks)
+                odd = None if quantized is None else of_own_forward(plan, names)
+                notes += () if odd is None else (odd,)
                 done = Exported(format, target, plan, tuple(changed), notes, size)
                 if ranks.first:
                     write_json(os.path.join(folder, MARK), {"format": format, "summary": str(done).splitlines()[1:]})
@@ -203,7 +202,7 @@ def target_of(path: Any) -> str:
     except (TypeError, ValueError) as e:
         raise ArtifactError(f"the path is {path!r}: pass a string or a pathlib.Path of a directory") from e
     try:
-        check_replaceable(target, (MARK,))
+        check_replaceable(target)
     except OSError as e:
         raise ArtifactError(f"the checkpoint cannot be written: {e}") from e
     return target

@@ -12,6 +12,8 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from sqcompile.checkpoints.open_checkpoint import open_checkpoint
 from sqcompile.checkpoints.read_files import CONFIG
 from sqcompile.checkpoints.skeleton import DTYPES
@@ -25,7 +27,8 @@ _READS: dict[str, Reads] = {
     "input_features": "audio",
     "input_values": "audio",
 }
-MODULES = "modules.json"  # of sentence-transformers
+MODULES, _SENTENCES = "modules.json", "sentence_bert_config.json"  # of sentence-transformers
+_NO_LIMIT = 2**20  # tokens: what tokenizers say that have none is more
 _MOST_BYTES = 2**24
 
 
@@ -62,14 +65,11 @@ class Checkpoint:
         if not os.path.exists(os.path.join(inner, CONFIG)):
             raise ArtifactError(f"{folder} has no {CONFIG}: pass the directory of a model that transformers can load")
         config = config_of(inner)
-        written = _json(inner, CONFIG)
-        if "quantization_config" in written:
+        if "quantization_config" in _json(inner, CONFIG):
             raise ArtifactError(f"{folder} is quantized already: pass the float model that it was made from")
         _check_weights(inner)
-        classes = written.get("architectures")
-        name = classes[0] if isinstance(classes, list) and classes else None
-        found = getattr(transformers, name, None) if isinstance(name, str) else None
-        if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        found, name = class_of(config)
+        if found is None:
             raise ArtifactError(
                 f"the {CONFIG} of {folder} names the class {name!r}, which transformers {transformers.__version__} does not "
                 "have, and code in a checkpoint is never run: use sqcompile.compile from Python with the model itself"
@@ -86,13 +86,25 @@ class Checkpoint:
 
     @property
     def causal(self) -> bool:
-        """Whether it is a causal language model: one that reads windows of text, and gives logits of the next token."""
-        return self.reads == "text" and self.architecture.can_generate() and not self.encoder_decoder
+        """Whether it is a causal language model."""
+        return is_causal(self.architecture, self.config)
 
     @property
     def longest(self) -> int | None:
         """How many tokens a sequence may have at most, as far as the configuration says."""
         return longest_of(self.config)
+
+    def usual(self, tokenizer: Any) -> int | None:
+        """How many tokens a sequence has at most in use, as far as its tokenizer says, or sentence-transformers.
+
+        The table of positions may have more, some of which no token has (RoBERTa's).
+        """
+        found = [getattr(tokenizer, "model_max_length", None)]
+        if os.path.exists(os.path.join(self.folder, _SENTENCES)):
+            written = _json(self.folder, _SENTENCES)
+            found.append(written.get("max_seq_length") if isinstance(written, dict) else None)
+        known = [n for n in found if isinstance(n, int) and 1 < n < _NO_LIMIT]
+        return min(known, default=None)
 
     def load(self, dtype: str = "auto") -> Any:
         """The model in eval mode, whose parameters lie in the files until they are looked at (`open_checkpoint`).
@@ -103,9 +115,7 @@ class Checkpoint:
         Raises:
             ArtifactError: if its weights cannot be read.
         """
-        if dtype not in ("auto", *DTYPES):
-            raise ArtifactError(f"the dtype {dtype!r} is none: choose auto, {', '.join(DTYPES)}")
-        model = open_checkpoint(self.folder, self.architecture, dtype=None if dtype == "auto" else DTYPES[dtype])
+        model = open_checkpoint(self.folder, self.architecture, dtype=dtype_of(dtype))
         return model.requires_grad_(False)
 
     def tokenizer(self) -> Any:
@@ -131,6 +141,34 @@ class Checkpoint:
             raise ArtifactError(
                 f"{self.folder} has no processor of {self.reads} ({said(e)}): copy its preprocessor_config.json"
             ) from e
+
+
+def class_of(config: Any) -> tuple[Any, Any]:
+    """The class of transformers that a configuration names, None if there is none such, and its name."""
+    import transformers
+
+    classes = getattr(config, "architectures", None)
+    name = classes[0] if isinstance(classes, list) and classes else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if known else None, name
+
+
+def is_causal(architecture: Any, config: Any) -> bool:
+    """Whether a model is a causal language model: one that reads windows of text, and gives logits of the next token."""
+    text = str(getattr(architecture, "main_input_name", "input_ids")) == "input_ids"
+    return text and architecture.can_generate() and not getattr(config, "is_encoder_decoder", False)
+
+
+def dtype_of(name: str) -> torch.dtype | None:
+    """The dtype of a name; None for "auto", that of the files.
+
+    Raises:
+        ArtifactError: for another name.
+    """
+    if name not in ("auto", *DTYPES):
+        raise ArtifactError(f"the dtype {name!r} is none: choose auto, {', '.join(DTYPES)}")
+    return DTYPES.get(name)
 
 
 def config_of(folder: str) -> Any:
@@ -161,6 +199,8 @@ def load_tokenizer(folder: str) -> Any:
     """
     import transformers
 
+    if not os.path.isdir(folder):
+        raise ArtifactError(f"--tokenizer {folder}: there is no such directory")
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:

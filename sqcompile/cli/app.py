@@ -8,10 +8,12 @@ import typer
 
 from sqcompile.cli import options as o
 from sqcompile.cli.passed_on import PASSED_ON, bench, demo, show, tune
+from sqcompile.cli.usage import Commands
 from sqcompile.version import VERSION
 
 app = typer.Typer(
     name="sqcompile",
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -46,6 +48,7 @@ def quantize(
     spikes: o.Spikes = None,
     min_speedup: o.MinSpeedup = None,
     max_degradation: o.MaxDegradation = None,
+    float_work: o.FloatWork = None,
     overrides: o.Overrides = None,
     number_format: o.Dtype = None,
     model_dtype: o.ModelDtype = "auto",
@@ -79,9 +82,10 @@ def quantize(
         fields = {
             "alpha": alpha, "activation": activation, "weight": weight, "smooth": smooth, "rotate": rotate, "shift": shift,
             "skip": tuple(skip) if skip else None, "lm_head": lm_head, "attention": attention, "qk": qk, "spikes": spikes,
-            "min_speedup": min_speedup, "max_degradation": max_degradation, "overrides": overrides, "dtype": number_format,
+            "min_speedup": min_speedup, "max_degradation": max_degradation, "float_work": float_work, "overrides": overrides,
+            "dtype": number_format,
         }  # fmt: skip
-        if out is None and not dry_run:
+        if not out and not dry_run:
             raise CommandError("no --out: pass the path of the new directory, or --dry-run")
         if plan is not None and (
             calib is not None or recipe != "default" or any(v is not None for v in fields.values())
@@ -90,7 +94,7 @@ def quantize(
         data = Asked(calib, samples, seq_len, seed, batch_size, tokenizer) if calib else None
         made = recipe_from(recipe, fields)
         memory = None if max_memory is None else bytes_of(max_memory)
-        quantize(Job(model, None if dry_run else out, format, made, plan, data, model_dtype, memory), terminal)
+        quantize(Job(model, out, format, made, plan, data, model_dtype, memory, dry_run), terminal)
 
 
 @app.command("eval")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sqcompile.checkpoints.float_model import Checkpoint
-from sqcompile.cli.batches import Asked, batches, template_of, windows
-from sqcompile.cli.samples import kind_of, texts, token_ids
-from sqcompile.cli.saved import is_int8, load_any, plan_in, row_length, tokenizer_of
+from sqcompile.cli.batches import Asked, batches, check_rows, id_rows, length_of, template_of, windows
+from sqcompile.cli.samples import kind_of, texts
+from sqcompile.cli.saved import check_backend, is_int8, load_any, longest_in, plan_in, row_length, tokenizer_of
 from sqcompile.cli.terminal import CommandError, Terminal
 from sqcompile.evaluation import Evaluation, evaluate
 from sqcompile.evaluation.runs import original
@@ -39,6 +39,7 @@ def evaluate_directory(
     Raises:
         SQCompileError: one sentence.
     """
+    check_backend(backend)
     if memory is not None and backend != "eager":
         raise CommandError(f"--max-memory runs a model as it is read: leave out --backend {backend}")
     with nullcontext() if memory is None else memory_limit(memory):
@@ -73,18 +74,18 @@ def _evaluate(
 
 
 def _windows(asked: Asked, folder: str, model: nn.Module) -> list[dict[str, Tensor]]:
-    """Windows of text for a causal language model that nothing but its saved graph is known of."""
-    kind, length = kind_of(asked.path), asked.seq_len or row_length(folder, model)
+    """Windows of text for a causal language model whose float model is not at hand."""
+    kind, longest = kind_of(asked.path), longest_in(folder)
+    length = row_length(folder, model) if asked.seq_len is None else length_of(asked, longest)
     if kind not in ("text", "ids"):
         raise CommandError(f"{asked.path} is {kind}: pass --against with the float model, which says what it reads")
     size = asked.batch_size or 4
     if kind == "ids":
-        rows = torch.from_numpy(token_ids(asked.path, asked.seed)[: asked.samples].astype("int64"))
+        rows = torch.from_numpy(id_rows(asked).astype("int64"))
+        check_rows(rows, longest, asked.path)
         return [{"input_ids": part} for part in rows.split(size)]
     tokenizer = tokenizer_of(asked.tokenizer, folder)
-    found = windows(
-        texts(asked.path, template_of(tokenizer), False, asked.seed), tokenizer, length, asked.samples, asked.path
-    )
+    found = windows(texts(asked.path, template_of(tokenizer), False, asked.seed), tokenizer, length, asked)
     return [{"input_ids": part} for part in found.split(size)]
 
 

@@ -6,6 +6,7 @@ A float model writes by `sqcompile.generate`. What was captured without a KV cac
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +17,16 @@ import torch
 from torch import Tensor, nn
 
 import sqcompile
-from sqcompile.cli.saved import load_any, tokenizer_of
+from sqcompile.checkpoints.float_model import Checkpoint
+from sqcompile.checkpoints.read_files import read_json
+from sqcompile.cli.saved import check_backend, is_int8, load_any, longest_in, plan_in, tokenizer_of
 from sqcompile.cli.terminal import CommandError, Terminal
 from sqcompile.compiled.emit import CompiledModel
 from sqcompile.errors import GenerationError, SQCompileError
 from sqcompile.files.regular import said as words
 from sqcompile.windows import check_text
 
+GENERATION = "generation_config.json"
 LEAST_TEMPERATURE = 1e-4  # logits divided by less are beyond float32
 
 
@@ -54,18 +58,27 @@ def generate(folder: str, asked: Asked, backend: str, device: str | None, as_jso
     if 0 < asked.temperature < LEAST_TEMPERATURE:
         raise CommandError(f"--temperature {asked.temperature:g}: pass 0, or at least {LEAST_TEMPERATURE:g}")
     check_text([asked.prompt])
+    check_backend(backend)
+    if not is_int8(folder) and not (checkpoint := Checkpoint.open(folder)).causal:
+        raise CommandError(f"{checkpoint.architecture.__name__} is no causal language model: generate needs one")
     tokenizer = tokenizer_of(asked.tokenizer, folder)
     model = load_any(folder, backend, device, terminal.progress)
+    plan = plan_in(model)
+    if plan is not None and "decoder_input_ids" in plan.call["kwargs"]:
+        raise CommandError("the model has an encoder and a decoder: generate needs a causal language model")
     ids = tokenizer(asked.prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise CommandError("the prompt has no tokens: pass some text")
     written, start, first = "", time.perf_counter(), 0.0
     if not as_json:
         _write(asked.prompt)
-    new = list[int]()
+    new, longest = list[int](), longest_in(folder)
 
     def tell(token: int) -> None:
         nonlocal first, written
+        read = ids.shape[1] + len(new)
+        if longest is not None and read > longest:
+            raise CommandError(f"the model cannot go on after {longest} tokens: it takes no more")
         first = first or time.perf_counter()
         new.append(token)
         text = tokenizer.decode(new, skip_special_tokens=True)
@@ -73,9 +86,10 @@ def generate(folder: str, asked: Asked, backend: str, device: str | None, as_jso
             _write(text[len(written) :])
             written = text
 
-    cached = _cached(model, ids, asked, tokenizer.eos_token_id, tell)
+    ends = ends_of(folder, tokenizer)
+    cached = _cached(model, ids, asked, ends, tell)
     if not cached:
-        for token in tokens(model, ids, asked, tokenizer.eos_token_id):
+        for token in tokens(model, ids, asked, ends):
             tell(token)
     seconds = time.perf_counter() - first
     speed = (len(new) - 1) / seconds if len(new) > 1 else None
@@ -94,15 +108,24 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _cached(model: nn.Module, ids: Tensor, asked: Asked, end: int | None, tell: Callable[[int], None]) -> bool:
-    """Tells the tokens after ids int64 [1, tokens] until ``end``; False, and none, for a model without a KV cache."""
+def ends_of(folder: str, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: those of generation_config.json, or else the tokenizer's."""
+    found = None
+    if os.path.exists(os.path.join(folder, GENERATION)):
+        found = read_json(folder, GENERATION).get("eos_token_id")
+    found = tokenizer.eos_token_id if found is None else found
+    return [t for t in (found if isinstance(found, list) else [found]) if type(t) is int and t >= 0]
+
+
+def _cached(model: nn.Module, ids: Tensor, asked: Asked, ends: list[int], tell: Callable[[int], None]) -> bool:
+    """Tells the tokens after ids int64 [1, tokens] until one of ``ends``; False, and none, for a model without a KV cache."""
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
     told = 0
 
     def see(token: Tensor) -> None:
         nonlocal told
         told += 1
-        if int(token) != end:
+        if int(token) not in ends:
             tell(int(token))
 
     drawn = {"do_sample": True, "temperature": asked.temperature, "top_k": 0, "top_p": 1.0}
@@ -112,7 +135,7 @@ def _cached(model: nn.Module, ids: Tensor, asked: Asked, end: int | None, tell: 
             ids,
             torch.ones_like(ids),
             max_new_tokens=asked.tokens,
-            eos_token_id=end,
+            eos_token_id=ends or None,
             repetition_penalty=1.0,
             generator=torch.Generator(device).manual_seed(asked.seed),
             callback=see,
@@ -132,8 +155,8 @@ def _ended(tokens: int, why: Exception) -> CommandError:
 
 
 @torch.no_grad()
-def tokens(model: nn.Module, ids: Tensor, asked: Asked, end: int | None) -> Iterator[int]:
-    """The tokens after ids int64 [1, tokens], one by one, until ``end``.
+def tokens(model: nn.Module, ids: Tensor, asked: Asked, ends: list[int]) -> Iterator[int]:
+    """The tokens after ids int64 [1, tokens], one by one, until one of ``ends``.
 
     Raises:
         CommandError: for a model that gives no logits of tokens.
@@ -157,7 +180,7 @@ def tokens(model: nn.Module, ids: Tensor, asked: Asked, end: int | None) -> Iter
             token = int(torch.multinomial((last / asked.temperature).softmax(-1), 1, generator=generator))
         else:
             token = int(last.argmax())
-        if token == end:
+        if token in ends:
             return
         yield token
         ids = torch.cat([ids, ids.new_tensor([[token]])], 1)

@@ -70,6 +70,9 @@ MinSpeedup = Annotated[
 MaxDegradation = Annotated[
     float | None, typer.Option(rich_help_panel="Recipe", help="percent of perplexity that may be lost")
 ]
+FloatWork = Annotated[
+    float | None, typer.Option(rich_help_panel="Recipe", help="share of the work that may stay in float for accuracy")
+]
 Overrides = Annotated[
     str | None, typer.Option(metavar="JSON", rich_help_panel="Recipe", help='{"*.down_proj": {"alpha": 0.8}}')
 ]

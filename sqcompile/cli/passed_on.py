@@ -85,9 +85,16 @@ def show(context: typer.Context) -> None:
 
 def tune(context: typer.Context) -> None:
     """Measure tile sizes of the GEMM kernels on this GPU."""
-    from sqcompile.kernels.triton.gemm.tune import main
+    from sqcompile.cli.terminal import CommandError, command
 
-    main(context.args)
+    with command():
+        import torch
+
+        if not torch.cuda.is_available() and not {"-h", "--help"}.intersection(context.args):
+            raise CommandError("there is no GPU here, whose kernels tune measures: call it on a machine with one")
+        from sqcompile.kernels.triton.gemm.tune import main
+
+        main(context.args)
 
 
 def demo(context: typer.Context) -> None:

@@ -18,13 +18,16 @@ from sqcompile.api import calibrate
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
 from sqcompile.checkpoints.export import Exported
-from sqcompile.checkpoints.float_model import Checkpoint
-from sqcompile.checkpoints.skeleton import DTYPES
+from sqcompile.checkpoints.float_model import Checkpoint, dtype_of
 from sqcompile.cli.batches import Asked, batches
 from sqcompile.cli.ranks import follows, process_group
 from sqcompile.cli.terminal import CommandError, Terminal
 from sqcompile.large import RESUMABLE, quantize_checkpoint
+from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.graph import find_linears, get_tensor, nodes_by_name
+from sqcompile.passes.planning.overrides import check_patterns
+from sqcompile.passes.planning.stay_float import wanted
+from sqcompile.pipeline import check_plan
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Recipe
 from sqcompile.process.memory import memory_limit
@@ -41,13 +44,14 @@ class Job:
 
     Attributes:
         model: the directory of the float model.
-        out: where to; None for a dry run.
+        out: where to; a dry run may have none.
         format: of what is written.
         recipe: how; with ``plan`` it is the plan's.
         plan: the path of a saved plan, in the place of data.
         data: what to calibrate on.
         dtype: of the model: "auto" for that of its files.
         memory: bytes that the process may take; None for no limit.
+        dry: whether it is only said what would be done.
     """
 
     model: str
@@ -58,6 +62,7 @@ class Job:
     data: Asked | None
     dtype: str
     memory: int | None = None
+    dry: bool = False
 
 
 def quantize(job: Job, terminal: Terminal) -> None:
@@ -70,15 +75,17 @@ def quantize(job: Job, terminal: Terminal) -> None:
         terminal.hush()
     if job.format not in FORMATS:
         raise CommandError(f"--format {job.format}: choose one of {', '.join(FORMATS)}")
-    if job.out is not None and job.data is None and job.plan is None:
+    dtype_of(job.dtype)
+    if not job.dry and job.data is None and job.plan is None:
         raise CommandError(
             "no calibration data: pass --calib with real inputs of the model (text, token ids, pictures or sound), or --plan"
         )
     checkpoint = Checkpoint.open(job.model)
-    if job.out is None:
+    if job.out:
+        check_target(job.format, job.out, read=[job.model, job.plan, job.data.path if job.data else None])
+    if job.dry:
         with _limited(job.memory):
             return _dry_run(job, checkpoint, terminal)
-    check_target(job.format, job.out, read=[job.model, job.plan, job.data.path if job.data else None])
     start = time.perf_counter()
     terminal.say(f"loading {job.model} ({checkpoint.architecture.__name__})")
     with process_group(terminal.ended) as first:
@@ -88,11 +95,12 @@ def quantize(job: Job, terminal: Terminal) -> None:
         return  # another rank writes
     seconds = time.perf_counter() - start
     layers = done.plan.layers
+    dtype = done.plan.recipe.dtype
     found = {
         "path": done.path,
         "format": done.format,
         "linears": len(layers),
-        "int8_linears": sum(l.quantized for l in layers) if job.format != "smoothed" else 0,
+        f"{dtype}_linears": sum(l.quantized for l in layers) if job.format != "smoothed" else 0,
         "smoothed": sum(l.smoothing != "none" for l in layers),
         "rotated": sum(bool(l.rotation) for l in layers),
         "bytes": done.bytes,
@@ -115,7 +123,7 @@ def _resumable(job: Job, checkpoint: Checkpoint, terminal: Terminal) -> Exported
     )
     return quantize_checkpoint(
         checkpoint.folder, data, job.out, recipe=job.recipe, format=job.format, model=checkpoint.architecture,
-        dtype=DTYPES.get(job.dtype), memory=job.memory, work=work, progress=terminal.progress,
+        dtype=dtype_of(job.dtype), memory=job.memory, work=work, progress=terminal.progress,
     )  # fmt: skip
 
 
@@ -153,16 +161,34 @@ def _dry_run(job: Job, checkpoint: Checkpoint, terminal: Terminal) -> None:
         few = batches(dataclasses.replace(job.data, samples=2, batch_size=2), checkpoint, lambda: model)
         example, total = few[0], job.data.samples
     gm = trace(model, as_call(model, example))
-    summary, nodes = Summary.of(gm), nodes_by_name(gm)
+    summary, nodes, linears = Summary.of(gm), nodes_by_name(gm), find_linears(gm)
+    if job.plan is None:
+        check_patterns(gm, linears, job.recipe)
+        chosen = {l.name for l in wanted(gm, linears, job.recipe)}
+        recipe = job.recipe
+    else:
+        plan = Plan.load(job.plan)
+        check_plan(gm, plan, linears, [a for a in find_attentions(gm) if not a.refused])
+        chosen, recipe = {l.name for l in plan.layers if l.quantized}, plan.recipe
     weights = {
-        l.weight: get_tensor(gm, str(n.target)) for l in find_linears(gm) if (n := nodes[l.weight]).op == "get_attr"
+        l.weight: get_tensor(gm, str(n.target))
+        for l in linears
+        if l.name in chosen and (n := nodes[l.weight]).op == "get_attr"
     }
     saved = sum(t.numel() * (t.element_size() - 1) for t in weights.values())
     held = sum(p.numel() * p.element_size() for p in model.parameters())
-    found: dict[str, Any] = {**summary.as_dict(), "float_bytes": held, "int8_bytes": held - saved, "seconds": None}
+    name = recipe.dtype
+    found: dict[str, Any] = {
+        **summary.as_dict(),
+        f"{name}_linears": len(chosen),
+        "float_bytes": held,
+        f"{name}_bytes": held - saved,
+        "seconds": None,
+    }
     lines = [
         str(summary),
-        f"{held / 1e6:.1f} MB of weights, {(held - saved) / 1e6:.1f} MB with all of these linears in INT8",
+        f"{held / 1e6:.1f} MB of weights, {(held - saved) / 1e6:.1f} MB with {len(chosen)} of {len(linears)} linears in "
+        f"{name.upper()}",
     ]
     if total is None:
         lines.append("how long calibration takes is measured with --calib")

@@ -129,7 +129,7 @@ def _texts(path: Path, template: Callable[[Any], str], by_line: bool) -> Iterato
     else:
         for text in _lines(path) if by_line else [_whole(path)]:
             if text.strip():
-                yield text
+                yield text.rstrip("\r\n") if by_line else text
         return
     for where, row in rows:
         if isinstance(row, dict) and isinstance(row.get("text"), str):

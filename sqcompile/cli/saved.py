@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from sqcompile.artifact.manifest import MANIFEST, MANIFESTS
 from sqcompile.checkpoints.float_model import MODULES, Checkpoint, config_of, load_tokenizer, longest_of
-from sqcompile.checkpoints.read_files import CONFIG
+from sqcompile.checkpoints.read_files import CONFIG, read_json
 from sqcompile.cli.batches import LENGTH
 from sqcompile.cli.terminal import CommandError
 from sqcompile.compiled.emit import CompiledModel
+from sqcompile.errors import ArtifactError
 from sqcompile.evaluation.streamed import Streamed
+from sqcompile.files.beside import FLOAT_CONFIG
+from sqcompile.files.directory import MANIFEST, MANIFESTS
 from sqcompile.loading import device_of, is_saved, load
 from sqcompile.plan.plan import Plan
 
@@ -31,6 +33,12 @@ def is_int8(folder: str) -> bool:
     if not any(os.path.lexists(os.path.join(folder, name)) for name in (*MANIFESTS, CONFIG, MODULES)):
         raise CommandError(f"{folder} has no model: it has neither {MANIFEST} nor {CONFIG}")
     return is_saved(folder)
+
+
+def check_backend(backend: str) -> None:
+    """Raises CommandError for one that no command takes."""
+    if backend not in ("eager", "inductor"):
+        raise CommandError(f"--backend {backend}: choose eager or inductor")
 
 
 def load_any(folder: str, backend: str, device: str | None, progress: bool) -> nn.Module:
@@ -59,10 +67,23 @@ def plan_in(model: nn.Module) -> Plan | None:
 def row_length(folder: str, model: nn.Module) -> int:
     """Tokens of a row of text where nobody says how many: 512, or as many as the model takes, or was calibrated with."""
     if os.path.exists(os.path.join(folder, CONFIG)):
-        return min(LENGTH, longest_of(config_of(folder)) or LENGTH)
+        return min(LENGTH, longest_in(folder) or LENGTH)
     plan = plan_in(model)
     ids = plan.call["kwargs"].get("input_ids", {}) if plan is not None else {}
     return ids["shape"][1] if len(ids.get("shape", ())) == 2 else LENGTH
+
+
+def longest_in(folder: str) -> int | None:
+    """How many tokens the model of a directory takes at most, as far as its configuration says, or that of its float model."""
+    if os.path.exists(os.path.join(folder, CONFIG)):
+        return longest_of(config_of(folder))
+    try:
+        found = read_json(folder, FLOAT_CONFIG)
+    except ArtifactError:  # there is none; or nobody can read it, which nothing depends on
+        return None
+    text = found.get("text_config")
+    known = (text if isinstance(text, dict) else found).get("max_position_embeddings")
+    return known if type(known) is int and known > 0 else None
 
 
 def tokenizer_of(given: str | None, folder: str) -> Any:

@@ -6,9 +6,10 @@ import json
 import os
 import shlex
 
-from sqcompile.artifact.manifest import MANIFEST, SHARDED
+from sqcompile.checkpoints.float_model import class_of, config_of, is_causal
 from sqcompile.cli.saved import is_int8
 from sqcompile.cli.terminal import CommandError, Terminal
+from sqcompile.files.directory import MANIFEST, SHARDED
 
 
 def serve(folder: str, port: int, terminal: Terminal) -> None:
@@ -27,6 +28,13 @@ def serve(folder: str, port: int, terminal: Terminal) -> None:
         raise CommandError(
             f"{folder} is sqcompile's own format, which vLLM does not read: write another one, sqcompile quantize MODEL_DIR "
             f"--plan {shlex.quote(os.path.join(folder, 'plan.safetensors'))} --format compressed-tensors -o OUT"
+        )
+    config = config_of(folder)
+    architecture, written = class_of(config)
+    if architecture is not None and not is_causal(architecture, config):
+        raise CommandError(
+            f"{written} is no causal language model, which is what this command knows to serve: vLLM's documentation says which "
+            "others it serves, and how"
         )
     name = os.path.basename(os.path.realpath(folder))
     line = f"vllm serve {shlex.quote(os.path.realpath(folder))} --served-model-name {shlex.quote(name)} --port {port}"

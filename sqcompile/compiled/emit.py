@@ -14,11 +14,12 @@ from torch import Tensor, fx, nn
 from sqcompile.artifact.directory import save
 from sqcompile.artifact.sharded import save_shard
 from sqcompile.artifact.tensors import SHARD
-from sqcompile.capture.captured import contiguous, flatten_like
+from sqcompile.capture.captured import asks_for_gradients, contiguous, flatten_like
 from sqcompile.capture.inputs import Forward
 from sqcompile.checkpoints.export import Exported, source_of
 from sqcompile.compiled.inductor import compile_regions, compile_without_constants, inductor
 from sqcompile.compiled.report import Report
+from sqcompile.compiled.results import with_own_results
 from sqcompile.compiled.stages import Graphs, Stages
 from sqcompile.errors import ArtifactError, CaptureError, RecipeError, StageError
 from sqcompile.passes.ir.about import about
@@ -34,8 +35,8 @@ from sqcompile.pytorch.core import pytree
 BACKENDS = ("inductor", "eager")
 
 _GRAD = (
-    "a compiled model computes no gradients, and an argument of this call asks for one: detach it, or call the model under "
-    "torch.no_grad()"
+    "a compiled model computes no gradients, neither backward nor forward, and an argument of this call asks for one: detach it, "
+    "or call the model under torch.no_grad()"
 )
 
 _UNSAVED = (
@@ -77,7 +78,7 @@ class CompiledModel(nn.Module):
         self.call = call
         self._captured, self._out_spec = about(lowered).calls, about(lowered).out_spec
         flat, self._used = flatten(lowered)
-        self._run = run(flat)
+        self._run = with_own_results(run(flat), flat, stages.original)
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +94,7 @@ class CompiledModel(nn.Module):
             raise CaptureError(f"the call does not fit the model's signature {self.call.signature}: {e}") from e
         leaves = flatten_like(call, self._captured)
         used = contiguous(leaves[i] for i in self._used)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in used):
+        if asks_for_gradients(used):
             raise CaptureError(_GRAD)
         with torch.no_grad():
             out = self._run(*used)

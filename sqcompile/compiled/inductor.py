@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sqcompile.errors import StageError
+from sqcompile.compiled.results import changed
+from sqcompile.errors import SQCompileError, StageError, first_line
 from sqcompile.kernels.cpu.build import probed
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.explain import fixed_sizes
@@ -22,6 +23,11 @@ from sqcompile.process.progress import each
 from sqcompile.pytorch.core import TracingContext, tracing
 
 log = logging.getLogger("sqcompile")
+
+_TUNING = (
+    "max_autotune", "max_autotune_pointwise", "max_autotune_gemm", "coordinate_descent_tuning", "benchmark_fusion",
+    "benchmark_combo_kernel",
+)  # fmt: skip
 
 
 def inductor(
@@ -38,7 +44,7 @@ def inductor(
     Dynamo is not involved, so nothing is ever recompiled: one artifact serves every shape, sizes of 1 included.
     Freezing folds what depends on constants alone, and packs float weights for oneDNN.
     """
-    from sqcompile.pytorch.inductor import compile_fx, config, open_batches  # here, as it takes its time
+    from sqcompile.pytorch.inductor import compile_fx, config, open_sizes  # here, as it takes its time
 
     fakes = [value(n) for n in flat.graph.find_nodes(op="placeholder")]
     mode = about(flat).fake_mode
@@ -50,10 +56,13 @@ def inductor(
         "triton.cudagraphs": False,  # see backend/cuda_graphs.py
         "size_asserts": part,
         "alignment_asserts": False,
+        # On GPUs Inductor tries how to reduce, and whether to pad a product, by the clock: the same model would give other
+        # bits when it is loaded, and other ones in each of the processes that hold it together.
+        "deterministic": config.deterministic or (_on_gpu(flat) and not _tuned(config)),
     }
     probed()
-    with torch.no_grad(), config.patch(options), tracing(TracingContext(mode)), _unlisted_modules(), open_batches():
-        run: Any = compile_fx(flat, fakes)
+    with torch.no_grad(), config.patch(options), tracing(TracingContext(mode)), _unlisted_modules(), open_sizes():
+        run: Any = compile_fx(flat, fakes) if guarded else _compiled(compile_fx, flat, fakes)
     _drop_graph(run)
     env = mode.shape_env
     after = dict(env.replacements) if env else {}
@@ -67,6 +76,33 @@ def inductor(
             f"options={{'compiler': 'eager'}}), or {fixed_sizes(flat)}"
         )
     return run
+
+
+def _compiled(compile_fx: Callable[..., Any], flat: fx.GraphModule, fakes: list[Any]) -> Any:
+    """The graph through Inductor. Dynamo, which has ways of its own to begin again, is not around.
+
+    Raises:
+        StageError: where Inductor fails; what lacks memory is raised as it is.
+    """
+    try:
+        return compile_fx(flat, fakes)
+    except (torch.OutOfMemoryError, MemoryError, OSError, SQCompileError):
+        raise
+    except Exception as e:
+        raise StageError(
+            f"Inductor cannot compile the graph ({type(e).__name__}: {first_line(e)}): run it as it is (backend='eager'; of "
+            "torch.compile options={'compiler': 'eager'})"
+        ) from e
+
+
+def _on_gpu(flat: fx.GraphModule) -> bool:
+    """Whether a graph computes on GPUs."""
+    return any(isinstance(v := n.meta.get("val"), Tensor) and v.is_cuda for n in flat.graph.nodes)
+
+
+def _tuned(config: Any) -> bool:
+    """Whether the user has asked for what is fastest by the clock."""
+    return any(getattr(config, name, False) for name in _TUNING)
 
 
 @contextlib.contextmanager
@@ -158,11 +194,4 @@ def with_layout(run: Callable[..., Any], flat: fx.GraphModule) -> Callable[..., 
     """
     outputs = [value(n) if isinstance(n, fx.Node) else n for n in next(iter(reversed(flat.graph.nodes))).args[0]]
     dense = [i for i, v in enumerate(outputs) if isinstance(v, Tensor) and v.dim() > 1 and v.is_contiguous()]
-
-    def run_dense(*args: Any) -> Any:
-        out = list(run(*args))
-        for i in dense:
-            out[i] = out[i].contiguous()
-        return out
-
-    return run_dense
+    return changed(run, dense, lambda y: y.contiguous())

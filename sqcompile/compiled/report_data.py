@@ -102,7 +102,7 @@ def shown(report: Report) -> str:
     if report.sites:
         sites = table(["what absorbs 1/s -> linears that absorb s"], [(s,) for s in collapse(map(str, report.sites))])
         parts.append(folded(f"{len(report.sites)} sites", sites))
-    words = legend(report.layers, report.attention)
+    words = legend(report.layers, report.attention, report.dtype)
     if words:
         parts.append(folded("words", "".join(map(line, words))))
     return titled(counts(report.layers, report.dtype), *parts)

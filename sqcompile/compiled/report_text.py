@@ -29,7 +29,7 @@ WORDS = {
     "folded": "folded: the parameter before the linear absorbs 1/s",
     "multiplied": "multiplied: x·(1/s) is computed before quantization, as no parameter can absorb 1/s",
     "H": "H 32: the input is rotated in blocks of 32 channels",
-    "dB": "dB: how far the output's signal is above the noise of INT8, on the calibration sample; higher is better",
+    "dB": "dB: how far the output's signal is above the noise of {dtype}, on the calibration sample; higher is better",
 }
 
 
@@ -65,7 +65,7 @@ def text(report: Report, full: bool = False) -> str:
         lines += [f"INT8 GEMMs, expected speed against {of}:", *(f"  {gemm}" for gemm in report.gemms)]
     if any(a.gains or a.without_kernel for a in report.int8_attention):
         lines += ["INT8 attention, expected speed against bf16:", *(f"  {a}" for a in report.int8_attention)]
-    words = legend(report.layers, report.attention)
+    words = legend(report.layers, report.attention, report.dtype)
     lines += ["words:", *(f"  {line}" for line in words)] if words else []
     if report.seconds:
         lines.append(took(report.seconds))
@@ -130,8 +130,8 @@ def span(values: Sequence[float | None], form: str, before: str = "", after: str
     return "..".join([*said, "exact"] if len(finite) < len(known) else said)
 
 
-def legend(layers: Sequence[LayerPlan], attention: Sequence[AttentionPlan] = ()) -> list[str]:
-    """What the words in the lines mean, of those that are there."""
+def legend(layers: Sequence[LayerPlan], attention: Sequence[AttentionPlan], dtype: str) -> list[str]:
+    """What the words in the lines mean, of those that are there; ``dtype`` is the number format."""
     every: list[LayerPlan | AttentionPlan] = [*layers, *attention]
     there = {
         "folded": any(x.smoothing == "folded" for x in every),
@@ -139,7 +139,7 @@ def legend(layers: Sequence[LayerPlan], attention: Sequence[AttentionPlan] = ())
         "H": any(l.rotation for l in layers),
         "dB": any(x.sqnr_db is not None for x in every),
     }
-    return [WORDS[word] for word, used in there.items() if used]
+    return [WORDS[word].format(dtype=dtype.upper()) for word, used in there.items() if used]
 
 
 def counts(layers: Sequence[LayerPlan], dtype: str) -> str:

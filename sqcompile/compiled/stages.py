@@ -19,6 +19,7 @@ from sqcompile.passes.ir.verify import STAGES
 from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan
 from sqcompile.process.lock import compiling
+from sqcompile.process.samples import sample
 from sqcompile.pytorch.distributed import local_part
 
 
@@ -41,7 +42,7 @@ class Stages(Mapping[str, fx.GraphModule]):
         self._constants = {n: get_tensor(traced, n) for n in names - self.shared}
         self.whole: dict[str, Tensor] = {}  # see `About.whole`
         self._graph, self._about = _ownerless(clone(traced)), attached(about(traced), whole=self.whole)
-        self._states = {n: state(own[n]) for n in self.shared}
+        self._states = {n: _state(own[n]) for n in self.shared}
         self._plan, self._target = plan, target
         self._cache: weakref.WeakValueDictionary[str, fx.GraphModule] = weakref.WeakValueDictionary()
 
@@ -93,7 +94,7 @@ class Stages(Mapping[str, fx.GraphModule]):
         if model is None:
             raise StageError("the float model was freed, and a stage is rebuilt from it: keep a reference to the model")
         own = _tensors(model)
-        if any(state(own[n]) != s for n, s in self._states.items()):
+        if any(_state(own[n]) != s for n, s in self._states.items()):
             raise StageError("the model's parameters changed since it was compiled: compile it again to see its stages")
         return own
 
@@ -135,6 +136,11 @@ class Graphs(Mapping[str, fx.GraphModule]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def _state(tensor: Tensor) -> tuple[tuple[int, int], bytes | None]:
+    """What tells of writes to a tensor: PyTorch's count and, as ``.data`` leaves that, some of its bytes."""
+    return state(tensor), sample(tensor)
 
 
 def _ownerless(gm: fx.GraphModule) -> fx.Graph:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sqcompile.capture.batches import is_dataset
 from sqcompile.capture.inputs import Reader, length
 from sqcompile.errors import EvaluationError
-from sqcompile.windows import check_limit, spread, token_windows
+from sqcompile.windows import check_count, check_limit, spread, token_windows
 
 LENGTH = 512  # tokens of a window, where the model takes as many
 _LOADER = "a loader or list of batches"
@@ -33,9 +33,8 @@ def batches(
     Raises:
         EvaluationError: for what is no data, saying what to pass.
     """
-    if batch_size < 1:
-        raise EvaluationError(f"batch_size must be at least 1, not {batch_size}")
     try:
+        check_count("batch_size", batch_size)
         check_limit(limit)
         windows = _windows(data, tokenizer, tokens, limit)
     except ValueError as e:

@@ -10,35 +10,45 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fnmatch
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from sqcompile.errors import CalibrationError
+from sqcompile.files.beside import COPIED, FLOAT_CONFIG
 from sqcompile.process.ranks import Ranks
 
+# By these a directory is known to be one that sqcompile wrote: as an artifact, its shards, or a checkpoint for other tools.
+MANIFEST, SHARDED, MARK = "sqcompile.json", "sharded.json", "sqcompile_export.json"
+MANIFESTS = (MANIFEST, SHARDED)
+WRITTEN = (*MANIFESTS, MARK)
+# What is in such a directory; whatever else is there is somebody else's.
+_OURS = (
+    *WRITTEN, "plan.safetensors", "model*.safetensors", "model.safetensors.index.json", "config.json", "code.zip", FLOAT_CONFIG,
+    "rank-*-of-*", *COPIED,
+)  # fmt: skip
 _AT_FDCWD, _EXCHANGE = -100, 2  # of renameat2(2)
 
 
 @contextlib.contextmanager
-def new_directory(path: str, ours: Sequence[str], within: str | None = None) -> Iterator[str]:
+def new_directory(path: str, within: str | None = None) -> Iterator[str]:
     """A temporary directory beside ``path``, which takes its place when the block ends without an error.
 
     Files and directory are flushed to the disk first. An old directory is exchanged with the new one in one step where the
     system can do that (Linux), and then removed.
 
     Args:
-        path: where to. What is there may be an empty directory, or one that has one of the files ``ours``.
-        ours: names of files by which a directory is known to be one that may be replaced.
+        path: where to. What is there may be an empty directory, or one that sqcompile wrote.
         within: where the temporary directory is instead, on the same disk.
 
     Raises:
         OSError: if it cannot be written, or if what is there is something else.
     """
     target = os.path.realpath(path)
-    check_replaceable(target, ours)
+    check_replaceable(target)
     parent = os.path.dirname(target)
     temporary = os.path.join(within or parent, f".{os.path.basename(target)[:100]}-{secrets.token_hex(8)}.tmp")
     os.mkdir(temporary)
@@ -48,7 +58,7 @@ def new_directory(path: str, ours: Sequence[str], within: str | None = None) -> 
             for file in files:
                 flush(os.path.join(folder, file))
             flush(folder)
-        check_replaceable(target, ours)
+        check_replaceable(target)
         _put(temporary, target)
         flush(parent)
     finally:  # the old directory, or what was written before an error
@@ -56,7 +66,7 @@ def new_directory(path: str, ours: Sequence[str], within: str | None = None) -> 
 
 
 @contextlib.contextmanager
-def directory_of(ranks: Ranks, path: str, ours: Sequence[str], within: str | None = None) -> Iterator[str]:
+def directory_of(ranks: Ranks, path: str, within: str | None = None) -> Iterator[str]:
     """The `new_directory` of rank 0, for all ranks, each of which calls it. It takes its place when all their blocks have ended.
 
     A rank on another machine may not see it, and leaves all to the others then.
@@ -65,7 +75,7 @@ def directory_of(ranks: Ranks, path: str, ours: Sequence[str], within: str | Non
         OSError: as `new_directory`; on rank 0.
         CalibrationError: where another rank has failed or is dead.
     """
-    with new_directory(path, ours, within) if ranks.first else contextlib.nullcontext("") as made:
+    with new_directory(path, within) if ranks.first else contextlib.nullcontext("") as made:
         temporary: str = json.loads(ranks.tell("new directory", json.dumps(made))[0])
         try:
             yield temporary
@@ -86,11 +96,11 @@ def writers(ranks: Ranks, folder: str) -> list[int]:
     return [rank for rank, sees in enumerate(told) if sees]
 
 
-def check_replaceable(path: str, ours: Sequence[str]) -> None:
+def check_replaceable(path: str) -> None:
     """Refuses to replace what no `new_directory` has written.
 
     Raises:
-        OSError: if there is something at the path, other than an empty directory or one with a file of ``ours``.
+        OSError: if there is something at the path, other than an empty directory or one that sqcompile wrote.
     """
     if not os.path.lexists(path):
         if not os.path.isdir(os.path.dirname(path)):
@@ -98,10 +108,16 @@ def check_replaceable(path: str, ours: Sequence[str]) -> None:
         return
     if not os.path.isdir(path):
         raise NotADirectoryError(f"{path} is there, and is no directory: pass the path of a new one")
+    if os.path.commonpath([path, os.getcwd()]) == path:  # another directory in its place would leave it in none
+        raise OSError(f"{path} is the working directory, or has it: pass the path of a new directory in it")
     files = os.listdir(path)
-    if files and not any(name in files for name in ours):
+    if files and not any(name in files for name in WRITTEN):
         raise FileExistsError(
             f"{path} has other files in it, which would be removed: pass the path of a new directory, or empty this one"
+        )
+    if others := [name for name in files if not any(fnmatch.fnmatchcase(name, pattern) for pattern in _OURS)]:
+        raise FileExistsError(
+            f"{path} has {others[0]!r}, which sqcompile has not written and would remove: move it, or pass another path"
         )
 
 

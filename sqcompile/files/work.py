@@ -19,11 +19,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sqcompile.errors import ArtifactError
+from sqcompile.errors import ArtifactError, FormatError, NothingToQuantizeError, RecipeError
 from sqcompile.files.bounded_json import read_object
 from sqcompile.files.directory import flush, link_or_copy
 from sqcompile.files.regular import read_regular, replace_file, said
 
+# What the same arguments would meet again: to keep what was finished for them would be in the way of others.
+_REFUSALS = (NothingToQuantizeError, RecipeError, FormatError)
 _STATE, _LOCK = "state.json", "lock"
 _FORMAT = 1
 _MOST_BYTES = 2**28
@@ -45,7 +47,8 @@ class Work:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Work]:
-        """Works in it. When the block ends without an error, the directory is removed; else it is kept.
+        """Works in it. When the block ends without an error, or with a refusal that would come again, the directory is removed;
+        else it is kept.
 
         Raises:
             ArtifactError: if it is of other arguments, another run works in it, or something else is at its path.
@@ -71,6 +74,9 @@ class Work:
                     shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
             yield self
             done = True
+        except _REFUSALS:
+            done = True
+            raise
         finally:
             os.close(lock)
             if done or (entered and not self._files):  # or an error before anything was finished

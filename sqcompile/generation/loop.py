@@ -58,6 +58,9 @@ class Loop:
         del logits, inputs
         waiting = collections.deque([reader.copied(length, length + 1)])
         with contextlib.nullcontext() if self.replays is None else self.replays.stream():
+            if self.settings.new > 1:  # before anyone is told the first token: a model may be refused here
+                inputs = prompts.inputs(self.model, state.cache, state.text[:, : length + 1], known, first=False)
+                state.prepare(inputs, type(self.model).__name__)
             behind = 0 if self.replays is None else 1  # parts that are computed while the host looks at the one before
             done = 1
             while done < self.settings.new:
@@ -65,9 +68,6 @@ class Loop:
                     reader.read(waiting.popleft())
                 if reader.over:
                     break
-                if done == 1:
-                    inputs = prompts.inputs(self.model, state.cache, state.text[:, : length + 1], known, first=False)
-                    state.prepare(inputs, type(self.model).__name__)
                 part = min(1 if self.replays is None else _AT_ONCE, self.settings.new - done)
                 for i in range(done - 1, done - 1 + part):
                     self._step(i, kind)

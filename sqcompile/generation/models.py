@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,6 +67,24 @@ def longest_text(model: Any) -> int | None:
     """Positions that the model has, None if its configuration does not say."""
     found = getattr(model.config, "max_position_embeddings", None)
     return found if isinstance(found, int) else None
+
+
+@contextlib.contextmanager
+def within_positions(model: Any, asked: int) -> Iterator[None]:
+    """Says of a table of positions that it is too short for so many tokens.
+
+    Raises:
+        GenerationError: in the place of an IndexError of such a table.
+    """
+    try:
+        yield
+    except IndexError as e:
+        positions = longest_text(model)
+        if positions is None or asked <= positions:
+            raise
+        raise GenerationError(
+            f"the prompt and max_new_tokens are {asked} tokens, and the model has {positions} positions: shorten them"
+        ) from e
 
 
 def ways_to_call(model: nn.Module) -> tuple[Any, ...]:

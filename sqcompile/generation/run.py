@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sqcompile.backend.cuda_graphs import following
 from sqcompile.errors import GenerationError
 from sqcompile.generation.cache import rounded
 from sqcompile.generation.loop import Loop
-from sqcompile.generation.models import check_device, check_record, longest_text, transformers_model
+from sqcompile.generation.models import check_device, check_record, longest_text, transformers_model, within_positions
 from sqcompile.generation.prompts import Prompts, check_generator
 from sqcompile.generation.reader import Reader
 from sqcompile.generation.replay import Replays
 from sqcompile.generation.settings import read_settings
 from sqcompile.generation.state import State
+from sqcompile.kernels.all_reduce import follow_sums
+from sqcompile.process.streams import following
 
 _MOST = 4  # states of one model that are kept
 
@@ -44,6 +45,7 @@ class Kept:
         """Has the caller's stream wait for that of the call before, which may still read and write the states."""
         if device.type == "cuda":
             self.last = following(self.last, device)
+            follow_sums(device)
 
     def settle(self) -> None:
         """Waits for the last call: the memory of a state that goes may be given to another stream than that call's."""
@@ -116,7 +118,8 @@ def run(
             state, replays = kept.state(model, prompts.batch, rounded(settings.cache), record)
             reader = Reader(state.text, settings.eos, callback)
             loop = Loop(net, model, state, settings, replays, generator)
-            with contextlib.nullcontext() if replays is None else replays.call(model, generator):
+            recorded = contextlib.nullcontext() if replays is None else replays.call(model, generator)
+            with within_positions(model, prompts.length + settings.new), recorded:
                 loop.write(prompts, reader)
             new = reader.taken if reader.looks else settings.new
             return state.text[:, : prompts.length + new].to(input_ids.device, copy=True)

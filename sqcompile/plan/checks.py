@@ -139,7 +139,8 @@ def _check_layer(l: LayerPlan, what: str, recipe: Recipe) -> None:
 
 def _check_attention(a: AttentionPlan, what: str, plan: Contents) -> None:
     _choice(a.quantized, get_args(AttentionProducts), f"{what}: quantized")
-    _sizes(a.shape, what, 3)
+    _sizes(a.shape, what, 3, 1 if a.quantized != "none" else 0)  # of what is no attention they are not known
+    need(a.shape[1] > 0, f"{what}: it has no key heads")
     need(a.shape[0] % a.shape[1] == 0, f"{what}: its {a.shape[1]} key heads do not share {a.shape[0]} heads evenly")
     _check_decision(a, what)
     for name in ("q_scale", "k_scale"):
@@ -223,9 +224,9 @@ def _choice(x: Any, choices: tuple[str, ...], what: str) -> None:
     need(isinstance(x, str) and x in choices, f"{what} is {said(x)}, not one of {', '.join(choices)}")
 
 
-def _sizes(shape: Any, what: str, dims: int) -> None:
+def _sizes(shape: Any, what: str, dims: int, least: int = 1) -> None:
     good = isinstance(shape, tuple) and len(shape) == dims
-    good = good and all(type(n) is int and 0 < n <= _LARGEST_SIZE for n in shape)
+    good = good and all(type(n) is int and least <= n <= _LARGEST_SIZE for n in shape)
     need(good, f"{what}: shape is {said(shape)}, not {dims} sizes")
 
 

@@ -22,7 +22,7 @@ from sqcompile.errors import ArtifactError, first_line
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.flat import flatten
 from sqcompile.passes.ir.graph import get_tensor, set_tensor, value
-from sqcompile.pytorch.core import check_sizes, pytree
+from sqcompile.pytorch.core import check_sizes, hollow, pytree
 
 _SIZES = (3, 5, 7, 11, 13, 17, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 4096, 16384)
 _MOST_TRIED = 100_000
@@ -116,13 +116,16 @@ def _holds(calls: Captured, sizes: dict[str, int]) -> bool:
 
 
 def _ask(flat: fx.GraphModule, calls: Captured, used: list[int]) -> None:
-    """Has the graph ask for each condition whose sizes are those of its inputs. In place."""
+    """Has the graph ask for each condition whose sizes are those of its inputs; first which of them are equal. In place."""
     inputs = flat.graph.find_nodes(op="placeholder")
     where: dict[str, tuple[fx.Node, int]] = {}
+    # of inputs that agree; torch.export would find out at the end, and meanwhile write both into what it asks for
+    equal: list[tuple[fx.Node, int, fx.Node, int]] = []
     for n, i in zip(inputs, used, strict=True):
         for dim, symbol in enumerate(calls.leaves[i].shape):
             if isinstance(symbol, str):
-                where.setdefault(symbol, (n, dim))
+                first = where.setdefault(symbol, (n, dim))
+                equal += [(*first, n, dim)] if first != (n, dim) else []
     with flat.graph.inserting_after(inputs[-1]):
         for condition in reversed(calls.conditions):
             symbols = sorted(set(re.findall(r"\bs\d+\b", condition)))
@@ -130,6 +133,14 @@ def _ask(flat: fx.GraphModule, calls: Captured, used: list[int]) -> None:
                 flat.graph.call_function(
                     _check, (condition, calls.in_words(condition), symbols, [where[s] for s in symbols])
                 )
+        for places in reversed(equal):
+            x, dim, y, other = places
+            words = f"the model takes {x.target}.shape[{dim}] == {y.target}.shape[{other}]"
+            flat.graph.call_function(_check_equal, (*places, words))
+
+
+def _check_equal(x: Tensor, dim: int, y: Tensor, other: int, words: str) -> None:
+    check_sizes(x.shape[dim] == y.shape[other], lambda: words)
 
 
 def _check(condition: str, words: str, symbols: list[str], places: list[tuple[Tensor, int]]) -> None:
@@ -141,8 +152,7 @@ def _name_outputs(flat: fx.GraphModule, spec: Any) -> tuple[str, ...]:
     """Has the graph return a dict: tensors by their names in what the model returns, which are given. In place."""
     output = next(iter(flat.graph.find_nodes(op="output")))
     found = list(output.args[0])
-    whole = spec.unflatten(range(len(found)))
-    paths = [path for path, _ in pytree.tree_flatten_with_path(whole)[0]]
+    paths = [path for path, _ in pytree.tree_flatten_with_path(hollow(spec)[0])[0]]
     names = _unique([pytree.keystr(path) or "output" for path in paths])
     tensors = {name: n for name, n in zip(names, found, strict=True) if isinstance(n, fx.Node)}
     output.args = (tensors,)

@@ -12,6 +12,7 @@ disable_current_modes        computes on real tensors, under whatever mode      
 is_wrapper_subclass          tells quantized and sharded tensors from plain ones                     2.11, 2.13
 pytree                       the leaves of a call, and the call of leaves                            2.11, 2.13
 leaf_spec, spec_of, parts_of  a structure of its parts, and its parts                                2.11, 2.13
+hollow                       a value of a structure, to look at                                      2.11, 2.13
 namedtuple_of                what a structure says the class of all named tuples is                  2.11, 2.13
 tree_codegen                 the code of a graph that takes a call apart, and puts its result together  2.11, 2.13
 OpOverload                   what a node calls if it is an operator                                  2.11, 2.13
@@ -34,6 +35,8 @@ has_avx2, has_vnni, has_bf16, has_amx, init_amx  instructions of this CPU, and l
 int_mm                       INT8 product of PyTorch itself, for comparison                          2.11, 2.13
 check_sizes                  a condition of sizes that a program asks for at each call                2.11, 2.13
 scaled_mm                    FP8 product on tensor cores                                             2.11, 2.13
+has_tangents, has_tangent    whether derivatives go forward (dual_level, torch.func.jvp), and of which tensors   2.11, 2.13
+DispatchKey                  tells composite operators from others                                   2.11, 2.13
 collectives                  what processes ask of each other in a graph, without writes             2.11, 2.13
 withdraw                     operators of a library are what they were before it                     2.11, 2.13
 retry                        an operator that raises is called in Python, whose error is its own     2.11, 2.13
@@ -48,10 +51,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C import DispatchKey
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, tracing
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx.experimental import proxy_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -64,6 +69,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 __all__ = [
     "CAPTURE_LOGGERS",
     "EXPORT_PROXIES",
+    "DispatchKey",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
@@ -84,7 +90,10 @@ __all__ = [
     "has_amx",
     "has_avx2",
     "has_bf16",
+    "has_tangent",
+    "has_tangents",
     "has_vnni",
+    "hollow",
     "init_amx",
     "int_mm",
     "is_same_element_twice",
@@ -182,6 +191,12 @@ def parts_of(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
     return list(parts() if callable(parts) else spec.children_specs)
 
 
+def hollow(spec: pytree.TreeSpec) -> tuple[Any, list[Tensor]]:
+    """A value of a structure, and its leaves: tensors without memory, as a container may compute with what it is given."""
+    leaves = [torch.empty(1, 1, 1, 1, device="meta") for _ in range(spec.num_leaves)]
+    return spec.unflatten(leaves), leaves
+
+
 def namedtuple_of() -> Any:
     """The class that the structure of every named tuple has."""
     return pytree.tree_structure(_Pair(0, 0)).type
@@ -249,3 +264,18 @@ def retry(operator: Any, again: Callable[..., Any]) -> None:
 def withdraw(library: torch.library.Library) -> None:
     """Has operators be what they were before a library was made. No call of them may be running."""
     library._destroy()
+
+
+def has_tangents() -> bool:
+    """Whether a level of forward-mode derivatives is open, in which tensors may have tangents."""
+    return forward_ad._current_level >= 0
+
+
+def has_tangent(t: Tensor) -> bool:
+    """Whether a tensor has a tangent at the level that is open, or is of torch.func's at any."""
+    inner = t
+    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+        if torch._C._functorch.is_gradtrackingtensor(inner):
+            return True
+        inner = torch._C._functorch.get_unwrapped(inner)
+    return forward_ad.unpack_dual(t).tangent is not None

@@ -5,6 +5,10 @@ is_distributed        tells a DTensor from other tensors                        
 local_part            what this process holds of a DTensor, always one object: to_local() makes new ones   2.11, 2.13
 traceable             lets torch.export look into DTensors: it would record how they are made         2.11, 2.13
 group_name            by what collectives in a graph know a group                                    2.11, 2.13
+group_named           the group of that name                                                         2.11, 2.13
+new_shared_memory     GPU memory that other processes can write to (symmetric memory)                 2.11
+addresses_of          where those of a group have theirs                                              2.11
+joined_by_nvlink      the GPUs that NVLink, or an NVSwitch, joins a GPU to                            2.11
 """
 
 from __future__ import annotations
@@ -21,6 +25,17 @@ from sqcompile.pytorch.core import is_wrapper_subclass
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+__all__ = [
+    "addresses_of",
+    "group_name",
+    "group_named",
+    "is_distributed",
+    "joined_by_nvlink",
+    "local_part",
+    "new_shared_memory",
+    "traceable",
+]
+
 
 def is_distributed(t: Any) -> bool:
     """Whether it is a DTensor, without importing what one is."""
@@ -35,6 +50,51 @@ def local_part(t: Any) -> Any:
 def group_name(group: Any) -> str:
     """The name of a process group in ``_c10d_functional`` operators; others have it otherwise."""
     return group.group_name
+
+
+def group_named(name: str) -> Any:
+    """The process group whose `group_name` it is."""
+    from torch.distributed import distributed_c10d
+
+    resolve: Any = distributed_c10d._resolve_process_group
+    return resolve(name)
+
+
+def new_shared_memory(size: int, device: torch.device) -> Tensor:
+    """uint8 [size] on a GPU, whose memory other processes can be let write to (`addresses_of`)."""
+    from torch.distributed import _symmetric_memory
+
+    symmetric: Any = _symmetric_memory
+    memory: Tensor = symmetric.empty(size, dtype=torch.uint8, device=device)
+    return memory
+
+
+def addresses_of(memory: Tensor, group: str) -> list[int]:
+    """Where each process of a group has its `new_shared_memory`, for this one's GPU, by rank. All of them call it.
+
+    Raises:
+        RuntimeError: where a process cannot write to the memory of another.
+    """
+    from torch.distributed import _symmetric_memory
+
+    symmetric: Any = _symmetric_memory
+    handle = symmetric.rendezvous(memory, group)
+    addresses = [int(p) + int(getattr(handle, "offset", 0)) for p in handle.buffer_ptrs]
+    if addresses[handle.rank] != memory.data_ptr():
+        raise RuntimeError("symmetric memory does not lie where it says")
+    return addresses
+
+
+def joined_by_nvlink(device: torch.device) -> list[int]:
+    """Which of the CUDA devices of this process; none where the driver does not say."""
+    from torch._C import _autograd, _distributed_c10d
+
+    engine: Any = _distributed_c10d
+    try:
+        joined = engine._detect_dma_connectivity(_autograd.DeviceType.CUDA, "nvlink").matrix
+    except RuntimeError:
+        return []
+    return [i for i, links in enumerate(joined[device.index]) if links and i != device.index]
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ PyCodeCache     the list of all modules made so, which would keep weights       
 cache_dir       where Inductor keeps what it compiled                                                 2.11, 2.13
 build           builds our C++ kernels with the compiler and the flags that Inductor uses            2.11, 2.13
 pick_vec_isa    tries which vector instructions the compiler and this CPU know, with programs          2.11, 2.13
-open_batches    keeps the choice of a convolution's kernel from fixing the batch's size              2.11, 2.13
+open_sizes      keeps choices that no result depends on from fixing sizes                            2.11, 2.13
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 _one_at_a_time = threading.RLock()  # as a name of PyTorch's is another meanwhile
 
-__all__ = ["PyCodeCache", "build", "cache_dir", "compile_fx", "config", "open_batches", "pick_vec_isa"]
+__all__ = ["PyCodeCache", "build", "cache_dir", "compile_fx", "config", "open_sizes", "pick_vec_isa"]
 
 
 def build(source: str) -> Any:
@@ -46,28 +46,38 @@ def compile_fx(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., An
 
 
 @contextlib.contextmanager
-def open_batches() -> Iterator[None]:
-    """Has a convolution's fake not hold the batch to the side of 16 on which the example is.
+def open_sizes() -> Iterator[None]:
+    """Has Inductor not hold sizes to the side of a number on which the example is, where no result depends on the answer.
 
-    On a CPU the size is asked for to choose between oneDNN and a slower kernel. Both lay the output out alike, and compiled
-    code chooses again at each call: so nothing depends on the answer. Any other choice keeps its guards.
+    A convolution asks on a CPU whether the batch is below 16, to choose between oneDNN and slower kernels. Compiled code
+    chooses again at each call; where they lay the output out alike, nothing depends on the answer. A sum of floats asks
+    whether it is of more than 4,096, and would add them up in parts then; both are sums. Any other choice keeps its guards.
     """
+    from torch._inductor.codegen.cpp import CppKernel
+    from torch._inductor.virtualized import V
+
     core: Any = torch._C
+    sums: Any = CppKernel
 
     def select(*args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs["input"]  # by its name in 2.11
+        x, w = (args[0], args[1]) if args else (kwargs["input"], kwargs["weight"])  # by name in 2.11
         open_ = [size for size in x.shape if isinstance(size, torch.SymInt)]
         if open_:
             with open_[0].node.shape_env.suppress_guards():
                 found = real(*args, **kwargs)
-            if found == core._ConvBackend.Mkldnn:
+            layout = core._conv_determine_backend_memory_format
+            if layout(x, w, found) == layout(x, w, core._ConvBackend.Mkldnn):
                 return found
         return real(*args, **kwargs)
 
+    def in_parts(*args: Any, **kwargs: Any) -> Any:
+        with V.graph.sizevars.shape_env.suppress_guards():
+            return asked(*args, **kwargs)
+
     with _one_at_a_time:
-        real = core._select_conv_backend
-        core._select_conv_backend = select
+        real, asked = core._select_conv_backend, sums.need_use_acc_helper
+        core._select_conv_backend, sums.need_use_acc_helper = select, in_parts
         try:
             yield
         finally:
-            core._select_conv_backend = real
+            core._select_conv_backend, sums.need_use_acc_helper = real, asked

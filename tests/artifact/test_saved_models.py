@@ -94,6 +94,7 @@ def test_a_loaded_model_is_saved_again_without_its_float_model(tmp_path):
     again = load(tmp_path / "second")
     assert equal(again(batch()), net(batch())) and equal(load(tmp_path / "first")(batch()), net(batch()))
     assert manifest(tmp_path / "first") == manifest(tmp_path / "second")
+    loaded.save(tmp_path / "third")  # what it reads from is the same model
     x = batch(3)
     assert relative_error(again.stages["quantized"](x)["logits"], net(x)["logits"]) < 1e-4
     assert again.stages["lowered"].code == net.lowered.code

@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_lm, token_batches
 from families import build, resized
 from test_attention_chains import operators, with_attention
+from torch import nn
 
 import sqcompile
 from sqcompile import PRESETS, Recipe
@@ -175,3 +176,48 @@ def test_static_values_are_those_of_the_folded_graph(family):
         room = compiled.plan.heads[f"{plan.name}/value_scale"] / largest[name]  # one margin for unseen tokens
         torch.testing.assert_close(room, room.mean().expand_as(room), rtol=1e-3, atol=0)
         assert 1 <= room.mean() < 1.3
+
+
+class Odd(nn.Module):
+    """Attention that stays in float, for reasons that are found before its sizes are."""
+
+    def __init__(self, attend):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+        self.attend = attend
+
+    def forward(self, x):
+        return self.attend(*(f(x).unflatten(-1, (4, 8)).transpose(1, 2) for f in (self.q, self.k, self.v)), self.o)
+
+
+def together(heads, o):
+    return o(heads.transpose(1, 2).flatten(2))
+
+
+def weights_read(q, k, v, o):
+    p = (q @ k.mT).softmax(-1)
+    return together(p @ v, o), p
+
+
+ODD = {
+    "weights are read elsewhere": weights_read,
+    "does not run over the last dim": lambda q, k, v, o: together((q @ k.mT).softmax(-2) @ v, o),
+    "a sum of several products": lambda q, k, v, o: together((q @ k.mT + k @ q.mT).softmax(-1) @ v, o),
+    "not multiplied with values": lambda q, k, v, o: together((q @ k.mT).softmax(-1).relu().cumsum(-1) @ v, o),
+}
+
+
+@pytest.mark.parametrize("reason", ODD)
+def test_a_plan_with_attention_that_is_refused_is_saved_and_used(reason, tmp_path):
+    model, x = Odd(ODD[reason]).eval(), torch.randn(2, 7, 32)
+    net = sqcompile.compile(model, [x], recipe="O1", backend="eager", progress=False)
+    assert any(reason in a.reason for a in net.plan.attention)
+    net.plan.save(tmp_path / "plan")
+    plan = Plan.load(tmp_path / "plan")
+    assert plan == net.plan
+    again = sqcompile.compile(model, plan=plan, backend="eager", progress=False)
+    net.save(tmp_path / "saved", progress=False)
+    loaded = sqcompile.load(tmp_path / "saved", backend="eager")
+    first = [y[0] if isinstance(y, tuple) else y for y in (net(x), again(x), loaded(x))]
+    assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])

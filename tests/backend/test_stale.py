@@ -63,6 +63,47 @@ def test_values_copied_behind_the_count_of_writes():
         assert torch.equal(call(net, x), now(model, plan, x))
 
 
+@pytest.mark.parametrize(("recipe", "warns"), [("O3", True), ("O2", False), ("default", False)])
+def test_static_scales_of_other_weights_are_said_once(recipe, warns):
+    model, batches = mlp(), outliers()
+    net = compiled(model, recipe=recipe, calibration_steps=len(batches))
+    for x in (*batches, batches[0]):
+        call(net, x)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for by in (3.0, 2.0):
+            with torch.no_grad():
+                model.up.weight.mul_(by)
+            call(net, batches[0])
+    told = [str(w.message) for w in found if "after its static scales were made" in str(w.message)]
+    assert len(told) == warns and all("torch._dynamo.reset()" in t for t in told)
+
+
+def test_moved_weights_are_no_other_ones():
+    model, batches = mlp(), outliers()
+    net = compiled(model, recipe="O3", calibration_steps=2)
+    for x in batches[:3]:
+        call(net, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.to(torch.float64).to(torch.float32)
+        call(net, batches[0])
+
+
+def test_a_calibration_of_which_no_plan_comes_is_made_again():
+    """A warm-up with zeros has no static scales."""
+    model, batches = mlp(), outliers()
+    net = compiled(model, recipe=sqcompile.Recipe(0.5, "per_tensor_static"), calibration_steps=2)
+    zeros = torch.zeros_like(batches[0])
+    for _ in range(2):
+        call(net, zeros)
+    with pytest.raises(sqcompile.NothingToQuantizeError, match="the same in all"):
+        call(net, zeros)
+    for x in batches[:3]:
+        got = call(net, x)
+    assert session(model).plan is not None and relative_error(got, model(batches[2])) < 0.05
+
+
 def test_every_weight_has_its_turn():
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(40)]).eval()

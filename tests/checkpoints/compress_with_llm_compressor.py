@@ -1,8 +1,8 @@
-"""Run by the Python of `make compare`'s environment: a tiny model, quantized by llm-compressor's oneshot.
+"""Run by the Python of `make compare`'s environment: tiny models, quantized by llm-compressor's oneshot.
 
-    compress_with_llm_compressor.py MODEL_TYPE {token,static} TOKENIZER FOLDER
+    compress_with_llm_compressor.py TOKENIZER FOLDER [MODEL_TYPE-{token,static} ...]
 
-FOLDER/float has the model, FOLDER/net what llm-compressor makes of it.
+FOLDER/MODEL_TYPE-token/float has a model, .../net what llm-compressor makes of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ SIZES = dict(
 )  # fmt: skip
 
 
-def main(kind: str, inputs: str, tokenizer: str, folder: str) -> None:
+def main(tokenizer: str, folder: str, *wanted: str) -> None:
+    for name in wanted:
+        kind, inputs = name.split("-")
+        compress(kind, inputs, tokenizer, f"{folder}/{name}")
+
+
+def compress(kind: str, inputs: str, tokenizer: str, folder: str) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES)).save_pretrained(f"{folder}/float")
     words = PreTrainedTokenizerFast(tokenizer_file=tokenizer, pad_token="<pad>")

@@ -97,3 +97,11 @@ def _group(targets, recipe):
         "input_activations": {**args, "strategy": "tensor" if static else "token", "dynamic": not static},
         "output_activations": None,
     }
+
+
+def test_classes_that_transformers_cannot_run_in_int8_are_named(tmp_path):
+    """FalconLinear multiplies by its weight itself."""
+    done = exported("falcon 7b", "compressed-tensors", tmp_path / "falcon")
+    assert [n for n in done.notes if "transformers cannot run it: FalconLinear has a forward of its own" in n]
+    assert "sqcompile.load reads it" in str(done)
+    assert not any("transformers cannot" in n for n in exported("opt", "compressed-tensors", tmp_path / "opt").notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import re
@@ -56,6 +57,16 @@ def test_recipes_that_no_engine_runs_are_refused(changes, message, tmp_path):
     with pytest.raises(sqcompile.ArtifactError, match=re.escape(message)) as e:
         export(model, dataclasses.replace(plan, **changes), "compressed-tensors", tmp_path / "out")
     assert "calibrate with Recipe(activation='per_token', rotate='none')" in str(e.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_dtype_that_nobody_reads_is_refused(tmp_path):
+    model, _, plan = planned("llama")
+    model = copy.deepcopy(model).double()
+    with pytest.raises(
+        sqcompile.ArtifactError, match=r"of float64, which no engine reads: convert it, as by model.float"
+    ):
+        export(model, plan, "compressed-tensors", tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
 

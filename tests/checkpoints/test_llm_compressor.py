@@ -1,8 +1,4 @@
-"""Checkpoints that llm-compressor writes run on our kernels.
-
-make .venv-tools/ready
-SQCOMPILE_TOOLS_PYTHON=.venv-tools/bin/python .venv/bin/python -m pytest tests/checkpoints/test_llm_compressor.py
-"""
+"""Checkpoints that llm-compressor writes run on our kernels. `make tools-test`."""
 
 from __future__ import annotations
 
@@ -23,20 +19,32 @@ from sqcompile.lm.load import DATA
 PYTHON = os.environ.get("SQCOMPILE_TOOLS_PYTHON")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(PYTHON is None, reason="SQCOMPILE_TOOLS_PYTHON names no environment with llm-compressor")
-@pytest.mark.parametrize("inputs", ["token", "static"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_the_numbers_are_those_of_its_weights_and_scales(kind, inputs, tmp_path):
+WANTED = ["llama-token", "llama-static", "qwen2-token", "qwen2-static"]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(PYTHON is None, reason="SQCOMPILE_TOOLS_PYTHON names no environment with llm-compressor"),
+]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A directory with a model and its INT8 checkpoint for each of those wanted, of one process."""
+    folder = tmp_path_factory.mktemp("compressed")
     script = Path(__file__).parent / "compress_with_llm_compressor.py"
-    command = [str(PYTHON), str(script), kind, inputs, str(DATA / "tokenizer.json"), str(tmp_path)]
+    command = [str(PYTHON), str(script), str(DATA / "tokenizer.json"), str(folder), *WANTED]
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(command, env=clean, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=clean, cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    net = sqcompile.load(tmp_path / "net", backend="eager")
+    return folder
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_the_numbers_are_those_of_its_weights_and_scales(name, written):
+    folder = written / name
+    net = sqcompile.load(folder / "net", backend="eager")
     assert [l.quantized for l in net.plan.layers] == [True] * 14 + [False]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float").eval()
-    found = weights(tmp_path / "net")
+    model = AutoModelForCausalLM.from_pretrained(folder / "float").eval()
+    found = weights(folder / "net")
     for name, linear in model.named_modules():
         if isinstance(linear, nn.Linear) and name != "lm_head":
             linear.weight.data = found[f"{name}.weight"].float() * found[f"{name}.weight_scale"].float()

@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 import sqcompile
 from sqcompile.errors import ArtifactError, RecipeError
+from sqcompile.files.beside import FLOAT_CONFIG
 from sqcompile.files.weights import CODES, Later, write_weights
 from sqcompile.process import memory
 
@@ -134,10 +135,10 @@ def test_the_artifact_is_that_of_a_model_in_memory_byte_for_byte(family, recipe,
         plan = sqcompile.calibrate(mapped, batches, recipe=recipe, progress=False)
         done = sqcompile.export(mapped, plan, "sqcompile", tmp_path / "exported")
     names = sorted(os.listdir(tmp_path / "saved"))
-    beside = {
-        n for n in os.listdir(tmp_path / "model") if n == "generation_config.json"
-    }  # which has the tokenizer's place
+    # What an export takes along of the checkpoint's directory: the configuration, and whatever text needs.
+    beside = {n for n in os.listdir(tmp_path / "model") if n == "generation_config.json"} | {FLOAT_CONFIG}
     assert {*names, *beside} == {*os.listdir(tmp_path / "exported")} and len(names) == 3
+    assert filecmp.cmp(tmp_path / "model" / "config.json", tmp_path / "exported" / FLOAT_CONFIG, shallow=False)
     assert filecmp.cmpfiles(tmp_path / "saved", tmp_path / "exported", names, shallow=False) == (names, [], [])
     assert done.bytes == os.path.getsize(tmp_path / "exported" / "model-00001-of-00001.safetensors")
 

@@ -16,7 +16,7 @@ import sqcompile
 from sqcompile import Recipe, export
 from sqcompile.checkpoints import directory
 from sqcompile.checkpoints import export as export_module
-from sqcompile.checkpoints.export import MARK
+from sqcompile.files.directory import MARK
 from sqcompile.lm.load import DATA, load_tokenizer
 from sqcompile.passes.planning import shifts
 
@@ -141,9 +141,9 @@ def test_an_export_replaces_an_export_and_nothing_else(tmp_path):
     model, _, plan = planned("llama")
     (tmp_path / "out").mkdir()
     exported("llama", "smoothed", tmp_path / "out")  # an empty directory
-    (tmp_path / "out" / "of the old one").write_text("")
+    (tmp_path / "out" / "vocab.old").write_text("")
     exported("llama", "compressed-tensors", tmp_path / "out")
-    assert not (tmp_path / "out" / "of the old one").exists()
+    assert not (tmp_path / "out" / "vocab.old").exists()
     os.remove(tmp_path / "out" / MARK)
     with pytest.raises(sqcompile.ArtifactError, match="has other files in it, which would be removed"):
         export(model, plan, "smoothed", tmp_path / "out")

@@ -132,3 +132,14 @@ def recordings(folder: Path, count: int = 3, rate: int = 16000) -> Path:
             f.setframerate(rate)
             f.writeframes((np.random.default_rng(i).standard_normal(2 * rate) * 8000).astype("<i2").tobytes())
     return folder
+
+
+def quantized(folder: Path) -> Path:
+    """A float model, data, and the model quantized by the command: ``float``, ``texts.jsonl`` and ``out`` in a folder."""
+    llama(folder / "float")
+    jsonl(folder / "texts.jsonl")
+    found = run("quantize", folder / "float", "--calib", folder / "texts.jsonl", "-o", folder / "out", *FAST, "--json")
+    assert found.exit_code == 0, found.output
+    said = json.loads(found.stdout)
+    assert said["int8_linears"] == 14 and said["linears"] == 15 and said["format"] == "sqcompile"
+    return folder

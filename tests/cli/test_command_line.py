@@ -9,12 +9,10 @@ import re
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 import typer
 from cli_cases import (
     FAST,
@@ -25,9 +23,9 @@ from cli_cases import (
     llama,
     pictures,
     process,
+    quantized,
     recordings,
     run,
-    save,
     speech,
     translator,
     vision,
@@ -37,22 +35,14 @@ import sqcompile
 from sqcompile import Recipe
 from sqcompile.checkpoints.float_model import Checkpoint
 from sqcompile.cli.app import app
-from sqcompile.cli.generate import Asked, tokens
 from sqcompile.errors import ArtifactError
 from sqcompile.lm import load_tokenizer
+from sqcompile.plan.recipe import resolve_recipe
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float model, data, and the model quantized by the command."""
-    folder = tmp_path_factory.mktemp("made")
-    llama(folder / "float")
-    jsonl(folder / "texts.jsonl")
-    found = run("quantize", folder / "float", "--calib", folder / "texts.jsonl", "-o", folder / "out", *FAST, "--json")
-    assert found.exit_code == 0, found.output
-    said = json.loads(found.stdout)
-    assert said["int8_linears"] == 14 and said["linears"] == 15 and said["format"] == "sqcompile"
-    return folder
+    return quantized(tmp_path_factory.mktemp("made"))
 
 
 def test_the_quantized_model_is_what_python_makes(made: Path):
@@ -65,9 +55,10 @@ def test_the_quantized_model_is_what_python_makes(made: Path):
     want = sqcompile.compile(model, plan=found.plan, backend="eager", progress=False)
     with torch.no_grad():
         assert torch.equal(found(input_ids=ids).logits, want(input_ids=ids).logits)
-    assert found.plan.recipe == Recipe(0.5)
+    recipe = dataclasses.replace(resolve_recipe("default"), alpha=0.5, rotate="none")
+    assert found.plan.recipe == recipe
     again = sqcompile.calibrate(
-        model, [{"input_ids": torch.tensor(_windows(load_tokenizer(), 64))}], recipe=Recipe(0.5), progress=False
+        model, [{"input_ids": torch.tensor(_windows(load_tokenizer(), 64))}], recipe=recipe, progress=False
     )
     assert [l.name for l in again.layers if l.quantized] == [l.name for l in found.plan.layers if l.quantized]
     assert all(torch.equal(s, again.scales[n]) for n, s in found.plan.scales.items())
@@ -80,94 +71,6 @@ def _windows(tokenizer, length):
     ]
     own = length - 1
     return [[tokenizer.bos_token_id, *stream[i * own : (i + 1) * own]] for i in range(len(stream) // own)]
-
-
-def test_eval_beside_the_float_model(made: Path):
-    held = made / "held.txt"
-    held.write_text("\n".join(reversed(TEXTS)))
-    found = run("eval", made / "out", "--text", held, "--against", made / "float", "--samples", 8, "--json", "-q")
-    assert found.exit_code == 0, found.output
-    said = json.loads(found.stdout)
-    assert said["windows"] == 8 and said["tokens"] == 8 * 63
-    want = sqcompile.evaluate(
-        sqcompile.load(made / "out", backend="eager"), "\n".join(reversed(TEXTS)), tokenizer=load_tokenizer(), length=64,
-        against=Checkpoint.open(str(made / "float")).load(), layers=False, progress=False,
-    )  # fmt: skip
-    assert want.kl is not None and 0 < said["kl"] < 3 * want.kl and abs(said["increase"]) < 5
-    alone = run("eval", made / "out", "--text", held, "--samples", 4, "--seq-len", 32, "-q")
-    assert alone.exit_code == 0 and "perplexity" in alone.output and "4 windows, 124 predictions" in alone.output
-
-
-@pytest.mark.parametrize("out", ["out", "float"])
-def test_eval_within_a_limit_of_memory_says_the_same(out: str, made: Path):
-    """Of a quantized model beside the float one, and of either alone."""
-    for beside in (["--against", made / "float"] if out == "out" else [], []):
-        command = ["eval", made / out, "--text", made / "texts.jsonl", *beside, "--samples", 6, "--json", "-q"]
-        want, found = (run(*command, *limit) for limit in ([], ["--max-memory", "1TiB"]))
-        assert found.exit_code == want.exit_code == 0, found.output + want.output
-        a, b = ({k: v for k, v in json.loads(x.stdout).items() if "second" not in k} for x in (want, found))
-        assert a == b and a["perplexity"] > 1
-    for wrong, said in ((["--backend", "inductor"], "leave out --backend inductor"), (["--max-memory", "9"], "limit")):
-        refused = run("eval", made / out, "--text", made / "texts.jsonl", "--max-memory", "1TiB", *wrong)
-        assert refused.exit_code == (2 if "leave" in said else 0) and said in refused.output
-
-
-def test_generate_writes_what_the_model_says(made: Path):
-    found = run("generate", made / "out", "--prompt", "def f", "-n", 5, "--json", "-q")
-    assert found.exit_code == 0, found.output
-    said = json.loads(found.stdout)
-    tokenizer, model = load_tokenizer(), sqcompile.load(made / "out", backend="eager")
-    ids = tokenizer("def f", return_tensors="pt")["input_ids"]
-    want = []
-    with torch.no_grad():
-        for _ in range(5):
-            want.append(int(model(input_ids=ids).logits[0, -1].argmax()))
-            ids = torch.cat([ids, torch.tensor([want[-1:]])], 1)
-    assert said["tokens"] == want and said["text"] == tokenizer.decode(want, skip_special_tokens=True)
-    streamed = run("generate", made / "out", "--prompt", "def f", "-n", 5, "-q")
-    assert streamed.stdout == "def f" + said["text"] + "\n"
-    drawn = [
-        run("generate", made / "out", "-p", "def", "-n", 6, "--temperature", 5, "--seed", s, "--json", "-q")
-        for s in (1, 1, 2)
-    ]
-    first, same, other = (json.loads(d.stdout)["tokens"] for d in drawn)
-    assert first == same != other
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (("--prompt", "\udcff"), "is no text: it has half of a surrogate pair"),
-        (("--prompt", "x", "--temperature", "1e-300"), "--temperature 1e-300: pass 0, or at least 0.0001"),
-        (("--prompt", "x", "--seed", str(10**30)), "9223372036854775807"),
-    ],
-)
-def test_what_generate_refuses(made: Path, options, says: str):
-    found = run("generate", made / "float", *options, "-n", 2)
-    assert found.exit_code == 2 and says in found.output, found.output
-
-
-def test_generate_beyond_the_table_of_positions(tmp_path: Path):
-    """One sentence, with what was written before."""
-    torch.manual_seed(0)
-    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=2048, **sizes))
-    save(model, tmp_path / "gpt2", load_tokenizer())
-    found = run("generate", tmp_path / "gpt2", "--prompt", "x", "-n", 40)
-    assert found.exit_code == 2 and re.search(r"error: the model cannot go on after 1[567] tokens", found.output)
-
-
-def test_generate_of_a_float_model_has_a_cache(made: Path):
-    found = run("generate", made / "float", "--prompt", "def f", "-n", 12, "--json", "-q")
-    assert found.exit_code == 0, found.output
-    model: Any = Checkpoint.open(str(made / "float")).load()
-    ids = load_tokenizer()("def f", return_tensors="pt")["input_ids"]
-    want = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
-    assert json.loads(found.stdout)["tokens"] == want[0, ids.shape[1] :].tolist()
-    told = run("generate", made / "float", "--prompt", "def f", "-n", 12, "--temperature", 1, "--seed", 3)
-    assert "tokens/s with a KV cache" in told.output
-    drawn = tokens(model, ids, Asked("", 12, 1.0, 3), None)  # without one, of the same seed
-    assert load_tokenizer().decode(list(drawn), skip_special_tokens=True) in told.output
 
 
 def test_report_serve_show_and_bench(made: Path, monkeypatch):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from cli_cases import run
 
@@ -52,3 +55,28 @@ def test_sizes() -> None:
     for wrong in ("", "6 gigs", "-1", "0", "GiB", "1e9"):
         with pytest.raises(RecipeError, match="is no size"):
             bytes_of(wrong)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["quantize"], "Missing argument 'MODEL_DIR': see .* quantize --help"),
+        (["quantize", "x", "--samples", "0"], "Invalid value for '--samples': .*: see .* quantize --help"),
+        (["eval", "x", "--text", "y", "--seed", "-1"], "Invalid value for '--seed'"),
+        (["quantise", "x"], "No such command 'quantise'"),
+        (["report", "x", "--fulll"], "No such option: --fulll"),
+        (["bench", "x", "--seconds", "0"], "Invalid value for '--seconds'"),
+    ],
+    ids=str,
+)
+def test_a_wrong_option_is_one_sentence(command, said):
+    plain, as_json = run(*command), run(*command, "--json")
+    assert plain.exit_code == as_json.exit_code == 2 and not plain.stdout
+    assert re.fullmatch(f"error: {said}.*\n", plain.stderr), plain.stderr
+    assert json.loads(as_json.stdout)["message"] == plain.stderr.removeprefix("error: ").strip()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_says_that_there_is_no_gpu():
+    found = run("tune", "--out", "x")
+    assert found.exit_code == 2 and found.stderr.startswith("error: there is no GPU here") and not found.stdout

@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_lm, token_batches
 from families import CAUSAL, causal_lm
 from torch._dynamo.utils import counters
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import sqcompile
 from sqcompile.backend import smoothquant
@@ -250,3 +251,13 @@ def test_windows_that_see_everything():
 def test_eager_attention():
     model = causal_lm(*CAUSAL["llama"], attn_implementation="eager").eval()
     same(model, *padded(), max_new_tokens=12, eos_token_id=None)
+
+
+@pytest.mark.parametrize(("prompt", "new"), [(30, 2), (20, 10)])
+def test_more_tokens_than_a_table_of_positions_are_refused_in_words(prompt, new):
+    config = GPT2Config(n_positions=24, n_embd=32, n_layer=1, n_head=2, vocab_size=96, bos_token_id=1, eos_token_id=2)
+    model = GPT2LMHeadModel(config).eval()
+    ids = torch.randint(3, 90, (1, prompt), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(GenerationError, match=f"are {prompt + new} tokens, and the model has 24 positions"):
+        sqcompile.generate(model, ids, max_new_tokens=new)
+    assert sqcompile.generate(model, ids[:, :10], max_new_tokens=4).shape[1] <= 14

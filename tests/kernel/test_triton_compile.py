@@ -111,6 +111,22 @@ def test_the_kernels_of_rows(capability, tmp_path):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_sum_over_gpus(capability, tmp_path):
+    from sqcompile.kernels.triton.all_reduce import BLOCKS, all_reduce
+
+    memories, calls = empty(4, dtype=torch.int64), empty(BLOCKS, dtype=torch.int32)
+    for count, size in ((2, 4096), (2, 8 << 20), (4, 4096)):
+        kernels = compile_for(
+            capability, lambda n=count, k=size: all_reduce(empty(k), empty(k), memories, calls, 16 << 20, 1, n)
+        )
+        check_resources(kernels, capability, tmp_path)
+        ptx = kernels[0].asm["ptx"]
+        assert len(re.findall(r"atom\.global\.sys\.release", ptx)) == count - 1  # what was written is seen before it
+        assert len(re.findall(r"(ld|atom)\.global\.sys\.acquire", ptx)) == count - 1  # and read after it
+        assert not re.search(r"(ld|st)\.global\.b16", ptx) or size == 4096  # 16 bytes at a time
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_a_rotation_exchanges_values_in_registers(capability):
     """It takes no shared memory, as a detour through it would: what there is serves the row's absmax and the stores."""
     for call in rotated().values():

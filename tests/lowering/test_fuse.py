@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import relative_error, tiny_lm, token_batches
+from conftest import ALL_INT8, relative_error, tiny_lm, token_batches
 from families import build, token_ids
 from hand_written import Attend
 from torch import nn
@@ -27,7 +27,7 @@ from sqcompile.plan.recipe import resolve_recipe
 def lowered_for_gpu():
     """Compiles a model as for a GPU, and without fusing, from one plan."""
 
-    def both(model, batches, recipe="default", **kwargs):
+    def both(model, batches, recipe=ALL_INT8, **kwargs):
         recipe = dataclasses.replace(resolve_recipe(recipe), rotate="none")  # rotations have tests of their own
         plain = sqcompile.compile(model, batches, recipe=recipe, backend="eager", progress=False, target="reference")
         return sqcompile.compile(model, plan=plain.plan, backend="eager", target="cuda-sm90", **kwargs), plain
@@ -77,7 +77,7 @@ FUSED = {
 def test_fused_graphs_give_the_unfused_result(lowered_for_gpu, name, recipe):
     model, call = build(name)
     batches = [call, {**call, "input_ids": token_ids(seed=4)}]
-    gpu, plain = lowered_for_gpu(model, batches, recipe)
+    gpu, plain = lowered_for_gpu(model, batches, ALL_INT8 if recipe == "default" else recipe)
     assert operators(gpu) == FUSED[name, recipe]
     x = {**call, "input_ids": token_ids(seed=5)}
     for a, b in zip(outputs(gpu(**x)), outputs(plain(**x)), strict=True):

@@ -6,7 +6,7 @@ import collections
 
 import pytest
 import torch
-from conftest import relative_error, tiny_lm, token_batches
+from conftest import ALL_INT8, relative_error, tiny_lm, token_batches
 from expecttest import assert_expected_inline
 from golden_cases import HAS_VNNI, before_after, graph, only_after, untrue
 from torch import nn
@@ -147,7 +147,7 @@ def operators(net) -> collections.Counter[str]:
     )
 
 
-def both(model, batches, x, recipe="default"):
+def both(model, batches, x, recipe=ALL_INT8):
     """A model for this CPU, and how far its output is from that of the reference."""
     want = sqcompile.compile(model, batches, recipe=recipe, backend="eager", progress=False, target="reference")
     net = sqcompile.compile(model, plan=want.plan, backend="eager", target="x86-vnni")
@@ -160,7 +160,7 @@ needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="packs weights with oneDNN'
 
 
 @needs_vnni
-@pytest.mark.parametrize("recipe", ["default", "O3"])
+@pytest.mark.parametrize("recipe", [ALL_INT8, "O3"], ids=["default", "O3"])
 @pytest.mark.parametrize(
     ("family", "norms", "acts"),
     # of two layers: the norms, and the outputs of attention and of the MLP's activation. GPT-2 has its linears in other dims.

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_lm, token_batches
+from conftest import ALL_INT8, tiny_lm, token_batches
 from families import CAUSAL, causal_lm, roughen, token_ids
 from hand_written import Attend
 from test_generate import in_float64
@@ -60,7 +60,7 @@ def deep(name):
 )
 def test_blocks_of_families_are_found_and_compute_the_same(name, alike):
     model, ids = deep(name), token_ids()
-    compiled = sqcompile.compile(model, [ids], backend="eager", progress=False)
+    compiled = sqcompile.compile(model, [ids], recipe=ALL_INT8, backend="eager", progress=False)
     flat, _ = flatten(compiled.lowered)
     outer, regions = cut(flat, find_repeats(flat))
     keys = [r.key for r in regions.values() if r.key]
@@ -162,7 +162,7 @@ def test_blocks_are_compiled_once(compilations):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generation(compilations, cache):
     model = tiny_lm("llama", num_hidden_layers=LAYERS, max_position_embeddings=512)
-    plan = sqcompile.calibrate(model, token_batches(), progress=False)
+    plan = sqcompile.calibrate(model, token_batches(), recipe=ALL_INT8, progress=False)
     x = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(5))
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "cache_implementation": cache}
     want = torch.compile(model, backend=smoothquant, options={"plan": plan, "compiler": "eager"}).generate(x, **options)
@@ -180,7 +180,7 @@ def test_layers_compiled_alone_are_compiled_twice(compilations, monkeypatch):
     monkeypatch.setattr(runner, "inductor", sqcompile.compiled.inductor.inductor)
     # in float64: Inductor sums norms in another order, and in float32 a rounding to int8 may fall the other way for it
     model = in_float64(tiny_lm("llama", num_hidden_layers=LAYERS))
-    plan = sqcompile.calibrate(model, token_batches(), progress=False)
+    plan = sqcompile.calibrate(model, token_batches(), recipe=ALL_INT8, progress=False)
     reference, x = sqcompile.compile(model, plan=plan, backend="eager"), token_batches()[0]["input_ids"]
     for layer in model.model.layers:
         layer.compile(backend=smoothquant, options={"plan": plan})
@@ -193,13 +193,13 @@ def test_layers_compiled_alone_are_compiled_twice(compilations, monkeypatch):
 
 _ALONE = """
 import os, torch, torch._inductor.config, sqcompile
-from conftest import tiny_lm, token_batches
+from conftest import ALL_INT8, tiny_lm, token_batches
 from sqcompile.backend import smoothquant
 torch._dynamo.config.fake_tensor_cache_enabled = True
 for layers in (2, 2, 32):   # the first one imports and builds what all need
     torch._dynamo.reset()
     model, x = tiny_lm("llama", num_hidden_layers=layers), token_batches()[0]["input_ids"]
-    plan = sqcompile.calibrate(model, token_batches(), progress=False)
+    plan = sqcompile.calibrate(model, token_batches(), recipe=ALL_INT8, progress=False)
     for layer in model.model.layers:
         layer.compile(backend=smoothquant, options={"plan": plan})
     start = sum(os.times()[:4])   # of this process and the compilers it starts: other processes are not in it
@@ -252,3 +252,24 @@ def test_a_cut_may_fall_anywhere(name, gpu):
     gm = sqcompile.compile(model, batches, recipe="O3", backend="eager", progress=False, target=target).lowered
     with about(gm).fake_mode, enable_python_dispatcher():  # as `record` has it: torch 2.11 needs it for symbolic sizes
         Recorded(gm).run(*[value(n) for n in gm.graph.find_nodes(op="placeholder")])
+
+
+@pytest.mark.parametrize("tuned", [{}, {"max_autotune": True}, {"benchmark_fusion": True}])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_on_gpus_nothing_is_decided_by_the_clock_unless_it_is_asked_for(gpu, tuned, monkeypatch):
+    from sqcompile.compiled import inductor
+    from sqcompile.pytorch import inductor as torch_inductor
+
+    seen = []
+
+    def compile_fx(flat, fakes):
+        seen.append(torch_inductor.config.deterministic)
+        return flat
+
+    monkeypatch.setattr(torch_inductor, "compile_fx", compile_fx)
+    monkeypatch.setattr(inductor, "_on_gpu", lambda flat: gpu)
+    net = sqcompile.compile(nn.Linear(16, 16), [torch.randn(2, 16)], backend="eager", progress=False)
+    flat, _ = flatten(net.lowered)
+    with torch_inductor.config.patch(tuned):
+        inductor.inductor(flat)
+    assert seen == [gpu and not tuned]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sqcompile
+from sqcompile import Recipe
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
 from sqcompile.passes.ir.graph import find_linears
@@ -198,3 +199,25 @@ def routers(model: nn.Module, *inputs: Tensor) -> set[str]:
     linears = find_linears(gm)
     found = find_routers(gm, linears)
     return {l.name for l in linears if l.node in found}
+
+
+class SharedExpert(nn.Module):
+    """An expert of all tokens behind a gate of one output, as in Qwen2-MoE."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
+        self.gate = nn.Linear(WIDTH, 1, bias=False)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + torch.sigmoid(self.gate(h)) * self.down(torch.relu(self.up(h)))
+
+
+@pytest.mark.parametrize("recipe", ["default", "O3", Recipe(0.5)], ids=str)
+def test_a_linear_of_one_output_stays_in_float(recipe):
+    torch.manual_seed(0)
+    model = SharedExpert().eval()
+    compiled = sqcompile.compile(model, [torch.randn(4, 16, WIDTH)], recipe=recipe, backend="eager", progress=False)
+    (gate,) = [l for l in compiled.report.layers if not l.quantized]
+    assert gate.name == "gate.weight" and gate.reason == "it has one output, which is a dot product and no GEMM"

@@ -61,6 +61,29 @@ def test_a_mean_of_few_tokens_by_chance_is_none(tokens):
     assert not sqcompile.calibrate(Alone(), data, recipe=Recipe(shift=True), progress=False).shifts
 
 
+@pytest.mark.parametrize("tokens", [2, 4, 12])
+def test_a_mean_of_few_tokens_that_repeat_is_none(tokens):
+    """Of two tokens, what is left is as large by construction, and a static scale too small for any other."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    with torch.no_grad():
+        model[0].bias += 5 * torch.randn(64)
+    data = [torch.randn(tokens, 1, 64).expand(-1, 128, -1).contiguous()]
+    plans = {
+        shift: sqcompile.calibrate(model, data, recipe=Recipe(0.5, "per_tensor_static", shift=shift), progress=False)
+        for shift in (True, False)
+    }
+    assert not plans[True].shifts
+    x = torch.randn(64, 7, 64)
+    with torch.no_grad():
+        want = model(x)
+        found = [
+            relative_error(sqcompile.compile(model, plan=p, backend="eager", progress=False)(x), want)
+            for p in plans.values()
+        ]
+    assert found[0] == found[1]
+
+
 def test_tokens_that_spike_where_the_mean_is_gone_are_found():
     x = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
     x[:, 3] += 12

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from conftest import relative_error
@@ -12,7 +10,6 @@ from torch import Tensor, nn
 import sqcompile
 from sqcompile import NothingToQuantizeError, Recipe
 from sqcompile.passes.planning import weight_outliers
-from sqcompile.plan.recipe import resolve_recipe
 
 
 class Block(nn.Module):
@@ -53,8 +50,8 @@ def up_of(net: sqcompile.CompiledModel) -> sqcompile.LayerPlan:
 @pytest.mark.parametrize("kind", ["values", "columns"])
 @pytest.mark.parametrize(
     "recipe",
-    ["default", "O1", Recipe(smooth=False), Recipe(smooth=False, rotate=64)],
-    ids=["default", "per tensor", "plain", "rotated"],
+    [Recipe("auto", rotate="auto"), "O1", Recipe(smooth=False), Recipe(smooth=False, rotate=64)],
+    ids=["auto", "per tensor", "plain", "rotated"],
 )
 def test_planted_outliers_are_found_and_said(kind, recipe, monkeypatch):
     model, x = Block(kind, 3000.0).eval(), batches(range(9, 10))[0]
@@ -78,7 +75,7 @@ def test_planted_outliers_are_found_and_said(kind, recipe, monkeypatch):
 @pytest.mark.parametrize("kind", ["values", "columns"])
 def test_outliers_that_meet_constants_are_quantized_where_these_are_taken_off(kind):
     model, x = Block(kind, 3000.0).eval(), batches(range(9, 10))[0]
-    net = compiled(model, dataclasses.replace(resolve_recipe("default"), shift=True))
+    net = compiled(model, "default")
     assert up_of(net).quantized and "up.weight" in net.plan.shifts
     with torch.no_grad():
         assert relative_error(net(x) - x, model(x) - x) < 0.02

@@ -227,6 +227,22 @@ def test_names_constants_and_what_the_capture_took_for_granted(tmp_path):
         program(pair_0=torch.randn(1, 41, 32), pair_1=torch.randn(1, 41, 32))
 
 
+@pytest.mark.parametrize("attention", ["none", "qk_pv"])
+def test_sizes_that_agree_take_any_value(attention, tmp_path):
+    """The batch of two inputs is one size from the start, not two that turn out to be equal: then 1 would be refused."""
+    torch.manual_seed(0)
+    model = nn.Transformer(32, 4, 1, 1, 64, batch_first=True).eval()
+    calls = [(torch.randn(2, 7, 32), torch.randn(2, 5, 32))]
+    net = sqcompile.compile(model, calls, recipe=Recipe(0.5, attention=attention), backend="eager", progress=False)
+    net.export("pt2", tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for rows in (1, 2, 3):
+        x, y = torch.randn(rows, 3, 32), torch.randn(rows, 9, 32)
+        assert db(program(src=x, tgt=y)["output"], net(x, y)) >= ENOUGH
+    with pytest.raises(Exception, match=r"shape\[0\]|size\(\)\[0\]"):
+        program(src=torch.randn(2, 3, 32), tgt=torch.randn(3, 9, 32))
+
+
 def test_bfloat16(tmp_path):
     torch.manual_seed(0)
     model = Limited().eval().bfloat16()

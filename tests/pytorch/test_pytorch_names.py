@@ -14,9 +14,9 @@ from pytorch_cases import Net, exported
 from torch import Tensor, fx, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from sqcompile.pytorch import core, dynamo, inductor, symbolic
+from sqcompile.pytorch import core, distributed, dynamo, inductor, symbolic
 
-MODULES = {m.__name__.rpartition(".")[2]: m for m in (core, symbolic, dynamo, inductor)}
+MODULES = {m.__name__.rpartition(".")[2]: m for m in (core, symbolic, distributed, dynamo, inductor)}
 aten = torch.ops.aten
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")

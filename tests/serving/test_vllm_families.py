@@ -5,24 +5,16 @@ SQCOMPILE_VLLM_PYTHON=.venv-serve/bin/python .venv/bin/python -m pytest -m serve
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from families import causal_lm, roughen
-from serving_cases import RECIPES, needs_vllm, run_engine
+from serving_cases import GATED, RECIPES, SIZES, needs_vllm, of_tokens, run_engine
 
 import sqcompile
 from sqcompile.checkpoints.export import export
 
 pytestmark = [pytest.mark.slow, *needs_vllm]
 
-# vLLM's attention wants heads of 32 channels and more. Its INT8 experts run on GPUs alone.
-SIZES: dict[str, Any] = dict(
-    vocab_size=96, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
-    pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-GATED = dict(SIZES, intermediate_size=512, num_key_value_heads=2)
 FAMILIES = {
     "llama": ("llama", dict(GATED, num_hidden_layers=32)),
     "mistral": ("mistral", GATED),
@@ -49,7 +41,7 @@ def test_the_engine_computes_our_quantized_stage(family, recipe, tmp_path):
     done = export(model, plan, "compressed-tensors", tmp_path / "net")
     net = sqcompile.compile(model, plan=done.plan, backend="eager", progress=False)
     with torch.no_grad():
-        ours, exact = (_of_tokens(m(input_ids=ids).logits, ids) for m in (net, model))
+        ours, exact = (of_tokens(m(input_ids=ids).logits, ids) for m in (net, model))
     found = run_engine(tmp_path / "net", ids[:, :1].tolist(), ids[:, 1:].tolist(), tmp_path)
     theirs = torch.tensor([[p for p, _ in row] for row in found["forced"]])
     apart, lost = (theirs - ours).abs().mean(), (ours - exact).abs().mean()
@@ -57,8 +49,3 @@ def test_the_engine_computes_our_quantized_stage(family, recipe, tmp_path):
         f"{family}, {recipe}: log probabilities of vLLM and ours are {apart:.5f} apart, ours and the float model's {lost:.3f}"
     )
     assert apart <= 0.05 * lost
-
-
-def _of_tokens(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The log probability of each token but the first, [batch, length - 1]."""
-    return torch.log_softmax(logits, -1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]

@@ -12,10 +12,16 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 
 def main(directory: str, file: str, dtype: str) -> None:
     if dtype == "float32":
-        import plain_vllm  # noqa: F401  its kernel on every processor
+        import plain_vllm  # its arithmetic is the same on every processor
+
+        plain_vllm.plain_experts()
+    elif torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()  # vLLM 0.32 does not ask for AMX's tiles where its experts or attention are the first to use them
     from vllm import LLM, SamplingParams  # of the environment that runs this
 
     given = json.loads(Path(file).read_text())

@@ -96,11 +96,15 @@ def test_calibration_smooths_the_shipped_lm_by_folding(lm, lm_windows, compiled_
     compiled = compiled_lm("default")
     layers = {l.name: l for l in compiled.report.layers}
     inner = [l for l in layers.values() if ".layers." in l.name]
-    assert len(inner) == 6 * 7 and all(l.quantized for l in inner)
-    assert not layers["lm_head.weight"].quantized
+    assert len(inner) == 6 * 7 and not layers["lm_head.weight"].quantized
+    kept = [l for l in inner if not l.quantized]  # few of little work
+    assert all("times its share of the INT8 work" in l.reason for l in kept)
+    work = [l.shape[0] * l.shape[1] for l in (*inner, *kept)]
+    assert sum(work[len(inner) :]) <= 0.1 * sum(work[: len(inner)])
+    inner = [l for l in inner if l.quantized]
     # a site is left alone only where every scale would raise its error, which the text of this Python decides
     assert {l.smoothing for l in inner} <= {"folded", "none"}
-    assert sum(l.smoothing == "folded" for l in inner) >= 39
+    assert sum(l.smoothing == "none" for l in inner) <= 3
     assert all("raise the quantization error" in l.reason for l in inner if l.smoothing == "none")
     x = lm_windows[1][:2]
     with torch.no_grad():

@@ -13,7 +13,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import relative_error, tiny_lm, token_batches, typical_error
+from conftest import ALL_INT8, relative_error, tiny_lm, token_batches, typical_error
 from expecttest import assert_expected_inline
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -44,7 +44,7 @@ def compiled_mlp(batches=None, **kwargs):
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("recipe", ["default", "O1", "O2", "O3"])
+@pytest.mark.parametrize("recipe", [ALL_INT8, "O1", "O2", "O3"], ids=["default", "O1", "O2", "O3"])
 def test_stages_agree_on_tiny_lms(family, recipe):
     model = tiny_lm(family)
     before = {k: v.clone() for k, v in model.state_dict().items()}

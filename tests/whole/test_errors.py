@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import sqcompile
 from sqcompile import Recipe
+from sqcompile.backend import smoothquant
 
 
 class Net(nn.Module):
@@ -221,6 +222,33 @@ def test_a_gradient_that_is_asked_for_is_refused():
     with torch.no_grad():
         want = net(x)
     assert torch.equal(net(x.detach()), want) and not want.requires_grad
+
+
+def test_a_gradient_that_goes_forward_is_refused():
+    model = Net().eval()
+    plan = sqcompile.calibrate(model, batches(), progress=False)
+    net = sqcompile.compile(model, plan=plan, backend="eager", progress=False)
+    x, tangent = torch.randn(3, 5, 16), torch.randn(3, 5, 16)
+    refused = pytest.raises(sqcompile.CaptureError, match=r"computes no gradients, neither backward nor forward")
+    with refused:
+        torch.func.jvp(net, (x,), (tangent,))
+    with refused:
+        torch.func.jacfwd(lambda x: net(x).sum())(x)
+    with refused:  # at the outer of two levels
+        torch.func.jvp(lambda a: torch.func.jvp(lambda b: net(a) * b, (x,), (tangent,))[1], (x,), (tangent,))
+    backend = torch.compile(
+        model, backend=smoothquant, options={"plan": plan, "model": model, "compiler": "eager", "progress": False}
+    )
+    with torch.no_grad():
+        want = backend(x)
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(Exception, match="computes no gradients"),
+        torch.no_grad(),
+    ):
+        backend(torch.autograd.forward_ad.make_dual(x, tangent))
+    assert torch.equal(net(x), want)
+    assert torch.equal(torch.func.vmap(net)(x[:, None]).squeeze(1), want)  # which asks for none
 
 
 def test_a_plan_of_another_model(tmp_path):

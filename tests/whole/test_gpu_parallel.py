@@ -1,4 +1,4 @@
-"""Tensor parallel on two GPUs, through NCCL: `make gpu2`."""
+"""Tensor parallel on two GPUs, through NCCL and NVLink: `make gpu2`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,15 @@ def test_what_is_loaded_computes_the_same(both):
 def test_reduce_overhead_replays_collectives(both):
     for found in both:
         assert found["replayed"]["error"] <= 1e-3
-        assert found["replayed"]["launched"] == 1 and found["replayed"]["reduced"]
+        assert found["replayed"]["launched"] == 1 and found["replayed"]["nccl"] == 0
+        assert found["replayed"]["reduced"] == 2 * LAYERS
+
+
+def test_sums_are_those_of_nccl_without_its_kernels(both):
+    for found in both:
+        assert found["summed"]["equal"] == 201 * [True]
+        assert any("_all_reduce" in k for k in found["summed"]["kernels"])
+        assert not any("nccl" in k.lower() for k in found["summed"]["kernels"])
 
 
 def test_generate_writes_what_the_model_writes(both):

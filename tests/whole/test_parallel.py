@@ -31,6 +31,11 @@ def test_a_pair_of_linears_keeps_one_all_reduce(found):
     assert block["left"].count("DTensor") == 12
 
 
+def test_gpus_sum_by_one_operator(found):
+    assert found["block"]["of a gpu"] == len(ROWS) * ["sqcompile.all_reduce.default"]
+    assert found["block"]["on a gpu"] <= 1e-5
+
+
 def test_folding_is_exact(found):
     assert found["block"]["folded"] <= 1e-5
     assert found["block"]["sites"] == ["norm.weight", "v.weight", "after.weight", "up.weight"]

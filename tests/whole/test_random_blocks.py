@@ -14,6 +14,12 @@ PART = 50
 MOST = range(1000, 1100)  # more of them: python tests/random_figures.py FIRST LAST
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_captures():
+    """Not those that other files of this process have looked at, maybe with other rules."""
+    capture.cache_clear()
+
+
 @pytest.mark.parametrize("seed", [*range(5), *(pytest.param(s, marks=pytest.mark.slow) for s in range(5, 12))])
 def test_random_blocks(seed):
     found = examine(seed)

@@ -76,7 +76,7 @@ def degradation(style: str, recipe: Recipe, outliers: float = 1.0) -> sqcompile.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("outliers", [1.0, 30.0])
-@pytest.mark.parametrize(("style", "most"), [("llama", 7e-4), ("neox", 6e-4), ("opt", 18e-4)])
+@pytest.mark.parametrize(("style", "most"), [("llama", 5.5e-4), ("neox", 5e-4), ("opt", 8e-4)])
 @torch.no_grad()
 def test_the_default(style: str, most: float, outliers: float) -> None:
     """KL resolves it: between plans of equal KL, perplexity moves by some 0.05 %, by what roundings of weights happen to do."""

@@ -30,7 +30,8 @@ def sample(tensor: Tensor) -> bytes | None:
 
 
 def _readable(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.numel() > 0 and (tensor.is_cpu or tensor.is_cuda)
+    there = tensor.layout == torch.strided and tensor.numel() > 0 and (tensor.is_cpu or tensor.is_cuda)
+    return there and tensor.data_ptr() != 0  # of freed float values there is no memory
 
 
 def _span(tensor: Tensor) -> int:
