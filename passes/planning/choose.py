@@ -84,7 +84,7 @@ def choose(
     floats = {**stay_float(gm, linears, calibration, recipe), **lost}
     while True:
         check_any(gm, linears, floats)
-        chooser = Chooser(gm, calibration, recipe, unsmoothed, felt, known)
+        chooser = Chooser(gm, calibration, recipe, unsmoothed, felt, known, floats)
         every = sites + input_sites(refusals, {l.name for l in linears} - set(floats))
         check_agreement(every, chooser.own, floats)
         first, look = _first_look(chooser, every, floats, sharing)
@@ -127,7 +127,7 @@ def _first_look(
         return {}, None
     if sharing is None:
         alone = Chooser(
-            chooser.gm, chooser.calibration, chooser.recipe, chooser.forced, chooser.felt, chooser.known
+            chooser.gm, chooser.calibration, chooser.recipe, chooser.forced, chooser.felt, chooser.known, floats
         )  # which is left with what it has chosen
         first = each_best(alone, to_look_at(alone, sites, floats), floats, None, first=True)
     else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,11 +47,12 @@ class Chooser:
         unsmoothed: str | None = None,
         felt: Felt | None = None,
         known: Known | None = None,
+        floats: Collection[str] = (),
     ) -> None:
-        """``known``: by other choosers; it is added to."""
+        """``known``: by other choosers; it is added to. ``floats``: linears that stay in float, by name."""
         self.felt, self.known = felt or Felt(), known or Known()
         self.gm, self.calibration, self.recipe, self.forced = gm, calibration, recipe, unsmoothed
-        self.parallel = about(gm).parallel
+        self.parallel, self.floats = about(gm).parallel, floats
         self.unsmoothed = unsmoothed or (None if recipe.smooth else NO_SMOOTHING)  # attentions
         self.choices: dict[str, Choice] = {}  # for the site of a linear
         self.columns: dict[str, Tensor] = {}  # s of a linear's input channels, [K]
@@ -113,22 +114,25 @@ class Chooser:
         if choice.block is not None:
             self.rotations |= {l.name: choice.block for l, _ in site.balance}
         if choice.scales is None:
-            self.leave([l for l, _ in site.balance if l.name in self.calibration.inputs])
+            self.leave([l for l, _ in site.balance])
             return
         s, halves = choice.scales[0], choice.scales[1:]
         for l, m in site.balance:
             self.columns[l.name] = s[m.to(s.device)]
             self.halves[l.name] = halves[:, m.to(s.device)]
-        self.leave([l for l, _ in site.balance if l.name in self.calibration.inputs])
+        self.leave([l for l, _ in site.balance])
         if site.kind != "input":
             self.producers[site.producer] = s
         if site.kind == "linear":
             self.rows[self.linears[site.producer].name] = s
 
     def leave(self, linears: Sequence[Linear]) -> None:
-        """Chooses static scales of linears with the columns that they have; those that read one tensor get one."""
+        """Chooses static scales of linears with the columns that they have; those that read one tensor get one.
+
+        Linears that stay in float have none, and no say in those of others: the outputs' gradients are not known of them.
+        """
         together: dict[tuple[int, int | None], list[Linear]] = {}
-        for l in filter(self.static, linears):
+        for l in (l for l in linears if self.static(l) and l.name not in self.floats):
             together.setdefault((id(self.calibration.inputs[l.name]), self.rotations.get(l.name)), []).append(l)
         for group in together.values():
             stats, name = self.calibration.inputs[group[0].name], group[0].name

@@ -109,7 +109,8 @@ class Sharing:
 
     def own(self, asked: Asked) -> Answer:
         """What this rank finds for its sites, and of its linears."""
-        chooser = Chooser(self.gm, self.calibration, self.recipe, asked.unsmoothed, self.felt, self.known)
+        how = self.gm, self.calibration, self.recipe, asked.unsmoothed, self.felt, self.known, asked.floats
+        chooser = Chooser(*how)
         every = self._sites(asked.floats)
         some = to_look_at(chooser, every, asked.floats) if asked.first else every
         mine = [s for s in some if self.owner[s.balance[0][0].name] == self.ranks.rank]

@@ -58,14 +58,14 @@ def launch_table() -> Iterator[str]:
         yield "Launches are not replayed here, so that Python launches both."
 
 
-def decode_table(layers: int, batches: tuple[int, ...] = (1, 16)) -> Iterator[str]:
+def decode_table(layers: int, batches: tuple[int, ...] = (1, 16), regional: bool = False) -> Iterator[str]:
     """Lines of Markdown: decode of a stack of layers without CUDA graphs, beside `torch.compile` in bf16."""
     model = stack(layers)
     inputs = [torch.randn(b, 1, HIDDEN, dtype=torch.bfloat16, device="cuda") for b in batches]
     with torch.no_grad():
         plain: Any = torch.compile(model, dynamic=False)
         calibration = [torch.randn(1, 256, HIDDEN, dtype=torch.bfloat16, device="cuda")]
-        ours = sqcompile.compile(model, calibration, regional=True, progress=False)
+        ours = sqcompile.compile(model, calibration, regional=regional, progress=False)
         yield f"| {layers} layers, batch x 1 | torch.compile bf16, us | sqcompile INT8, us | vs bf16 | SQNR |"
         yield "|---|---|---|---|---|"
         for x in inputs:
@@ -88,8 +88,11 @@ def _waited(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sqcompile.bench launch", description=__doc__)
     parser.add_argument("--layers", type=int, default=8, help="of the stack that decodes")
+    parser.add_argument(
+        "--regional", action="store_true", help="compile one layer for all, whose calls cost the host more"
+    )
     parser.add_argument("--out", type=Path, help="write the tables there too")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
-    publish([f"{gpu()} Medians.\n", *launch_table(), "", *decode_table(args.layers)], args.out)
+    publish([f"{gpu()} Medians.\n", *launch_table(), "", *decode_table(args.layers, regional=args.regional)], args.out)

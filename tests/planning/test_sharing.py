@@ -72,6 +72,8 @@ def known(family: str, recipe: Recipe, **config: Any) -> tuple[Any, ...]:
         ("llama", resolve_recipe("default"), 2),
         ("opt", resolve_recipe("O3"), 3),
         ("qwen2_moe", Recipe("auto", rotate="auto", activation="per_tensor_static"), 2),
+        # a linear in float that reads what linears with static scales read
+        ("llama", Recipe("auto", activation="per_tensor_static", skip=("*.q_proj",)), 2),
         ("llama", Recipe((0.3, 0.5, 0.7), weight="per_tensor", rotate="auto"), 2),
         ("llama of many layers", Recipe((0.3, 0.7), rotate="auto"), 2),
     ]

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import tiny_lm, token_batches
+from conftest import ALL_INT8, tiny_lm, token_batches
 from debug_cases import TOKENS, Attending, Net, X, bisect, passes, wrong
 from hand_written import Pairs, Spelled
 from hypothesis import given
@@ -48,7 +48,7 @@ def test_a_right_model_is_right(dtype):
 
 @pytest.mark.slow
 def test_the_shipped_lm_is_right(lm, lm_windows):
-    found = bisect(lm[0], {"input_ids": lm_windows[0][:1, :64]})
+    found = bisect(lm[0], {"input_ids": lm_windows[0][:1, :64]}, recipe=ALL_INT8)
     assert found.right and len(found.folds) == 6 * 4 + 1 and len(found.lowering) == 6 * 7
 
 

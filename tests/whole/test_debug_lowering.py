@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 
 import pytest
-from conftest import tiny_lm, token_batches
+from conftest import ALL_INT8, tiny_lm, token_batches
 from debug_cases import TOKENS, Attending, Net, bisect, wrong
 from hand_written import Spelled
 from torch.nn import functional as F
@@ -60,7 +60,8 @@ def test_a_wrong_lowered_attention_is_named(monkeypatch):
 
 @pytest.mark.parametrize(
     ("family", "recipe"),
-    [("opt", "O3"), ("llama", "default"), pytest.param("mixtral", "default", marks=pytest.mark.slow)],
+    [("opt", "O3"), ("llama", ALL_INT8), pytest.param("mixtral", ALL_INT8, marks=pytest.mark.slow)],
+    ids=["opt-O3", "llama-default", "mixtral-default"],
 )
 def test_operators_fused_for_gpus_are_compared_where_they_end(monkeypatch, family, recipe):
     with warnings.catch_warnings():
