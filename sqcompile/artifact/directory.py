@@ -1,7 +1,8 @@
 """directory: a compiled model as a directory, written whole or not at all, and read with every field checked.
 
 out/
-    sqcompile.json                      signature, calls, graph of the quantized stage, index of tensors, SHA-256 of it all
+    sqcompile.json                      signature, calls, graph of the quantized stage, index of tensors, the plan's SHA-256,
+                                        and its own
     plan.safetensors                    the plan, as `Plan.save` writes it
     model-00001-of-00001.safetensors    int8 weights, scales, and what stays in float
     code.zip                            if asked for: see `code`
@@ -28,7 +29,7 @@ from sqcompile.files.beside import copy_beside
 from sqcompile.files.directory import MANIFEST, check_replaceable, directory_of
 from sqcompile.files.regular import said
 from sqcompile.files.weights import Later
-from sqcompile.files.work import Work
+from sqcompile.files.work import Work, sha256_of_file
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import constants, get_tensor, value
 from sqcompile.passes.ir.lazy import Weights
@@ -118,6 +119,7 @@ def write(
     meta["tensors"] = write_tensors(folder, _tensors(quantized), most, kept, ranks)
     if ranks.first:
         plan.save(os.path.join(folder, PLAN))
+        meta["plan"] = sha256_of_file(os.path.join(folder, PLAN))
         write_manifest(os.path.join(folder, MANIFEST), meta)
     return sha256_of(meta)
 
@@ -193,6 +195,8 @@ def _read(name: str, device: torch.device | None, parallel: Parallel) -> Saved:
     here = devices(meta["graph"], device)
     tensors = Tensors(name, meta["tensors"])
     plan = Plan.load(os.path.join(name, PLAN))
+    if "plan" in meta and meta["plan"] != sha256_of_file(os.path.join(name, PLAN)):
+        raise ArtifactError(f"{PLAN} is another model's: copy the directory again, or save the model again")
     if plan.shard != shard_of(parallel):
         raise ArtifactError(
             "it is a shard of a model: pass the directory that holds all of them, in every process, with device_mesh"
@@ -204,7 +208,7 @@ def _read(name: str, device: torch.device | None, parallel: Parallel) -> Saved:
     if unused := tensors.index.keys() - {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}:
         raise ArtifactError(f"its graph does not read the tensor {next(iter(unused))[:100]!r}")
     _check_constants(gm, tensors.nbytes)
-    computed = {name: of for name, of in meta.items() if name not in ("code", "versions")}
+    computed = {name: of for name, of in meta.items() if name not in ("code", "plan", "versions")}
     return Saved(gm, tensors, plan, calls.forward_from_json(meta["forward"]), meta["code"], sha256_of(computed))
 
 

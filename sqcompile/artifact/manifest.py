@@ -12,9 +12,9 @@ from sqcompile.files.bounded_json import read_object
 from sqcompile.files.directory import MANIFEST, SHARDED
 from sqcompile.files.regular import read_regular
 
-FORMAT = 1
+FORMAT = 2  # 1 does not say which plan it goes with
 _MOST_BYTES = 2**29  # of the manifest
-_FIELDS = {"format", "versions", "forward", "calls", "returns", "graph", "tensors", "code"}
+_FIELDS = {"format", "versions", "forward", "calls", "returns", "graph", "tensors", "plan", "code"}
 
 
 def write_manifest(path: str, meta: dict[str, Any]) -> None:
@@ -40,19 +40,19 @@ def manifest(name: str) -> dict[str, Any]:
 
 
 def read_manifest(path: str, fields: set[str]) -> dict[str, Any]:
-    """A file of JSON with a format, its own SHA-256 and some more fields, without its SHA-256."""
+    """A file of JSON with a format, its own SHA-256 and some more fields, without its SHA-256. Format 1 has no "plan"."""
     name = os.path.basename(path)
     if os.path.islink(path):
         raise ArtifactError(f"{name} is a link: copy the directory with the files themselves in it")
     meta = read_object(read_regular(path, _MOST_BYTES, "a manifest").decode("utf-8"), name)
     version = meta.get("format")
-    if type(version) is not int or version != FORMAT:
+    if type(version) is not int or not 1 <= version <= FORMAT:
         raise ArtifactError(
-            f"it has the format {str(version)[:20]!r}, and this version of sqcompile reads {FORMAT}: load it with the version "
-            "that saved it, or save it again"
+            f"it has the format {str(version)[:20]!r}, and this version of sqcompile reads 1 to {FORMAT}: load it with the "
+            "version that saved it, or save it again"
         )
     sha256 = meta.pop("sha256", None)
-    if meta.keys() != fields or sha256 != sha256_of(meta):
+    if meta.keys() != (fields - {"plan"} if version == 1 else fields) or sha256 != sha256_of(meta):
         raise ArtifactError(f"{name} is damaged or was edited: copy the directory again, or save the model again")
     return meta
 

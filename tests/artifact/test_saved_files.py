@@ -128,9 +128,11 @@ def renamed(meta, name):
 
 HUGE = 10**18
 EDITS = {
-    "a future version": lambda m: m.update(format=2),
+    "a future version": lambda m: m.update(format=3),
+    "no plan": lambda m: m.update(plan=None),
     "a version of another type": lambda m: m.update(format="1"),
     "no graph": lambda m: m.pop("graph"),
+    "no plan": lambda m: m.update(plan=None),
     "an unknown field": lambda m: m.update(more=1),
     "nodes that are no list": lambda m: m["graph"].update(nodes={"a": 1}),
     "a node that is no object": lambda m: m["graph"]["nodes"].__setitem__(3, 7),
@@ -221,6 +223,23 @@ def test_weights_that_were_edited_are_refused(saved, tmp_path):
     tensors["up.weight_int8"] = tensors["up.weight_int8"].flip(0).contiguous()
     save_file(tensors, path / WEIGHTS)
     assert "up.weight_int8" in refused(path, "SHA-256")
+
+
+def test_another_model_s_plan_is_refused(saved, tmp_path):
+    """The graph says what is computed, and the plan what is told of it: both are of one model."""
+    path = copy(saved, tmp_path / "net")
+    compiled(seed=9).plan.save(path / "plan.safetensors")
+    refused(path, "plan.safetensors is another model's: copy the directory again")
+
+
+def test_a_manifest_of_the_first_format_is_read(saved, tmp_path):
+    """It does not say which plan it goes with."""
+    path, meta = copy(saved, tmp_path / "net"), manifest(saved)
+    del meta["plan"]
+    write_manifest(path, {**meta, "format": 1})
+    assert equal(load(path)(batch()), compiled()(batch()))
+    write_manifest(path, meta)
+    refused(path, "damaged or was edited")
 
 
 def test_a_file_with_a_tensor_more_is_refused(saved, tmp_path):
