@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 By = Literal["loss", "sqnr"]
 
 KEPT = "kept in float by Plan.keep_float"
+_INPUT = "input -> "  # how the name of a site begins whose input is multiplied
 
 
 def worst(plan: Plan, n: int = 5, by: By | None = None) -> tuple[LayerPlan, ...]:
@@ -68,20 +69,22 @@ def in_float(plan: Plan, floats: dict[str, LayerPlan]) -> Plan:
     layers = tuple(floats.get(l.name, l) for l in plan.layers)
     quantized = {l.name for l in layers if l.quantized}
     folded = any(name.endswith("/value_scale") for name in plan.heads)
-    scales = {
-        site: s
-        for site, s in plan.scales.items()
-        if (folded and not site.startswith("input -> ")) or any(_balances(site, name) for name in quantized)
+    kept = {
+        site: _named(site, quantized)
+        for site in plan.scales
+        if (folded and not site.startswith(_INPUT)) or any(_balances(site, name) for name in quantized)
     }
+    scales = {new: plan.scales[site] for site, new in kept.items()}
     columns = {n: s for n, s in plan.columns.items() if n not in floats}
     shifts = shifts_of(plan.shifts, quantized)
     evidence = plan.evidence
     if evidence is not None:
-        undivided = {site.partition(" -> ")[0] for site in plan.scales if site not in scales}
+        undivided = {site.partition(" -> ")[0] for site in plan.scales if site not in kept}
         inputs = tuple(
             # a page says of an input what is so of the first linear that reads it
             dataclasses.replace(
                 i,
+                site=_named(i.site, quantized),
                 linears=tuple(sorted(i.linears, key=lambda name: name not in quantized)),
                 undivided=tuple(name for name in i.linears if name in undivided or name in i.undivided),
             )
@@ -89,7 +92,8 @@ def in_float(plan: Plan, floats: dict[str, LayerPlan]) -> Plan:
             else _not_quantized(i)
             for i in evidence.inputs
         )
-        evidence = dataclasses.replace(evidence, inputs=inputs)
+        curves = {_named(site, quantized): c for site, c in evidence.curves.items()}
+        evidence = dataclasses.replace(evidence, inputs=inputs, curves=curves)
     return dataclasses.replace(plan, layers=layers, scales=scales, columns=columns, evidence=evidence, shifts=shifts)
 
 
@@ -105,6 +109,12 @@ def _not_quantized(i: InputEvidence) -> InputEvidence:
         i, site="", clipped=None, zeros=None, ratio=(i.ratio[0], i.ratio[0]), absmax=i.absmax[[0, 0, 2, 2]],
         values=i.values[[0, 0, 2, 2]], heat=i.heat[[0, 0]], tops=(i.tops[0], i.tops[0]), codes=i.codes * 0, undivided=(),
     )  # fmt: skip
+
+
+def _named(site: str, quantized: Collection[str]) -> str:
+    """The name of a site where only some linears are quantized: that of a multiplied input names these alone."""
+    readers = [name for name in site.removeprefix(_INPUT).split(", ") if name in quantized]
+    return _INPUT + ", ".join(readers) if site.startswith(_INPUT) and readers else site
 
 
 def _balances(site: str, name: str) -> bool:

