@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from sqcompile.capture.batches import first_batches
 from sqcompile.capture.call_spec import from_spec, to_spec
 from sqcompile.capture.inputs import Forward, Reader, length
+from sqcompile.capture.small_sizes import refuse_small_sizes
 from sqcompile.capture.trace import trace
 from sqcompile.capture.traced_call import example_call, traced_call
 from sqcompile.checkpoints.act_scales import given_act_scales
@@ -145,6 +146,7 @@ def compile(
                     traced = trace(model, call, dynamic_shapes)
                 check_given(plan, about(traced).parallel)
             with compiling():
+                refuse_small_sizes(traced, model, from_spec(plan.call, device_of(model)))
                 history = Stages(model, traced, plan, target)
                 about(traced).whole = history.whole
                 lowered = rewrite(traced, plan, until="lowered", enter=enter, target=target)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sqcompile.capture.captured import captured
+from sqcompile.capture.captured import captured, squeezed
 from sqcompile.capture.containers import refuse_containers, register_kv_cache_pytree
 from sqcompile.capture.dynamic_axes import dims_of, find_lengths, grown, pinned
 from sqcompile.capture.inputs import Call
@@ -79,7 +79,7 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     given = pytree.tree_leaves((call.args, call.kwargs))
     inputs = [value(n) for n in gm.graph.find_nodes(op="placeholder")]
     found = captured(info.in_spec, given, inputs, about(gm).fake_mode.shape_env, dynamic_shapes)
-    about(gm).captured = replace(found, ignored=call.ignored)
+    about(gm).captured = replace(found, conditions=(*found.conditions, *squeezed(gm, found)), ignored=call.ignored)
     if (env := about(gm).fake_mode.shape_env) is not None:
         env.tracked_fakes = []  # for guards, which are made: fake tensors keep their ShapeEnv, in a way Python cannot see
     about(gm).out_spec = info.out_spec
@@ -165,8 +165,7 @@ def _export(model: nn.Module, call: Call, dynamic_shapes: Any) -> torch.export.E
 
 def _attempts(model: nn.Module, call: Call, examples: list[tuple[Call, Any]]) -> torch.export.ExportedProgram:
     """The program of the first example, with what makes its ``dynamic_shapes``, that can be exported."""
-    # parameters made in inference mode are refused outside it
-    inference = torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters())
+    inference = _in_inference_mode(model)
     error: Exception | None = None
     for fixed in _fixed(model, call):
         view = _as_called(model, call, fixed)
@@ -182,6 +181,22 @@ def _attempts(model: nn.Module, call: Call, examples: list[tuple[Call, Any]]) ->
                 error = e
     assert error is not None
     raise export_error(model, error, sizes_are_open=any(shapes(view) is not None for _, shapes in examples)) from error
+
+
+def _in_inference_mode(model: nn.Module) -> bool:
+    """Whether the model runs in inference mode: parameters that were made in it are refused outside."""
+    return torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters())
+
+
+def run_as_captured(model: nn.Module, call: Call) -> Any:
+    """What the model itself gives for a call, without a KV cache that nobody asks for, as in `trace`; it is left as it was.
+
+    Raises:
+        Exception: what the model raises.
+    """
+    fixed = _fixed(model, call)[0]
+    with torch.inference_mode(_in_inference_mode(model)), torch.no_grad(), left_alone(model):
+        return _as_called(model, call, fixed)(*call.args, **call.kwargs)
 
 
 def _decomposed(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
