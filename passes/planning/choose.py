@@ -109,7 +109,8 @@ def choose(
     open_ = [l for l in linears if l.name not in floats]
     static = [l for l in open_ if chooser.static(l)]
     if static and unsmoothed is None:
-        warn_of_few(stats.count for l in static if not (stats := calibration.inputs[l.name]).absmax_alone)
+        stats = {l.name: calibration.inputs[l.name] for l in static}
+        warn_of_few({name: s.count for name, s in stats.items() if not s.absmax_alone})
     losses = {} if on_trial else chooser.losses([l for l in open_ if chooser.felt.knows([l])])
     layers = tuple(_layer(chooser, l, floats, notes, losses.get(l.name), on_trial) for l in linears)
     columns = {name: s for name, s in chooser.columns.items() if name not in floats}

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -137,12 +137,16 @@ def tail(stats: InputStats) -> float:
     return max(float(relative.mean()) / (2 * math.log(2)), 0.01)
 
 
-def warn_of_few(counts: Iterable[int]) -> None:
-    """Warns once for a plan whose static scales come from few tokens; ``counts``: of each linear's."""
-    tokens = max(counts, default=FEW_TOKENS)
-    if tokens < FEW_TOKENS:
+def warn_of_few(counts: Mapping[str, int]) -> None:
+    """Warns once for a plan of whose static scales some come from few tokens; ``counts``: of each linear's, by name."""
+    few = [name for name, n in counts.items() if n < FEW_TOKENS]
+    if few:
+        tokens = min(counts.values())
+        which = ""
+        if len(few) < len(counts):  # what reads one token of each text, say
+            which = f" ({few[0]}{f' and {len(few) - 1} more' if len(few) > 1 else ''})"
         warnings.warn(
-            f"static scales from {tokens} calibration token{'s' if tokens > 1 else ''}: larger values on other input are "
-            f"clipped. Calibrate with at least {FEW_TOKENS} tokens, better thousands, or take a recipe with dynamic scales",
+            f"static scales from {tokens} calibration token{'s' if tokens > 1 else ''}{which}: larger values on other input "
+            f"are clipped. Calibrate with at least {FEW_TOKENS} tokens, better thousands, or take a recipe with dynamic scales",
             stacklevel=2,
         )

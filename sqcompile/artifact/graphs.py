@@ -25,7 +25,7 @@ from sqcompile.artifact.expressions import checked, evaluated
 from sqcompile.artifact.operators import name_of, operator_of
 from sqcompile.capture.call_spec import DTYPES, MOST_DIMS
 from sqcompile.capture.captured import Captured
-from sqcompile.capture.names import fault
+from sqcompile.capture.names import fault, is_argument
 from sqcompile.errors import ArtifactError
 from sqcompile.files.regular import said
 from sqcompile.passes.ir.about import About, about, describe_as
@@ -121,6 +121,7 @@ def from_json(
     graph = gm.graph
     describe_as(gm, About(mode, captured=calls, out_spec=out_spec, parallel=parallel))
     nodes: dict[str, fx.Node] = {}
+    output: fx.Node | None = None  # which may have the name of an argument
     listed = found.get("nodes")
     if (
         not isinstance(listed, list)
@@ -135,7 +136,7 @@ def from_json(
             or not isinstance(name, str)
             or not _NODE.fullmatch(name)
             or name in nodes
-            or "output" in nodes
+            or output is not None
         ):
             raise ArtifactError(f"its graph has the node {str(n)[:100]}, which is none")
         if op == "input":
@@ -148,17 +149,16 @@ def from_json(
             new = _tensor(gm, name, target, like[target], device(n.get("device")))
         elif op == "output":
             [result] = (arguments.from_json(a, nodes, device) for a in n["args"])
-            new = graph.output(result)
-            nodes["output"] = new
+            new = output = graph.output(result)
         else:
             new = _call(gm, n, nodes, device)
         if new.name != name:
             raise ArtifactError(f"its graph has a node of the name {name!r}, which none can have")
         nodes[name] = new
-    if "output" not in nodes or len(pytree.tree_leaves(nodes["output"].args)) != out_spec.num_leaves:
+    if output is None or len(pytree.tree_leaves(output.args)) != out_spec.num_leaves:
         raise ArtifactError("its graph returns another number of values than the model does")
     names = found.get("arguments")
-    if not isinstance(names, list) or not all(isinstance(x, str) and _NODE.fullmatch(x) for x in names):
+    if not isinstance(names, list) or not all(isinstance(x, str) and is_argument(x) for x in names):
         raise ArtifactError("its arguments have no names")
     graph.set_codegen(tree_codegen(names, calls.spec, out_spec))
     return finish(gm)

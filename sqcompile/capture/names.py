@@ -21,6 +21,7 @@ from sqcompile.errors import CaptureError
 
 # what the module of a graph has: by its class, by itself, and as what its code takes a call apart
 _TAKEN = {*dir(fx.GraphModule), *vars(fx.GraphModule({}, fx.Graph())), "_in_spec", "_out_spec"}
+_USED = {"torch", "fx_pytree", "pytree", "getattr"}  # by the code of every graph
 _NOT_QUOTED = re.compile('["\\\\\n\r\0\ud800-\udfff]')  # what does not stand for itself between double quotes
 
 
@@ -47,6 +48,25 @@ def fault(name: str) -> str | None:
         f"the parameter or buffer {name!r} has a name that the Python code which torch.fx writes of a graph cannot read: "
         f"rename {wrong!r}, to letters, digits and underscores that are no word of Python's own"
     )
+
+
+def refuse_arguments(names: Iterable[str]) -> None:
+    """Refuses names of keyword arguments that the code of a graph cannot have.
+
+    Raises:
+        CaptureError: naming one.
+    """
+    for name in names:
+        if not is_argument(name):
+            raise CaptureError(
+                f"the argument {name!r} has a name that the Python code which torch.fx writes of a graph cannot read or uses "
+                "itself: rename it"
+            )
+
+
+def is_argument(name: str) -> bool:
+    """Whether a function of a graph can have an argument of a name."""
+    return name.isidentifier() and _is_read(name) and name not in _USED
 
 
 def _is_read(part: str) -> bool:

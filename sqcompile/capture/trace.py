@@ -22,7 +22,7 @@ from sqcompile.capture.captured import captured, squeezed
 from sqcompile.capture.containers import refuse_containers, register_kv_cache_pytree
 from sqcompile.capture.dynamic_axes import dims_of, find_lengths, grown, pinned
 from sqcompile.capture.inputs import Call
-from sqcompile.capture.names import refuse_names
+from sqcompile.capture.names import refuse_arguments, refuse_names
 from sqcompile.capture.sharded import as_local, parallel_of
 from sqcompile.capture.untouched import keeps_parameters, left_alone, refuse_writes, written_to
 from sqcompile.errors import CaptureError
@@ -65,7 +65,11 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     """
     register_kv_cache_pytree()
     refuse_containers(call)
-    if any(isinstance(x, Tensor) and not x.is_contiguous() for x in pytree.tree_leaves((call.args, call.kwargs))):
+    refuse_arguments(call.kwargs)
+    given = [x for x in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor)]
+    if sparse := [x.layout for x in given if x.layout != torch.strided]:
+        raise CaptureError(f"an argument is a tensor of the layout {sparse[0]}: pass it dense, x.to_dense()")
+    if not all(x.is_contiguous() for x in given):
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (call.args, call.kwargs))
         call = replace(call, args=args, kwargs=kwargs)
     exported = _export(model, call, dynamic_shapes)

@@ -220,7 +220,7 @@ def write_program(
     """
     target = target_of(path)
     with deferred(), compiling(), torch.no_grad():
-        traced = program_of(standard(quantized, integers=format == "onnx"))
+        traced = program_of(standard(quantized, integers=format == "onnx"), apart=format == "onnx")
         checkpoint()
         try:
             size = _write(traced, format, target, enter)

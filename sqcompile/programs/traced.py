@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from sqcompile.capture.captured import NAMESPACE, Captured, Input
 from sqcompile.errors import ArtifactError, first_line
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.flat import flatten
-from sqcompile.passes.ir.graph import get_tensor, set_tensor, value
+from sqcompile.passes.ir.graph import add_op, aten, get_tensor, set_tensor, value
 from sqcompile.pytorch.core import check_sizes, hollow, pytree
 
 _SIZES = (3, 5, 7, 11, 13, 17, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 4096, 16384)
@@ -48,11 +49,12 @@ class Traced:
         return f"takes {', '.join(inputs)}; gives {', '.join(self.outputs)}"
 
 
-def program_of(gm: fx.GraphModule) -> Traced:
+def program_of(gm: fx.GraphModule, apart: bool = False) -> Traced:
     """Traces a graph once more.
 
     Args:
         gm: a graph of a captured model, in standard operators (`standard`).
+        apart: whether each output is a value of its own, with a name that no input has, as ONNX needs.
 
     Raises:
         ArtifactError: if torch.export refuses it.
@@ -69,7 +71,7 @@ def program_of(gm: fx.GraphModule) -> Traced:
         arguments[name] = torch.zeros(shape, dtype=like.dtype, device=like.device)
         dims[name] = {d: torch.export.Dim.AUTO for d, s in enumerate(like.shape) if isinstance(s, str)}
     _ask(flat, calls, used)
-    outputs = _name_outputs(flat, about(gm).out_spec)
+    outputs = _name_outputs(flat, about(gm).out_spec, names if apart else None)
     _own_storage(flat)
     flat.graph.lint()
     flat.recompile()
@@ -148,12 +150,23 @@ def _check(condition: str, words: str, symbols: list[str], places: list[tuple[Te
     check_sizes(eval(condition, NAMESPACE, sizes), lambda: f"the model takes {words}")
 
 
-def _name_outputs(flat: fx.GraphModule, spec: Any) -> tuple[str, ...]:
-    """Has the graph return a dict: tensors by their names in what the model returns, which are given. In place."""
+def _name_outputs(flat: fx.GraphModule, spec: Any, apart: list[str] | None) -> tuple[str, ...]:
+    """Has the graph return a dict: tensors by their names in what the model returns, which are given. In place.
+
+    ``apart``: names of inputs that no output may have; each output is a value of its own then.
+    """
     output = next(iter(flat.graph.find_nodes(op="output")))
     found = list(output.args[0])
     paths = [path for path, _ in pytree.tree_flatten_with_path(hollow(spec)[0])[0]]
-    names = _unique([pytree.keystr(path) or "output" for path in paths])
+    names = _unique([pytree.keystr(path) or "output" for path in paths], apart or ())
+    if apart is not None:
+        with flat.graph.inserting_before(output):
+            found = [
+                add_op(flat, aten.clone.default, n)
+                if isinstance(n, fx.Node) and (n.op != "call_function" or n in found[:i])
+                else n
+                for i, n in enumerate(found)
+            ]
     tensors = {name: n for name, n in zip(names, found, strict=True) if isinstance(n, fx.Node)}
     output.args = (tensors,)
     return tuple(tensors)
@@ -167,12 +180,12 @@ def _own_storage(flat: fx.GraphModule) -> None:
             set_tensor(flat, str(n.target), tensor.clone())
 
 
-def _unique(paths: list[str]) -> list[str]:
-    """Names for paths such as ``pair[0]`` and ``['logits']``: identifiers, each another."""
+def _unique(paths: list[str], taken: Collection[str] = ()) -> list[str]:
+    """Names for paths such as ``pair[0]`` and ``['logits']``: identifiers, each another, and none that is taken."""
     names: list[str] = []
     for path in paths:
         base = re.sub(r"\W+", "_", path).strip("_")
         base = base if base.isidentifier() else f"output_{base}"
-        name = next(n for k in itertools.count(1) if (n := base if k == 1 else f"{base}_{k}") not in names)
+        name = next(n for k in itertools.count(1) if (n := base if k == 1 else f"{base}_{k}") not in (*names, *taken))
         names.append(name)
     return names

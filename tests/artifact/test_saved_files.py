@@ -129,7 +129,6 @@ def renamed(meta, name):
 HUGE = 10**18
 EDITS = {
     "a future version": lambda m: m.update(format=3),
-    "no plan": lambda m: m.update(plan=None),
     "a version of another type": lambda m: m.update(format="1"),
     "no graph": lambda m: m.pop("graph"),
     "no plan": lambda m: m.update(plan=None),

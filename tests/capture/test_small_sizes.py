@@ -97,7 +97,7 @@ def test_a_plan_that_is_compiled_again_knows_it():
 
 def test_models_that_draw_are_not_compared():
     """Two runs of them differ, which says nothing of sizes."""
-    model, net = compiled(lambda y: y + torch.rand_like(y))
+    _, net = compiled(lambda y: y + torch.rand_like(y))
     assert net(torch.randn(1, 1, 16)).shape == (1, 1, 16)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sqcompile
-from sqcompile import CaptureError
+from sqcompile import CaptureError, Recipe
 
 WRONG = (
     'a"b',
@@ -104,3 +105,35 @@ def test_what_the_graph_does_not_read_may_have_any_name():
     model.add_module('a"b', nn.ReLU())
     model.add_module("graph", nn.Sequential(nn.ReLU()))
     assert torch.equal(compiled(model.eval())(batch()), compiled(Named("fine", "submodule").eval())(batch()))
+
+
+class Summed(nn.Module):
+    """A norm and a linear, and whatever else it is given, added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, **more: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.norm(x))
+        return y + sum(more.values())  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["output", "σ", "x_1", "linear", "device", "args"])
+def test_an_argument_of_any_name_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model, call = Summed().eval(), {"x": torch.randn(4, 8, 16), name: torch.randn(4, 8, 16)}
+    net = sqcompile.compile(model, [call], recipe=Recipe(alpha=0.5), backend="eager", progress=False)
+    net.save(tmp_path / "net")
+    assert torch.equal(sqcompile.load(tmp_path / "net", backend="eager", progress=False)(**call), net(**call))
+
+
+@pytest.mark.parametrize("name", ["class", "a b", "torch", "getattr", "pytree"])
+def test_an_argument_that_the_code_of_a_graph_cannot_have_is_refused(name: str) -> None:
+    call = {"x": torch.randn(4, 8, 16), name: torch.randn(4, 8, 16)}
+    with pytest.raises(CaptureError, match=f"the argument '{name}' has a name that the Python code"):
+        sqcompile.compile(Summed().eval(), [call], recipe=Recipe(alpha=0.5), backend="eager", progress=False)
+
+
+def test_a_sparse_argument_is_refused_in_words() -> None:
+    with pytest.raises(CaptureError, match=r"layout torch.sparse_coo: pass it dense"):
+        sqcompile.compile(Summed().eval(), [torch.randn(4, 16).to_sparse()], recipe=Recipe(alpha=0.5), progress=False)

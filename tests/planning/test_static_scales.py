@@ -114,6 +114,25 @@ def test_few_tokens_are_warned_of_once():
         sqcompile.calibrate(model, [tokens(FEW_TOKENS // 9 + 1, 0)], recipe=static, progress=False)
 
 
+class Pooled(nn.Module):
+    """A linear for every token, and two for the first one of a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.up, self.pool, self.head = nn.LayerNorm(16), *(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.pool(torch.relu(self.up(self.norm(x)))[:, 0])))
+
+
+def test_linears_of_few_tokens_beside_others_of_many_are_named():
+    static = Recipe(alpha=0.5, activation="per_tensor_static")
+    with pytest.warns(UserWarning, match=r"from 3 calibration tokens \(pool.weight and 1 more\): larger") as caught:
+        sqcompile.calibrate(Pooled().eval(), [torch.randn(3, 300, 16)], recipe=static, progress=False)
+    assert sum("static scales" in str(w.message) for w in caught) == 1
+
+
 class Spiky(nn.Module):
     """Residual blocks over embeddings, of which the first token of a sequence gets one that is many times the others'."""
 
