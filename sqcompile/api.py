@@ -134,6 +134,7 @@ def compile(
                     model, calib_loader, how, example_inputs, dynamic_shapes, enter, evaluate, target, act_scales,
                     max_batches, ranks,
                 )  # fmt: skip
+                call = from_spec(plan.call, device_of(model))
                 if ranks.shares:
                     ranks.done()
             else:
@@ -146,7 +147,7 @@ def compile(
                     traced = trace(model, call, dynamic_shapes)
                 check_given(plan, about(traced).parallel)
             with compiling():
-                refuse_small_sizes(traced, model, from_spec(plan.call, device_of(model)))
+                refuse_small_sizes(traced, model, call)
                 history = Stages(model, traced, plan, target)
                 about(traced).whole = history.whole
                 lowered = rewrite(traced, plan, until="lowered", enter=enter, target=target)

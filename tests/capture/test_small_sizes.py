@@ -95,6 +95,15 @@ def test_a_plan_that_is_compiled_again_knows_it():
         again(torch.randn(1, 5, 16))
 
 
+def test_a_plan_of_another_call_is_compiled_for_the_one_that_is_given():
+    model, net = compiled(lambda y: y * 2 if y.shape[0] == 1 else y)
+    x = torch.randn(3, 2, 16)
+    again = sqcompile.compile(model, plan=net.plan, example_inputs={"x": x}, backend="eager", progress=False)
+    assert relative_error(again(x=x), model(x)) < 0.05
+    with pytest.raises(CaptureError, match=r"x.shape\[0\] > 1"):
+        again(x=x[:1])
+
+
 def test_models_that_draw_are_not_compared():
     """Two runs of them differ, which says nothing of sizes."""
     _, net = compiled(lambda y: y + torch.rand_like(y))
