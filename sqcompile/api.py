@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from sqcompile.capture.batches import first_batches
 from sqcompile.capture.call_spec import from_spec, to_spec
 from sqcompile.capture.inputs import Forward, Reader, length
-from sqcompile.capture.small_sizes import refuse_small_sizes
+from sqcompile.capture.small_sizes import refuse_small_sizes, with_values
 from sqcompile.capture.trace import trace
 from sqcompile.capture.traced_call import example_call, traced_call
 from sqcompile.checkpoints.act_scales import given_act_scales
@@ -134,20 +134,19 @@ def compile(
                     model, calib_loader, how, example_inputs, dynamic_shapes, enter, evaluate, target, act_scales,
                     max_batches, ranks,
                 )  # fmt: skip
-                call = from_spec(plan.call, device_of(model))
                 if ranks.shares:
                     ranks.done()
             else:
                 data = {"calib_loader": calib_loader, "act_scales": act_scales, "max_batches": max_batches}
                 plan = given_plan(plan, recipe, next((name for name, given in data.items() if given is not None), None))
-                call = example_call(model, example_inputs) or from_spec(plan.call, device_of(model))
+                call = example_call(model, example_inputs) or with_values(from_spec(plan.call, device_of(model)))
                 begin(device_of(model), inductor=backend == "inductor")
                 enter("trace")
                 with analysing(model), compiling():
                     traced = trace(model, call, dynamic_shapes)
+                    refuse_small_sizes(traced, model, call)
                 check_given(plan, about(traced).parallel)
             with compiling():
-                refuse_small_sizes(traced, model, call)
                 history = Stages(model, traced, plan, target)
                 about(traced).whole = history.whole
                 lowered = rewrite(traced, plan, until="lowered", enter=enter, target=target)
@@ -221,10 +220,12 @@ def analyse(
     max_batches: int | None = None,
     ranks: Ranks = ALONE,
     observed: Callable[[Callable[[], Calibration]], Calibration] = lambda make: make(),
+    mapped: bool = False,
 ) -> tuple[fx.GraphModule, Plan]:
     """The traced graph, and the plan made from the data, or from activation scales: by rank 0, for all ranks.
 
-    ``observed`` is given what makes the statistics of data, and gives them: those, or others that are the same.
+    ``observed`` is given what makes the statistics of data, and gives them: those, or others that are the same. A model whose
+    weights are ``mapped`` from files is not run itself, which would read all of them.
     """
     if loader is None and act_scales is None:
         raise CalibrationError(
@@ -258,6 +259,8 @@ def analyse(
         enter("trace")
         with compiling():
             traced, call = traced_call(model, call, dynamic_shapes, reader.forward)
+            if not mapped:
+                refuse_small_sizes(traced, model, call)
             enter("calibrate")
             attentions = find_attentions(traced) if recipe.attention != "none" else []
             linears = find_linears(traced)

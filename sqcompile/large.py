@@ -140,7 +140,7 @@ def _plan(
     else:
         traced, plan = analyse(
             net, data, recipe, None, "auto", enter, max_batches=max(1, len(data)), ranks=ranks,
-            observed=partial(_statistics, kept, ranks),
+            observed=partial(_statistics, kept, ranks), mapped=True,
         )  # fmt: skip
         if kept is not None:
             new = kept.path(_PLAN)

@@ -146,7 +146,7 @@ def warn_of_few(counts: Mapping[str, int]) -> None:
         if len(few) < len(counts):  # what reads one token of each text, say
             which = f" ({few[0]}{f' and {len(few) - 1} more' if len(few) > 1 else ''})"
         warnings.warn(
-            f"static scales from {tokens} calibration token{'s' if tokens > 1 else ''}{which}: larger values on other input "
+            f"static scales from {tokens} calibration token{'s' if tokens != 1 else ''}{which}: larger values on other input "
             f"are clipped. Calibrate with at least {FEW_TOKENS} tokens, better thousands, or take a recipe with dynamic scales",
             stacklevel=2,
         )

@@ -158,7 +158,11 @@ def from_json(
     if output is None or len(pytree.tree_leaves(output.args)) != out_spec.num_leaves:
         raise ArtifactError("its graph returns another number of values than the model does")
     names = found.get("arguments")
-    if not isinstance(names, list) or not all(isinstance(x, str) and is_argument(x) for x in names):
+    if (
+        not isinstance(names, list)
+        or not all(isinstance(x, str) and is_argument(x) for x in names)
+        or len({*names}) < len(names)
+    ):
         raise ArtifactError("its arguments have no names")
     graph.set_codegen(tree_codegen(names, calls.spec, out_spec))
     return finish(gm)

@@ -20,10 +20,9 @@ from torch import Tensor, fx
 from sqcompile.capture.inputs import Call, Forward
 from sqcompile.errors import CaptureError
 from sqcompile.passes.ir.about import about
-from sqcompile.passes.ir.graph import aten, value
+from sqcompile.passes.ir.graph import value
 from sqcompile.pytorch.core import has_tangent, has_tangents, pytree
 
-_SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 NAMESPACE = {"math": math, "torch": torch}  # of conditions as PythonPrinter writes them
 
 
@@ -126,25 +125,6 @@ def captured(spec: pytree.TreeSpec, given: list[Any], fakes: list[Any], env: Any
         conditions += bounds(env, dims)
     known = [c for c in conditions if {str(s) for s in c.free_symbols} <= symbols and c != sympy.true]
     return Captured(spec, tuple(leaves), tuple(dict.fromkeys(map(printed, known))))
-
-
-def squeezed(gm: fx.GraphModule, like: Captured) -> list[str]:
-    """Conditions that no open size is one which the graph squeezes: compilers drop what does nothing to more than one."""
-    import sympy
-
-    from sqcompile.capture.conditions import printed
-
-    found: dict[str, None] = {}
-    known = {s for x in like.leaves if isinstance(x, Input) for s in x.shape if isinstance(s, str)}
-    for n in gm.graph.nodes:
-        if n.target in _SQUEEZES:
-            shape = value(n.args[0]).shape
-            given = n.args[1] if len(n.args) > 1 else range(len(shape))
-            for d in (given,) if isinstance(given, int) else given:
-                size = shape[d].node.expr if shape and isinstance(shape[d], torch.SymInt) else sympy.Integer(2)
-                if {str(s) for s in size.free_symbols} <= known and size.free_symbols:
-                    found[printed(sympy.Ne(size, 1))] = None
-    return [*found]
 
 
 def unread(gm: fx.GraphModule, forward: Forward) -> set[str]:

@@ -21,7 +21,8 @@ from sqcompile.errors import CaptureError
 
 # what the module of a graph has: by its class, by itself, and as what its code takes a call apart
 _TAKEN = {*dir(fx.GraphModule), *vars(fx.GraphModule({}, fx.Graph())), "_in_spec", "_out_spec"}
-_USED = {"torch", "fx_pytree", "pytree", "getattr"}  # by the code of every graph
+# by the code that torch.fx writes: what it imports, and calls
+_USED = {"torch", "fx_pytree", "pytree", "getattr", "device", "inf", "nan", "NoneType", "self"}
 _NOT_QUOTED = re.compile('["\\\\\n\r\0\ud800-\udfff]')  # what does not stand for itself between double quotes
 
 

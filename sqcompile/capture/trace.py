@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sqcompile.capture.captured import captured, squeezed
+from sqcompile.capture.captured import captured
 from sqcompile.capture.containers import refuse_containers, register_kv_cache_pytree
 from sqcompile.capture.dynamic_axes import dims_of, find_lengths, grown, pinned
 from sqcompile.capture.inputs import Call
 from sqcompile.capture.names import refuse_arguments, refuse_names
 from sqcompile.capture.sharded import as_local, parallel_of
-from sqcompile.capture.untouched import keeps_parameters, left_alone, refuse_writes, written_to
+from sqcompile.capture.untouched import keeps_parameters, kept_from_writes, left_alone, refuse_writes, written_to
 from sqcompile.errors import CaptureError
 from sqcompile.passes.canonical.canonicalize import canonicalize, drops
 from sqcompile.passes.canonical.functionalize import functionalize
@@ -83,7 +83,7 @@ def trace(model: nn.Module, call: Call, dynamic_shapes: Any = "auto") -> fx.Grap
     given = pytree.tree_leaves((call.args, call.kwargs))
     inputs = [value(n) for n in gm.graph.find_nodes(op="placeholder")]
     found = captured(info.in_spec, given, inputs, about(gm).fake_mode.shape_env, dynamic_shapes)
-    about(gm).captured = replace(found, conditions=(*found.conditions, *squeezed(gm, found)), ignored=call.ignored)
+    about(gm).captured = replace(found, ignored=call.ignored)
     if (env := about(gm).fake_mode.shape_env) is not None:
         env.tracked_fakes = []  # for guards, which are made: fake tensors keep their ShapeEnv, in a way Python cannot see
     about(gm).out_spec = info.out_spec
@@ -196,11 +196,13 @@ def run_as_captured(model: nn.Module, call: Call) -> Any:
     """What the model itself gives for a call, without a KV cache that nobody asks for, as in `trace`; it is left as it was.
 
     Raises:
+        CaptureError: if it writes to what it keeps, or to its inputs.
         Exception: what the model raises.
     """
     fixed = _fixed(model, call)[0]
-    with torch.inference_mode(_in_inference_mode(model)), torch.no_grad(), left_alone(model):
-        return _as_called(model, call, fixed)(*call.args, **call.kwargs)
+    args, kwargs = pytree.tree_map(lambda x: x, (call.args, call.kwargs))  # a cache of its own, which it may change
+    with torch.inference_mode(_in_inference_mode(model)), torch.no_grad(), kept_from_writes(model, (args, kwargs)):
+        return _as_called(model, call, fixed)(*args, **kwargs)
 
 
 def _decomposed(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

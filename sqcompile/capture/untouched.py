@@ -104,6 +104,52 @@ def left_alone(model: nn.Module) -> Iterator[None]:
             raise
 
 
+@contextlib.contextmanager
+def kept_from_writes(model: nn.Module, given: Any) -> Iterator[None]:
+    """`left_alone` for a run on real tensors, of which it keeps none; ``given``: the run's arguments.
+
+    Raises:
+        CaptureError: if forward writes to a tensor of the model's, or to an argument.
+    """
+    boxes = _boxes(model)
+    before = [_contents(box) for box in boxes]
+    held = [x for box in boxes for x in (box.values() if isinstance(box, dict) else box)]
+    tensors = [t for t in pytree.tree_leaves((held, given)) if _is_real(t)]
+    try:
+        with _Protected({storage_id(t) for t in tensors}), _Data():
+            yield
+    finally:
+        _take_back(before)
+
+
+class _Protected(TorchDispatchMode):
+    """Refuses writes to some storages."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, storages: set[Hashable]) -> None:
+        super().__init__()
+        self.storages = storages
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        checkpoint()
+        if is_mutable(func) and torch.Tag.inplace_view not in func.tags:
+            for t in _written_by(func, args, kwargs or {}):
+                if storage_id(t) in self.storages:
+                    raise CaptureError(f"the model writes to a tensor that it keeps or is given, and {_STATE}")
+        return func(*args, **(kwargs or {}))
+
+
+def _written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The real tensors that a call of a mutable operator writes to."""
+    parameters = schema(func).arguments
+    given = dict(zip((a.name for a in parameters), args, strict=False)) | kwargs
+    written = [given.get(a.name) for a in parameters if a.alias_info is not None and a.alias_info.is_write]
+    return [t for t in pytree.tree_leaves(written) if _is_real(t)]
+
+
 class _RealTensors(TorchDispatchMode):
     """Refuses writes to real tensors: torch.export carries those out that read no input."""
 
@@ -120,11 +166,8 @@ class _RealTensors(TorchDispatchMode):
         kwargs = kwargs or {}
         real = {storage_id(t) for t in pytree.tree_leaves((args, kwargs)) if _is_real(t)}
         if is_mutable(func) and torch.Tag.inplace_view not in func.tags:
-            parameters = schema(func).arguments
-            given = dict(zip((a.name for a in parameters), args, strict=False)) | kwargs
-            written = [given.get(a.name) for a in parameters if a.alias_info is not None and a.alias_info.is_write]
-            for t in pytree.tree_leaves(written):
-                if _is_real(t) and storage_id(t) not in self.made:
+            for t in _written_by(func, args, kwargs):
+                if storage_id(t) not in self.made:
                     raise CaptureError(
                         f"the model writes to a tensor of shape {tuple(t.shape)} that it keeps between calls, at "
                         f"{users_frame() or func}, and {_STATE}"

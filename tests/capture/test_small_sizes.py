@@ -42,9 +42,9 @@ def compiled(f: Callable[[Tensor], Tensor], *sizes: int, **options: Any) -> tupl
         (lambda y: y * 3 if y.shape[1] < 2 else y, (2, 1), "x.shape[1] > 1"),
         (lambda y: y / y.std(1, keepdim=True) if y.shape[1] > 1 else y, (2, 1), "x.shape[1] > 1"),
         (lambda y: y.mean(1) if y.shape[1] > 0 else y.new_zeros(y.shape[0], 16), (2, 0), "x.shape[1] > 0"),
-        (lambda y: y.squeeze(1), (2, 1), "x.shape[1] != 1"),
-        (lambda y: y.squeeze((0, 1)), (1, 5), "x.shape[0] != 1"),
-        (lambda y: y.squeeze(), (1, 5), "x.shape[0] != 1"),
+        (lambda y: y.squeeze(1), (2, 1), "x.shape[1] > 1"),
+        (lambda y: y.squeeze((0, 1)), (1, 5), "x.shape[0] > 1"),
+        (lambda y: y.squeeze(), (1, 5), "x.shape[0] > 1"),
     ],
     ids=["one row", "one token", "more than one", "fewer than two", "deviation", "none", "squeeze", "squeezes", "all"],
 )  # fmt: skip
@@ -67,8 +67,10 @@ def test_what_the_model_does_otherwise_is_refused(f, size, condition, tmp_path):
         lambda y: y[:, -max(1, y.shape[1] // 2) :],
         lambda y: y - y.mean(1, keepdim=True) if y.shape[1] > 1 else y * 0,  # the mean of one is itself
         lambda y: y.unsqueeze(1).squeeze(1),
+        lambda y: y.squeeze(0).reshape(-1, 16).sum(0),
+        lambda y: y.mean(1).squeeze(0).reshape(y.shape[0], 16),
     ],
-    ids=["plain", "half", "the same of one", "a one of its own"],
+    ids=["plain", "half", "the same of one", "a one of its own", "squeezed and summed", "squeezed and back"],
 )
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_what_is_the_same_for_one_is_served(f, backend):
@@ -102,6 +104,70 @@ def test_a_plan_of_another_call_is_compiled_for_the_one_that_is_given():
     assert relative_error(again(x=x), model(x)) < 0.05
     with pytest.raises(CaptureError, match=r"x.shape\[0\] > 1"):
         again(x=x[:1])
+
+
+def test_one_row_of_one_token_alone():
+    model, net = compiled(lambda y: y * 2 if y.shape[0] * y.shape[1] == 1 else y)
+    for size in ((1, 5), (5, 1)):
+        x = torch.randn(*size, 16)
+        assert relative_error(net(x), model(x)) < 0.05
+    with pytest.raises(CaptureError, match=r"x.shape\[0\] \+ x.shape\[1\] > 2"):
+        net(torch.randn(1, 1, 16))
+
+
+def test_a_mask_of_infinities_hides_nothing():
+    def masked(y):
+        return torch.cat([y * 2 if y.shape[0] == 1 else y, torch.full_like(y, -torch.inf)])
+
+    with pytest.raises(CaptureError, match=r"x.shape\[0\] > 1"):
+        compiled(masked)[1](torch.randn(1, 5, 16))
+
+
+class Streams(nn.Module):
+    """Adds what it keeps, which it changes when one token comes; and a table of one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear, self.table = nn.LayerNorm(16), nn.Linear(16, 16), nn.Embedding(1, 16)
+        self.register_buffer("state", torch.zeros(16))
+
+    def forward(self, x: Tensor, kind: Tensor) -> Tensor:
+        if x.shape[1] == 1:
+            self.state.add_(1)
+        return self.linear(self.norm(x + self.table(kind))) + self.state
+
+
+def test_a_state_that_one_token_changes_is_seen_and_left_alone():
+    model, call = Streams().eval(), {"x": torch.randn(4, 9, 16), "kind": torch.zeros(4, 9, dtype=torch.int64)}
+    seed = torch.random.get_rng_state()
+    net = sqcompile.compile(model, [call], recipe=Recipe(alpha=0.5), backend="eager", progress=False)
+    assert torch.equal(torch.random.get_rng_state(), seed) and not model.state.any()
+    with pytest.raises(CaptureError, match=r"x.shape\[1\] > 1"):
+        net(call["x"][:, :1], call["kind"][:, :1])
+    assert (
+        relative_error(net(**{k: v[:1] for k, v in call.items()}), model(**{k: v[:1] for k, v in call.items()})) < 0.05
+    )
+
+
+class Two(nn.Module):
+    """Two inputs as long as each other by chance, of which the length of one decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        y = self.linear(self.norm(a)).sum(1) + b.sum(1)
+        return y * 2 if b.shape[1] == 1 else y
+
+
+def test_sizes_that_are_equal_by_chance_are_told_apart():
+    model, call = Two().eval(), {"a": torch.randn(4, 9, 16), "b": torch.randn(4, 9, 16)}
+    net = sqcompile.compile(model, [call], recipe=Recipe(alpha=0.5), backend="eager", progress=False)
+    one = {"a": call["a"][:, :1], "b": call["b"][:, :3]}
+    assert relative_error(net(**one), model(**one)) < 0.05
+    with pytest.raises(CaptureError, match=r"b.shape\[1\] > 1"):
+        net(a=call["a"], b=call["b"][:, :1])
 
 
 def test_models_that_draw_are_not_compared():

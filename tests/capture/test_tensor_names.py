@@ -119,7 +119,7 @@ class Summed(nn.Module):
         return y + sum(more.values())  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("name", ["output", "σ", "x_1", "linear", "device", "args"])
+@pytest.mark.parametrize("name", ["output", "σ", "x_1", "linear", "args"])
 def test_an_argument_of_any_name_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model, call = Summed().eval(), {"x": torch.randn(4, 8, 16), name: torch.randn(4, 8, 16)}
     net = sqcompile.compile(model, [call], recipe=Recipe(alpha=0.5), backend="eager", progress=False)
@@ -127,7 +127,7 @@ def test_an_argument_of_any_name_is_saved_and_loaded(name: str, tmp_path: Path) 
     assert torch.equal(sqcompile.load(tmp_path / "net", backend="eager", progress=False)(**call), net(**call))
 
 
-@pytest.mark.parametrize("name", ["class", "a b", "torch", "getattr", "pytree"])
+@pytest.mark.parametrize("name", ["class", "a b", "torch", "getattr", "device", "inf"])
 def test_an_argument_that_the_code_of_a_graph_cannot_have_is_refused(name: str) -> None:
     call = {"x": torch.randn(4, 8, 16), name: torch.randn(4, 8, 16)}
     with pytest.raises(CaptureError, match=f"the argument '{name}' has a name that the Python code"):
