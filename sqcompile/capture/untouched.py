@@ -135,15 +135,15 @@ class _Protected(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         checkpoint()
-        if is_mutable(func) and torch.Tag.inplace_view not in func.tags:
-            for t in _written_by(func, args, kwargs or {}):
-                if storage_id(t) in self.storages:
-                    raise CaptureError(f"the model writes to a tensor that it keeps or is given, and {_STATE}")
+        if any(storage_id(t) in self.storages for t in _written_by(func, args, kwargs or {})):
+            raise CaptureError(f"the model writes to a tensor that it keeps or is given, and {_STATE}")
         return func(*args, **(kwargs or {}))
 
 
 def _written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The real tensors that a call of a mutable operator writes to."""
+    """The real tensors whose values a call of an operator writes."""
+    if not is_mutable(func) or torch.Tag.inplace_view in func.tags:
+        return []
     parameters = schema(func).arguments
     given = dict(zip((a.name for a in parameters), args, strict=False)) | kwargs
     written = [given.get(a.name) for a in parameters if a.alias_info is not None and a.alias_info.is_write]
@@ -165,13 +165,12 @@ class _RealTensors(TorchDispatchMode):
         checkpoint()
         kwargs = kwargs or {}
         real = {storage_id(t) for t in pytree.tree_leaves((args, kwargs)) if _is_real(t)}
-        if is_mutable(func) and torch.Tag.inplace_view not in func.tags:
-            for t in _written_by(func, args, kwargs):
-                if storage_id(t) not in self.made:
-                    raise CaptureError(
-                        f"the model writes to a tensor of shape {tuple(t.shape)} that it keeps between calls, at "
-                        f"{users_frame() or func}, and {_STATE}"
-                    )
+        for t in _written_by(func, args, kwargs):
+            if storage_id(t) not in self.made:
+                raise CaptureError(
+                    f"the model writes to a tensor of shape {tuple(t.shape)} that it keeps between calls, at "
+                    f"{users_frame() or func}, and {_STATE}"
+                )
         out = func(*args, **kwargs)
         for t in pytree.tree_leaves(out):
             if _is_real(t) and storage_id(t) not in real:
