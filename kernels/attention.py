@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sqcompile.kernels.cpu import x86
+from sqcompile.kernels.cpu import flash
 
 GENERAL, CAUSAL, FULL = 0, 1, 2
 
@@ -65,8 +65,8 @@ def attention(
         # decode: the query heads of a group are the queries of one attention, which reads each key once
         out = F.scaled_dot_product_attention(q.reshape(batch, groups, heads // groups, d), k, v, mask, 0.0, scale=scale)
         return out.reshape(batch, 1, heads, v.shape[-1]).transpose(1, 2)
-    if mask is None and queries >= x86.least_flash_queries() and x86.flash_fits(q, k, v, scale):
-        return x86.flash(q, k, v, is_causal, scale)
+    if queries >= flash.least_queries() and flash.fits(q, k, v, mask, is_causal, scale):
+        return flash.flash(q, k, v, mask, is_causal, scale)
     out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=groups != heads)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 

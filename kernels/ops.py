@@ -22,14 +22,24 @@ from sqcompile.kernels.cpu import x86
 from sqcompile.kernels.cpu.dispatch import KEYS
 
 
-def matmul_u8s8(q: Tensor, w: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype) -> Tensor:
-    """(q - 128) wᵀ · w_scale on an x86 CPU with VNNI (`x86.matmul`), rows or none."""
+def matmul_u8s8(
+    q: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """(q - 128) wᵀ · w_scale · scale + bias on an x86 CPU (`x86.matmul`), rows or none."""
     if q.numel() == 0:
         return _matmul_u8s8_fake(q, w, w_scale, w_sum, dtype)
-    return x86.matmul(q, w, w_scale, w_sum, dtype)
+    return x86.matmul(q, w, w_scale, w_sum, dtype, scale, bias)
 
 
-def _matmul_u8s8_fake(q: Tensor, w: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype) -> Tensor:
+def _matmul_u8s8_fake(
+    q: Tensor, w: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype, *epilogue: Tensor | None
+) -> Tensor:
     return q.new_empty((*q.shape[:-1], w_scale.shape[0]), dtype=dtype)
 
 
@@ -37,9 +47,11 @@ def int8_linear_packed(
     q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, w_sum: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """`reference.int8_linear` for uint8 q [..., K] and a packed weight (see `matmul_u8s8`)."""
-    # Δx is applied after the product, as it may be one per row, and the compiler fuses it with what follows.
+    # Δx is applied after the product, as it may be one per row: by our kernels at its end, else by the compiler.
     # A bf16 model gets its product in bf16: half the traffic of the largest tensors.
     wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    if w.dim() == 2 and w_sum.numel() and (bias is None or bias.dtype in (torch.float32, torch.bfloat16)):
+        return torch.ops.sqcompile.matmul_u8s8(q, w, w_scale, w_sum, wide, scale, bias).to(dtype)
     y = torch.ops.sqcompile.matmul_u8s8(q, w, w_scale, w_sum, wide)
     return reference.scale_output(y, scale, bias, dtype)
 
@@ -158,7 +170,8 @@ _FAKES[_ROTATE] = rotation.rotate_quantize_fake
 # Operators that x86 CPUs have in C++, by schema: what they do on a CPU in Python, plain ones for elsewhere, and fake ones.
 # `cpu.dispatch` withdraws the library for those in C++.
 _X86: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, Callable[..., Any]]] = {
-    "matmul_u8s8(Tensor q, Tensor w, Tensor w_scale, Tensor w_sum, ScalarType dtype) -> Tensor": (
+    "matmul_u8s8(Tensor q, Tensor w, Tensor w_scale, Tensor w_sum, ScalarType dtype, Tensor? scale=None, Tensor? bias=None)"
+    " -> Tensor": (
         matmul_u8s8,
         None,
         _matmul_u8s8_fake,

@@ -15,10 +15,6 @@ constexpr int64_t kTile = 16;          // rows of a tile
 constexpr int64_t kDepth = 64;         // input channels of a tile
 constexpr int64_t kPair = 2 * kTile;   // rows of a task are a multiple of it
 constexpr int64_t kChunk = 512;        // input channels between two visits of a partial sum: with them, a block fits the L1 cache
-constexpr int64_t kFewest = 128;       // rows of a task, where there are as many: fewer do not repay reading the weight
-constexpr int64_t kMost = 512;
-constexpr int64_t kCached = 1 << 20;   // bytes of the activations of a task
-constexpr int64_t kTasks = 4;          // for each thread
 
 // Tiles 0-3: int32 [16, 16] each; the others: u8 [16, 64] or s8 [16 groups, 16 channels x 4].
 struct alignas(64) TileConfig {
@@ -68,35 +64,6 @@ SQ_VNNI void pack(const Problem& p, int64_t row, int64_t rows, int64_t i, uint8_
   for (int64_t r = row; r < row + rows; ++r, out += kDepth)
     _mm512_store_si512(out, r < p.m ? _mm512_maskz_loadu_epi8(mask, p.q + r * p.k + i) : _mm512_setzero_si512());
   asm volatile("" : : : "memory");  // to GCC a load of a tile reads no memory, and could come before the stores
-}
-
-// y[row : end, at : at + 64] = (c - 128 sum) * scale, as `store`; of whole blocks in bfloat16 faster, with 0 for results
-// below the smallest normal number.
-SQ_AMX void store_rows(const Problem& p, int64_t row, int64_t end, int64_t at, const int32_t* c) {
-  if (!p.bf16 || at + kBlock > p.n) {
-    for (; row < end; ++row, c += kBlock) {
-      __m512i acc[4];
-      for (int j = 0; j < 4; ++j) acc[j] = _mm512_load_si512(c + 16 * j);
-      store(p, row, at, acc);
-    }
-    return;
-  }
-  __m512i zero[4];
-  __m512 scale[4];
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    zero[j] = _mm512_slli_epi32(_mm512_loadu_si512(p.sum + at + 16 * j), 7);
-    scale[j] = _mm512_loadu_ps(p.scale + at + 16 * j);
-  }
-  char* out = p.y + 2 * (row * p.n + at);
-  for (; row < end; ++row, c += kBlock, out += 2 * p.n) {
-    __m512 f[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j)
-      f[j] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(c + 16 * j), zero[j])), scale[j]);
-    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(f[1], f[0]));
-    _mm512_storeu_si512(out + 64, (__m512i)_mm512_cvtne2ps_pbh(f[3], f[2]));
-  }
 }
 
 // One block of 64 outputs for up to 16 rows.
@@ -156,7 +123,7 @@ SQ_AMX inline void square(const Pair& rows, const int8_t* w, int64_t i0, int64_t
 
 // Blocks [j0, j1) of 64 outputs for rows [row, end); row is a multiple of 32. `tiles`: room for the rows that are packed.
 SQ_AMX void task(const Problem& p, uint8_t* tiles, int64_t row, int64_t end, int64_t j0, int64_t j1) {
-  alignas(64) static thread_local int32_t partial[kMost * kBlock];
+  alignas(64) static thread_local int32_t partial[Panels::kMost * kBlock];
   const int64_t whole = p.k % kDepth ? row : std::max(row, std::min(end, p.m / kPair * kPair));
   for (int64_t r = whole; r < end; r += kPair)
     for (int64_t i = 0; i < p.padded_k; i += kDepth) pack(p, r, kPair, i, tiles + (r - whole) * p.padded_k + i * kPair);
@@ -186,8 +153,6 @@ class Tiles {
   uint8_t* const data;
 };
 
-int64_t up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
 // Up to 16 rows.
 void stream(const Problem& p, int64_t threads) {
   const int64_t blocks = (p.n + kBlock - 1) / kBlock;
@@ -207,23 +172,18 @@ void stream(const Problem& p, int64_t threads) {
 }
 
 void many_rows(const Problem& p, int64_t threads) {
-  const int64_t blocks = (p.n + kBlock - 1) / kBlock;
-  const int64_t fits = std::min(kMost, std::max(kFewest, kCached / p.padded_k / kPair * kPair));
-  const int64_t rows = std::min(fits, std::max(kFewest, up((p.m + threads - 1) / threads, kPair)));
-  const int64_t panels = (p.m + rows - 1) / rows;
-  const int64_t groups = std::min(blocks, (kTasks * threads + panels - 1) / panels);
-  const int64_t packed = (p.k % kDepth ? rows : p.m % kPair ? kPair : 0) * p.padded_k;  // bytes of a thread
+  const Panels panels(p, threads, kPair);
+  const int64_t packed = (p.k % kDepth ? panels.rows : p.m % kPair ? kPair : 0) * p.padded_k;  // bytes of a thread
   const Tiles tiles(threads * packed);
-  Shares shares(panels * groups, threads);
+  Shares shares(panels.count, threads);
   crowd::Region region;
 #pragma omp parallel num_threads(threads)
   {
     region.work();
     configure();
+    uint8_t* const mine = tiles.data + omp_get_thread_num() * packed;
     shares.work([&](int64_t t) {
-      const int64_t row = t / groups * rows, g = t % groups;
-      task(p, tiles.data + omp_get_thread_num() * packed, row, std::min(row + rows, p.m), g * blocks / groups,
-           (g + 1) * blocks / groups);
+      panels.work(t, [&](int64_t row, int64_t end, int64_t j0, int64_t j1) { task(p, mine, row, end, j0, j1); });
     });
     release();
     region.done();
@@ -232,11 +192,11 @@ void many_rows(const Problem& p, int64_t threads) {
 
 }  // namespace
 
-// All arrays dense; see Problem.
-extern "C" void sqcompile_amx(const uint8_t* q, const int8_t* w, const float* scale, const int32_t* sum, void* y,
-                              int64_t bf16, int64_t m, int64_t n, int64_t k, int64_t padded_k, int64_t threads) {
-  const Problem p{q, w, scale, sum, static_cast<char*>(y), bf16 != 0, m, n, k, padded_k};
-  if (m <= kTile)
+// See `problem_of`.
+extern "C" void sqcompile_amx(const void* const* arrays, const int64_t* numbers) {
+  const Problem p = problem_of(arrays, numbers);
+  const int64_t threads = numbers[7];
+  if (p.m <= kTile)
     stream(p, threads);
   else
     many_rows(p, threads);

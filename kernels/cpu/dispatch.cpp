@@ -2,13 +2,20 @@
 
 namespace {
 
-Tensor matmul_u8s8(Tensor given, Tensor w, Tensor w_scale, Tensor w_sum, ScalarType dtype) {
+Tensor matmul_u8s8(Tensor given, Tensor w, Tensor w_scale, Tensor w_sum, ScalarType dtype, Maybe factors, Maybe bias) {
   const Tensor q = given.is_contiguous() ? given : torch::stable::contiguous(given);
   const int64_t k = q.size(q.dim() - 1), n = w_scale.numel(), rows = q.numel() ? q.numel() / k : 0;
   const bool amx = kernels.amx_rows >= 0 && rows >= kernels.amx_rows;
   const bool half = dtype == ScalarType::BFloat16;
   const int32_t result = half ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
   if (!rows) return empty(with_last(q, n), result);
+  Inputs in;
+  in.floats(factors);
+  in.array(0, bias);
+  if (!in.fits || ((factors || bias) && (w.dim() == 3 || !w_sum.numel()))) {
+    auto stack = called<1>("sqcompile_python::matmul_u8s8", q, w, w_scale, w_sum, dtype, factors, bias);
+    return to<Tensor>(stack[0]);
+  }
   if (w.dim() == 3) {  // packed for AVX2, by which everything of it is computed
     const Tensor y = empty(with_last(q, n), result);
     const Tensor wide = empty({rows * ((k + 1) / 2 * 2)}, aoti_torch_dtype_int16());
@@ -16,7 +23,7 @@ Tensor matmul_u8s8(Tensor given, Tensor w, Tensor w_scale, Tensor w_sum, ScalarT
                  torch::stable::get_num_threads(), wide.data_ptr());
     return y;
   }
-  if (!w_sum.numel() || !(amx || rows <= kernels.vnni_rows)) {
+  if (!w_sum.numel()) {
     const Tensor zeros = empty({n}, aoti_torch_dtype_int64());
     std::fill_n(static_cast<int64_t*>(zeros.data_ptr()), n, 0);
     auto stack = called<1>("onednn::qlinear_pointwise", q, 1.0, int64_t{128}, w, w_scale, zeros, Maybe{}, 1.0, int64_t{0},
@@ -25,9 +32,10 @@ Tensor matmul_u8s8(Tensor given, Tensor w, Tensor w_scale, Tensor w_sum, ScalarT
   }
   const void* packed = reinterpret_cast<const void*>(to<int64_t>(called<1>("mkldnn::data_ptr", w)[0]));
   const Tensor y = empty(with_last(q, n), result);
-  const int64_t depth = (k + 63) / 64 * 64, threads = torch::stable::get_num_threads();
-  (amx ? kernels.amx : kernels.vnni)(q.data_ptr(), packed, w_scale.data_ptr(), w_sum.data_ptr(), y.data_ptr(), half, rows, n, k,
-                                     depth, threads);
+  const void* const arrays[] = {q.data_ptr(), packed, w_scale.data_ptr(), w_sum.data_ptr(), y.data_ptr(), at(factors), at(bias)};
+  const int64_t numbers[] = {half, rows, n, k, (k + 63) / 64 * 64, factors && factors->numel() == rows, in.half,
+                             torch::stable::get_num_threads()};
+  (amx ? kernels.amx : kernels.vnni)(arrays, numbers);
   return y;
 }
 
@@ -42,7 +50,7 @@ extern "C" const char* sqcompile_dispatch(void* const* functions, const int64_t*
   kernels.amx = reinterpret_cast<decltype(kernels.amx)>(functions[2]);
   kernels.flash = reinterpret_cast<decltype(kernels.flash)>(functions[3]);
   kernels.avx2 = reinterpret_cast<decltype(kernels.avx2)>(functions[4]);
-  kernels.vnni_rows = limits[0], kernels.amx_rows = limits[1], kernels.flash_queries = limits[2];
+  kernels.amx_rows = limits[0], kernels.flash_queries = limits[1], kernels.products = limits[2];
   try {
     for (const char* key : {"CPU", "MkldnnCPU"}) {
       using torch::stable::detail::StableLibrary;
@@ -64,3 +72,6 @@ extern "C" const char* sqcompile_dispatch(void* const* functions, const int64_t*
   }
   return nullptr;
 }
+
+// Bytes of memory that is free, and kept for the next results.
+extern "C" int64_t sqcompile_kept() { return pool::pool().kept(); }

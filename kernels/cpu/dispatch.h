@@ -5,6 +5,7 @@
 // no lowered graph has, go on to the same operator in Python, `sqcompile_python::`.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -38,13 +39,13 @@ constexpr int kNone = 0, kLayerNorm = 1, kRmsNorm = 2;
 
 struct {
   void (*rows)(void* const*, const int64_t*, float);
-  using Product = void (*)(const void*, const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t,
-                           int64_t, int64_t);
+  using Product = void (*)(const void* const*, const int64_t*);
   Product vnni, amx;
-  void (*flash)(const void*, const void*, const void*, void*, void*, const int64_t*, float, int64_t, int64_t, int64_t);
+  void (*flash)(const void*, const void*, const void*, const void*, void*, void*, const int64_t*, float, int64_t, int64_t,
+                int64_t);
   void (*avx2)(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, void*);
-  // The most rows for the product without tiles, and the least for the one with them; the least queries of `flash`. -1 for none.
-  int64_t vnni_rows, amx_rows, flash_queries;
+  // The least rows for the product with tiles; the least queries of `flash`, and by what products. -1 for none.
+  int64_t amx_rows, flash_queries, products;
 } kernels;
 
 template <int Outputs, typename... Arguments>
@@ -54,10 +55,28 @@ std::array<StableIValue, std::max<int>(sizeof...(Arguments), Outputs)> called(co
   return stack;
 }
 
+int64_t bytes_of(int32_t dtype) {
+  if (dtype == aoti_torch_dtype_int8() || dtype == aoti_torch_dtype_uint8()) return 1;
+  if (dtype == aoti_torch_dtype_bfloat16() || dtype == aoti_torch_dtype_int16()) return 2;
+  return dtype == aoti_torch_dtype_float32() ? 4 : 0;  // of others none is large
+}
+
+// A tensor without gaps.
 Tensor strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype) {
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  int64_t bytes = bytes_of(dtype);
+  for (int64_t size : sizes) bytes *= size;
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                        dtype, aoti_torch_device_type_cpu(), 0, &made));
+  pool::Block* const block = bytes < pool::kLeast ? nullptr : pool::pool().take(bytes);
+  if (!block) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
+    return Tensor(made);
+  }
+  const auto give = [](void*, void* of) { pool::pool().give(static_cast<pool::Block*>(of)); };
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(block->data, dims, sizes.data(), strides.data(), 0, dtype,
+                                                aoti_torch_device_type_cpu(), -1, &made, aoti_torch_layout_strided(), nullptr, 0,
+                                                give, block));
   return Tensor(made);
 }
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from sqcompile.kernels.cpu import rows, x86
+from sqcompile.kernels.cpu import flash, rows, x86
 from sqcompile.kernels.cpu.build import built
 from sqcompile.pytorch.core import retry, withdraw
 
 log = logging.getLogger("sqcompile")
 
-FILES = ("dispatch.h", "dispatch_rows.cpp", "dispatch_attention.cpp", "dispatch.cpp")
+FILES = ("pool.h", "dispatch.h", "dispatch_rows.cpp", "dispatch_attention.cpp", "dispatch.cpp")
 _installing = threading.Lock()
 _python = torch.library.Library("sqcompile_python", "DEF")  # what the C++ passes on
 _again = torch.library.Library("sqcompile", "IMPL")
@@ -46,8 +46,8 @@ def install(operators: Mapping[str, Callable[..., Any]], registered: torch.libra
 
 @functools.cache
 def _installed(operators: tuple[tuple[str, Callable[..., Any]], ...], registered: torch.library.Library) -> bool:
-    library, row_kernels, gemms = _library(), rows.library(), x86.library()
-    if library is None or row_kernels is None or gemms is None:
+    calls, row_kernels, gemms = library(), rows.library(), x86.library()
+    if calls is None or row_kernels is None or gemms is None:
         return False
     for schema, function in operators:
         _python.define(schema)
@@ -57,12 +57,14 @@ def _installed(operators: tuple[tuple[str, Callable[..., Any]], ...], registered
     functions = (row_kernels.sqcompile_rows, *(getattr(gemms, f"sqcompile_{kind}") for kind in kinds))
     addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in functions]
     limits = (
-        x86.VNNI_ROWS,
         x86.AMX_ROWS if x86.amx() else _NEVER,
-        x86.least_flash_queries() if x86.has_flash() else _NEVER,
+        flash.least_queries() if flash.available() else _NEVER,
+        flash.products(),
     )
     withdraw(registered)
-    wrong = library.sqcompile_dispatch((ctypes.c_void_p * len(addresses))(*addresses), (ctypes.c_int64 * 3)(*limits))
+    wrong = calls.sqcompile_dispatch(
+        (ctypes.c_void_p * len(addresses))(*addresses), (ctypes.c_int64 * len(limits))(*limits)
+    )
     if wrong:
         log.debug("CPU operators stay in Python: %s", wrong.decode())
         for schema, function in operators:
@@ -75,11 +77,12 @@ def _installed(operators: tuple[tuple[str, Callable[..., Any]], ...], registered
 
 
 @functools.cache
-def _library() -> Any | None:
-    library = built(
+def library() -> Any | None:
+    """The compiled code; None where it does not build."""
+    lib = built(
         *FILES, otherwise="the code that calls sqcompile's CPU kernels does not build here, and Python calls them"
     )
-    if library is not None:
-        library.sqcompile_dispatch.argtypes = [ctypes.c_void_p] * 2
-        library.sqcompile_dispatch.restype = ctypes.c_char_p
-    return library
+    if lib is not None:
+        lib.sqcompile_dispatch.argtypes, lib.sqcompile_dispatch.restype = [ctypes.c_void_p] * 2, ctypes.c_char_p
+        lib.sqcompile_kept.argtypes, lib.sqcompile_kept.restype = [], ctypes.c_int64
+    return lib

@@ -92,23 +92,44 @@ Tensor pytorchs(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& 
   return to<Tensor>(called<1>("aten::scaled_dot_product_attention", q, k, v, mask, 0.0, causal, scale, grouped)[0]);
 }
 
-bool flash_fits(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<double>& scale) {
+// Strides of a mask as if it were expanded to [batch, heads, queries, keys], but for the last.
+std::array<int64_t, 3> expanded_strides(const Maybe& mask) {
+  std::array<int64_t, 3> found{};
+  for (int64_t i = 0; mask && i + 1 < mask->dim(); ++i)
+    if (mask->size(i) != 1) found[4 - mask->dim() + i] = mask->stride(i);
+  return found;
+}
+
+bool mask_fits(const Tensor& mask, const std::array<int64_t, 4>& shape) {
+  const int64_t dims = mask.dim();
+  if (dims < 2 || dims > 4 || mask.size(dims - 1) != shape[3] || mask.stride(dims - 1) != 1) return false;
+  for (int64_t i = 0; i < dims; ++i)
+    if (mask.size(i) != 1 && mask.size(i) != shape[4 - dims + i]) return false;
+  return dtype_of(mask) == aoti_torch_dtype_bfloat16() || dtype_of(mask) == aoti_torch_dtype_float32();
+}
+
+bool flash_fits(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask, bool causal,
+                const std::optional<double>& scale) {
   const int64_t d = q.size(3), keys = k.size(2), groups = k.size(1), batch = q.size(0);
   for (const Tensor* t : {&q, &k, &v})
     if (dtype_of(*t) != aoti_torch_dtype_bfloat16() || t->stride(3) != 1 || t->size(3) != d || t->size(0) != batch) return false;
   const bool alike = v.size(1) == groups && v.size(2) == keys && groups && q.size(1) % groups == 0;
-  return alike && d % 32 == 0 && d > 0 && d <= 256 && q.numel() && k.numel() && (!scale || *scale > 0);
+  const bool masked = !mask || (!causal && mask_fits(*mask, {batch, q.size(1), q.size(2), keys}));
+  return alike && masked && d % 32 == 0 && d > 0 && d <= 256 && q.numel() && k.numel() && (!scale || *scale > 0);
 }
 
-Tensor flash(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, const std::optional<double>& scale) {
+Tensor flash(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask, bool causal,
+             const std::optional<double>& scale) {
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), d = q.size(3), groups = k.size(1), keys = k.size(2);
   const Tensor out = strided({batch, heads, queries, d}, {queries * heads * d, d, heads * d, 1}, aoti_torch_dtype_bfloat16());
   const Tensor packed = empty({2 * batch * groups * ((keys + 31) / 32 * 32) * d}, aoti_torch_dtype_bfloat16());
+  const auto by_mask = expanded_strides(mask);
   const int64_t sizes[] = {batch,       heads,       groups,      queries,     keys,        d,           q.stride(0), q.stride(1),
-                           q.stride(2), k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2)};
+                           q.stride(2), k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), by_mask[0],
+                           by_mask[1],  by_mask[2],  mask && dtype_of(*mask) == aoti_torch_dtype_bfloat16()};
   const double by = scale ? *scale : std::pow(static_cast<double>(d), -0.5);
-  kernels.flash(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), packed.data_ptr(), sizes, static_cast<float>(by), causal,
-                kernels.amx_rows >= 0, torch::stable::get_num_threads());
+  kernels.flash(q.data_ptr(), k.data_ptr(), v.data_ptr(), at(mask), out.data_ptr(), packed.data_ptr(), sizes,
+                static_cast<float>(by), causal, kernels.products, torch::stable::get_num_threads());
   return out;
 }
 
@@ -132,8 +153,8 @@ Tensor attention(Tensor q, Tensor k, Tensor v, Maybe mask, Maybe about, bool cau
     const int64_t width = v.size(3);
     return viewed(y, {batch, heads, 1, width}, {heads * width, width, heads * width, 1});
   }
-  if (!mask && kernels.flash_queries >= 0 && queries >= kernels.flash_queries && flash_fits(q, k, v, scale))
-    return flash(q, k, v, causal, scale);
+  if (kernels.flash_queries >= 0 && queries >= kernels.flash_queries && flash_fits(q, k, v, mask, causal, scale))
+    return flash(q, k, v, mask, causal, scale);
   const Tensor y = pytorchs(q, k, v, mask, causal, scale, groups != heads), rows = turned(y);
   return rows.is_contiguous() ? y : turned(torch::stable::contiguous(rows));
 }

@@ -33,7 +33,19 @@ struct Problem {
   char* y;               // [m, n], float32 or bfloat16
   bool bf16;
   int64_t m, n, k, padded_k;
+  const float* factors;  // by which y is multiplied: [m] or [1]; null for none
+  bool per_row;
+  const void* bias;  // [n], float32 or bfloat16, which is added then; null for none
+  bool half_bias;
 };
+
+// Arrays, all dense: q, w, scale, sum, y, factors, bias. Numbers: whether y is bfloat16, m, n, k, padded k, whether there is a
+// factor per row, whether bias is bfloat16; then, for others, the number of threads.
+inline Problem problem_of(const void* const* a, const int64_t* n) {
+  return {static_cast<const uint8_t*>(a[0]), static_cast<const int8_t*>(a[1]), static_cast<const float*>(a[2]),
+          static_cast<const int32_t*>(a[3]), static_cast<char*>(const_cast<void*>(a[4])), n[0] != 0, n[1], n[2], n[3], n[4],
+          static_cast<const float*>(a[5]), n[5] != 0, a[6], n[6] != 0};
+}
 
 // Tasks [0, count) for the threads of a parallel region. Each begins with a range of its own: about the same rows in every
 // product, and in what makes and reads them (rows.cpp), where there are many. They are in its cache, and lines that another
@@ -63,30 +75,105 @@ class Shares {
   std::vector<Taken> taken_;
 };
 
-// Rounds float32 to bfloat16, half to even. The values are finite: int32 times a finite scale.
+// Tasks of a product with many rows: panels of rows that fit the L2 cache, by groups of blocks of 64 outputs.
+struct Panels {
+  static constexpr int64_t kFewest = 128;      // rows, where there are as many: fewer do not repay reading the weight
+  static constexpr int64_t kMost = 512;        // rows
+  static constexpr int64_t kCached = 1 << 20;  // bytes of the activations of a panel
+  static constexpr int64_t kTasks = 4;         // for each thread
+
+  Panels(const Problem& p, int64_t threads, int64_t multiple) : problem(p), blocks((p.n + kBlock - 1) / kBlock) {
+    const auto up = [&](int64_t x) { return (x + multiple - 1) / multiple * multiple; };
+    const int64_t fits = std::min(kMost, std::max(kFewest, kCached / p.padded_k)) / multiple * multiple;
+    rows = std::min(fits, std::max(kFewest / multiple * multiple, up((p.m + threads - 1) / threads)));
+    const int64_t panels = (p.m + rows - 1) / rows;
+    groups = std::min(blocks, (kTasks * threads + panels - 1) / panels);
+    count = panels * groups;
+  }
+
+  // Runs task t: `run` gets its first row, the row after its last, its first block, and the block after its last.
+  template <class Run>
+  void work(int64_t t, Run run) const {
+    const int64_t row = t / groups * rows, g = t % groups;
+    run(row, std::min(row + rows, problem.m), g * blocks / groups, (g + 1) * blocks / groups);
+  }
+
+  const Problem& problem;
+  int64_t blocks, rows, groups, count;
+};
+
+// To bfloat16, half to even; NaN stays NaN. What cvtneps_pbh does, for CPUs that lack it.
 SQ_VNNI inline __m256i to_bf16(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
 }
 
-// y[row, at : at + 64] = (acc - 128 sum) * scale; the zero point comes out of the integer sum exactly.
-SQ_VNNI inline void store(const Problem& p, int64_t row, int64_t at, const __m512i (&acc)[4]) {
+// What 16 outputs from `at` need of a weight, those that `mask` has.
+struct Columns {
+  SQ_VNNI Columns(const Problem& p, int64_t at, __mmask16 mask) {
+    zero = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, p.sum + at), 7);
+    scale = _mm512_maskz_loadu_ps(mask, p.scale + at);
+    bias = _mm512_setzero_ps();
+    if (!p.bias) return;
+    if (p.half_bias)
+      bias = (__m512)_mm512_slli_epi32(
+          _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p.bias) + at)), 16);
+    else
+      bias = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p.bias) + at);
+  }
+  // (sum - 128 the weight's sum) * scale: the zero point comes out of the integer sum exactly.
+  SQ_VNNI __m512 scaled(__m512i sum) const { return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, zero)), scale); }
+  __m512i zero;
+  __m512 scale, bias;
+};
+
+inline float factor_of(const Problem& p, int64_t row) { return p.factors ? p.factors[p.per_row ? row : 0] : 1.0f; }
+
+// y[row, at : at + 64] of the sums [64].
+SQ_VNNI inline void store(const Problem& p, int64_t row, int64_t at, const int32_t* sums) {
+  const __m512 factor = _mm512_set1_ps(factor_of(p, row));
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
     if (at + 16 * c >= p.n) break;
     const int64_t column = at + 16 * c, left = p.n - column;
     const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
-    const __m512i zero = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, p.sum + column), 7);
-    const __m512 scale = _mm512_maskz_loadu_ps(mask, p.scale + column);
-    const __m512 f = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(acc[c], zero)), scale);
+    const Columns columns(p, column, mask);
+    __m512 f = columns.scaled(_mm512_load_si512(sums + 16 * c));
+    if (p.factors || p.bias) f = _mm512_add_ps(_mm512_mul_ps(f, factor), columns.bias);  // rounded twice, as PyTorch does
     char* out = p.y + (row * p.n + column) * (p.bf16 ? 2 : 4);
     if (p.bf16)
       _mm256_mask_storeu_epi16(out, mask, to_bf16(f));
     else
       _mm512_mask_storeu_ps(out, mask, f);
   }
+}
+
+// The same of whole blocks in bfloat16 and rows [row, end): faster, with 0 for results below the smallest normal number.
+SQ_BF16 void store_whole(const Problem& p, int64_t row, int64_t end, int64_t at, const int32_t* sums) {
+  const Columns columns[4] = {{p, at, 0xffff}, {p, at + 16, 0xffff}, {p, at + 32, 0xffff}, {p, at + 48, 0xffff}};
+  const bool more = p.factors || p.bias;
+  char* out = p.y + 2 * (row * p.n + at);
+  for (; row < end; ++row, sums += kBlock, out += 2 * p.n) {
+    const __m512 factor = _mm512_set1_ps(factor_of(p, row));
+    __m512 f[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      f[j] = columns[j].scaled(_mm512_load_si512(sums + 16 * j));
+      if (more) f[j] = _mm512_add_ps(_mm512_mul_ps(f[j], factor), columns[j].bias);
+    }
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(f[1], f[0]));
+    _mm512_storeu_si512(out + 64, (__m512i)_mm512_cvtne2ps_pbh(f[3], f[2]));
+  }
+}
+
+// y[row : end, at : at + 64] of c [end - row][64].
+inline void store_rows(const Problem& p, int64_t row, int64_t end, int64_t at, const int32_t* c) {
+  static const bool converts = __builtin_cpu_supports("avx512bf16");
+  if (converts && p.bf16 && at + kBlock <= p.n) return store_whole(p, row, end, at, c);
+  for (; row < end; ++row, c += kBlock) store(p, row, at, c);
 }
 
 }  // namespace

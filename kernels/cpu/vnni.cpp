@@ -1,9 +1,15 @@
-// u8 x s8 matrix product for few rows (decode) with AVX512-VNNI, straight from oneDNN's packed weight.
+// u8 x s8 matrix product with AVX512-VNNI, straight from oneDNN's packed weight, for any number of rows.
 //
-// A product with few rows is a stream over the weight, so the kernel is written for bandwidth: every byte of the
-// weight is read once, in order, with prefetching, and each load feeds up to 6 rows from registers.
+//   few rows (decode): a stream over the weight. Every byte of it is read once, in order, with prefetching, and each load
+//   feeds up to 6 rows from registers;
+//   more: panels of rows, as many as fit the L2 cache, by some blocks of 64 outputs. 6 rows by 64 outputs at a time in
+//   24 registers; where a block of the weight would not fit that cache, it comes in parts, and the sums wait in a buffer.
 
 namespace {
+
+constexpr int64_t kStreamed = 32;  // most rows that are a stream
+constexpr int64_t kRegisters = 6;  // rows x 4 sums + 4 weights + 1 activation fit the 32 vector registers
+constexpr int64_t kPart = 4096;    // input channels between two visits of a sum, a multiple of 4
 
 // The last group of a row, where k is no multiple of 4; zeros after it.
 inline int32_t last_group(const uint8_t* q, int64_t left) {
@@ -17,31 +23,35 @@ SQ_VNNI inline __attribute__((always_inline)) void add_products(__m512i& acc, __
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
 }
 
-// One block of 64 outputs for R rows from `row`. Every loop over the sums is unrolled, nothing is called between, and the
-// last group comes first: else the compiler keeps sums in memory, at half the speed.
-template <int R>
-SQ_VNNI void block_vnni(const Problem& p, int64_t row, int64_t at) {
+// sums [R][64] = the products of R rows of q, k apart, and one block of the weight over input channels [i0, i1), which end at k or
+// a multiple of 4; added to what is there unless they begin at 0. Every loop over
+// the sums is unrolled, nothing is called between, and the last group comes first: else the compiler keeps sums in memory, at half
+// the speed. Streams: the weight comes from memory. Else it is in the cache, and meanwhile a part of what comes next is fetched
+// from `ahead` on, so many bytes with each group.
+template <int R, bool Streams>
+SQ_VNNI void products(const uint8_t* q, int64_t k, const int8_t* w, int64_t i0, int64_t i1, int32_t* sums, const int8_t* ahead,
+                      int64_t bytes) {
   __m512i acc[R][4];
-  const int64_t k = p.k, whole = k / kGroup * kGroup;
-  const uint8_t* q = p.q + row * k;
-  const int8_t* w = p.w + at * p.padded_k;
+  const int64_t end = i1 / kGroup * kGroup;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_setzero_si512();
-  if (whole < k) {
+    for (int c = 0; c < 4; ++c) acc[r][c] = i0 ? _mm512_load_si512(sums + r * kBlock + 16 * c) : _mm512_setzero_si512();
+  if (end < i1) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const __m512i a = _mm512_set1_epi32(last_group(q + r * k + whole, k - whole));
+      const __m512i a = _mm512_set1_epi32(last_group(q + r * k + end, i1 - end));
 #pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) add_products(acc[r][c], a, _mm512_loadu_si512(w + whole * kBlock + 64 * c));
+      for (int c = 0; c < 4; ++c) add_products(acc[r][c], a, _mm512_loadu_si512(w + end * kBlock + 64 * c));
     }
   }
-  for (int64_t i = 0; i < whole; i += kGroup, w += kGroup * kBlock) {
+  w += i0 * kBlock;
+  for (int64_t i = i0; i < end; i += kGroup, w += kGroup * kBlock) {
     __m512i b[4];
+    if constexpr (!Streams) _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1), ahead += bytes;
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
-      _mm_prefetch(reinterpret_cast<const char*>(w + kPrefetch + 64 * c), _MM_HINT_T0);
+      if constexpr (Streams) _mm_prefetch(reinterpret_cast<const char*>(w + kPrefetch + 64 * c), _MM_HINT_T0);
       b[c] = _mm512_loadu_si512(w + 64 * c);
     }
 #pragma GCC unroll 8
@@ -54,33 +64,61 @@ SQ_VNNI void block_vnni(const Problem& p, int64_t row, int64_t at) {
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) store(p, row + r, at, acc[r]);
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) _mm512_store_si512(sums + r * kBlock + 16 * c, acc[r][c]);
 }
 
-void rows_vnni(const Problem& p, int64_t at) {
-  for (int64_t row = 0; row < p.m;) {
-    // 6 rows x 4 accumulators + 4 weights + 1 activation fit the 32 vector registers
-    const int64_t left = p.m - row;
-    if (left >= 6) block_vnni<6>(p, row, at), row += 6;
-    else if (left >= 4) block_vnni<4>(p, row, at), row += 4;
-    else if (left >= 2) block_vnni<2>(p, row, at), row += 2;
-    else block_vnni<1>(p, row, at), row += 1;
+// One block of 64 outputs from `at` for rows [row, end) over input channels [i0, i1). Where those are not all, sums wait in
+// `partial` [end - row][64].
+template <bool Streams>
+void rows_vnni(const Problem& p, int64_t at, int64_t row, int64_t end, int64_t i0, int64_t i1, int32_t* partial) {
+  alignas(64) int32_t own[kRegisters * kBlock];
+  const int8_t* w = p.w + at * p.padded_k;
+  const int8_t* ahead = w + i1 * kBlock;  // the next channels, or the next block
+  const int64_t passes = std::max<int64_t>(1, (end - row) / kRegisters), bytes = kGroup * kBlock / passes + 1;
+  while (row < end) {
+    const int64_t left = end - row, now = left >= kRegisters ? kRegisters : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    int32_t* const sums = i0 || i1 < p.k ? partial : own;
+    const auto run = now == 6 ? products<6, Streams> : now == 4 ? products<4, Streams>
+                     : now == 2 ? products<2, Streams> : products<1, Streams>;
+    run(p.q + row * p.k, p.k, w, i0, i1, sums, ahead, bytes);
+    if (i1 == p.k) store_rows(p, row, row + now, at, sums);
+    row += now, partial += now * kBlock, ahead += (i1 - i0) / kGroup * bytes;
   }
+}
+
+// Blocks [j0, j1) of 64 outputs for rows [row, end).
+void panel_vnni(const Problem& p, int64_t row, int64_t end, int64_t j0, int64_t j1) {
+  alignas(64) static thread_local int32_t partial[Panels::kMost * kBlock];
+  for (int64_t j = j0; j < j1; ++j)
+    for (int64_t i0 = 0; i0 < p.k; i0 += kPart) {
+      const int64_t i1 = std::min(i0 + kPart, p.k), first = std::min(row + kRegisters, end);
+      rows_vnni<true>(p, j * kBlock, row, first, i0, i1, partial);
+      rows_vnni<false>(p, j * kBlock, first, end, i0, i1, partial + kRegisters * kBlock);
+    }
 }
 
 }  // namespace
 
-// All arrays dense; see Problem.
-extern "C" void sqcompile_vnni(const uint8_t* q, const int8_t* w, const float* scale, const int32_t* sum, void* y,
-                               int64_t bf16, int64_t m, int64_t n, int64_t k, int64_t padded_k, int64_t threads) {
-  const Problem p{q, w, scale, sum, static_cast<char*>(y), bf16 != 0, m, n, k, padded_k};
-  const int64_t blocks = (n + kBlock - 1) / kBlock;
+// See `problem_of`.
+extern "C" void sqcompile_vnni(const void* const* arrays, const int64_t* numbers) {
+  const Problem p = problem_of(arrays, numbers);
+  const int64_t threads = numbers[7];
+  const Panels panels(p, threads, kRegisters);
+  Shares shares(panels.count, threads);
   crowd::Region region;
 #pragma omp parallel num_threads(threads)
   {
     region.work();
+    if (p.m <= kStreamed) {
 #pragma omp for schedule(static) nowait
-    for (int64_t j = 0; j < blocks; ++j) rows_vnni(p, j * kBlock);
+      for (int64_t j = 0; j < panels.blocks; ++j) rows_vnni<true>(p, j * kBlock, 0, p.m, 0, p.k, nullptr);
+    } else {
+      shares.work([&](int64_t t) {
+        panels.work(t, [&](int64_t row, int64_t end, int64_t j0, int64_t j1) { panel_vnni(p, row, end, j0, j1); });
+      });
+    }
     region.done();
   }
 }

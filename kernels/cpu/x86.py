@@ -1,11 +1,12 @@
-"""INT8 linears on x86 CPUs: u8 x s8 by oneDNN, and by kernels of our own where they are faster (vnni.cpp, amx.cpp).
+"""INT8 linears on x86 CPUs: u8 x s8 by kernels of our own (vnni.cpp, amx.cpp), by oneDNN where those do not build.
 
 oneDNN multiplies uint8 activations by int8 weights; with int8 activations it falls to a reference loop on CPUs without
 AMX, four orders of magnitude slower. So the activations carry a zero point of 128, taken out of the int32 sum again:
 exactly the sum of `reference.int8_matmul`.
 
-oneDNN is written for many rows: for few, its kernels leave more than half of the memory bandwidth unused. Our kernels
-read oneDNN's own packed weight, so that one int8 copy serves prefill and decode.
+oneDNN's kernels leave more than half of the memory bandwidth unused with few rows. With many, ours are as fast, and what
+calls them takes less (`python -m sqcompile.bench cpu`). They read oneDNN's own packed weight, which it computes with where
+it packs in another layout.
 """
 
 from __future__ import annotations
@@ -22,19 +23,15 @@ from torch import Tensor
 
 from sqcompile.kernels.cpu import onednn
 from sqcompile.kernels.cpu.build import built
-from sqcompile.kernels.reference import UINT8_ZERO_POINT
+from sqcompile.kernels.reference import UINT8_ZERO_POINT, scale_output
 from sqcompile.pytorch.core import has_amx, has_avx2, has_vnni, init_amx
 from sqcompile.pytorch.core import version as version_of
 
-FILES = ("crowd.h", "u8s8.h", "pack.cpp", "vnni.cpp", "amx.cpp", "avx2.cpp", "flash.cpp")
+FILES = ("crowd.h", "u8s8.h", "pack.cpp", "vnni.cpp", "amx.cpp", "avx2.cpp", "flash_products.cpp", "flash.cpp")
 BLOCK = 64  # output channels per block of the packed weight
 DEPTH = 64  # input channels are padded to a multiple of this
-# Up to here the VNNI kernel is faster than oneDNN on every shape measured (`python -m sqcompile.bench cpu`).
-VNNI_ROWS = 32
 # From here AMX tiles beat AVX512-VNNI, where the CPU has them.
 AMX_ROWS = 4
-# From so many queries on `flash` is faster than PyTorch's attention: with AMX, whose tiles are to be filled, and without.
-FLASH_QUERIES_AMX, FLASH_QUERIES = 32, 8
 # Linux's advice numbers: use huge pages from now on, and for what is there already (Linux 6.1).
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 
@@ -137,20 +134,34 @@ def pack_avx2(w: Tensor) -> tuple[Tensor, Tensor]:
     return packed, torch.empty(0, dtype=torch.int32)
 
 
-def matmul(q: Tensor, packed: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype) -> Tensor:
-    """(q - 128) wᵀ · w_scale by the fastest kernel for this CPU and number of rows.
+def matmul(
+    q: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """(q - 128) wᵀ · w_scale · scale + bias by the fastest kernel for this CPU and number of rows.
 
     Args:
         q: uint8 [..., K], at least one row.
         packed, w_sum: from `pack`, or `pack_avx2`.
         w_scale: float32 [N].
         dtype: float32 or bfloat16, of the result [..., N].
+        scale: float32, one for each row [..., 1], or one [] or [1]; None for 1.
+        bias: float32 or bfloat16 [N], or None.
     """
-    rows = q.numel() // q.shape[-1]
+    rows, fits = q.numel() // q.shape[-1], bias is None or bias.dtype in (torch.float32, torch.bfloat16)
+    if packed.dim() == 2 and w_sum.numel() and fits and (kernels := library()) is not None:
+        address = torch.ops.mkldnn.data_ptr(packed)
+        return _matmul(kernels, q.contiguous(), address, w_scale, w_sum, dtype, rows, scale, bias)
+    if scale is not None or bias is not None:
+        wide = matmul(q, packed, w_scale, w_sum, torch.float32)
+        return scale_output(wide, wide.new_ones(()) if scale is None else scale, bias, dtype)
     if packed.dim() == 3:
         return _matmul_avx2(q.contiguous(), packed, w_scale, dtype, rows)
-    if w_sum.numel() and (rows <= VNNI_ROWS or amx()) and (kernels := library()) is not None:
-        return _matmul(kernels, q.contiguous(), torch.ops.mkldnn.data_ptr(packed), w_scale, w_sum, dtype, rows)
     return onednn.qlinear(q, UINT8_ZERO_POINT, packed, w_scale, dtype)
 
 
@@ -189,16 +200,29 @@ def _packed_for_now(kernels: Any, w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _matmul(
-    kernels: Any, q: Tensor, packed: int, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype, rows: int
+    kernels: Any,
+    q: Tensor,
+    packed: int,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    dtype: torch.dtype,
+    rows: int,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     n, k = w_scale.numel(), q.shape[-1]
-    depth = _round_up(k, DEPTH)
     y = torch.empty((*q.shape[:-1], n), dtype=dtype)
-    arguments = (
+    scale, bias = (None if t is None else t.contiguous() for t in (scale, bias))
+    arrays = (
         q.data_ptr(), packed, w_scale.data_ptr(), w_sum.data_ptr(), y.data_ptr(),
-        dtype == torch.bfloat16, rows, n, k, depth, torch.get_num_threads(),
+        None if scale is None else scale.data_ptr(), None if bias is None else bias.data_ptr(),
     )  # fmt: skip
-    (kernels.sqcompile_amx if rows >= AMX_ROWS and amx() else kernels.sqcompile_vnni)(*arguments)
+    numbers = (
+        dtype == torch.bfloat16, rows, n, k, _round_up(k, DEPTH), scale is not None and scale.numel() == rows,
+        bias is not None and bias.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    run = kernels.sqcompile_amx if rows >= AMX_ROWS and amx() else kernels.sqcompile_vnni
+    run((ctypes.c_void_p * len(arrays))(*arrays), (ctypes.c_int64 * len(numbers))(*numbers))
     return y
 
 
@@ -213,47 +237,6 @@ def _matmul_avx2(q: Tensor, packed: Tensor, w_scale: Tensor, dtype: torch.dtype,
     return y
 
 
-def flash_fits(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> bool:
-    """Whether `flash` takes these: bfloat16, heads of one size, a multiple of 32 up to 256; a positive scale."""
-    (batch, heads, _, d), groups = q.shape, k.shape[1]
-    dense = all(t.dtype == torch.bfloat16 and t.stride(-1) == 1 and t.shape[-1] == d for t in (q, k, v))
-    alike = len(k) == batch and k.shape[:3] == v.shape[:3] and groups > 0 and heads % groups == 0
-    some = d % 32 == 0 and 0 < d <= 256 and q.numel() > 0 and k.numel() > 0
-    return dense and alike and some and (scale is None or scale > 0) and has_flash()
-
-
-def least_flash_queries() -> int:
-    """From how many queries on `flash` is faster than PyTorch's attention."""
-    return FLASH_QUERIES_AMX if amx() else FLASH_QUERIES
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
-    """softmax(q kᵀ · scale) v for bfloat16 q [B, H, Sq, D], k and v [B, G, Sk, D] (`flash_fits`).
-
-    Returns:
-        bfloat16 [B, H, Sq, D], laid out as [B, Sq, H, D]. With ``causal``, query i attends to keys 0 to i.
-    """
-    batch, heads, queries, d = q.shape
-    groups, keys = k.shape[1], k.shape[2]
-    out = torch.empty((batch, queries, heads, d), dtype=torch.bfloat16)
-    packed = torch.empty(2 * batch * groups * _round_up(keys, 32) * d, dtype=torch.bfloat16)
-    sizes = (batch, heads, groups, queries, keys, d, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    kernels = library()
-    assert kernels is not None
-    kernels.sqcompile_flash(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), packed.data_ptr(), (ctypes.c_int64 * 15)(*sizes),
-        d**-0.5 if scale is None else scale, causal, amx(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out.transpose(1, 2)
-
-
-@functools.cache
-def has_flash() -> bool:
-    """Whether this CPU multiplies bfloat16, by AMX tiles or AVX512's dot products, and the kernels are built."""
-    kernels = library()
-    return kernels is not None and bool(amx() or kernels.sqcompile_has_dots())
-
-
 @functools.cache
 def library() -> Any | None:
     """The compiled kernels; None where they do not build."""
@@ -265,9 +248,10 @@ def library() -> Any | None:
         lib.sqcompile_set_threads.argtypes, lib.sqcompile_set_threads.restype = [integer], integer
         lib.sqcompile_pack_avx2.argtypes, lib.sqcompile_pack_avx2.restype = [pointer] * 2 + [integer] * 3, None
         lib.sqcompile_avx2.argtypes, lib.sqcompile_avx2.restype = [pointer] * 4 + [integer] * 5 + [pointer], None
-        lib.sqcompile_vnni.argtypes = lib.sqcompile_amx.argtypes = [pointer] * 5 + [integer] * 6
-        lib.sqcompile_flash.argtypes = [pointer] * 6 + [ctypes.c_float, integer, integer, integer]
-        lib.sqcompile_has_dots.argtypes, lib.sqcompile_has_dots.restype = [], integer
+        lib.sqcompile_vnni.argtypes = lib.sqcompile_amx.argtypes = [pointer] * 2
+        lib.sqcompile_flash.argtypes = [pointer] * 7 + [ctypes.c_float, integer, integer, integer]
+        for asked in (lib.sqcompile_products, lib.sqcompile_has_dots):
+            asked.argtypes, asked.restype = [], integer
         for function in (lib.sqcompile_pack, lib.sqcompile_vnni, lib.sqcompile_amx, lib.sqcompile_flash):
             function.restype = None
     return lib

@@ -58,7 +58,7 @@ def kernels() -> str:
         return "our AVX2 kernel" if x86.has_avx2_kernels() else "the reference in plain PyTorch"
     if x86.library() is None:
         return "oneDNN"
-    return "our AMX kernel" if x86.amx() else f"oneDNN (up to {x86.VNNI_ROWS} rows by our VNNI kernel)"
+    return "our AMX kernel" if x86.amx() else "our VNNI kernel"
 
 
 def versions(packages: Iterable[str]) -> str:

@@ -42,6 +42,34 @@ def equal(name, *args):
         assert torch.equal(y.nan_to_num(5e9), z.nan_to_num(5e9))
 
 
+def test_memory_of_large_results_is_kept_and_no_more_than_twice_what_was_in_use():
+    kept = dispatch.library().sqcompile_kept
+    w = torch.randint(-127, 128, (512, 64), dtype=torch.int8)
+    packed, sums = x86.pack(w)
+
+    def product(rows):
+        q = torch.full((rows, 64), 128, dtype=torch.uint8)
+        return sqcompile_ops.matmul_u8s8(q, packed, torch.ones(512), sums, FLOAT)
+
+    large = product(4096)  # 8 MiB
+    address = large.data_ptr()
+    assert address % 64 == 0 and not large.any()
+    view = large[5:]
+    del large
+    before = kept()
+    del view  # the last that uses it
+    assert kept() - before == 4096 * 512 * 4
+    again = product(4096)
+    assert again.data_ptr() == address and kept() == before
+    del again
+    for _ in range(2100):  # small ones, until nobody remembers the large one
+        product(40)
+    assert kept() <= 2 * 512 * 40 * 4 * 1.125
+    some = [product(2000) for _ in range(3)]
+    assert len({y.data_ptr() for y in some}) == 3
+    del some
+
+
 def drawn(*shape, dtype=FLOAT, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -58,6 +86,10 @@ def test_products(n, k, rows, dtype):
     equal("matmul_u8s8", q, packed, drawn(n).abs(), sums, dtype)
     equal("matmul_u8s8", q, packed, drawn(n).abs(), sums[:0], dtype)  # of a layout that our kernels do not read
     equal("matmul_u8s8", q, x86.pack_avx2(w)[0], drawn(n).abs(), sums[:0], dtype)
+    biases = None, drawn(n, dtype=dtype), drawn(n, dtype=torch.float16), drawn(2 * n)[::2]
+    for factors, bias in itertools.product((None, drawn(*rows, 1), torch.tensor(0.3)), biases):
+        for sums_of, of in ((sums, packed), (sums[:0], packed), (sums[:0], x86.pack_avx2(w)[0])):
+            equal("matmul_u8s8", q, of, drawn(n).abs(), sums_of, dtype, factors, bias)
     if rows[0] > 1:
         equal("matmul_u8s8", q.transpose(0, -2).contiguous().transpose(0, -2), packed, drawn(n).abs(), sums, dtype)
 
@@ -251,7 +283,7 @@ from sqcompile.kernels import attention, rotation
 from sqcompile.kernels.cpu import dispatch
 from sqcompile.kernels.ops import ON_X86, on_x86_library, sqcompile_ops
 
-dispatch._library = lambda: {library}
+dispatch.library = lambda: {library}
 assert not dispatch.install(ON_X86, on_x86_library)
 q, mask = torch.randn(1, 2, 9, 32), torch.full((9, 9), float("-inf")).triu(1)
 kind = sqcompile_ops.mask_kind(sqcompile_ops.stored(mask))

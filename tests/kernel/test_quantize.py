@@ -82,21 +82,20 @@ NEEDS = {"onednn": x86.available, "vnni": x86.available, "amx": x86.amx, "avx2":
 CPU_KERNELS = [*NEEDS]
 
 
-def _cpu_matmul(monkeypatch, kernel, u8, w, scale, dtype):
+def _cpu_matmul(monkeypatch, kernel, u8, w, scale, dtype, *epilogue):
     """x86.matmul by one of its kernels."""
     if not NEEDS[kernel]():
         pytest.skip(f"needs the instructions of {kernel}")
     if kernel == "avx2":
         packed, w_sum = x86.pack_avx2(w)
-        return x86.matmul(u8, packed, scale, w_sum, dtype)
+        return x86.matmul(u8, packed, scale, w_sum, dtype, *epilogue)
     packed, w_sum = x86.pack(w)
     assert w_sum.numel() == w.shape[0], "oneDNN packs in a layout that our kernels cannot read"
     monkeypatch.setattr(x86, "amx", lambda: kernel == "amx")
-    monkeypatch.setattr(x86, "VNNI_ROWS", 1_000_000)
     monkeypatch.setattr(x86, "AMX_ROWS", 1)
     if kernel == "onednn":
         w_sum = w_sum[:0]
-    return x86.matmul(u8, packed, scale, w_sum, dtype)
+    return x86.matmul(u8, packed, scale, w_sum, dtype, *epilogue)
 
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
@@ -150,6 +149,13 @@ def _check_cpu_kernel(kernel, m, k, n, seed, extreme):
     with pytest.MonkeyPatch.context() as patch:
         got = _cpu_matmul(patch, kernel, u8, w, scale, torch.bfloat16)
     assert torch.equal(got, (want * scale).to(torch.bfloat16))
+    rows = torch.rand(m, 1, generator=g).masked_fill(torch.rand(m, 1, generator=g) < 0.1, torch.nan)
+    for factors, bias in ((rows, torch.randn(n, generator=g).bfloat16()), (rows[:1, 0].nan_to_num(), None)):
+        for dtype in (torch.float32, torch.bfloat16):
+            with pytest.MonkeyPatch.context() as patch:
+                got = _cpu_matmul(patch, kernel, u8, w, scale, dtype, factors, bias)
+            exact = reference.scale_output(want * scale, factors, bias, dtype)
+            assert torch.equal(got.nan_to_num(7e7), exact.nan_to_num(7e7))
 
 
 @pytest.mark.skipif(not x86.available(), reason="needs AVX512-VNNI")
