@@ -1,4 +1,4 @@
-"""CPU benchmark beside OpenVINO and ONNX Runtime, in one run: encoders and a decoder, prefill and decode.
+"""CPU benchmark beside OpenVINO, ONNX Runtime and llama.cpp, in one run: encoders and a decoder, prefill and decode.
 
 Each contender has a process of its own, as thread pools fight. They run in turns, one call at a time, and are judged by
 their medians. `make cpu-peers` runs this in an environment of its own; a tool that is not installed is left out, with a word.
@@ -28,7 +28,7 @@ from sqcompile.bench.cpu import llama
 from sqcompile.bench.peers import BASE, CONTENDERS, Run
 from sqcompile.bench.timing import machine, sqnr_db, versions
 
-PACKAGES = ("openvino", "nncf", "onnxruntime", "transformers")
+PACKAGES = ("openvino", "nncf", "onnxruntime", "llama-cpp-python", "transformers")
 REST = 0.02  # seconds, after which threads that wait for work have stopped spinning
 Shape = tuple[int, int]
 

@@ -1,4 +1,4 @@
-"""What runs a model on a CPU: PyTorch, sqcompile, OpenVINO and ONNX Runtime, each as its own documentation has it.
+"""What runs a model on a CPU: PyTorch, sqcompile, OpenVINO, ONNX Runtime and llama.cpp, each as its own documentation has it.
 
 A contender takes a function that makes the model, in a dtype, and calibration batches, int64 [batch, tokens]. It gives a
 function from shape (batch, tokens) to what runs token ids of that shape, int64, and gives the hidden states of the model.
@@ -7,6 +7,7 @@ A tool is imported when it is asked for; what it refuses, it raises.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import sqcompile
+from sqcompile.bench.llama_cpp import llama_cpp
 
 Make = Callable[[torch.dtype], nn.Module]
 Run = Callable[[Tensor], Tensor]
@@ -64,33 +66,59 @@ def _sqcompile(**choices: Any) -> Contender:
 
 
 def _openvino(static: bool) -> Contender:
-    """NNCF's weights in INT8, whose activations OpenVINO quantizes when it runs; or NNCF's static INT8 with SmoothQuant."""
+    """NNCF's weights in INT8, whose activations OpenVINO quantizes when it runs; or NNCF's static INT8 with SmoothQuant.
+
+    Models that its converter refuses are read from ONNX, in which each shape is a program of its own.
+    """
 
     def contender(make: Make, calibration: Sequence[Tensor]) -> ForShape:
         import nncf
         import openvino
 
-        exported = openvino.convert_model(
-            Hidden(make(torch.float32)),
-            example_input=calibration[0],
-            input=[("input_ids", [-1, -1], openvino.Type.i64)],
-        )
-        if static:
-            dataset = nncf.Dataset([ids.numpy() for ids in calibration])
-            quantized = nncf.quantize(exported, dataset, model_type=nncf.ModelType.TRANSFORMER)
-        else:
-            quantized = nncf.compress_weights(exported)
-        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        def quantized(exported: Any, batches: Sequence[Tensor]) -> Any:
+            if not static:
+                return nncf.compress_weights(exported)
+            dataset = nncf.Dataset([ids.numpy() for ids in batches])
+            return nncf.quantize(exported, dataset, model_type=nncf.ModelType.TRANSFORMER)
+
+        def request(program: Any) -> Run:
+            settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+            made = openvino.Core().compile_model(program, "CPU", settings).create_infer_request()
+            return lambda ids: torch.from_numpy(made.infer([ids.numpy()])[0].copy())
+
+        model = Hidden(make(torch.float32))
+        try:
+            exported = openvino.convert_model(
+                model, example_input=calibration[0], input=[("input_ids", [-1, -1], openvino.Type.i64)]
+            )
+        except Exception:  # of its frontend, which has many
+
+            def by_onnx(shape: tuple[int, int]) -> Run:
+                every = torch.cat([ids.flatten() for ids in calibration])
+                windows = [*every[: every.numel() // math.prod(shape) * math.prod(shape)].view(-1, *shape)]
+                with tempfile.TemporaryDirectory() as folder:
+                    path = str(Path(folder) / "plain.onnx")
+                    _to_onnx(model, windows[0], path, None)
+                    return request(quantized(openvino.Core().read_model(path), windows[:64]))
+
+            return by_onnx
+        program = quantized(exported, calibration)
 
         def for_shape(shape: tuple[int, int]) -> Run:
-            fixed = quantized.clone()
+            fixed = program.clone()
             fixed.reshape([*shape])
-            request = openvino.Core().compile_model(fixed, "CPU", settings).create_infer_request()
-            return lambda ids: torch.from_numpy(request.infer([ids.numpy()])[0].copy())
+            return request(fixed)
 
         return for_shape
 
     return contender
+
+
+def _to_onnx(model: nn.Module, ids: Tensor, path: str, sizes: dict[int, Any] | None) -> None:
+    shapes = None if sizes is None else {"input_ids": sizes}
+    torch.onnx.export(
+        model, (ids,), path, dynamo=True, input_names=["input_ids"], dynamic_shapes=shapes, verbose=False
+    )  # fmt: skip
 
 
 def _onnxruntime(make: Make, calibration: Sequence[Tensor]) -> ForShape:
@@ -102,12 +130,8 @@ def _onnxruntime(make: Make, calibration: Sequence[Tensor]) -> ForShape:
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         plain, quantized = (str(Path(folder) / name) for name in ("plain.onnx", "int8.onnx"))
-        tokens = torch.export.Dim("tokens", max=4096)
-        sizes = {0: torch.export.Dim("batch", max=4096), 1: tokens}
-        torch.onnx.export(
-            Hidden(make(torch.float32)), (calibration[0],), plain, dynamo=True, input_names=["input_ids"],
-            dynamic_shapes={"input_ids": sizes}, verbose=False,
-        )  # fmt: skip
+        sizes = {0: torch.export.Dim("batch", max=4096), 1: torch.export.Dim("tokens", max=4096)}
+        _to_onnx(Hidden(make(torch.float32)), calibration[0], plain, sizes)
         quantize_dynamic(plain, quantized, per_channel=True, weight_type=QuantType.QInt8)
         session = onnxruntime.InferenceSession(quantized, options, providers=["CPUExecutionProvider"])
     return lambda shape: lambda ids: torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0])
@@ -122,4 +146,5 @@ CONTENDERS: dict[str, Contender] = {
     "OpenVINO dynamic INT8": _openvino(static=False),
     "OpenVINO static INT8": _openvino(static=True),
     "ONNX Runtime dynamic INT8": _onnxruntime,
+    "llama.cpp Q8_0": llama_cpp,
 }

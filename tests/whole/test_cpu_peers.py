@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from sqcompile.bench import cpu_peers, peers
 from sqcompile.bench.timing import sqnr_db
@@ -99,15 +99,24 @@ def small(dtype):
     return BertModel(config, add_pooling_layer=False).to(dtype).eval()
 
 
+def small_llama(dtype):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128, vocab_size=100
+    )  # fmt: skip
+    return LlamaModel(config).to(dtype).eval()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in peers.CONTENDERS if "torch" not in name and "static" not in name])
 def test_a_contender_computes_the_model(name):
-    for package in {"Open": ("openvino", "nncf"), "ONNX": ("onnxruntime", "onnxscript")}.get(name[:4], ()):
+    packages = {"Open": ("openvino", "nncf"), "ONNX": ("onnxruntime", "onnxscript"), "llam": ("llama_cpp", "gguf")}
+    for package in packages.get(name[:4], ()):
         pytest.importorskip(package)
-    ids = torch.randint(0, 100, (2, 16))
+    ids, make = torch.randint(0, 100, (2, 16)), small_llama if name.startswith("llama") else small
     with torch.no_grad():
-        for_shape = peers.CONTENDERS[name](small, [ids, ids.flip(0)])
+        for_shape = peers.CONTENDERS[name](make, [ids, ids.flip(0)])
         for shape in ((2, 16), (1, 5)):
             x = ids[: shape[0], : shape[1]]
-            y, want = for_shape(shape)(x), small(torch.float32)(input_ids=x).last_hidden_state
+            y, want = for_shape(shape)(x), make(torch.float32)(input_ids=x).last_hidden_state
             assert y.shape == want.shape and sqnr_db(want, y.float()) > 15
