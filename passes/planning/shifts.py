@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.passes.ir.about import about
-from sqcompile.passes.ir.graph import effective_weight, evaluate, find_linears, nodes_by_name, value
+from sqcompile.passes.ir.graph import effective_weight, evaluate, find_linears, nodes_by_name, row_parts, value
 from sqcompile.passes.labels.match import Site
 from sqcompile.passes.labels.shiftable import shiftable
 from sqcompile.passes.planning.choice import Known
@@ -65,11 +65,9 @@ def choose_shifts(
     floats = stay_float(gm, linears, calibration, recipe)
     for s in shiftable(gm, sites):
         quantized = [l for l in s.linears if l.name not in floats]
-        # the bias of a linear in float is rounded to its dtype: more than W (x - c) bears, in bfloat16
-        exact = all(l in quantized or value(nodes[l.node]).dtype == torch.float32 for l in s.linears)
         several = any("#" in l.name or f"{l.name}#2" in calibration.inputs for l in s.linears)
         asked = all(recipe_of(gm, l, recipe).shift for l in s.linears)
-        if several or not asked or not (quantized and exact) or any(parallel.dim(l.name) == 1 for l in s.linears):
+        if several or not asked or not quantized or any(parallel.dim(l.name) == 1 for l in s.linears):
             continue
         stats = [calibration.inputs.get(l.name) for l in s.linears]
         first = stats[0]
@@ -78,7 +76,8 @@ def choose_shifts(
             continue
         assert first is not None
         c = _mean(gm, nodes[s.norm], first)
-        if not parallel.every([float(c.abs().max()) <= LARGEST_SHIFT])[0]:  # no plan holds it
+        held = float(c.abs().max()) <= LARGEST_SHIFT  # else no plan holds it
+        if not parallel.every([held and all(_bears(gm, l, nodes, c) for l in s.linears if l not in quantized)])[0]:
             continue
         absmax = torch.stack(
             [known.largest_of(l.name, partial(effective_weight, gm, l, nodes)) for l in quantized]
@@ -114,6 +113,12 @@ def _mean(gm: fx.GraphModule, norm: fx.Node, stats: InputStats) -> Tensor:
     bias = norm.args[3] if len(norm.args) > 3 else None
     before = evaluate(gm, bias).float() if isinstance(bias, fx.Node) else torch.zeros_like(mean)
     return before - (before - mean).to(value(norm).dtype).float()
+
+
+def _bears(gm: fx.GraphModule, l: Linear, nodes: Mapping[str, fx.Node], c: Tensor) -> bool:
+    """Whether b + W c of a linear in float is a number of its dtype, whose rounding of the result is as coarse as that of it."""
+    w, most = effective_weight(gm, l, nodes).flatten(0, -2), torch.finfo(value(nodes[l.node]).dtype).max / 2
+    return all(float((w[part].float() @ c).abs().max()) < most for part in row_parts(w))
 
 
 def _told(stats: InputStats) -> bool:

@@ -158,6 +158,62 @@ def test_a_bias_that_overflows_half_precision_is_refused():
         sqcompile.compile(model.half(), plan=wrong, backend="eager", progress=False)
 
 
+class Two(nn.Module):
+    """A norm far from zero, and two linears that read it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.a, self.b = nn.LayerNorm(64), nn.Linear(64, 48), nn.Linear(64, 32)
+        with torch.no_grad():
+            self.norm.bias.uniform_(-8, 8)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return self.a(y), self.b(y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_reader_in_float_costs_the_others_nothing(dtype):
+    """What is left of a shift in 16 bits is as coarse as the float reader's own results are."""
+    model = Two().to(dtype)
+    exact = Two().float()
+    exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    data = [(torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(i)).to(dtype),) for i in range(4)]
+    x = torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(99)).to(dtype)
+
+    def lost(found, want):  # beside what varies between tokens
+        return float((found.float() - want).norm() / (want - want.mean((0, 1))).norm())
+
+    errors = {}
+    with torch.no_grad():
+        want = exact(x.float())
+        floats = lost(model(x)[1], want[1])
+        for skip in ((), ("b.weight",)):
+            net = sqcompile.compile(
+                model, data, recipe=Recipe(0.5, shift=True, skip=skip), backend="eager", progress=False
+            )
+            assert net.plan.shifts.keys() >= {"a.weight"}, skip
+            errors[skip] = [lost(y, z) for y, z in zip(net(x), want, strict=True)]
+    assert errors[("b.weight",)][0] <= 1.05 * errors[()][0]
+    assert errors[("b.weight",)][1] <= 1.3 * floats + 1e-6
+
+
+def test_a_bias_that_a_reader_in_float_cannot_hold_is_not_asked_of_it():
+    model = Two()
+    with torch.no_grad():
+        model.norm.bias.copy_(1000 * (torch.arange(64) % 2))
+        model.b.weight.fill_(3.0)
+        model.b.bias.fill_(-96000.0)  # so that the results themselves are small
+    data = [(torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(i)),) for i in range(4)]
+    recipe = Recipe(0.5, shift=True, skip=("b.weight",))
+    assert sqcompile.calibrate(model, data, recipe=recipe, progress=False).shifts
+    half = sqcompile.compile(model.bfloat16(), [(data[0][0].bfloat16(),)], recipe=recipe, backend="eager", progress=False)
+    assert half.plan.shifts  # bfloat16 holds it
+    plan = sqcompile.calibrate(model.half(), [(x.half(),) for (x,) in data], recipe=recipe, progress=False)
+    assert not plan.shifts
+
+
 @pytest.mark.parametrize(("bias", "shifts"), [(6e4, True), (1e5, False)])
 def test_a_mean_that_no_plan_holds_is_not_taken_off(bias, shifts, tmp_path):
     torch.manual_seed(0)
