@@ -79,7 +79,7 @@ compare: $(TOOLS)/ready
 
 # Where one of them cannot be installed, its rows are left out, with a word.
 PEERS := .venv-peers
-CPU_PEERS := openvino==2026.4.1 nncf==3.4.0 onnxruntime==1.32.0 onnx==1.23.2 onnxscript==0.7.2 llama-cpp-python gguf
+CPU_PEERS := openvino==2026.4.1 nncf==3.4.0 onnxruntime==1.32.0 onnx==1.23.2 onnxscript==0.7.2 llama-cpp-python==0.3.36 gguf==0.19.0
 
 $(PEERS)/ready: Makefile pyproject.toml
 	$(PYTHON) -m venv $(PEERS)

@@ -50,7 +50,8 @@ def int8_linear_packed(
     # Δx is applied after the product, as it may be one per row: by our kernels at its end, else by the compiler.
     # A bf16 model gets its product in bf16: half the traffic of the largest tensors.
     wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    if w.dim() == 2 and w_sum.numel() and (bias is None or bias.dtype in (torch.float32, torch.bfloat16)):
+    fits = bias is None or (bias.dtype in (torch.float32, torch.bfloat16) and bias.shape == w_scale.shape)
+    if w.dim() == 2 and w_sum.numel() and fits:
         return torch.ops.sqcompile.matmul_u8s8(q, w, w_scale, w_sum, wide, scale, bias).to(dtype)
     y = torch.ops.sqcompile.matmul_u8s8(q, w, w_scale, w_sum, wide)
     return reference.scale_output(y, scale, bias, dtype)

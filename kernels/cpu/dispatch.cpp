@@ -12,7 +12,9 @@ Tensor matmul_u8s8(Tensor given, Tensor w, Tensor w_scale, Tensor w_sum, ScalarT
   Inputs in;
   in.floats(factors);
   in.array(0, bias);
-  if (!in.fits || ((factors || bias) && (w.dim() == 3 || !w_sum.numel()))) {
+  const bool each = factors && factors->numel() == rows;
+  const bool one_each = (!factors || each || factors->numel() == 1) && (!bias || bias->numel() == n);
+  if (!in.fits || !one_each || ((factors || bias) && (w.dim() == 3 || !w_sum.numel()))) {
     auto stack = called<1>("sqcompile_python::matmul_u8s8", q, w, w_scale, w_sum, dtype, factors, bias);
     return to<Tensor>(stack[0]);
   }
@@ -33,7 +35,7 @@ Tensor matmul_u8s8(Tensor given, Tensor w, Tensor w_scale, Tensor w_sum, ScalarT
   const void* packed = reinterpret_cast<const void*>(to<int64_t>(called<1>("mkldnn::data_ptr", w)[0]));
   const Tensor y = empty(with_last(q, n), result);
   const void* const arrays[] = {q.data_ptr(), packed, w_scale.data_ptr(), w_sum.data_ptr(), y.data_ptr(), at(factors), at(bias)};
-  const int64_t numbers[] = {half, rows, n, k, (k + 63) / 64 * 64, factors && factors->numel() == rows, in.half,
+  const int64_t numbers[] = {half, rows, n, k, (k + 63) / 64 * 64, each, in.half,
                              torch::stable::get_num_threads()};
   (amx ? kernels.amx : kernels.vnni)(arrays, numbers);
   return y;
@@ -73,5 +75,6 @@ extern "C" const char* sqcompile_dispatch(void* const* functions, const int64_t*
   return nullptr;
 }
 
-// Bytes of memory that is free, and kept for the next results.
-extern "C" int64_t sqcompile_kept() { return pool::pool().kept(); }
+// Bytes of memory that is free, and kept for the next results; and gives it back to the system.
+extern "C" int64_t sqcompile_kept() { return pool::Pool::one().kept(); }
+extern "C" void sqcompile_release() { pool::Pool::one().release(); }

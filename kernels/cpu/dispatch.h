@@ -67,13 +67,14 @@ Tensor strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& st
   int64_t bytes = bytes_of(dtype);
   for (int64_t size : sizes) bytes *= size;
   AtenTensorHandle made;
-  pool::Block* const block = bytes < pool::kLeast ? nullptr : pool::pool().take(bytes);
+  pool::Block* const block = bytes < pool::kLeast ? nullptr : pool::Pool::one().take(bytes);
   if (!block) {
+    pool::Pool::one().small();
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
     return Tensor(made);
   }
-  const auto give = [](void*, void* of) { pool::pool().give(static_cast<pool::Block*>(of)); };
+  const auto give = [](void*, void* of) { pool::Pool::one().give(static_cast<pool::Block*>(of)); };
   STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(block->data, dims, sizes.data(), strides.data(), 0, dtype,
                                                 aoti_torch_device_type_cpu(), -1, &made, aoti_torch_layout_strided(), nullptr, 0,
                                                 give, block));

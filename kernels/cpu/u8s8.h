@@ -49,8 +49,8 @@ inline Problem problem_of(const void* const* a, const int64_t* n) {
 
 // Tasks [0, count) for the threads of a parallel region. Each begins with a range of its own: about the same rows in every
 // product, and in what makes and reads them (rows.cpp), where there are many. They are in its cache, and lines that another
-// core wrote cost more to read than the products do. A thread that is done takes tasks of the others, so that a core that is busy with something else does not
-// hold all.
+// core wrote cost more to read than the products do. A thread that is done takes tasks of the others, so that a core that is
+// busy with something else does not hold all.
 class Shares {
  public:
   Shares(int64_t count, int64_t threads) : count_(count), taken_(threads) {}
@@ -142,7 +142,8 @@ SQ_VNNI inline void store(const Problem& p, int64_t row, int64_t at, const int32
     const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
     const Columns columns(p, column, mask);
     __m512 f = columns.scaled(_mm512_load_si512(sums + 16 * c));
-    if (p.factors || p.bias) f = _mm512_add_ps(_mm512_mul_ps(f, factor), columns.bias);  // rounded twice, as PyTorch does
+    // rounded twice, as PyTorch does: Inductor has the compiler fuse no products and sums
+    if (p.factors || p.bias) f = _mm512_add_ps(_mm512_mul_ps(f, factor), columns.bias);
     char* out = p.y + (row * p.n + column) * (p.bf16 ? 2 : 4);
     if (p.bf16)
       _mm256_mask_storeu_epi16(out, mask, to_bf16(f));

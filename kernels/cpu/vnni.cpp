@@ -24,10 +24,10 @@ SQ_VNNI inline __attribute__((always_inline)) void add_products(__m512i& acc, __
 }
 
 // sums [R][64] = the products of R rows of q, k apart, and one block of the weight over input channels [i0, i1), which end at k or
-// a multiple of 4; added to what is there unless they begin at 0. Every loop over
-// the sums is unrolled, nothing is called between, and the last group comes first: else the compiler keeps sums in memory, at half
-// the speed. Streams: the weight comes from memory. Else it is in the cache, and meanwhile a part of what comes next is fetched
-// from `ahead` on, so many bytes with each group.
+// a multiple of 4; added to what is there unless they begin at 0. Every loop over the sums is unrolled, nothing is called between,
+// and the last group comes first: else the compiler keeps sums in memory, at half the speed. Streams: the weight comes from
+// memory. Else it is in the cache, and meanwhile a part of what comes next is fetched from `ahead` on, so many bytes with each
+// group.
 template <int R, bool Streams>
 SQ_VNNI void products(const uint8_t* q, int64_t k, const int8_t* w, int64_t i0, int64_t i1, int32_t* sums, const int8_t* ahead,
                       int64_t bytes) {

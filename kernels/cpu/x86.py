@@ -153,7 +153,10 @@ def matmul(
         scale: float32, one for each row [..., 1], or one [] or [1]; None for 1.
         bias: float32 or bfloat16 [N], or None.
     """
-    rows, fits = q.numel() // q.shape[-1], bias is None or bias.dtype in (torch.float32, torch.bfloat16)
+    rows = q.numel() // q.shape[-1]
+    fits = (scale is None or (scale.dtype == torch.float32 and scale.numel() in (1, rows))) and (
+        bias is None or (bias.dtype in (torch.float32, torch.bfloat16) and bias.numel() == w_scale.numel())
+    )
     if packed.dim() == 2 and w_sum.numel() and fits and (kernels := library()) is not None:
         address = torch.ops.mkldnn.data_ptr(packed)
         return _matmul(kernels, q.contiguous(), address, w_scale, w_sum, dtype, rows, scale, bias)

@@ -1,6 +1,7 @@
 """canonicalize: every linear and every view in one spelling. The later passes know that one alone.
 
     addmm(%b, %x, %w)                    -> linear(%x, t(%w), %b)
+    linear(%x, %w, %one)                 -> add(linear(%x, %w), %one)      # a bias of another shape than [N]; so of addmm
     mm(%x, %w)                           -> linear(%x, t(%w))              # w is a parameter; so of matmul and linear
     einsum(bsd,dhe->bshe, [%x, %w])      -> unflatten(linear(%x, reshape(permute(%w, [1, 2, 0]), [16, 4])), -1, [2, 8])
     _grouped_mm(%x, %w, %offsets)        -> sqcompile.grouped_linear(%x, transpose(%w, -2, -1), %offsets)
@@ -88,10 +89,11 @@ def _is_data(n: Any, const: set[fx.Node]) -> bool:
 
 
 def _linear(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node | None:
-    if not node.kwargs:
-        return None
     args = arguments(node)
-    return add_op(gm, aten.linear.default, args["input"], args["weight"], args["bias"])
+    x, w, b = args["input"], args["weight"], args["bias"]
+    if b is not None and value(w).dim() == 2 and tuple(value(b).shape) != (value(w).shape[0],):  # it broadcasts
+        return add_op(gm, aten.add.Tensor, add_op(gm, aten.linear.default, x, w), b)
+    return add_op(gm, aten.linear.default, x, w, b) if node.kwargs else None
 
 
 def _addmm(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node | None:

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.passes.ir.about import about
-from sqcompile.passes.ir.graph import effective_weight, evaluate, find_linears, nodes_by_name, row_parts, value
+from sqcompile.passes.ir.graph import (
+    Linear,
+    effective_weight,
+    evaluate,
+    find_linears,
+    linear_operands,
+    nodes_by_name,
+    row_parts,
+    value,
+)
 from sqcompile.passes.labels.match import Site
 from sqcompile.passes.labels.shiftable import shiftable
 from sqcompile.passes.planning.choice import Known
@@ -115,10 +124,13 @@ def _mean(gm: fx.GraphModule, norm: fx.Node, stats: InputStats) -> Tensor:
     return before - (before - mean).to(value(norm).dtype).float()
 
 
-def _bears(gm: fx.GraphModule, l: Linear, nodes: Mapping[str, fx.Node], c: Tensor) -> bool:
-    """Whether b + W c of a linear in float is a number of its dtype, whose rounding of the result is as coarse as that of it."""
-    w, most = effective_weight(gm, l, nodes).flatten(0, -2), torch.finfo(value(nodes[l.node]).dtype).max / 2
-    return all(float((w[part].float() @ c).abs().max()) < most for part in row_parts(w))
+def _bears(gm: fx.GraphModule, l: Linear, nodes: dict[str, fx.Node], c: Tensor) -> bool:
+    """Whether b + W c of a linear in float is a number of its dtype. Its rounding is as coarse as that of the linear's results."""
+    bias = linear_operands(nodes[l.node])[2]
+    w, most = effective_weight(gm, l, nodes).flatten(0, -2), torch.finfo(value(nodes[l.node]).dtype).max
+    moved = torch.cat([w[part].float() @ c for part in row_parts(w)])
+    new = moved if bias is None else evaluate(gm, bias).float() + moved
+    return bool((new.abs() < most).all())
 
 
 def _told(stats: InputStats) -> bool:

@@ -28,7 +28,7 @@ from sqcompile.bench.cpu import llama
 from sqcompile.bench.peers import BASE, CONTENDERS, Run
 from sqcompile.bench.timing import machine, sqnr_db, versions
 
-PACKAGES = ("openvino", "nncf", "onnxruntime", "llama-cpp-python", "transformers")
+PACKAGES = ("openvino", "nncf", "onnxruntime", "llama-cpp-python", "gguf", "transformers")
 REST = 0.02  # seconds, after which threads that wait for work have stopped spinning
 Shape = tuple[int, int]
 

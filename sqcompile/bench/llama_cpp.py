@@ -1,6 +1,6 @@
 """llama.cpp with weights in Q8_0, through the low level of llama-cpp-python: a Llama's forward pass.
 
-It computes the vocabulary's logits, too, of the token embedding's weights, which the benchmark's decoder leaves out: 3 % of that
+It computes the vocabulary's logits, too, of the token embedding's weights, which the benchmark's decoder leaves out: 2 % of that
 decoder's work.
 """
 

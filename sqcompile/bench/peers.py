@@ -95,6 +95,7 @@ def _openvino(static: bool) -> Contender:
 
             def by_onnx(shape: tuple[int, int]) -> Run:
                 every = torch.cat([ids.flatten() for ids in calibration])
+                every = every.repeat(-(-math.prod(shape) // every.numel()))  # one window, at least
                 windows = [*every[: every.numel() // math.prod(shape) * math.prod(shape)].view(-1, *shape)]
                 with tempfile.TemporaryDirectory() as folder:
                     path = str(Path(folder) / "plain.onnx")

@@ -104,7 +104,9 @@ def _on_cpu(m: int, n: int, k: int, seconds: float) -> dict[str, float]:
 
     def run_int8() -> Tensor:
         operator, arguments = next(int8)
-        if operator is sqcompile_ops.int8_linear_packed.default:  # its scale is applied by what comes after it
+        if (
+            operator is sqcompile_ops.int8_linear_packed.default
+        ):  # most are followed by an operator of rows, which applies the scale
             return sqcompile_ops.matmul_u8s8.default(q, *arguments[2:5], torch.bfloat16)
         return operator(*arguments)
 

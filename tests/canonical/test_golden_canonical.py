@@ -35,6 +35,7 @@ def linears() -> str:
         call("aten.mm(%x, %w)", rows, w=[4, 6]),
         call("aten.matmul(%x, %w)", x, w=[4, 6]),
         call("aten.linear(input=%x, weight=%w, bias=%b)", x, w=[6, 4], b=[6]),
+        call("aten.linear(%x, %w, %one)", x, w=[6, 4], one=[1]),
         call("aten.einsum('bsd,dhe->bshe', [%x, %w])", x, w=[4, 2, 8]),
     )
 
@@ -85,6 +86,7 @@ addmm(%b, %x, %w)                    -> linear(%x, t(%w), %b)
 mm(%x, %w)                           -> linear(%x, t(%w))
 matmul(%x, %w)                       -> linear(%x, t(%w))
 linear(input=%x, weight=%w, bias=%b) -> linear(%x, %w, %b)
+linear(%x, %w, %one)                 -> add(linear(%x, %w), %one)
 einsum(bsd,dhe->bshe, [%x, %w])      -> unflatten(linear(%x, reshape(permute(%w, [1, 2, 0]), [16, 4])), -1, [2, 8])
 """,
     )

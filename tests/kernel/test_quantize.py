@@ -119,6 +119,8 @@ def test_cpu_kernels_are_the_reference_bit_for_bit(kernel, m, k, n, seed, extrem
         (1100, 1536, 200),  # whole tiles of channels, rows behind the last 32 whole ones
         (129, 576, 130),
         (2, 8192, 70),
+        (40, 8195, 70),  # channels in parts
+        (513, 4099, 130),
     ],
 )
 def test_cpu_kernels_at_their_boundaries(kernel, m, k, n):
