@@ -22,27 +22,6 @@ from sqcompile.kernels.cpu import x86
 from sqcompile.kernels.cpu.dispatch import KEYS
 
 
-def matmul_u8s8(
-    q: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    w_sum: Tensor,
-    dtype: torch.dtype,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """(q - 128) wᵀ · w_scale · scale + bias on an x86 CPU (`x86.matmul`), rows or none."""
-    if q.numel() == 0:
-        return _matmul_u8s8_fake(q, w, w_scale, w_sum, dtype)
-    return x86.matmul(q, w, w_scale, w_sum, dtype, scale, bias)
-
-
-def _matmul_u8s8_fake(
-    q: Tensor, w: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype, *epilogue: Tensor | None
-) -> Tensor:
-    return q.new_empty((*q.shape[:-1], w_scale.shape[0]), dtype=dtype)
-
-
 def int8_linear_packed(
     q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, w_sum: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -50,8 +29,7 @@ def int8_linear_packed(
     # Δx is applied after the product, as it may be one per row: by our kernels at its end, else by the compiler.
     # A bf16 model gets its product in bf16: half the traffic of the largest tensors.
     wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    fits = bias is None or (bias.dtype in (torch.float32, torch.bfloat16) and bias.shape == w_scale.shape)
-    if w.dim() == 2 and w_sum.numel() and fits:
+    if x86.takes(w, w_scale, w_sum, bias):
         return torch.ops.sqcompile.matmul_u8s8(q, w, w_scale, w_sum, wide, scale, bias).to(dtype)
     y = torch.ops.sqcompile.matmul_u8s8(q, w, w_scale, w_sum, wide)
     return reference.scale_output(y, scale, bias, dtype)
@@ -173,9 +151,9 @@ _FAKES[_ROTATE] = rotation.rotate_quantize_fake
 _X86: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, Callable[..., Any]]] = {
     "matmul_u8s8(Tensor q, Tensor w, Tensor w_scale, Tensor w_sum, ScalarType dtype, Tensor? scale=None, Tensor? bias=None)"
     " -> Tensor": (
-        matmul_u8s8,
+        x86.matmul,
         None,
-        _matmul_u8s8_fake,
+        x86.matmul_fake,
     ),
     "linear_act_quantize(Tensor y, Tensor? scale, Tensor? bias, int gate, int up, int k, str activation, "
     "Tensor? multiplier, int rotation, Tensor? static, int zero_point) -> (Tensor, Tensor)": (

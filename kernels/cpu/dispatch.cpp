@@ -35,8 +35,7 @@ Tensor matmul_u8s8(Tensor given, Tensor w, Tensor w_scale, Tensor w_sum, ScalarT
   const void* packed = reinterpret_cast<const void*>(to<int64_t>(called<1>("mkldnn::data_ptr", w)[0]));
   const Tensor y = empty(with_last(q, n), result);
   const void* const arrays[] = {q.data_ptr(), packed, w_scale.data_ptr(), w_sum.data_ptr(), y.data_ptr(), at(factors), at(bias)};
-  const int64_t numbers[] = {half, rows, n, k, (k + 63) / 64 * 64, each, in.half,
-                             torch::stable::get_num_threads()};
+  const int64_t numbers[] = {half, rows, n, k, (k + 63) / 64 * 64, each, in.half, torch::stable::get_num_threads()};
   (amx ? kernels.amx : kernels.vnni)(arrays, numbers);
   return y;
 }

@@ -11,9 +11,8 @@ namespace {
 SQ_BF16 inline void add_mask(const Attention& a, const char* mask, int64_t keys, float* s) {
   const __m512 by = _mm512_set1_ps(a.scale);
   for (int64_t j = 0; j < keys; j += 16) {
-    const __mmask16 some = keys - j >= 16 ? 0xffff : static_cast<__mmask16>((1u << (keys - j)) - 1);
-    const __m512 m = a.mask_half ? (__m512)_mm512_slli_epi32(
-                                       _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, mask + 2 * j)), 16)
+    const __mmask16 some = lanes(keys - j);
+    const __m512 m = a.mask_half ? from_bf16(_mm256_maskz_loadu_epi16(some, mask + 2 * j))
                                  : _mm512_maskz_loadu_ps(some, mask + 4 * j);
     _mm512_store_ps(s + j, _mm512_fmadd_ps(_mm512_load_ps(s + j), by, m));
   }
@@ -25,10 +24,8 @@ template <typename Value>
 SQ_BF16 inline void softmax_row(bool first, float* s, int64_t keys, int64_t seen, float by, Value* p, float& top, float* sum,
                                 float* out, int64_t d) {
   const __m512 never = _mm512_set1_ps(-__builtin_inff());
-  for (int64_t j = std::max<int64_t>(0, seen) / 16 * 16; j < keys; j += 16) {
-    const __mmask16 kept = static_cast<__mmask16>((1u << std::max<int64_t>(0, seen - j)) - 1);
-    _mm512_store_ps(s + j, _mm512_mask_mov_ps(never, kept, _mm512_load_ps(s + j)));
-  }
+  for (int64_t j = std::max<int64_t>(0, seen) / 16 * 16; j < keys; j += 16)
+    _mm512_store_ps(s + j, _mm512_mask_mov_ps(never, lanes(seen - j), _mm512_load_ps(s + j)));
   __m512 m0 = never, m1 = never;
   for (int64_t j = 0; j < keys; j += 32) {
     m0 = _mm512_max_ps(m0, _mm512_load_ps(s + j));
@@ -75,8 +72,7 @@ SQ_BF16 void attend(const Attention& a, int64_t b, int64_t h, int64_t row) {
   for (int64_t r = 0; r < rows; ++r, from += a.q_stride[2]) {
     if constexpr (By == kFloats)
       for (int64_t i = 0; i < d; i += 16)
-        _mm512_store_si512(q + r * d + i, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(
-                                              reinterpret_cast<const __m256i*>(from + i))), 16));
+        _mm512_store_ps(q + r * d + i, from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
     else
       std::memcpy(q + r * d, from, sizeof(uint16_t) * d);
   }

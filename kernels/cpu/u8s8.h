@@ -111,6 +111,14 @@ SQ_VNNI inline __m256i to_bf16(__m512 x) {
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
 }
 
+// 16 values of bfloat16 as float32.
+SQ_VNNI inline __m512 from_bf16(__m256i x) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
+
+// The first `count` of 16 lanes, at least none.
+inline __mmask16 lanes(int64_t count) {
+  return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << std::max<int64_t>(0, count)) - 1);
+}
+
 // What 16 outputs from `at` need of a weight, those that `mask` has.
 struct Columns {
   SQ_VNNI Columns(const Problem& p, int64_t at, __mmask16 mask) {
@@ -119,8 +127,7 @@ struct Columns {
     bias = _mm512_setzero_ps();
     if (!p.bias) return;
     if (p.half_bias)
-      bias = (__m512)_mm512_slli_epi32(
-          _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p.bias) + at)), 16);
+      bias = from_bf16(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p.bias) + at));
     else
       bias = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p.bias) + at);
   }
@@ -138,8 +145,8 @@ SQ_VNNI inline void store(const Problem& p, int64_t row, int64_t at, const int32
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
     if (at + 16 * c >= p.n) break;
-    const int64_t column = at + 16 * c, left = p.n - column;
-    const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
+    const int64_t column = at + 16 * c;
+    const __mmask16 mask = lanes(p.n - column);
     const Columns columns(p, column, mask);
     __m512 f = columns.scaled(_mm512_load_si512(sums + 16 * c));
     // rounded twice, as PyTorch does: Inductor has the compiler fuse no products and sums

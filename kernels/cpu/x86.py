@@ -146,18 +146,18 @@ def matmul(
     """(q - 128) wᵀ · w_scale · scale + bias by the fastest kernel for this CPU and number of rows.
 
     Args:
-        q: uint8 [..., K], at least one row.
+        q: uint8 [..., K].
         packed, w_sum: from `pack`, or `pack_avx2`.
         w_scale: float32 [N].
         dtype: float32 or bfloat16, of the result [..., N].
         scale: float32, one for each row [..., 1], or one [] or [1]; None for 1.
         bias: float32 or bfloat16 [N], or None.
     """
+    if q.numel() == 0:
+        return matmul_fake(q, packed, w_scale, w_sum, dtype)
     rows = q.numel() // q.shape[-1]
-    fits = (scale is None or (scale.dtype == torch.float32 and scale.numel() in (1, rows))) and (
-        bias is None or (bias.dtype in (torch.float32, torch.bfloat16) and bias.numel() == w_scale.numel())
-    )
-    if packed.dim() == 2 and w_sum.numel() and fits and (kernels := library()) is not None:
+    one_each = scale is None or (scale.dtype == torch.float32 and scale.numel() in (1, rows))
+    if one_each and takes(packed, w_scale, w_sum, bias) and (kernels := library()) is not None:
         address = torch.ops.mkldnn.data_ptr(packed)
         return _matmul(kernels, q.contiguous(), address, w_scale, w_sum, dtype, rows, scale, bias)
     if scale is not None or bias is not None:
@@ -166,6 +166,19 @@ def matmul(
     if packed.dim() == 3:
         return _matmul_avx2(q.contiguous(), packed, w_scale, dtype, rows)
     return onednn.qlinear(q, UINT8_ZERO_POINT, packed, w_scale, dtype)
+
+
+def takes(packed: Tensor, w_scale: Tensor, w_sum: Tensor, bias: Tensor | None) -> bool:
+    """Whether our kernels read a packed weight, and add a bias where a product ends: none, or float32 or bfloat16 [N]."""
+    fits = bias is None or (bias.dtype in (torch.float32, torch.bfloat16) and bias.shape == w_scale.shape)
+    return packed.dim() == 2 and w_sum.numel() > 0 and fits
+
+
+def matmul_fake(
+    q: Tensor, packed: Tensor, w_scale: Tensor, w_sum: Tensor, dtype: torch.dtype, *epilogue: Tensor | None
+) -> Tensor:
+    """A tensor like the result of `matmul`."""
+    return q.new_empty((*q.shape[:-1], w_scale.shape[0]), dtype=dtype)
 
 
 def product(q: Tensor, w: Tensor) -> Tensor | None:

@@ -88,10 +88,15 @@ def _is_data(n: Any, const: set[fx.Node]) -> bool:
     return isinstance(n, fx.Node) and n not in const and isinstance(value(n), Tensor) and value(n).dim() >= 2
 
 
+def _is_bias(b: fx.Node, w: fx.Node) -> bool:
+    """Whether b has a number for each output of the weight w [N, K]; else it broadcasts, as one number does."""
+    return tuple(value(b).shape) == (value(w).shape[0],)
+
+
 def _linear(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node | None:
     args = arguments(node)
     x, w, b = args["input"], args["weight"], args["bias"]
-    if b is not None and value(w).dim() == 2 and tuple(value(b).shape) != (value(w).shape[0],):  # it broadcasts
+    if b is not None and value(w).dim() == 2 and not _is_bias(b, w):
         return add_op(gm, aten.add.Tensor, add_op(gm, aten.linear.default, x, w), b)
     return add_op(gm, aten.linear.default, x, w, b) if node.kwargs else None
 
@@ -102,7 +107,7 @@ def _addmm(gm: fx.GraphModule, node: fx.Node, const: set[fx.Node]) -> fx.Node | 
     if not _is_data(x, const) or not _is_weight(w, const) or args["beta"] != 1 or args["alpha"] != 1:
         return None
     w = add_op(gm, aten.t.default, w)
-    if b in const and tuple(value(b).shape) == (value(w).shape[0],):
+    if b in const and _is_bias(b, w):
         return add_op(gm, aten.linear.default, x, w, b)
     return add_op(gm, aten.add.Tensor, add_op(gm, aten.linear.default, x, w), b)
 

@@ -132,7 +132,7 @@ def _is_linear(node: Any, readers: int = 1) -> bool:
         return False
     bias: Any = node.args[5]
     dtypes = {node.args[-1]} if bias is None else {node.args[-1], value(bias).dtype}
-    if bias is not None and value(bias).shape != value(node).shape[-1:]:  # one for each row, say
+    if bias is not None and value(bias).shape != value(node).shape[-1:]:  # of a graph that was saved with such a bias
         return False
     return len(node.users) == readers and dtypes <= {*_DTYPES}
 
