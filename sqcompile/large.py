@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sqcompile.api import ANALYSES, analyse
+from sqcompile.analysis import ANALYSES, analyse
 from sqcompile.checkpoints.export import Exported
 from sqcompile.checkpoints.export import export as export_checkpoint
 from sqcompile.checkpoints.open_checkpoint import open_checkpoint
 from sqcompile.checkpoints.read_files import identity_of
 from sqcompile.checkpoints.skeleton import transformers_version
-from sqcompile.errors import ArtifactError, CalibrationError
+from sqcompile.errors import ArtifactError, CalibrationError, first_line
 from sqcompile.files.regular import said
 from sqcompile.files.work import Work
+from sqcompile.models import device_for
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Recipe, resolve_recipe
 from sqcompile.process.interrupts import deferred, each_at_once
@@ -51,6 +52,7 @@ def quantize_checkpoint(
     memory: int | None = None,
     temporary: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
     progress: Show = True,
 ) -> Exported:
     """Opens a checkpoint of transformers, calibrates it, and writes it in INT8: `open_checkpoint`, `calibrate` and `export`.
@@ -74,6 +76,8 @@ def quantize_checkpoint(
         memory: of each process, as for `memory_limit`; None for no limit.
         work: the directory of what is finished; that of the target with ".work" behind it by default. It is on the disk of
             the target.
+        device: where the plan is made, as for `calibrate`: each weight is copied there as it is used. None for the CPU. What is
+            written is made on the CPU.
         progress: as for `compile`.
 
     Returns:
@@ -107,19 +111,25 @@ def quantize_checkpoint(
             with deferred(), limit, stages(("open", *ANALYSES, "write"), progress if ranks.first else False) as enter:
                 enter("open")
                 net = open_checkpoint(source, model, dtype=dtype, temporary=temporary)
+                there = device_for(net, device)
                 inputs = {
                     "batches": _of_batches(data),
                     "recipe": repr(how),
                     "model": f"{type(net).__name__} {dtype}",
                     "format": format,
+                    "device": there.type if there else "cpu",
                     "versions": f"{VERSION} {torch.__version__} {transformers_version()}",
                 }
                 ranks.agree({f"other {name}": (found, _SAME) for name, found in inputs.items()})
                 inputs = {"files of the checkpoint": identity_of(source), **inputs}
                 with Work(place, inputs).held() if ranks.first else nullcontext() as kept:
-                    plan, traced = _plan(kept, net, data, how, enter, ranks)
+                    plan, traced = _plan(kept, net, data, how, enter, ranks, there)
                     enter("write")
                     return _write(kept, net, plan, traced, format, out, ranks)
+        except torch.OutOfMemoryError as e:
+            raise CalibrationError(
+                f"{device} has too little memory ({first_line(e)}): pass smaller batches, or device=None for the CPU"
+            ) from e
         except OSError as e:  # a full disk, say; what is finished stays
             on = f", which goes on with what {place} has" if os.path.isdir(place) else ""
             hint = f"mend that and do the same again{on}"
@@ -127,7 +137,13 @@ def quantize_checkpoint(
 
 
 def _plan(
-    kept: Work | None, net: Any, data: list[Any], recipe: Recipe, enter: Enter, ranks: Ranks
+    kept: Work | None,
+    net: Any,
+    data: list[Any],
+    recipe: Recipe,
+    enter: Enter,
+    ranks: Ranks,
+    device: torch.device | None,
 ) -> tuple[Plan, fx.GraphModule | None]:
     """The plan of an earlier run, or one that is made now, and the traced graph then. It comes from its file either way.
 
@@ -140,7 +156,7 @@ def _plan(
     else:
         traced, plan = analyse(
             net, data, recipe, None, "auto", enter, max_batches=max(1, len(data)), ranks=ranks,
-            observed=partial(_statistics, kept, ranks), mapped=True,
+            observed=partial(_statistics, kept, ranks, device), mapped=True, device=device,
         )  # fmt: skip
         if kept is not None:
             new = kept.path(_PLAN)
@@ -154,10 +170,12 @@ def _plan(
     return plan, traced
 
 
-def _statistics(kept: Work | None, ranks: Ranks, make: Callable[[], Calibration]) -> Calibration:
+def _statistics(
+    kept: Work | None, ranks: Ranks, device: torch.device | None, make: Callable[[], Calibration]
+) -> Calibration:
     """The statistics of an earlier run, or those that are made now. All of them are on rank 0 alone."""
     if _finds(kept, _STATISTICS, ranks):
-        return Calibration({}, 0) if kept is None else read_statistics(kept.folder, _STATISTICS)
+        return Calibration({}, 0) if kept is None else read_statistics(kept.folder, _STATISTICS, device)
     found = make()
     if kept is not None and all(_is_kept(a) for call in found.sample.calls for a in call.arguments):
         new = kept.path(_STATISTICS)

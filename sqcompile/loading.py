@@ -25,6 +25,7 @@ from sqcompile.errors import ArtifactError, RecipeError, SQCompileError, StageEr
 from sqcompile.files.directory import MANIFESTS
 from sqcompile.files.regular import said
 from sqcompile.kernels.targets import Target, begin
+from sqcompile.models import device_named
 from sqcompile.passes.ir.verify import STAGES
 from sqcompile.passes.rewrite.insert_qdq import quantize_weights
 from sqcompile.plan.plan import Plan
@@ -110,7 +111,7 @@ def loaded(
 
     Without ``constants`` the compiled code is one that other processes can use, as that of ``code`` is.
     """
-    where, on = device_of(device), Target.given(target)
+    where, on = device_named(device), Target.given(target)
     with deferred(), compiling(), torch.no_grad():
         enter("read")
         checkpoint = _is_checkpoint(path)
@@ -153,7 +154,7 @@ def unpacked(
     Raises:
         SQCompileError: as `load`.
     """
-    where, on = device_of(device), Target.given(target)
+    where, on = device_named(device), Target.given(target)
     with deferred(), compiling(), torch.no_grad():
         if _is_checkpoint(path):
             found = _read_checkpoint(path_name(path), where)
@@ -284,15 +285,3 @@ class CheckpointStages(SavedStages):
             found = _read_checkpoint(self._path, self._device)
             self._check(found.identity)
             return lowered_graph(found.graph, self._target) if name == "lowered" else quantize_weights(found.graph)
-
-
-def device_of(device: Any) -> torch.device | None:
-    """The device that a user names; None for None.
-
-    Raises:
-        ArtifactError: if this machine has no such device.
-    """
-    try:
-        return None if device is None else torch.empty(0, device=device).device
-    except Exception as e:
-        raise ArtifactError(f"device={device!r} is none of this machine ({said(e)})") from e

@@ -11,7 +11,8 @@ from torch.nn.parameter import is_lazy
 
 from sqcompile.capture.sharded import check_mesh
 from sqcompile.compiled.emit import CompiledModel
-from sqcompile.errors import CaptureError, RecipeError
+from sqcompile.errors import ArtifactError, CalibrationError, CaptureError, RecipeError
+from sqcompile.files.regular import said
 from sqcompile.kernels.targets import Target
 from sqcompile.plan.recipe import Recipe
 from sqcompile.process.parallel import Parallel
@@ -94,13 +95,14 @@ def _no_module(x: Any) -> str:
     return f"the model is a {type(x).__name__}: pass an nn.Module"
 
 
-def check_recipe(parallel: Parallel, recipe: Recipe, scales: bool) -> None:
+def check_recipe(parallel: Parallel, recipe: Recipe, scales: bool, device: torch.device | None = None) -> None:
     """Refuses what processes that hold a model together do not decide together.
 
     Args:
         parallel: those processes.
         recipe: what is asked of them.
         scales: whether activation scales are given, in the place of data.
+        device: where the plan is made, if not where the model is.
 
     Raises:
         RecipeError: naming it.
@@ -114,6 +116,8 @@ def check_recipe(parallel: Parallel, recipe: Recipe, scales: bool) -> None:
         )
     if scales:
         raise RecipeError("act_scales with device_mesh: they are of whole linears, pass calib_loader")
+    if device is not None:
+        raise RecipeError("device with device_mesh: the processes compute where their shards are, leave device out")
 
 
 def target_for(model: nn.Module, target: Any) -> Target | None:
@@ -126,6 +130,34 @@ def target_for(model: nn.Module, target: Any) -> Target | None:
     if found is not None:
         found.check(device_of(model))
     return found
+
+
+def device_named(device: Any) -> torch.device | None:
+    """The device that a user names; None for None.
+
+    Raises:
+        ArtifactError: if this machine has no such device.
+    """
+    try:
+        found = None if device is None else torch.empty(0, device=device).device
+    except Exception as e:
+        raise ArtifactError(f"device={device!r} is none of this machine ({said(e)})") from e
+    return found
+
+
+def device_for(model: nn.Module, device: Any) -> torch.device | None:
+    """Where the plan of a model is made, as a user names it; None for where the model is.
+
+    Raises:
+        CalibrationError: if nothing can be computed there.
+    """
+    try:
+        found = device_named(device)
+    except ArtifactError as e:
+        raise CalibrationError(f"the plan cannot be made there: {e}") from e
+    if found is not None and found.type == "meta":
+        raise CalibrationError("device='meta' computes no values: pass cpu, cuda or none")
+    return None if found == device_of(model) else found
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -14,15 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from sqcompile.passes.ir.about import about
-from sqcompile.passes.ir.graph import LINEARS, constants, get_tensor
+from sqcompile.passes.ir.graph import LINEARS, constants, get_tensor, value
 from sqcompile.process.spool import Spool
 
 PIECE = 8  # linears of a piece: a decoder layer has 4 to 7
 MADE = 2**30  # bytes of a piece's weights that are made, unless one has more
-MOST = 2**28  # bytes at a cut, of all calls, that are kept in memory
+MOST = 2**28  # bytes at a cut, of all calls, that are kept in memory; of a GPU's, a quarter of what is free
 _SMALL = 2**16  # bytes of a tensor that is not worth a place in a file
 
 
@@ -55,7 +56,7 @@ def run_in_pieces(
     for call, given in zip(calls, arguments, strict=True):
         call.env, call.args_iter = {}, iter(given)
     common: dict[fx.Node, Any] = {}  # values of constants
-    kept: set[tuple[int, fx.Node]] = set()
+    kept: dict[tuple[int, fx.Node], Tensor] = {}
     for i, piece in enumerate(pieces[:-1]):
         carried = _Carried(kept)
         for k, call in enumerate(calls):
@@ -100,6 +101,7 @@ def _run(call: Stepped, piece: Sequence[fx.Node], const: set[fx.Node], common: d
     """Runs a piece, as `fx.Interpreter.run` does the whole, and gives what its last node gives."""
     out = None
     with call.refusing():
+        call.env = {n: _back(n, x) for n, x in call.env.items()}
         for n in piece:
             if n in common:
                 out = common[n]
@@ -113,37 +115,59 @@ def _run(call: Stepped, piece: Sequence[fx.Node], const: set[fx.Node], common: d
     return out
 
 
+def _back(n: fx.Node, x: Any) -> Any:
+    """A value on the device where it was made: what is read from a file is on the CPU."""
+    v = value(n)
+    return (
+        x.to(v.device)
+        if isinstance(x, Tensor) and isinstance(v, Tensor) and x.device.type == "cpu" != v.device.type
+        else x
+    )
+
+
 class _Carried:
     """What calls carry over a cut: as much of it as is little in memory, the rest in a file."""
 
-    def __init__(self, kept: set[tuple[int, fx.Node]]) -> None:
+    def __init__(self, kept: dict[tuple[int, fx.Node], Tensor]) -> None:
         """``kept``: what is in a file already, by the index of the call."""
         self._kept, self._bytes = kept, 0
         self._spool: Spool | None = None
-        self._places: list[tuple[Stepped, fx.Node, int, Tensor]] = []
+        self._places: list[tuple[tuple[int, fx.Node], Stepped, int, Tensor]] = []
 
     def add(self, index: int, call: Stepped, const: set[fx.Node]) -> None:
         """Takes what a call has, so that it need not lie in memory while the others run."""
         for n, x in call.env.items():
-            if n in const or (index, n) in self._kept or not _is_spilled(x):
+            if n in const or not _is_spilled(x):
+                continue
+            if (index, n) in self._kept:
+                call.env[n] = self._kept[index, n]
                 continue
             self._bytes += x.nbytes
-            if self._bytes > MOST:
+            if self._bytes > _most(x.device):
                 self._spool = self._spool or Spool(None)
                 place = self._spool.room(x.dtype, x.shape)
                 self._spool.write(place, x, x.dtype)
-                self._places.append((call, n, place, x.to("meta")))
-                self._kept.add((index, n))
+                self._places.append(((index, n), call, place, x.to("meta")))
                 call.env[n] = None
+        for key in [key for key in self._kept if key[0] == index and key[1] not in call.env]:
+            del self._kept[key]
 
     def give(self) -> None:
         """Gives the calls what they carry, now that all of them have been run."""
         mapped = None if self._spool is None else self._spool.map()
-        for call, n, place, like in self._places:
+        for (index, n), call, place, like in self._places:
             assert mapped is not None
-            call.env[n] = mapped.tensor(place, like.dtype, like.shape)
+            call.env[n] = self._kept[index, n] = mapped.tensor(place, like.dtype, like.shape)
+
+
+def _most(device: torch.device) -> int:
+    """Bytes at a cut that are kept in a device's memory."""
+    if device.type != "cuda":
+        return MOST
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, of what was freed
+    return (torch.cuda.mem_get_info(device)[0] + kept) // 4
 
 
 def _is_spilled(x: Any) -> bool:
     """Whether a value is written to a file where there is much."""
-    return isinstance(x, Tensor) and x.device.type == "cpu" and x.is_contiguous() and x.nbytes >= _SMALL
+    return isinstance(x, Tensor) and x.is_contiguous() and x.nbytes >= _SMALL

@@ -21,7 +21,7 @@ from sqcompile.process.interrupts import checkpoint
 Rows = Callable[[slice], Tensor]
 
 # What gives each row of its result, [N, ...] or [E, N, ...], from that row of its operands alone, to the bit.
-_BY_ROW = (aten.mul.Tensor, aten.div.Tensor, aten.to.dtype, sqcompile_ops.rotate.default)
+_BY_ROW = (aten.mul.Tensor, aten.div.Tensor, aten.to.dtype, aten.to.device, sqcompile_ops.rotate.default)
 
 
 def rows_of(gm: fx.GraphModule, node: fx.Node) -> Rows:

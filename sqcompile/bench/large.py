@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import re
@@ -87,8 +88,13 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     ).bfloat16()
 
 
-def quantize(folder: str, recipe: str, most: int, batches: int, tokens: int) -> dict[str, float]:
-    """Quantizes the checkpoint in a folder, in this process: seconds from files to files, and the most memory it took."""
+def quantize(
+    folder: str, recipe: str, most: int, batches: int, tokens: int, device: str | None = None
+) -> dict[str, float]:
+    """Quantizes the checkpoint in a folder, in this process: seconds from files to files, and the most memory it took.
+
+    ``device``: where the plan is made; None for the CPU.
+    """
     warnings.filterwarnings("ignore", message=".*copy construct from a tensor.*")
     from transformers import AutoConfig
 
@@ -100,8 +106,16 @@ def quantize(folder: str, recipe: str, most: int, batches: int, tokens: int) -> 
         _by_another(folder, recipe, windows, out)
     else:
         how = sqcompile.Recipe(0.5) if recipe == "alpha=0.5" else recipe
-        sqcompile.quantize_checkpoint(folder, windows.split(1), out, recipe=how, memory=most, progress=False)
-    return {"seconds": time.perf_counter() - begin, "peak": _peak()}
+        begun: dict[str, float] = {}
+        sqcompile.quantize_checkpoint(
+            folder, windows.split(1), out, recipe=how, memory=most, device=device,
+            progress=lambda p: begun.setdefault(p.stage.partition(":")[0], time.perf_counter()),
+        )  # fmt: skip
+        ends = [*begun.values(), time.perf_counter()][1:]
+        spans = (f"{stage} {end - start:.1f}" for (stage, start), end in zip(begun.items(), ends, strict=True))
+        print(", ".join(spans), file=sys.stderr)
+    there = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"seconds": time.perf_counter() - begin, "peak": _peak(), "gpu": there}
 
 
 def _by_another(folder: str, recipe: str, windows: Tensor, out: str) -> None:
@@ -142,11 +156,14 @@ def main(argv: list[str] | None = None) -> None:
         help="alpha=0.5, default, O1, O2, O3, or one of llm-compressor; alpha=0.5 and default otherwise",
     )
     parser.add_argument("--temporary", default=tempfile.gettempdir(), help="where the checkpoint is written")
+    parser.add_argument(
+        "--device", action="append", help="where the plan is made, such as cuda; the CPU without it; repeatable"
+    )
     parser.add_argument("--of", help=argparse.SUPPRESS)  # a folder, in the process that is measured
     args = parser.parse_args(argv)
-    recipes = args.recipe or RECIPES
+    recipes, args.device = args.recipe or RECIPES, args.device or ["cpu"]
     if args.of:
-        print(json.dumps(quantize(args.of, recipes[0], args.max_memory, args.batches, args.tokens)))
+        print(json.dumps(quantize(args.of, recipes[0], args.max_memory, args.batches, args.tokens, *args.device)))
         return
     with tempfile.TemporaryDirectory(dir=args.temporary) as folder:
         size = generate(folder, llama_config(args.hidden, args.layers, args.vocabulary))
@@ -155,10 +172,12 @@ def main(argv: list[str] | None = None) -> None:
             f"Llama of {args.hidden} channels, {args.layers} layers, {size / 2e9:.2f} G random weights, {size / 1e9:.1f} GB in bf16;"
         )
         print(f"{args.batches} x {args.tokens} calibration tokens, memory limit {args.max_memory / 1e9:.1f} GB\n")
-        print("| recipe | s | peak memory GB |\n|---|---|---|")
-        for recipe in recipes:
+        print("| recipe | device | s | peak memory GB | of the GPU |\n|---|---|---|---|---|")
+        for recipe, device in itertools.product(recipes, args.device):
             given = ["--max-memory", str(args.max_memory), "--batches", str(args.batches), "--tokens", str(args.tokens)]
             command = [sys.executable, "-m", "sqcompile.bench", "large", "--of", folder, "--recipe", recipe, *given]
+            command += ["--device", device]
             done = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
             shutil.rmtree(os.path.join(folder, "out"))
-            print(f"| {recipe} | {done['seconds']:.1f} | {done['peak'] / 1e9:.2f} |", flush=True)
+            peaks = f"{done['peak'] / 1e9:.2f} | {done['gpu'] / 1e9:.2f}"
+            print(f"| {recipe} | {device} | {done['seconds']:.1f} | {peaks} |", flush=True)

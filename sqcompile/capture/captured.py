@@ -56,6 +56,11 @@ class Captured:
     conditions: tuple[str, ...]
     ignored: tuple[str, ...] = ()
 
+    def on(self, device: torch.device) -> Captured:
+        """The same of calls whose tensors are on a device."""
+        leaves = tuple(replace(x, device=device) if isinstance(x, Input) else x for x in self.leaves)
+        return replace(self, leaves=leaves)
+
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """Of the keyword arguments, in the captured order."""

@@ -36,6 +36,11 @@ class Call:
     positional: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
+    def to(self, device: torch.device) -> Call:
+        """The same call with its tensors on a device."""
+        args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.to(device), (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
+
 
 @dataclass(frozen=True)
 class Forward:

@@ -53,6 +53,7 @@ def quantize(
     number_format: o.Dtype = None,
     model_dtype: o.ModelDtype = "auto",
     max_memory: o.MaxMemory = None,
+    device: o.ComputesOn = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -94,7 +95,7 @@ def quantize(
         data = Asked(calib, samples, seq_len, seed, batch_size, tokenizer) if calib else None
         made = recipe_from(recipe, fields)
         memory = None if max_memory is None else bytes_of(max_memory)
-        quantize(Job(model, out, format, made, plan, data, model_dtype, memory, dry_run), terminal)
+        quantize(Job(model, out, format, made, plan, data, model_dtype, memory, device, dry_run), terminal)
 
 
 @app.command("eval")

@@ -18,6 +18,9 @@ Seed = Annotated[
 BatchSize = Annotated[int | None, typer.Option(min=1, help="rows of a batch; about 4,096 tokens without it")]
 TokenizerDir = Annotated[str | None, typer.Option("--tokenizer", metavar="DIR", help="where the tokenizer is")]
 Device = Annotated[str | None, typer.Option(help="such as cpu or cuda; where it was saved without it")]
+ComputesOn = Annotated[
+    str | None, typer.Option("--device", help="where it is calibrated, such as cpu or cuda; a GPU if there is one")
+]
 Against = Annotated[str | None, typer.Option(metavar="MODEL_DIR", help="the float model to compare with")]
 
 # of quantize

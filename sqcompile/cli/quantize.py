@@ -23,6 +23,7 @@ from sqcompile.cli.batches import Asked, batches
 from sqcompile.cli.ranks import follows, process_group
 from sqcompile.cli.terminal import CommandError, Terminal
 from sqcompile.large import RESUMABLE, quantize_checkpoint
+from sqcompile.models import device_named
 from sqcompile.passes.attention.chains import find_attentions
 from sqcompile.passes.ir.graph import find_linears, get_tensor, nodes_by_name
 from sqcompile.passes.planning.overrides import check_patterns
@@ -51,6 +52,7 @@ class Job:
         data: what to calibrate on.
         dtype: of the model: "auto" for that of its files.
         memory: bytes that the process may take; None for no limit.
+        device: where the plan is made; None for a GPU, if there is one.
         dry: whether it is only said what would be done.
     """
 
@@ -62,6 +64,7 @@ class Job:
     data: Asked | None
     dtype: str
     memory: int | None = None
+    device: str | None = None
     dry: bool = False
 
 
@@ -76,6 +79,7 @@ def quantize(job: Job, terminal: Terminal) -> None:
     if job.format not in FORMATS:
         raise CommandError(f"--format {job.format}: choose one of {', '.join(FORMATS)}")
     dtype_of(job.dtype)
+    device_named(job.device)
     if not job.dry and job.data is None and job.plan is None:
         raise CommandError(
             "no calibration data: pass --calib with real inputs of the model (text, token ids, pictures or sound), or --plan"
@@ -123,8 +127,15 @@ def _resumable(job: Job, checkpoint: Checkpoint, terminal: Terminal) -> Exported
     )
     return quantize_checkpoint(
         checkpoint.folder, data, job.out, recipe=job.recipe, format=job.format, model=checkpoint.architecture,
-        dtype=dtype_of(job.dtype), memory=job.memory, work=work, progress=terminal.progress,
+        dtype=dtype_of(job.dtype), memory=job.memory, work=work, device=_device(job), progress=terminal.progress,
     )  # fmt: skip
+
+
+def _device(job: Job) -> str | None:
+    """Where the plan is made; None for the CPU. Processes of one machine take turns with its GPUs."""
+    if job.device is not None or not torch.cuda.is_available():
+        return job.device
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
 def _limited(most: int | None) -> AbstractContextManager[None]:
@@ -140,7 +151,9 @@ def _exported(job: Job, checkpoint: Checkpoint, first: bool, terminal: Terminal)
             plan = Plan.load(job.plan)
         else:
             data = _data(job, checkpoint, lambda: model, terminal)
-            plan = calibrate(model, data, recipe=job.recipe, max_batches=len(data), progress=terminal.progress)
+            plan = calibrate(
+                model, data, recipe=job.recipe, max_batches=len(data), device=_device(job), progress=terminal.progress
+            )
         return export(model, plan, job.format, job.out, progress=terminal.progress) if first else None
 
 

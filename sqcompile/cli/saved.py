@@ -16,7 +16,8 @@ from sqcompile.errors import ArtifactError
 from sqcompile.evaluation.streamed import Streamed
 from sqcompile.files.beside import FLOAT_CONFIG
 from sqcompile.files.directory import MANIFEST, MANIFESTS
-from sqcompile.loading import device_of, is_saved, load
+from sqcompile.loading import is_saved, load
+from sqcompile.models import device_named
 from sqcompile.plan.plan import Plan
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -56,7 +57,7 @@ def load_any(folder: str, backend: str, device: str | None, progress: bool) -> n
     if is_int8(folder):
         return load(folder, device=device, backend=backend, progress=progress)
     model: Any = Checkpoint.open(folder).load()
-    return model if device is None else model.to(device_of(device))
+    return model if device is None else model.to(device_named(device))
 
 
 def plan_in(model: nn.Module) -> Plan | None:

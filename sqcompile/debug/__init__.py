@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sqcompile.api import analyse
+from sqcompile.analysis import analyse
 from sqcompile.capture.captured import contiguous, flatten_like
 from sqcompile.capture.inputs import Call, as_call
 from sqcompile.capture.trace import trace

@@ -251,7 +251,7 @@ def _without_layers(model: nn.Module, beside: nn.Module | None) -> str | None:
 
 def _with_layers(result: Evaluation, model: nn.Module, run: Run, calls: Sequence[Call]) -> Evaluation:
     assert isinstance(model, CompiledModel)
-    moved = [dataclasses.replace(c, args=args, kwargs=kwargs) for c in calls for args, kwargs in [run.moved(c)]]
+    moved = [c.to(run.device) for c in calls]
     try:
         return dataclasses.replace(result, layers=layer_errors(model, moved))
     except (StageError, CalibrationError) as e:  # the float model is gone or changed; padding that cannot be told

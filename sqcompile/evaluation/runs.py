@@ -51,7 +51,7 @@ class Run:
     """A model, called on one batch after another.
 
     Attributes:
-        device: of its first tensor; batches are moved there.
+        device: where it runs, which is where its first tensor is, unless it is streamed; batches are moved there.
     """
 
     def __init__(self, model: nn.Module, what: str) -> None:
@@ -59,8 +59,8 @@ class Run:
         self.model, self.what = model, what
         of = original(model)
         tensors = (t for ts in (of.parameters(), of.buffers()) for t in ts)
-        here = model.device if isinstance(model, Streamed) else torch.device("cpu")
-        self.device = next((t.device for t in tensors), here)
+        here = next((t.device for t in tensors), torch.device("cpu"))
+        self.device = model.device if isinstance(model, Streamed) else here
         self._parameters = forward_of(model).signature.parameters
         self._speeds: list[float] = []
         self._sizes: set[tuple[torch.Size, ...]] = set()  # of the tensors of calls so far
@@ -106,16 +106,13 @@ class Run:
 
     def _arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model is called with."""
-        args, kwargs = self.moved(call)
+        call = call.to(self.device)
+        args, kwargs = call.args, dict(call.kwargs)
         # as the model is captured: a KV cache is not for windows that are read whole
         default = {n: p.default for n, p in self._parameters.items()}
         fixed = {"use_cache": False} if "use_cache" in self._parameters and "use_cache" not in kwargs else {}
         first = [next(of.pop(n) for of in (kwargs, fixed, default) if n in of) for n in call.positional]
         return (*first, *args), {**kwargs, **fixed}
-
-    def moved(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A call's arguments on the model's device."""
-        return pytree.tree_map_only(Tensor, lambda x: x.to(self.device), (call.args, call.kwargs))
 
     def speed(self) -> float | None:
         """Median tokens a second over the batches but the first of each size; None if there are no others."""

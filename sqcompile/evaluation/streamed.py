@@ -20,11 +20,13 @@ from sqcompile.capture.inputs import Call, Forward
 from sqcompile.capture.traced_call import traced_call
 from sqcompile.checkpoints.float_model import Checkpoint
 from sqcompile.errors import EvaluationError, SQCompileError, first_line
-from sqcompile.loading import device_of, is_saved, unpacked
+from sqcompile.loading import is_saved, unpacked
+from sqcompile.models import device_named, device_of
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import value
 from sqcompile.passes.ir.lazy import Weights
 from sqcompile.passes.ir.pieces import Stepped, run_in_pieces
+from sqcompile.passes.ir.placed import placed
 from sqcompile.plan.plan import Plan
 from sqcompile.process.interrupts import checkpoint
 from sqcompile.process.lock import analysing, compiling
@@ -58,8 +60,8 @@ class Streamed(nn.Module):
             self._graph.append(gm)
             self.device = next(value(n).device for n in gm.graph.find_nodes(op="get_attr"))
         else:
-            self.device = device_of(device) or torch.device("cpu")
-            self._source.append(Checkpoint.open(name).load().to(self.device))
+            self.device = device_named(device) or torch.device("cpu")
+            self._source.append(Checkpoint.open(name).load())  # whose weights are copied to the device as they are used
             self.call = Forward.of(self._source[0])
         self.eval()
 
@@ -90,7 +92,9 @@ class Streamed(nn.Module):
         """The graph; of a float model, the one that is traced at the first call."""
         if not self._graph:
             with analysing(self._source[0]), compiling():
-                self._graph.append(traced_call(self._source[0], call, "auto", self.call)[0])
+                model = self._source[0]
+                traced = traced_call(model, call.to(device_of(model)), "auto", self.call)[0]
+                self._graph.append(traced if self.device == device_of(model) else placed(traced, self.device))
         return self._graph[0]
 
 

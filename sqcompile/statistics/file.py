@@ -54,15 +54,15 @@ def write_statistics(path: str, calibration: Calibration) -> None:
     write_weights(path, tensors, {_KEY: json.dumps(meta)})
 
 
-def read_statistics(folder: str, file: str) -> Calibration:
-    """What `write_statistics` wrote.
+def read_statistics(folder: str, file: str, device: torch.device | None = None) -> Calibration:
+    """What `write_statistics` wrote, on a device; None is the CPU.
 
     Raises:
         ArtifactError: if it is something else.
     """
     f = WeightFile(folder, file)
     meta = read_object(f.metadata.get(_KEY, ""), "the statistics")
-    tensors = {name: f.tensor(name).clone() for name in f.places}
+    tensors = {name: f.tensor(name).clone().to(device or "cpu") for name in f.places}
     try:
         every = [_stats({n: tensors[f"{i} {n}"] for n in _TENSORS}, count) for i, count in enumerate(meta["counts"])]
         calls = [_call(tensors, c, found) for c, found in enumerate(meta["calls"])]

@@ -20,6 +20,7 @@ from sqcompile.errors import CalibrationError, CaptureError
 from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.pieces import run_in_pieces
+from sqcompile.passes.ir.placed import device_of_calls
 from sqcompile.process.interrupts import each_at_once
 from sqcompile.process.memory import limited
 from sqcompile.process.progress import part
@@ -81,7 +82,8 @@ def calibrate(
     numbers, digest = itertools.count(), Digest()
     # weights are then read once, and not for each batch; random numbers, and what shards say to each other, would come in
     # another order
-    pieces = limited() and not is_random(gm) and (ranks.shares or ranks.count == 1)
+    there = device_of_calls(gm)
+    pieces = (limited() or there is not None) and not is_random(gm) and (ranks.shares or ranks.count == 1)
     observer.samples &= ranks.plans
     later: dict[int, list[Any]] = {}  # batches by their index, those that this rank may run
 
@@ -89,7 +91,7 @@ def calibrate(
         ranks.check()
         i = next(numbers)
         try:
-            leaves = flatten_like(call, captured)
+            leaves = flatten_like(call if there is None else call.to(there), captured)
         except CaptureError as e:
             raise CalibrationError(f"calibration batch {i}: {e}") from e
         if ranks.count > 1:

@@ -81,7 +81,7 @@ def test_it_is_what_the_three_steps_give_and_nothing_else_is_left(checkpoint, wh
 
 
 STEPS = {
-    "before the plan": ("sqcompile.api.choose", ["calibrate"]),
+    "before the plan": ("sqcompile.analysis.choose", ["calibrate"]),
     "before the weights": ("sqcompile.artifact.tensors.write_weights", ["calibrate", "analyse"]),
     "as the manifest is written": ("sqcompile.artifact.directory.write_manifest", ["calibrate", "analyse", "weights"]),
 }
@@ -139,7 +139,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(checkpoint, whole, tmp_
 
 
 def test_other_arguments_are_refused_in_words(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("sqcompile.api.choose", cut)
+    monkeypatch.setattr("sqcompile.analysis.choose", cut)
     with pytest.raises(Cut):
         quantized(checkpoint, tmp_path / "out")
     for what, changes in {
