@@ -33,6 +33,8 @@ from sqcompile.statistics.observe import Calibration
 # what `Chooser.apply` adds to
 _CHOSEN = ("choices", "columns", "halves", "margins", "scales", "dynamic", "rotations", "rows", "producers")
 
+_WEIGHTS = 8  # a site has fewer linears, but for some of experts one by one
+
 NO_SMOOTHING = "the recipe does not smooth"
 
 
@@ -74,9 +76,16 @@ class Chooser:
         }  # tokens in both halves, in each process
         self.curves: dict[str, Costs] = {}  # by site, what was tried; without any candidate's handicap
         self._energies: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}
 
     def weight(self, l: Linear) -> Tensor:
-        return effective_weight(self.gm, l, self.nodes)
+        """A linear's weight. On a GPU the last ones are kept: a site is tried many times, and they may be copied for that."""
+        if l.name not in self._weights:
+            w = effective_weight(self.gm, l, self.nodes)
+            if w.device.type == "cpu":
+                return w
+            self._weights = {**dict([*self._weights.items()][1 - _WEIGHTS :]), l.name: w}
+        return self._weights[l.name]
 
     def why_unsmoothed(self, linears: Sequence[Linear]) -> str | None:
         """Why linears of one site are not smoothed, whatever α; None where they may be."""
