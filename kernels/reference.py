@@ -14,6 +14,7 @@ passed on where a static chain stays in int8, whose values are what they are wha
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -151,20 +152,23 @@ def expert_rows(offsets: Tensor) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def grouped_linear(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+def grouped_linear(
+    x: Tensor, w: Tensor, offsets: Tensor, linear: Callable[[Tensor, Tensor], Tensor] = lambda x, w: x @ w.t()
+) -> Tensor:
     """Each row of x times the matrix of its expert.
 
     Args:
         x: any float dtype [T, K], rows sorted by expert.
         w: same dtype [E, N, K].
         offsets: int32 [E], where the rows of each expert end; an expert without rows repeats the end before it.
+        linear: the product of some rows and a matrix.
 
     Returns:
         x's dtype [T, N]; rows past the last offset are zeros.
     """
     out = x.new_zeros(x.shape[0], w.shape[1])
     for rows, matrix in zip(expert_rows(offsets), w, strict=True):
-        out[rows] = x[rows] @ matrix.t()
+        out[rows] = linear(x[rows], matrix)
     return out
 
 

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sqcompile.kernels import reference
-from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.kernels.halves import in_analyses
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import Linear, aten, constants, evaluate, first_leaf, is_mutable, nodes_by_name
 from sqcompile.passes.ir.pieces import PIECE
@@ -141,9 +140,7 @@ class _Backward:
                 return REDUCED[n.target](self.parallel, *args)
             if n.target == aten.linear.default and self.parallel.dims.get(first_leaf(n.args[1]) or "") == 0:  # type: ignore[arg-type]
                 args = (Copied.apply(args[0], self.parallel), *args[1:])
-        target: Any = n.target
-        # the operator has no derivative, and what it does has one
-        return (reference.grouped_linear if target == sqcompile_ops.grouped_linear.default else target)(*args, **kwargs)
+        return in_analyses(n.target)(*args, **kwargs)  # which has a derivative for experts, too
 
     def _back(
         self,

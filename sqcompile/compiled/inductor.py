@@ -3,48 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import logging
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from sqcompile import kernels
 from sqcompile.compiled.results import changed
 from sqcompile.errors import SQCompileError, StageError, first_line
 from sqcompile.kernels.cpu.build import probed
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.explain import fixed_sizes
-from sqcompile.passes.ir.graph import value
+from sqcompile.passes.ir.graph import constants, value
 from sqcompile.passes.lowering.regions import Part, Region, cut, find_repeats
 from sqcompile.process.progress import each
 from sqcompile.pytorch.core import TracingContext, tracing
+from sqcompile.version import VERSION
 
 log = logging.getLogger("sqcompile")
 
+_PRODUCT = re.compile(r"linear|mm\b|matmul|conv|lstm|gru|rnn|einsum|tensordot|bilinear")
 _TUNING = (
     "max_autotune", "max_autotune_pointwise", "max_autotune_gemm", "coordinate_descent_tuning", "benchmark_fusion",
     "benchmark_combo_kernel",
 )  # fmt: skip
 
 
-def inductor(
-    flat: fx.GraphModule,
-    guarded: bool = False,
-    part: bool = False,
-    freezing: bool = True,
-) -> Callable[..., Any]:
+def inductor(flat: fx.GraphModule, guarded: bool = False, part: bool = False) -> Callable[..., Any]:
     """The graph through Inductor, with the symbolic sizes that its capture gave it.
 
     ``guarded`` means that somebody checks sizes before each call (Dynamo), so that Inductor may fix some. A ``part`` of a
     graph looks itself whether its inputs have the sizes and strides that were recorded.
 
     Dynamo is not involved, so nothing is ever recompiled: one artifact serves every shape, sizes of 1 included.
-    Freezing folds what depends on constants alone, and packs float weights for oneDNN.
+    Freezing folds what depends on constants alone, and packs float weights for oneDNN. It takes a third of Inductor's time,
+    and what is frozen is of no use to another process: so only a graph that has such things is frozen.
     """
-    from sqcompile.pytorch.inductor import compile_fx, config, open_sizes  # here, as it takes its time
+    from sqcompile.pytorch.inductor import cache_of, compile_fx, config, open_sizes  # here, as it takes its time
 
     fakes = [value(n) for n in flat.graph.find_nodes(op="placeholder")]
     mode = about(flat).fake_mode
@@ -52,7 +55,7 @@ def inductor(
     ranges = dict(mode.shape_env.var_to_range) if mode.shape_env else {}
     # the operators' fakes give exact sizes and strides (tested), which need no check at every call
     options = {
-        "freezing": freezing,
+        "freezing": freezes(flat),
         "triton.cudagraphs": False,  # see backend/cuda_graphs.py
         "size_asserts": part,
         "alignment_asserts": False,
@@ -61,7 +64,10 @@ def inductor(
         "deterministic": config.deterministic or (_on_gpu(flat) and not _tuned(config)),
     }
     probed()
-    with torch.no_grad(), config.patch(options), tracing(TracingContext(mode)), _unlisted_modules(), open_sizes():
+    with (
+        torch.no_grad(), config.patch(options), cache_of(_kernels()), tracing(TracingContext(mode)), _unlisted_modules(),
+        open_sizes(),
+    ):  # fmt: skip
         run: Any = compile_fx(flat, fakes) if guarded else _compiled(compile_fx, flat, fakes)
     _drop_graph(run)
     env = mode.shape_env
@@ -76,6 +82,26 @@ def inductor(
             f"options={{'compiler': 'eager'}}), or {fixed_sizes(flat)}"
         )
     return run
+
+
+def freezes(flat: fx.GraphModule) -> bool:
+    """Whether freezing changes a graph: something is computed of constants alone, or a product has a constant operand."""
+    const = constants(flat)
+    return any(
+        n.op == "call_function"
+        and (n in const or (any(a in const for a in n.all_input_nodes) and getattr(n.target, "namespace", "") == "aten"
+                            and _PRODUCT.search(str(n.target))))
+        for n in flat.graph.nodes
+    )  # fmt: skip
+
+
+@functools.cache
+def _kernels() -> str:
+    """A digest of what the operators in our graphs are, which Inductor's cache knows by their names alone."""
+    digest = hashlib.sha256(VERSION.encode())
+    for file in sorted(Path(kernels.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _compiled(compile_fx: Callable[..., Any], flat: fx.GraphModule, fakes: list[Any]) -> Any:
@@ -176,12 +202,12 @@ def _compile_part(region: Region, code: dict[str, Callable[..., Any]], guarded: 
     if region.key is None:
         return with_layout(inductor(region.gm, guarded, part=True), region.gm)
     try:
-        run = with_layout(inductor(region.gm, part=True, freezing=False), region.gm)
+        run = with_layout(inductor(region.gm, part=True), region.gm)
     except StageError:
         if not guarded:
             raise
         # sizes were fixed, and Dynamo looks at those of this part's inputs alone: no other part may use the code
-        return with_layout(inductor(region.gm, guarded=True, part=True, freezing=False), region.gm)
+        return with_layout(inductor(region.gm, guarded=True, part=True), region.gm)
     code[region.key] = run
     return run
 

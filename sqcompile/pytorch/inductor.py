@@ -4,6 +4,7 @@ name            what for                                                        
 config          freezing, and the checks that compiled code makes                                    2.11, 2.13
 compile_fx      a graph and its fake inputs to a function, without Dynamo                            2.11, 2.13
 PyCodeCache     the list of all modules made so, which would keep weights                            2.11, 2.13
+cache_of        has Inductor's cache of compiled graphs hold some under a name of their own           2.11, 2.13
 cache_dir       where Inductor keeps what it compiled                                                 2.11, 2.13
 build           builds our C++ kernels with the compiler and the flags that Inductor uses            2.11, 2.13
 pick_vec_isa    tries which vector instructions the compiler and this CPU know, with programs          2.11, 2.13
@@ -27,7 +28,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 _one_at_a_time = threading.RLock()  # as a name of PyTorch's is another meanwhile
 
-__all__ = ["PyCodeCache", "build", "cache_dir", "compile_fx", "config", "open_sizes", "pick_vec_isa"]
+__all__ = ["PyCodeCache", "build", "cache_dir", "cache_of", "compile_fx", "config", "open_sizes", "pick_vec_isa"]
 
 
 def build(source: str) -> Any:
@@ -43,6 +44,14 @@ def compile_fx(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., An
 
     compiled: Any = compile_(graph, inputs)  # ahead of time, which it is not told, it would be the path of a file
     return compiled
+
+
+@contextlib.contextmanager
+def cache_of(name: str) -> Iterator[None]:
+    """Compiled graphs go to the cache, and come from it, under a name, beside the user's own."""
+    settings: Any = torch.compiler.config
+    with settings.patch(cache_key_tag=f"{settings.cache_key_tag} {name}"):
+        yield
 
 
 @contextlib.contextmanager

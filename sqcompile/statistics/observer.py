@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.errors import CalibrationError, first_line
+from sqcompile.kernels.halves import in_analyses
 from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.attention.heads import brought
 from sqcompile.passes.ir.about import about
@@ -155,6 +156,9 @@ class Observer(Stepped):
         for name, (what, a) in self.operands.get(n.name, {}).items() if self.counts else ():
             self._observe_heads(n.name, name, what, a, out)
         return out
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(in_analyses(target), args, kwargs)
 
     def _observe_heads(self, brought: str, name: str, what: str, a: Attention, x: Tensor) -> None:
         x = x.transpose(-1, -2) if what == "keys" and a.transposed else x
