@@ -167,6 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory(dir=args.temporary) as folder:
         size = generate(folder, llama_config(args.hidden, args.layers, args.vocabulary))
+        os.sync()  # what the disk has still to write would slow down what is measured
         print(f"{machine()}, {datetime.date.today()}")
         print(
             f"Llama of {args.hidden} channels, {args.layers} layers, {size / 2e9:.2f} G random weights, {size / 1e9:.1f} GB in bf16;"
