@@ -39,7 +39,8 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         x: [..., K].
         w: [N, K], and b [N], in the dtype of x.
     """
-    if x.device.type != "cpu" or not _slow(x.dtype) or x[..., 0].numel() < ROWS or w.dim() != 2:
+    fits = x.device.type == "cpu" and w.dim() == 2 and w.numel() and x.shape[:-1].numel() >= ROWS
+    if not fits or not _slow(x.dtype):
         return torch.nn.functional.linear(x, w, b)
     y: Tensor = _Linear.apply(x, w, b)
     return y
@@ -55,7 +56,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(w)
-        rows, y = x.reshape(-1, x.shape[-1]).float(), x.new_empty(x[..., 0].numel(), len(w))
+        rows, y = x.reshape(-1, x.shape[-1]).float(), x.new_empty(x.shape[:-1].numel(), len(w))
         for part in _parts(w):
             y[:, part] = torch.nn.functional.linear(rows, w[part].float(), None if b is None else b[part].float())
         return y.view(*x.shape[:-1], len(w))
@@ -64,7 +65,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         [g], [w] = gradients, ctx.saved_tensors
         rows = g.reshape(-1, g.shape[-1])
-        x = torch.zeros(len(rows), w.shape[1])
+        x = rows.new_zeros(len(rows), w.shape[1], dtype=torch.float32)  # whatever the user's default dtype
         for part in _parts(w):
             x.addmm_(rows[:, part].float(), w[part].float())
         return x.to(g.dtype).view(*g.shape[:-1], w.shape[1]), None, None

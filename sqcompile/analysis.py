@@ -92,6 +92,8 @@ def analyse(
         recipe, scales = settled(recipe), given_act_scales(act_scales)
     if evaluate is not None and recipe.max_degradation is None:
         raise RecipeError("evaluate without a limit: pass Recipe(max_degradation=...), in percent of what it gives")
+    if evaluate is not None and device is not None:
+        raise RecipeError("evaluate with device, whose models would be in two places: move the model there instead")
     if evaluate is not None and not callable(evaluate):
         raise RecipeError(f"evaluate={evaluate!r}: pass a function of a model that gives a number, lower being better")
     call, data = example_call(model, example), loader

@@ -20,7 +20,7 @@ from sqcompile.compiled.emit import CompiledModel, check_compiler, emit
 from sqcompile.compiled.stages import Stages
 from sqcompile.errors import PlanError
 from sqcompile.kernels.targets import Target, begin, check_format
-from sqcompile.models import check_model, device_for, device_of, target_for
+from sqcompile.models import check_model, device_for, device_of, on_device, target_for
 from sqcompile.passes.ir.about import about
 from sqcompile.pipeline import rewrite
 from sqcompile.plan.plan import Plan, given_plan
@@ -182,7 +182,8 @@ def calibrate(
         with deferred(), stages(ANALYSES, progress if ranks.first else False) as enter:
             there = device_for(model, device)
             begin(there or device_of(model), inductor=False)
-            return analyse(
-                model, calib_loader, how, example_inputs, dynamic_shapes, enter, evaluate, None, act_scales, max_batches,
-                ranks, device=there,
-            )[1]  # fmt: skip
+            with on_device(there):
+                return analyse(
+                    model, calib_loader, how, example_inputs, dynamic_shapes, enter, evaluate, None, act_scales, max_batches,
+                    ranks, device=there,
+                )[1]  # fmt: skip

@@ -18,10 +18,10 @@ from sqcompile.checkpoints.export import export as export_checkpoint
 from sqcompile.checkpoints.open_checkpoint import open_checkpoint
 from sqcompile.checkpoints.read_files import identity_of
 from sqcompile.checkpoints.skeleton import transformers_version
-from sqcompile.errors import ArtifactError, CalibrationError, first_line
+from sqcompile.errors import ArtifactError, CalibrationError
 from sqcompile.files.regular import said
 from sqcompile.files.work import Work
-from sqcompile.models import device_for
+from sqcompile.models import device_for, on_device
 from sqcompile.plan.plan import Plan
 from sqcompile.plan.recipe import Recipe, resolve_recipe
 from sqcompile.process.interrupts import deferred, each_at_once
@@ -123,13 +123,10 @@ def quantize_checkpoint(
                 ranks.agree({f"other {name}": (found, _SAME) for name, found in inputs.items()})
                 inputs = {"files of the checkpoint": identity_of(source), **inputs}
                 with Work(place, inputs).held() if ranks.first else nullcontext() as kept:
-                    plan, traced = _plan(kept, net, data, how, enter, ranks, there)
+                    with on_device(there):
+                        plan, traced = _plan(kept, net, data, how, enter, ranks, there)
                     enter("write")
                     return _write(kept, net, plan, traced, format, out, ranks)
-        except torch.OutOfMemoryError as e:
-            raise CalibrationError(
-                f"{device} has too little memory ({first_line(e)}): pass smaller batches, or device=None for the CPU"
-            ) from e
         except OSError as e:  # a full disk, say; what is finished stays
             on = f", which goes on with what {place} has" if os.path.isdir(place) else ""
             hint = f"mend that and do the same again{on}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from sqcompile.capture.sharded import check_mesh
 from sqcompile.compiled.emit import CompiledModel
-from sqcompile.errors import ArtifactError, CalibrationError, CaptureError, RecipeError
+from sqcompile.errors import ArtifactError, CalibrationError, CaptureError, RecipeError, first_line
 from sqcompile.files.regular import said
 from sqcompile.kernels.targets import Target
 from sqcompile.plan.recipe import Recipe
@@ -158,6 +160,24 @@ def device_for(model: nn.Module, device: Any) -> torch.device | None:
     if found is not None and found.type == "meta":
         raise CalibrationError("device='meta' computes no values: pass cpu, cuda or none")
     return None if found == device_of(model) else found
+
+
+@contextlib.contextmanager
+def on_device(device: torch.device | None) -> Iterator[None]:
+    """Has a device that the user named, or the command line found, lack memory in words.
+
+    Raises:
+        CalibrationError: in the place of torch.OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        if device is None:
+            raise
+        raise CalibrationError(
+            f"{device} has too little memory for the plan ({first_line(e)}): pass smaller batches, or make it on the CPU "
+            '(device="cpu", --device cpu)'
+        ) from e
 
 
 def device_of(model: nn.Module) -> torch.device:

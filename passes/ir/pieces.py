@@ -23,7 +23,7 @@ from sqcompile.process.spool import Spool
 
 PIECE = 8  # linears of a piece: a decoder layer has 4 to 7
 MADE = 2**30  # bytes of a piece's weights that are made, unless one has more
-MOST = 2**28  # bytes at a cut, of all calls, that are kept in memory; of a GPU's, a quarter of what is free
+MOST = 2**28  # bytes at a cut, of all calls, that are kept in memory; of a GPU's, a quarter of what is left free
 _SMALL = 2**16  # bytes of a tensor that is not worth a place in a file
 
 

@@ -61,8 +61,8 @@ def _move(gm: fx.GraphModule, n: fx.Node, device: torch.device) -> None:
         n.args, n.kwargs = fx.node.map_aggregate(
             (n.args, n.kwargs), lambda a: device if isinstance(a, torch.device) else a
         )
-        alone = isinstance(n.target, OpOverload) and not n.all_input_nodes
-        if alone and any(a.name == "device" for a in schema(n.target).arguments):  # it makes a tensor out of nothing
+        alone = isinstance(n.target, OpOverload) and not any(isinstance(value(a), Tensor) for a in n.all_input_nodes)
+        if alone and any(a.name == "device" for a in schema(n.target).arguments):  # it makes a tensor of sizes alone
             n.kwargs = {**n.kwargs, "device": device}
     if not any(isinstance(v, Tensor) for v in pytree.tree_leaves(value(n))):
         return

@@ -33,7 +33,7 @@ from sqcompile.statistics.observe import Calibration
 # what `Chooser.apply` adds to
 _CHOSEN = ("choices", "columns", "halves", "margins", "scales", "dynamic", "rotations", "rows", "producers")
 
-_WEIGHTS = 8  # a site has fewer linears, but for some of experts one by one
+_KEPT = 2**30  # bytes of weights, or of one that has more
 
 NO_SMOOTHING = "the recipe does not smooth"
 
@@ -84,7 +84,9 @@ class Chooser:
             w = effective_weight(self.gm, l, self.nodes)
             if w.device.type == "cpu":
                 return w
-            self._weights = {**dict([*self._weights.items()][1 - _WEIGHTS :]), l.name: w}
+            while self._weights and sum(x.nbytes for x in self._weights.values()) + w.nbytes > _KEPT:
+                del self._weights[next(iter(self._weights))]
+            self._weights[l.name] = w
         return self._weights[l.name]
 
     def why_unsmoothed(self, linears: Sequence[Linear]) -> str | None:

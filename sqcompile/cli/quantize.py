@@ -132,10 +132,10 @@ def _resumable(job: Job, checkpoint: Checkpoint, terminal: Terminal) -> Exported
 
 
 def _device(job: Job) -> str | None:
-    """Where the plan is made; None for the CPU. Processes of one machine take turns with its GPUs."""
+    """Where the plan is made; None for the CPU. Processes of one machine are spread over its GPUs."""
     if job.device is not None or not torch.cuda.is_available():
         return job.device
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK') or 0) % torch.cuda.device_count()}"
 
 
 def _limited(most: int | None) -> AbstractContextManager[None]:

@@ -42,6 +42,23 @@ def test_a_linear_and_its_gradient(slow, dtype, shape, n, bias):
     assert close(found, up.double() @ w.double())
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_users_default_dtype_changes_nothing(slow, default):
+    x, w = torch.randn(130, 48).bfloat16().requires_grad_(), torch.randn(40, 48).bfloat16()
+    (want,) = torch.autograd.grad(halves.linear(x, w), x, torch.ones(130, 40).bfloat16())
+    torch.set_default_dtype(default)
+    try:
+        (found,) = torch.autograd.grad(halves.linear(x, w), x, torch.ones(130, 40, dtype=torch.bfloat16))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, want)
+
+
+def test_no_channels(slow):
+    x, w = torch.randn(130, 0).bfloat16(), torch.randn(40, 0).bfloat16()
+    assert torch.equal(halves.linear(x, w), torch.nn.functional.linear(x, w))
+
+
 def test_few_rows_other_dtypes_and_fast_processors_are_left_to_pytorch(slow, monkeypatch):
     w = torch.randn(8, 16)
     for x in (torch.randn(halves.ROWS - 1, 16).bfloat16(), torch.randn(halves.ROWS, 16)):

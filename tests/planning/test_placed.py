@@ -17,8 +17,9 @@ import sqcompile
 from sqcompile import api
 from sqcompile.capture.inputs import as_call
 from sqcompile.capture.trace import trace
-from sqcompile.errors import CalibrationError
+from sqcompile.errors import CalibrationError, RecipeError
 from sqcompile.evaluation.streamed import Streamed
+from sqcompile.models import on_device
 from sqcompile.passes.ir import pieces
 from sqcompile.passes.ir.graph import aten, find_linears, value
 from sqcompile.passes.ir.placed import placed
@@ -56,6 +57,39 @@ def test_a_placed_graph_has_copies_of_its_tensors_and_makes_all_else_there():
     assert [n.name for n in gm.graph.nodes if n not in copies] == [n.name for n in traced.graph.nodes]
     assert [l.name for l in find_linears(gm)] == [l.name for l in find_linears(traced)]
     assert [s.name for s in match(gm)[0]] == [s.name for s in match(traced)[0]]
+
+
+def test_a_tensor_that_is_made_of_a_size_is_made_there():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc = torch.nn.LayerNorm(16), torch.nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.fc(self.norm(x + torch.ops.aten.full.default([x.shape[0], 16], 1.0)))
+
+    with torch.no_grad():
+        traced = trace(Net().eval(), as_call(Net(), torch.randn(5, 16)))
+    gm = placed(traced, torch.device("meta"))
+    (made,) = (n for n in gm.graph.nodes if n.target == aten.full.default)
+    assert made.all_input_nodes  # the size
+    assert value(made).device.type == "meta"
+
+
+def test_what_cannot_be_done_elsewhere_is_refused(monkeypatch):
+    model, call = build("opt")
+    monkeypatch.setattr(api, "device_for", lambda model, device: torch.device("cpu"))
+    recipe = sqcompile.Recipe(max_degradation=1.0)
+    with pytest.raises(RecipeError, match="evaluate with device"):
+        sqcompile.calibrate(model, [call], recipe=recipe, evaluate=lambda model: 0.0, device="cpu", progress=False)
+
+
+def test_a_device_without_memory_is_said_in_words():
+    words = pytest.raises(CalibrationError, match=r"cuda:0 has too little memory .*--device cpu")
+    with words, on_device(torch.device("cuda:0")):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+    with pytest.raises(torch.OutOfMemoryError), on_device(None):  # where the model itself is
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
 
 @pytest.mark.parametrize("device", ["meta", "nowhere", "cuda:77"])
