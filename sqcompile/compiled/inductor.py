@@ -53,6 +53,16 @@ def inductor(flat: fx.GraphModule, guarded: bool = False, part: bool = False) ->
     mode = about(flat).fake_mode
     before = dict(mode.shape_env.replacements) if mode.shape_env else {}
     ranges = dict(mode.shape_env.var_to_range) if mode.shape_env else {}
+
+    def sizes_fixed() -> dict[Any, Any]:
+        """What the compiler has taken for granted of sizes, until now."""
+        env = mode.shape_env
+        if not env:
+            return {}
+        found = {k: v for k, v in env.replacements.items() if k not in before}
+        # no guard is checked at a call: a size assumed to stay below the example's next multiple of a block would go unnoticed
+        return found | {k: env.var_to_range[k] for k, r in ranges.items() if _narrowed(r, env.var_to_range[k])}
+
     # the operators' fakes give exact sizes and strides (tested), which need no check at every call
     options = {
         "freezing": freezes(flat),
@@ -65,17 +75,12 @@ def inductor(flat: fx.GraphModule, guarded: bool = False, part: bool = False) ->
     }
     probed()
     with (
-        torch.no_grad(), config.patch(options), cache_of(_kernels()), tracing(TracingContext(mode)), _unlisted_modules(),
+        torch.no_grad(), config.patch(options), cache_of(_kernels(), lambda: not sizes_fixed()), tracing(TracingContext(mode)), _unlisted_modules(),
         open_sizes(),
     ):  # fmt: skip
         run: Any = compile_fx(flat, fakes) if guarded else _compiled(compile_fx, flat, fakes)
     _drop_graph(run)
-    env = mode.shape_env
-    after = dict(env.replacements) if env else {}
-    fixed = {k: v for k, v in after.items() if k not in before}
-    # no guard is checked at a call: a size assumed to stay below the example's next multiple of a block would go unnoticed
-    if env:
-        fixed |= {k: env.var_to_range[k] for k, r in ranges.items() if _narrowed(r, env.var_to_range[k])}
+    fixed = sizes_fixed()
     if fixed and not guarded:
         raise StageError(
             f"Inductor fixed sizes that are dynamic ({fixed}): run the graph as it is (backend='eager'; of torch.compile "

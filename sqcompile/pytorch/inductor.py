@@ -17,12 +17,12 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._inductor.config as config
 from torch import fx
-from torch._inductor.codecache import CppCodeCache, PyCodeCache
+from torch._inductor.codecache import CppCodeCache, FxGraphCache, PyCodeCache
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
@@ -47,11 +47,25 @@ def compile_fx(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., An
 
 
 @contextlib.contextmanager
-def cache_of(name: str) -> Iterator[None]:
-    """Compiled graphs go to the cache, and come from it, under a name, beside the user's own."""
-    settings: Any = torch.compiler.config
-    with settings.patch(cache_key_tag=f"{settings.cache_key_tag} {name}"):
-        yield
+def cache_of(name: str, good: Callable[[], bool]) -> Iterator[None]:
+    """Compiled graphs go to the cache, and come from it, under a name, beside the user's own; those go that are ``good``.
+
+    Inductor keeps with them the conditions of sizes that are arguments. Sizes of tensors are none in our graphs: what was
+    compiled for fixed ones would be taken for any, in silence.
+    """
+    cache, settings = FxGraphCache, cast(Any, torch.compiler.config)
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        if good():
+            real(*args, **kwargs)
+
+    with _one_at_a_time, settings.patch(cache_key_tag=f"{settings.cache_key_tag} {name}"):
+        real = cache._save_graph
+        setattr(cache, "_save_graph", staticmethod(save))  # noqa: B010  (mypy takes it for a method)
+        try:
+            yield
+        finally:
+            setattr(cache, "_save_graph", staticmethod(real))  # noqa: B010
 
 
 @contextlib.contextmanager

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import sympy
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor.graph import GraphLowering
 
 import sqcompile
 from sqcompile import kernels
@@ -69,6 +71,29 @@ def test_other_weights_are_not_those_of_the_cached_code(tmp_path, monkeypatch):
     counters.clear()
     made(1)
     assert counters["inductor"]["fxgraph_cache_hit"] == 0
+
+
+@pytest.mark.parametrize("regional", [False, True])
+@pytest.mark.parametrize("guard", [sympy.Eq, lambda s, size: sympy.Lt(s, size + 100)], ids=["fixed", "narrowed"])
+def test_code_for_fixed_sizes_is_refused_again_and_not_taken_from_the_cache(monkeypatch, tmp_path, guard, regional):
+    run = GraphLowering.run
+
+    def guarding(self, *args):
+        env = self._shape_env
+        sizes = getattr(env, "backed_var_to_val", None) or env.var_to_val
+        for s in [s for s in env.var_to_range if s in sizes]:
+            env.evaluate_expr(guard(s, int(sizes[s])))
+        return run(self, *args)
+
+    monkeypatch.setattr(GraphLowering, "run", guarding)
+    monkeypatch.setattr(inductor, "_kernels", lambda: f"of {tmp_path}")  # nothing is in the cache yet
+    for seed in (0, 1):
+        with pytest.raises(sqcompile.StageError, match="Inductor fixed sizes"):
+            sqcompile.compile(Net(seed).eval(), DATA, regional=regional, progress=False)
+    monkeypatch.setattr(GraphLowering, "run", run)
+    model = Net(2).eval()
+    compiled, x = sqcompile.compile(model, DATA, regional=regional, progress=False), torch.randn(900, 32)
+    assert (compiled(x) - model(x)).norm() < 0.05 * model(x).norm()
 
 
 def test_the_digest_of_the_operators_is_of_their_sources(tmp_path, monkeypatch):
