@@ -141,10 +141,9 @@ def device_named(device: Any) -> torch.device | None:
         ArtifactError: if this machine has no such device.
     """
     try:
-        found = None if device is None else torch.empty(0, device=device).device
+        return None if device is None else torch.empty(0, device=device).device
     except Exception as e:
         raise ArtifactError(f"device={device!r} is none of this machine ({said(e)})") from e
-    return found
 
 
 def device_for(model: nn.Module, device: Any) -> torch.device | None:

@@ -75,9 +75,13 @@ def inductor(flat: fx.GraphModule, guarded: bool = False, part: bool = False) ->
     }
     probed()
     with (
-        torch.no_grad(), config.patch(options), cache_of(_kernels(), lambda: not sizes_fixed()), tracing(TracingContext(mode)), _unlisted_modules(),
+        torch.no_grad(),
+        config.patch(options),
+        cache_of(_kernels(), lambda: not sizes_fixed()),
+        tracing(TracingContext(mode)),
+        _unlisted_modules(),
         open_sizes(),
-    ):  # fmt: skip
+    ):
         run: Any = compile_fx(flat, fakes) if guarded else _compiled(compile_fx, flat, fakes)
     _drop_graph(run)
     fixed = sizes_fixed()
@@ -92,12 +96,9 @@ def inductor(flat: fx.GraphModule, guarded: bool = False, part: bool = False) ->
 def freezes(flat: fx.GraphModule) -> bool:
     """Whether freezing changes a graph: something is computed of constants alone, or a product has a constant operand."""
     const = constants(flat)
-    return any(
-        n.op == "call_function"
-        and (n in const or (any(a in const for a in n.all_input_nodes) and getattr(n.target, "namespace", "") == "aten"
-                            and _PRODUCT.search(str(n.target))))
-        for n in flat.graph.nodes
-    )  # fmt: skip
+    calls = [n for n in flat.graph.nodes if n.op == "call_function"]
+    products = [n for n in calls if getattr(n.target, "namespace", "") == "aten" and _PRODUCT.search(str(n.target))]
+    return any(n in const for n in calls) or any(a in const for n in products for a in n.all_input_nodes)
 
 
 @functools.cache
