@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sqcompile.kernels.halves import in_analyses
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.graph import Linear, aten, constants, evaluate, first_leaf, is_mutable, nodes_by_name
+from sqcompile.passes.ir.halves import in_analyses
 from sqcompile.passes.ir.pieces import PIECE
 from sqcompile.passes.planning.between import REDUCED, Copied
 from sqcompile.process.interrupts import checkpoint

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.errors import CalibrationError, first_line
-from sqcompile.kernels.halves import in_analyses
 from sqcompile.passes.attention.chains import Attention
 from sqcompile.passes.attention.heads import brought
 from sqcompile.passes.ir.about import about
 from sqcompile.passes.ir.explain import operation, source
 from sqcompile.passes.ir.graph import Linear, aten, find_linears, nodes_by_name, value
+from sqcompile.passes.ir.halves import in_analyses
 from sqcompile.passes.ir.operators import MEETINGS
 from sqcompile.passes.ir.pieces import Stepped
 from sqcompile.process.interrupts import checkpoint

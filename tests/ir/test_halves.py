@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sqcompile.kernels import halves, reference
+from sqcompile.kernels import reference
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.passes.ir import halves
 
 aten = torch.ops.aten
 

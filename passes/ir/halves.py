@@ -22,9 +22,9 @@ from torch import Tensor
 from sqcompile.kernels import reference
 from sqcompile.kernels.cpu.x86 import amx
 from sqcompile.kernels.ops import sqcompile_ops
+from sqcompile.passes.ir.graph import row_parts
 
 ROWS = 128  # fewer do not pay for weights in float32
-PART = 2**21  # elements of a weight that are in float32 at a time: no page is new, and caches hold them
 
 
 def in_analyses(target: Any) -> Callable[..., Any]:
@@ -51,13 +51,13 @@ def _grouped(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps the weight as it is for the way back, and not in float32."""
+    """Keeps the weight as it is for the way back. Some rows at a time are in float32, in memory that caches hold."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(w)
         rows, y = x.reshape(-1, x.shape[-1]).float(), x.new_empty(x.shape[:-1].numel(), len(w))
-        for part in _parts(w):
+        for part in row_parts(w):
             y[:, part] = torch.nn.functional.linear(rows, w[part].float(), None if b is None else b[part].float())
         return y.view(*x.shape[:-1], len(w))
 
@@ -66,14 +66,9 @@ class _Linear(torch.autograd.Function):
         [g], [w] = gradients, ctx.saved_tensors
         rows = g.reshape(-1, g.shape[-1])
         x = rows.new_zeros(len(rows), w.shape[1], dtype=torch.float32)  # whatever the user's default dtype
-        for part in _parts(w):
+        for part in row_parts(w):
             x.addmm_(rows[:, part].float(), w[part].float())
         return x.to(g.dtype).view(*g.shape[:-1], w.shape[1]), None, None
-
-
-def _parts(w: Tensor) -> list[slice]:
-    rows = max(1, PART // max(1, w.shape[1]))
-    return [slice(i, i + rows) for i in range(0, len(w), rows)]
 
 
 @functools.cache
